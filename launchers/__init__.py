@@ -1,0 +1,8 @@
+"""Who starts the processes: pure renderers from a Plan to a command. Never imports torch."""
+
+from launchers import torchrun
+from launchers.base import Command, Renderer
+
+LAUNCHERS: dict[str, Renderer] = {"torchrun": torchrun.render}
+
+__all__ = ["LAUNCHERS", "Command", "Renderer"]

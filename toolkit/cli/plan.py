@@ -1,0 +1,109 @@
+"""`drumline plan`, `drumline prepare`, `drumline schema`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from toolkit.cli.world import read_world
+from toolkit.errors import DoesNotFit
+from toolkit.plan.advise import with_advice
+from toolkit.plan.model import Plan
+from toolkit.plan.resolve import resolve
+from toolkit.recipe.load import load_recipe
+from toolkit.recipe.schema import Recipe
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A file or a shipped name.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value]...", help="optimizer.lr=1e-3 …")
+]
+Gpus = Annotated[
+    int | None, typer.Option("--gpus", min=1, help="Re-split over N GPUs, same batch.")
+]
+GpuType = Annotated[str | None, typer.Option("--gpu", help="Re-split on this kind of GPU.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+def make_plan(recipe: Recipe, gpus: int | None = None, gpu: str | None = None) -> Plan:
+    """Read the world, re-split if asked, resolve, and advise."""
+    world = read_world(recipe)
+    if gpus or gpu:
+        from toolkit.plan.resplit import on_gpus
+
+        recipe = on_gpus(recipe, gpus, gpu, world)
+        world = read_world(recipe)
+    return with_advice(resolve(recipe, world), world)
+
+
+def plan_command(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    gpus: Gpus = None,
+    gpu: GpuType = None,
+    as_json: AsJson = False,
+) -> None:
+    """The dry run: batch equation, optimizer steps, schedule and memory; no GPU, no torch."""
+    plan = make_plan(load_recipe(recipe, overrides), gpus, gpu)
+    if as_json:
+        print(plan.to_json())
+    else:
+        from toolkit.cli.show import plan_table
+
+        print(plan_table(plan))
+    if plan.memory.fits is False:
+        raise typer.Exit(DoesNotFit.exit_code)
+
+
+def prepare_command(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Tokenise, pack and fingerprint the data; later plans and runs reuse them. Needs no GPU."""
+    loaded = load_recipe(recipe, overrides)
+    folder = prepare_data(loaded)
+    from toolkit.data.card import read_card
+
+    card = read_card(folder)
+    assert card
+    print(f"{card.samples:,} samples, {card.validation_samples:,} for validation")
+    print(f"{card.label_tokens:,} label tokens, {card.truncated} truncated, {card.dropped} dropped")
+    print(f"fingerprint {card.fingerprint}")
+    print(f"in {folder}")
+
+
+def prepare_data(recipe: Recipe) -> Path:
+    """The prepared rows of a recipe, with a progress bar on a terminal."""
+    from toolkit.data.prepare import prepare
+
+    if not sys.stderr.isatty():
+        return prepare(recipe.data, recipe.project)
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("preparing")
+
+        def show(documents: int, written: int) -> None:
+            progress.update(task, description=f"preparing: {documents:,} documents, {written:,}")
+
+        return prepare(recipe.data, recipe.project, show)
+
+
+def schema_command(
+    plan: Annotated[bool, typer.Option("--plan", help="The plan's schema instead.")] = False,
+) -> None:
+    """The JSON Schema of a recipe (or of a plan), for editors and scripts."""
+    import json
+
+    if plan:
+        from pydantic import TypeAdapter
+
+        print(json.dumps(TypeAdapter(Plan).json_schema(), indent=2))
+    else:
+        print(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+def register(app: typer.Typer) -> None:
+    """Add this group's commands."""
+    app.command("plan")(plan_command)
+    app.command("prepare")(prepare_command)
+    app.command("schema")(schema_command)

@@ -1,0 +1,164 @@
+"""`drumline run` and `drumline resume`."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launchers import LAUNCHERS, Command
+from launchers.base import Job
+from toolkit.cli.plan import AsJson, Gpus, Overrides, RecipeArgument, make_plan, prepare_data
+from toolkit.cli.show import plan_table
+from toolkit.errors import DoesNotFit, LaunchError, RunError, RunFolderError
+from toolkit.plan.model import Plan
+from toolkit.recipe.load import load_recipe
+from toolkit.recipe.schema import Recipe
+from toolkit.runs import folder as run_folder
+from toolkit.runs.folder import RunFolder
+from toolkit.runs.progress import Progress
+from toolkit.runs.record import new_record
+from toolkit.runs.supervise import Result, run_attempts
+from toolkit.units import format_bytes, format_duration
+
+Force = Annotated[bool, typer.Option("--force", help="Train although the plan does not fit.")]
+
+
+def run_command(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="New or empty.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would start.")] = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Plan, then train here through the recipe's launcher."""
+    loaded = load_recipe(recipe, overrides)
+    _check_offered(loaded)
+    if dry_run:
+        plan = make_plan(loaded)
+        where = (run_dir or Path("runs") / f"{loaded.recipe}-N").absolute()
+        print(_render(plan, RunFolder(where), 0).to_shell())
+        return
+    if run_dir is not None:
+        run_folder.check_new(run_dir)
+    _refuse_misfit(make_plan(loaded), force)
+    prepare_data(loaded)
+    plan = make_plan(loaded)
+    print(plan_table(plan), file=sys.stderr)
+    folder = run_folder.create(plan.recipe, run_dir)
+    folder.write_record(new_record(plan))
+    _finish(folder, plan, "start", as_json)
+
+
+def resume_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    gpus: Gpus = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Go on from the newest sound checkpoint, on another number of GPUs if asked."""
+    folder = run_folder.open_run(run)
+    if folder.read_record()["outcome"] == "finished":
+        raise RunFolderError(f"{run}: this run is finished; there is nothing to resume")
+    recipe = load_recipe(str(folder.recipe_file))
+    _check_offered(recipe)
+    prepare_data(recipe)
+    plan = make_plan(recipe, gpus)
+    expected = folder.read_record()["data"]["fingerprint"]
+    if plan.data.fingerprint != expected:
+        raise RunError(
+            f"{run}: the data have changed: fingerprint {expected} when the run began, "
+            f"{plan.data.fingerprint} now"
+        )
+    _refuse_misfit(plan, force)
+    print(plan_table(plan), file=sys.stderr)
+    _finish(folder, plan, "resume", as_json)
+
+
+def _check_offered(recipe: Recipe) -> None:
+    if recipe.launch.launcher not in LAUNCHERS:
+        raise LaunchError(
+            f"launch.launcher: {recipe.launch.launcher} can be planned but not yet run. "
+            f"Nearest: {', '.join(LAUNCHERS)}"
+        )
+    if recipe.logging.wandb:
+        raise LaunchError(
+            "logging.wandb: this release has no W&B tracker yet. Nearest: logging.wandb=null; "
+            "metrics.jsonl holds every step"
+        )
+
+
+def _refuse_misfit(plan: Plan, force: bool) -> None:
+    memory = plan.memory
+    if memory.fits is False and not force:
+        assert memory.device and memory.capacity
+        raise DoesNotFit(
+            f"memory: {format_bytes(memory.device.high)} per rank at most > "
+            f"{format_bytes(memory.capacity)} of {plan.recipe.cluster.gpu}. "
+            "`drumline plan` lists what makes it fit; --force trains all the same"
+        )
+
+
+def _render(plan: Plan, folder: RunFolder, attempt: int) -> Command:
+    job = Job(folder.plan_file(attempt), folder.path, attempt, sys.executable)
+    return LAUNCHERS[plan.recipe.launch.launcher](plan, job)
+
+
+def _finish(folder: RunFolder, plan: Plan, cause: str, as_json: bool) -> None:
+    """Run the attempts, say how it ended, and leave with the right code."""
+    print(f"\nrun folder {folder.path}", file=sys.stderr)
+    started = time.monotonic()
+    progress = Progress(plan.steps.total)
+    try:
+        result = run_attempts(
+            folder, plan, cause, lambda number: _render(plan, folder, number), progress
+        )
+    finally:
+        progress.close()
+    seconds = time.monotonic() - started
+    _report(folder, result, seconds)
+    if as_json:
+        facts = {
+            "run": str(folder.path),
+            "steps": result.step,
+            "loss": result.loss,
+            "eval": result.evaluation,
+            "seconds": round(seconds, 3),
+            "outcome": result.outcome,
+        }
+        print(json.dumps(facts))
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)
+
+
+def _report(folder: RunFolder, result: Result, seconds: float) -> None:
+    shown = _shortest(folder.path)
+    words = f"{result.outcome} at step {result.step:,} after {format_duration(seconds)}"
+    if result.loss is not None:
+        words += f", loss {result.loss:.4f}"
+    for name, value in (result.evaluation or {}).items():
+        words += f", {name} {value:.4f}"
+    print(f"\n{words}", file=sys.stderr)
+    if result.message:
+        print(result.message, file=sys.stderr)
+    print(f"run   {shown}", file=sys.stderr)
+    if result.outcome == "finished":
+        print(f"next  less {shown}/metrics.jsonl   a line for every step", file=sys.stderr)
+    else:
+        print(f"next  drumline resume {shown}", file=sys.stderr)
+
+
+def _shortest(path: Path) -> Path:
+    try:
+        return path.relative_to(Path.cwd())
+    except ValueError:
+        return path
+
+
+def register(app: typer.Typer) -> None:
+    """Add this group's commands."""
+    app.command("run")(run_command)
+    app.command("resume")(resume_command)

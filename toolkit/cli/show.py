@@ -1,0 +1,111 @@
+"""A plan as a table that a person reads at a glance. Pure text; no rich, so a dry run stays quick."""
+
+import textwrap
+
+from toolkit.plan.model import Plan
+from toolkit.plan.schedule import rate_at
+from toolkit.units import format_bytes, format_count
+
+_WIDTH = 100
+_LABEL = 11
+
+
+def plan_table(plan: Plan) -> str:
+    """The plan's facts, a labelled paragraph each."""
+    recipe = plan.recipe
+    rows = [
+        ("batch", _batch(plan)),
+        ("steps", _steps(plan)),
+        ("schedule", _schedule(plan)),
+        ("memory", _memory(plan)),
+        ("model", _model(plan)),
+        ("split", f"{plan.split_invariance.level}: {plan.split_invariance.why}"),
+    ]
+    rows += [("advice", _advice(plan))] if plan.advice else []
+    rows += [("warning", warning) for warning in plan.warnings]
+    head = f"{recipe.recipe}: {recipe.description}" if recipe.description else recipe.recipe
+    return "\n".join([*textwrap.wrap(head, _WIDTH), "", *(_row(*row) for row in rows)])
+
+
+def _row(label: str, text: str) -> str:
+    indent = " " * (_LABEL + 2)
+    lines = []
+    for part in text.split("\n"):
+        lines += textwrap.wrap(part, _WIDTH - len(indent), break_on_hyphens=False) or [""]
+    return f"  {label:<{_LABEL}}" + f"\n{indent}".join(lines)
+
+
+def _batch(plan: Plan) -> str:
+    b = plan.batch
+    nodes = "" if b.nodes == 1 else f", {b.nodes} nodes"
+    return (
+        f"{b.effective:,} = {b.per_device} per_device × {b.gpus} gpus × {b.accumulation} accumulation"
+        f"  ({plan.recipe.cluster.gpu}{nodes}, {plan.recipe.strategy.name}, {plan.recipe.precision})"
+    )
+
+
+def _steps(plan: Plan) -> str:
+    s = plan.steps
+    tokens = f", {s.tokens_per_step:,} tokens a step" if s.tokens_per_step else ""
+    first = f"{s.total:,} optimizer steps{tokens}, {s.forwards_per_step} forwards a step"
+    if s.samples is None:
+        return f"{first}\nsamples and steps an epoch are unknown until `drumline prepare`"
+    short = ""
+    if s.last_batch != plan.batch.effective and plan.batch.remainder != "drop":
+        short = f", the last of {s.last_batch:,}"
+    return f"{first}\n{s.samples:,} samples: {s.per_epoch:,} steps an epoch{short}; {s.epochs:g} epochs"
+
+
+def _schedule(plan: Plan) -> str:
+    c = plan.schedule
+    derived = ""
+    if c.peak_lr != c.base_lr:
+        scaling = plan.recipe.optimizer.lr_scaling
+        derived = (
+            f" (derived: {c.base_lr:g} × {plan.batch.effective}/{scaling.reference_batch}, "
+            f"{scaling.rule})"
+        )
+    warmup = f"warm-up {c.warmup_steps:,} steps, " if c.warmup_steps else ""
+    end = f"{rate_at(c, c.total):g} at step {c.total:,}"
+    held = ", held within an epoch" if c.unit == "epoch" else ""
+    return f"{c.name}: {warmup}peak {c.peak_lr:g}{derived}, {end}{held}"
+
+
+def _memory(plan: Plan) -> str:
+    m = plan.memory
+    if m.device is None:
+        return f"unknown: {m.why}"
+    verdict = {True: "fits", False: "DOES NOT FIT", None: "capacity unknown"}[m.fits]
+    capacity = f" of {format_bytes(m.capacity)}" if m.capacity else ""
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in m.parts.items() if size)
+    return (
+        f"{verdict}: {format_bytes(m.device.high)}{capacity} per rank at most "
+        f"(expected {format_bytes(m.device.expected)}, low {format_bytes(m.device.low)})\n"
+        f"peak in {m.peak_phase}: {parts}"
+    )
+
+
+def _model(plan: Plan) -> str:
+    c, model = plan.cost, plan.recipe.model
+    name = model.architecture or model.factory or model.name or model.path or ""
+    if c.parameters is None:
+        return name
+    flops = f", {format_count(c.flops_per_step)} FLOP a step" if c.flops_per_step else ""
+    saved = f", {format_bytes(c.checkpoint_bytes)} a checkpoint" if c.checkpoint_bytes else ""
+    return f"{name}, {format_count(c.parameters)} parameters{flops}{saved}"
+
+
+def _advice(plan: Plan) -> str:
+    lines = []
+    for item in plan.advice:
+        change = " ".join(
+            f"{section}.{key}={_plain(value)}"
+            for section, values in item.change.items()
+            for key, value in values.items()
+        )
+        lines.append(f"{change}  -> {format_bytes(item.device_high)}: {item.why}")
+    return "\n".join(lines)
+
+
+def _plain(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

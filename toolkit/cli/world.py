@@ -1,0 +1,66 @@
+"""Reads what a plan needs to know of the world: prepared data, a model's config, host memory."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import DataError, PlanError
+from toolkit.plan.resolve import World
+from toolkit.recipe.schema import Model, Recipe
+
+
+def read_world(recipe: Recipe) -> World:
+    """Everything cheap to look at; nothing is downloaded, tokenised or imported."""
+    facts: dict[str, Any] = {"problems": []}
+    try:
+        facts.update(_prepared(recipe))
+    except DataError as error:
+        facts["problems"].append(str(error))
+    if recipe.model.source in ("hub", "folder"):
+        facts["model_config"] = _model_config(recipe.model)
+    if recipe.model.factory:
+        from toolkit.data.factory import mentions_batchnorm
+
+        facts["factory_has_batchnorm"] = mentions_batchnorm(recipe.model.factory, recipe.project)
+    if recipe.cluster.gpu == "cpu":
+        facts["host_memory_bytes"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return World(**facts)
+
+
+def _prepared(recipe: Recipe) -> dict[str, Any]:
+    from toolkit.data.cache import cache_folder
+    from toolkit.data.card import read_card
+
+    folder = cache_folder(recipe.data, recipe.project)
+    card = read_card(folder)
+    if card is None:
+        return {}
+    return {
+        "samples": card.samples,
+        "validation_samples": card.validation_samples,
+        "fingerprint": card.fingerprint,
+        "cache": str(folder),
+    }
+
+
+def _model_config(model: Model) -> dict[str, Any] | None:
+    """config.json of a folder, or of a hub model that is in the local cache."""
+    if model.source == "folder":
+        assert model.path
+        file = Path(model.path) / "config.json"
+        if not file.is_file():
+            raise PlanError(f"model.path: {model.path} has no config.json")
+        return _read_config(file)
+    from huggingface_hub import try_to_load_from_cache
+
+    assert model.name
+    found = try_to_load_from_cache(model.name, "config.json")
+    return _read_config(Path(found)) if isinstance(found, str) else None
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except ValueError as error:
+        raise PlanError(f"{file}: not JSON: {error}") from None

@@ -1,0 +1,1 @@
+"""From files to prepared rows: tokenised once, packed, fingerprinted, memory-mapped."""

@@ -1,0 +1,39 @@
+"""The card of a prepared folder: what it holds, readable without numpy or torch."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+CARD_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a prepared folder holds; `fingerprint` depends on content alone, never on paths."""
+
+    version: int
+    task: str
+    fingerprint: str
+    samples: int
+    validation_samples: int
+    sequence_length: int | None
+    token_dtype: str | None
+    vocabulary: int | None
+    feature_shape: list[int] | None
+    classes: int | None
+    label_tokens: int
+    truncated: int
+    dropped: int
+
+    def write(self, folder: Path) -> None:
+        """Write card.json, the last file of a prepared folder."""
+        (folder / "card.json").write_text(json.dumps(asdict(self), indent=2))
+
+
+def read_card(folder: Path) -> Card | None:
+    """The card of a prepared folder; None where there is none of this version."""
+    try:
+        raw = json.loads((folder / "card.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return Card(**raw) if raw.get("version") == CARD_VERSION else None

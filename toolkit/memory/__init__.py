@@ -1,0 +1,1 @@
+"""Peak memory of one rank, before a GPU is booked."""

@@ -1,0 +1,1 @@
+"""The fact: batch, steps, order, schedule and memory, resolved. Pure; never imports torch."""

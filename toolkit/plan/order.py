@@ -1,0 +1,83 @@
+"""Which samples make step t: a keyed permutation of range(N) per epoch, seekable in O(1).
+
+A Feistel network on the grid Z_a × Z_b with a·b just above N; numbers that fall outside range(N)
+are encrypted again until they do not (cycle walking; Black and Rogaway 2002). Nothing depends on
+the split, on workers or on history, so resume is a seek.
+"""
+
+import hashlib
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+
+_ROUNDS = 8
+_SMALLEST_SIDE = 8
+_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+_SHIFTS = (np.uint64(31), np.uint64(29))
+
+
+def indices(seed: int, n: int, epoch: int, start: int, stop: int) -> Indices:
+    """Sample indices at places start..stop of one epoch's order: int64, shape [stop - start].
+
+    A bijection of range(n) for every (seed, epoch). Memory and time depend on stop - start alone.
+    """
+    if not 0 <= start <= stop <= n:
+        raise IndexError(f"places {start}..{stop} of {n} samples")
+    if n == 1:
+        return np.zeros(stop - start, dtype=np.int64)
+    left = max(_SMALLEST_SIDE, math.isqrt(n - 1) + 1)
+    right = max(_SMALLEST_SIDE, -(-n // left))
+    keys = _round_keys(seed, n, epoch)
+    result = _permute(np.arange(start, stop, dtype=np.uint64), left, right, keys)
+    outside = np.flatnonzero(result >= n)
+    while outside.size:
+        walked = _permute(result[outside], left, right, keys)
+        result[outside] = walked
+        outside = outside[walked >= n]
+    return result.astype(np.int64)
+
+
+def slot_indices(seed: int, n: int, first: int, end: int) -> Indices:
+    """Sample indices of slots first..end (exclusive), which may span epochs: int64."""
+    parts = []
+    while first < end:
+        epoch, place = divmod(first, n)
+        stop = min(n, place + end - first)
+        parts.append(indices(seed, n, epoch + 1, place, stop))
+        first += stop - place
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+def digest(step_indices: Indices) -> str:
+    """The first 16 hex digits of SHA-256 over a step's indices (int64 little-endian, slot order)."""
+    return hashlib.sha256(step_indices.astype("<i8").tobytes()).hexdigest()[:16]
+
+
+def _round_keys(seed: int, n: int, epoch: int) -> NDArray[np.uint64]:
+    material = hashlib.shake_256(f"drumline order 1/{seed}/{n}/{epoch}".encode())
+    return np.frombuffer(material.digest(8 * _ROUNDS), dtype="<u8").astype(np.uint64)
+
+
+def _permute(
+    places: NDArray[np.uint64], left: int, right: int, keys: NDArray[np.uint64]
+) -> NDArray[np.uint64]:
+    """One pass of the Feistel network over Z_left × Z_right."""
+    width, height = np.uint64(left), np.uint64(right)
+    high, low = np.divmod(places, height)
+    for number, key in enumerate(keys):
+        if number % 2:
+            low = (low + _mix(high, key)) % height
+        else:
+            high = (high + _mix(low, key)) % width
+    return high * height + low
+
+
+def _mix(values: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
+    """A 64-bit keyed hash of each value, less its top two bits so that a sum cannot overflow."""
+    mixed = (values ^ key) * _MIX[0]
+    mixed ^= mixed >> _SHIFTS[0]
+    mixed *= _MIX[1]
+    return (mixed ^ (mixed >> _SHIFTS[1])) >> np.uint64(2)

@@ -1,0 +1,362 @@
+"""`resolve(recipe, world) -> Plan`: a pure function from the wish to the fact."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from toolkit.errors import PlanError
+from toolkit.memory import closed_form
+from toolkit.plan import batch as batch_equation
+from toolkit.plan import identity, schedule
+from toolkit.plan.batch import Split
+from toolkit.plan.gpus import Gpu, find_gpu
+from toolkit.plan.invariance import batchnorm_warnings, split_invariance
+from toolkit.plan.model import (
+    PLAN_VERSION,
+    BatchFacts,
+    Bytes,
+    Cost,
+    DataFacts,
+    MemoryFacts,
+    Plan,
+    StepFacts,
+)
+from toolkit.plan.shapes import ModelShape, find_shape
+from toolkit.plan.steps import Clock
+from toolkit.recipe.schema import NodeRange, Recipe
+
+LAUNCHER_STRATEGIES = {
+    "torchrun": ("ddp", "fsdp"),
+    "accelerate": ("ddp", "fsdp"),
+    "deepspeed": ("ddp", "zero1", "zero2", "zero3"),
+}
+LARGEST_NODE = 8
+
+
+@dataclass(frozen=True)
+class World:
+    """What a plan needs to know of the world; the command line reads it and passes it in."""
+
+    model_config: dict[str, Any] | None = None
+    samples: int | None = None
+    validation_samples: int | None = None
+    fingerprint: str | None = None
+    cache: str | None = None
+    host_memory_bytes: int | None = None
+    factory_has_batchnorm: bool = False
+    problems: Sequence[str] = ()
+
+
+def resolve(recipe: Recipe, world: World = World()) -> Plan:
+    """The Plan of a recipe, or a PlanError that names the nearest legal recipe."""
+    gpu = find_gpu(recipe.cluster.gpu)
+    _check_strategy(recipe)
+    shape = _shape(recipe, world)
+    memory_of = _memory_function(recipe, shape, gpu, world)
+    split, warnings = batch_equation.solve(
+        recipe.batch, _cluster_gpus(recipe), lambda s: memory_of(s).fits
+    )
+    nodes, per_node = _layout(recipe, split.gpus)
+    resolved = _fill(recipe, split, nodes, per_node)
+    steps, clock = _steps(recipe, split, world)
+    curve = _curve(recipe, split, steps)
+    memory = memory_of(split)
+    warnings += world.problems
+    if memory.method == "unknown":
+        warnings.append(f"memory is not known: {memory.why}")
+    return Plan(
+        plan_version=PLAN_VERSION,
+        recipe=resolved,
+        recipe_sha256=identity.recipe_sha256(resolved),
+        training_sha256=identity.training_sha256(resolved),
+        split_invariance=split_invariance(resolved, shape, world.factory_has_batchnorm),
+        batch=BatchFacts(
+            split.effective,
+            split.per_device,
+            split.gpus,
+            split.accumulation,
+            recipe.batch.remainder,
+            nodes,
+        ),
+        steps=steps,
+        memory=memory,
+        schedule=curve,
+        cost=_cost(resolved, split, shape),
+        data=DataFacts(world.fingerprint, world.cache, world.validation_samples),
+        advice=[],
+        warnings=warnings
+        + batchnorm_warnings(resolved, split, world.factory_has_batchnorm)
+        + _step_warnings(split, clock),
+    )
+
+
+def _check_strategy(recipe: Recipe) -> None:
+    legal = LAUNCHER_STRATEGIES[recipe.launch.launcher]
+    if recipe.strategy.name not in legal:
+        table = " · ".join(f"{name}: {', '.join(s)}" for name, s in LAUNCHER_STRATEGIES.items())
+        raise PlanError(
+            f"strategy.name: {recipe.strategy.name} does not go with launcher "
+            f"{recipe.launch.launcher}. {table}"
+        )
+    if recipe.model.sync_batchnorm and recipe.cluster.gpu == "cpu":
+        raise PlanError(
+            "model.sync_batchnorm: torch's SyncBatchNorm needs a GPU, and cluster.gpu is cpu. "
+            "Nearest: sync_batchnorm false, or GroupNorm in the model"
+        )
+
+
+def _cluster_gpus(recipe: Recipe) -> int | None:
+    """GPUs that the cluster section states, when it states them."""
+    cluster = recipe.cluster
+    nodes = cluster.nodes.max if isinstance(cluster.nodes, NodeRange) else cluster.nodes
+    if nodes and cluster.gpus_per_node:
+        return nodes * cluster.gpus_per_node
+    return None
+
+
+def _layout(recipe: Recipe, gpus: int) -> tuple[int, int]:
+    """Nodes and GPUs per node; the node size must divide the GPU count."""
+    cluster = recipe.cluster
+    fixed_nodes = cluster.nodes if isinstance(cluster.nodes, int) else None
+    per_node = cluster.gpus_per_node
+    if per_node is None:
+        per_node = gpus // fixed_nodes if fixed_nodes else min(gpus, LARGEST_NODE)
+    per_node = max(1, per_node)
+    if gpus % per_node or (fixed_nodes and gpus != fixed_nodes * per_node):
+        lower, upper = gpus // per_node * per_node, -(-gpus // per_node) * per_node
+        counts = " or ".join(str(n) for n in sorted({lower, upper}) if n)
+        if fixed_nodes:
+            raise PlanError(
+                f"cluster: {fixed_nodes} nodes × {per_node} gpus_per_node = "
+                f"{fixed_nodes * per_node}, not gpus {gpus}. Nearest: batch.gpus "
+                f"{fixed_nodes * per_node}; or cluster.nodes null"
+            )
+        smaller = max(d for d in range(1, per_node + 1) if gpus % d == 0)
+        raise PlanError(
+            f"cluster.gpus_per_node: {per_node} does not divide {gpus} gpus "
+            f"({gpus} / {per_node} = {gpus / per_node:.2f}). Nearest: gpus {counts}; "
+            f"or gpus_per_node {smaller}"
+        )
+    nodes = gpus // per_node
+    if isinstance(cluster.nodes, NodeRange) and not cluster.nodes.min <= nodes <= cluster.nodes.max:
+        raise PlanError(
+            f"cluster.nodes: {gpus} gpus / {per_node} gpus_per_node = {nodes} nodes, outside "
+            f"{cluster.nodes.min} to {cluster.nodes.max}"
+        )
+    return nodes, per_node
+
+
+def _fill(recipe: Recipe, split: Split, nodes: int, per_node: int) -> Recipe:
+    """The recipe with everything that was derived written in; it can be planned again by itself."""
+    batch = recipe.batch.model_copy(
+        update={
+            "effective": split.effective,
+            "per_device": split.per_device,
+            "gpus": split.gpus,
+            "accumulation": split.accumulation,
+        }
+    )
+    keep_range = isinstance(recipe.cluster.nodes, NodeRange)
+    cluster = recipe.cluster.model_copy(
+        update={
+            "gpus_per_node": per_node,
+            "nodes": recipe.cluster.nodes if keep_range else nodes,
+        }
+    )
+    update: dict[str, Any] = {"batch": batch, "cluster": cluster}
+    if recipe.evaluation and recipe.evaluation.per_device is None:
+        update["evaluation"] = recipe.evaluation.model_copy(update={"per_device": split.per_device})
+    return recipe.model_copy(update=update)
+
+
+def _steps(recipe: Recipe, split: Split, world: World) -> tuple[StepFacts, Clock | None]:
+    """Counts of optimizer steps; without the number of samples, what can be said."""
+    samples = world.samples if world.samples is not None else recipe.data.samples
+    if None not in (world.samples, recipe.data.samples) and world.samples != recipe.data.samples:
+        raise PlanError(
+            f"data.samples: {recipe.data.samples}, but the prepared data hold {world.samples}. "
+            f"Nearest: samples {world.samples}, or samples null"
+        )
+    duration, length = recipe.duration, recipe.data.sequence_length
+    tokens = split.effective * length if length else None
+    if samples is None:
+        if duration.steps is None:
+            key = "epochs" if duration.epochs else "tokens"
+            raise PlanError(
+                f"duration.{key}: the number of steps is unknown until the data are prepared. "
+                "Nearest: run `drumline prepare`, or state data.samples, or use duration.steps"
+            )
+        warmup = _warmup(recipe, duration.steps)
+        facts = (None, None, None, duration.steps, split.accumulation, None, tokens, warmup)
+        return StepFacts(*facts), None
+    limit = samples * duration.epochs if duration.epochs else None
+    clock = Clock(samples, split.effective, recipe.batch.remainder, limit)
+    if duration.steps:
+        total = duration.steps
+    elif duration.epochs:
+        total = clock.total_for_epochs(duration.epochs)
+    else:
+        assert duration.tokens and length
+        total = clock.total_for_samples(-(-duration.tokens // length))
+    start, stop = clock.slots(clock.steps_per_epoch)
+    row = split.per_device * split.gpus
+    widest = min(split.effective, samples) if recipe.batch.remainder != "carry" else split.effective
+    return StepFacts(
+        samples=samples,
+        per_epoch=clock.steps_per_epoch,
+        epochs=round(clock.consumed(total) / samples, 4)
+        if recipe.batch.remainder == "carry"
+        else round(total / clock.steps_per_epoch, 4),
+        total=total,
+        forwards_per_step=math.ceil(widest / row),
+        last_batch=stop - start,
+        tokens_per_step=tokens,
+        warmup=_warmup(recipe, total),
+    ), clock
+
+
+def _warmup(recipe: Recipe, total: int) -> int:
+    s = recipe.schedule
+    return schedule.resolve_warmup(s.warmup_steps, s.warmup_ratio, s.name, total)
+
+
+def _step_warnings(split: Split, clock: Clock | None) -> list[str]:
+    if clock is None or split.effective <= clock.samples or clock.remainder != "keep":
+        return []
+    return [
+        f"effective {split.effective} > {clock.samples} samples: every step takes all "
+        f"{clock.samples} (remainder: keep)"
+    ]
+
+
+def _curve(recipe: Recipe, split: Split, steps: StepFacts) -> schedule.Curve:
+    """The schedule with its peak rate scaled and its warm-up in steps."""
+    s, total = recipe.schedule, steps.total
+    warmup = steps.warmup
+    decay = max(1, round(s.decay_ratio * total))
+    if s.name == "wsd" and warmup + decay > total:
+        raise PlanError(
+            f"schedule: warm-up {warmup} + decay {decay} = {warmup + decay} > {total} steps. "
+            f"Nearest: decay_ratio {(total - warmup) / total:.3f}"
+        )
+    if s.unit == "epoch" and steps.per_epoch is None:
+        raise PlanError(
+            "schedule.unit: epoch needs the number of samples. Nearest: run `drumline prepare`, "
+            "or state data.samples, or use unit step"
+        )
+    return schedule.Curve(
+        name=s.name,
+        base_lr=recipe.optimizer.lr,
+        peak_lr=recipe.optimizer.lr * _lr_factor(recipe, split),
+        min_lr_ratio=s.min_lr_ratio,
+        total=total,
+        warmup_steps=warmup,
+        unit=s.unit,
+        cycles=s.cycles,
+        power=s.power,
+        decay_steps=decay,
+        start_ratio=s.start_ratio,
+        milestones=schedule.resolve_milestones(s.milestones, total),
+    )
+
+
+def _lr_factor(recipe: Recipe, split: Split) -> float:
+    """B / reference (linear; Goyal et al. 2017) or its square root; 1 without a rule."""
+    scaling = recipe.optimizer.lr_scaling
+    if scaling.rule == "none" or scaling.reference_batch is None:
+        return 1.0
+    ratio = split.effective / scaling.reference_batch
+    return ratio if scaling.rule == "linear" else math.sqrt(ratio)
+
+
+def _shape(recipe: Recipe, world: World) -> ModelShape | None:
+    """The model's widths, when its architecture is known."""
+    model = recipe.model
+    if model.source == "config":
+        assert model.architecture is not None
+        return find_shape(model.architecture, model.config)
+    if world.model_config is not None:
+        architecture = str(world.model_config.get("model_type", ""))
+        return find_shape(architecture, {**world.model_config, **model.config})
+    return None
+
+
+def _memory_function(recipe: Recipe, shape: ModelShape | None, gpu: Gpu, world: World) -> Any:
+    """Split -> MemoryFacts, with everything else of the recipe held fixed."""
+
+    def unknown(split: Split, why: str) -> MemoryFacts:
+        capacity = _capacity(gpu, split, world)
+        return MemoryFacts(
+            "bytes per rank", {}, None, None, None, capacity, None, "unknown", None, why
+        )
+
+    def memory(split: Split) -> MemoryFacts:
+        if shape is None:
+            name = recipe.model.architecture or recipe.model.factory or recipe.model.source
+            return unknown(split, f"no closed form for {name}")
+        length = recipe.data.sequence_length
+        if length is None:
+            return unknown(split, "data.sequence_length is not set")
+        capacity = _capacity(gpu, split, world)
+        peak = closed_form.estimate(_load(recipe, shape, split, length), gpu)
+        fits = None if capacity is None else peak.device.high <= capacity
+        return MemoryFacts(
+            unit="bytes per rank",
+            parts=peak.parts,
+            allocated=_bytes(peak.allocated),
+            reserved=_bytes(peak.reserved),
+            device=_bytes(peak.device),
+            capacity=capacity,
+            fits=fits,
+            method="closed-form",
+            peak_phase=peak.phase,
+            why="closed form; states exact, activations 0.9 to 1.15 × the expected value",
+        )
+
+    return memory
+
+
+def _capacity(gpu: Gpu, split: Split, world: World) -> int | None:
+    if not gpu.is_cpu:
+        return gpu.memory_bytes
+    return None if world.host_memory_bytes is None else world.host_memory_bytes // split.gpus
+
+
+def _bytes(three: closed_form.Range) -> Bytes:
+    return Bytes(three.low, three.expected, three.high)
+
+
+def _load(recipe: Recipe, shape: ModelShape, split: Split, length: int) -> closed_form.Load:
+    per_node = recipe.cluster.gpus_per_node or min(split.gpus, LARGEST_NODE)
+    node_only = recipe.strategy.shard == "node"
+    return closed_form.Load(
+        shape=shape,
+        per_device=split.per_device,
+        sequence_length=length,
+        ranks=split.gpus,
+        nodes=max(1, split.gpus // per_node),
+        shard_ranks=min(per_node, split.gpus) if node_only else split.gpus,
+        strategy=recipe.strategy.name,
+        precision=recipe.precision,
+        optimizer=recipe.optimizer.name,
+        momentum=recipe.optimizer.momentum > 0,
+        foreach=recipe.optimizer.implementation == "foreach",
+        checkpointing=recipe.model.activation_checkpointing == "full",
+        eager_attention=recipe.model.attention == "eager",
+        chunked_loss=recipe.loss.chunked,
+    )
+
+
+def _cost(recipe: Recipe, split: Split, shape: ModelShape | None) -> Cost:
+    """Parameters, FLOPs of one optimizer step on all ranks, bytes of one checkpoint."""
+    if shape is None:
+        return Cost(None, None, None)
+    length = recipe.data.sequence_length
+    width = 2 if recipe.precision == "bf16-pure" else 4
+    moments = {"sgd": int(recipe.optimizer.momentum > 0)}.get(recipe.optimizer.name, 2)
+    return Cost(
+        shape.parameters,
+        split.effective * shape.flops_per_sample(length) if length else None,
+        shape.parameters * width * (1 + moments),
+    )

@@ -1,0 +1,50 @@
+"""Another number or kind of GPUs at the same effective batch."""
+
+from toolkit.errors import PlanError
+from toolkit.plan.batch import Split, resplit
+from toolkit.plan.resolve import LARGEST_NODE, World, resolve
+from toolkit.recipe.schema import Recipe
+from toolkit.units import divisors
+
+
+def on_gpus(recipe: Recipe, gpus: int | None, gpu: str | None, world: World) -> Recipe:
+    """The recipe on `gpus` devices of kind `gpu` (None: as it is).
+
+    Keeps per_device where it divides and fits, else the largest smaller one that does; where none
+    fits, the largest that divides, and the plan then says that it does not fit.
+    """
+    split = resolve(recipe, world).batch.split
+    wanted = resplit(split, gpus or split.gpus)
+    rest = wanted.per_device * wanted.accumulation
+    smaller = [b for b in divisors(rest) if b <= wanted.per_device]
+    moved = [_moved(recipe, Split(b, wanted.gpus, rest // b), gpu) for b in reversed(smaller)]
+    for candidate in moved:
+        if resolve(candidate, world).memory.fits is not False:
+            return candidate
+    return moved[0]
+
+
+def _moved(recipe: Recipe, split: Split, gpu: str | None) -> Recipe:
+    per_node = recipe.cluster.gpus_per_node or LARGEST_NODE
+    if split.gpus % min(per_node, split.gpus):
+        whole = split.gpus // per_node * per_node
+        raise PlanError(
+            f"--gpus {split.gpus}: more than one node of {per_node}, and {per_node} does not divide "
+            f"{split.gpus}. Nearest: {whole} or {whole + per_node}; or cluster.gpus_per_node"
+        )
+    batch = recipe.batch.model_copy(
+        update={
+            "effective": split.effective,
+            "per_device": split.per_device,
+            "gpus": split.gpus,
+            "accumulation": split.accumulation,
+        }
+    )
+    cluster = recipe.cluster.model_copy(
+        update={
+            "gpu": gpu or recipe.cluster.gpu,
+            "gpus_per_node": min(per_node, split.gpus),
+            "nodes": None,
+        }
+    )
+    return recipe.model_copy(update={"batch": batch, "cluster": cluster})

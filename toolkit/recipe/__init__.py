@@ -1,0 +1,1 @@
+"""The wish: what a person writes, validated. Pure; never imports torch."""

@@ -1,0 +1,178 @@
+"""From YAML files and `key.path=value` overrides to a validated Recipe."""
+
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from toolkit.errors import RecipeError
+from toolkit.recipe import catalogue, yaml12
+from toolkit.recipe.schema import Recipe
+
+PATH_KEYS = (("data", "path"), ("data", "tokenizer"), ("model", "path"))
+
+
+def load_recipe(where: str, overrides: list[str] | None = None) -> Recipe:
+    """Read a file or a shipped recipe's name, apply `extends:` and overrides, validate."""
+    path = catalogue.find(where)
+    raw = _read_mapping(path)
+    base_name = raw.pop("extends", None)
+    if base_name is not None:
+        raw = merge(_read_base(path, base_name), raw)
+    cwd = Path.cwd()
+    for override in overrides or []:
+        raw = merge(raw, _absolute_paths(parse_override(override), cwd))
+    if _names_a_factory(raw):
+        raw.setdefault("project", str(path.resolve().parent))
+    return validate(raw, str(path))
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Mappings merge key by key, everything else (lists too) is replaced."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        result[key] = merge(old, value) if both else value  # type: ignore[arg-type]
+    return result
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`optimizer.lr=1e-3` as a nested mapping, the value read as YAML."""
+    key, equals, value = text.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise RecipeError(f"override {text!r}: expected key.path=value, such as optimizer.lr=1e-3")
+    try:
+        result = yaml12.parse(value)
+    except RecipeError as error:
+        raise RecipeError(f"override {text!r}: {error}") from None
+    for part in reversed(parts):
+        result = {part: result}
+    return result  # type: ignore[no-any-return]
+
+
+def validate(raw: dict[str, Any], origin: str) -> Recipe:
+    """The Recipe of a plain mapping; every problem in one message, each with its path and value."""
+    if isinstance(raw.get("strategy"), dict) and "parallel" in str(raw["strategy"].get("name", "")):
+        raise RecipeError(
+            f"{origin}: strategy.name: {raw['strategy']['name']!r}: drumline splits the batch only; "
+            "tensor and pipeline parallelism are not offered. Nearest: fsdp"
+        )
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors(include_url=False)]
+        raise RecipeError("\n".join(f"{origin}: {line}" for line in lines)) from None
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        raw = yaml12.parse(text)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
+    if not isinstance(raw, dict):
+        found = "is empty" if raw is None else f"holds a {type(raw).__name__}"
+        raise RecipeError(f"{path}: {found}; a recipe is a mapping that begins with `recipe:`")
+    return _absolute_paths(raw, path.resolve().parent)
+
+
+def _read_base(path: Path, base_name: Any) -> dict[str, Any]:
+    if not isinstance(base_name, str):
+        raise RecipeError(f"{path}: extends: {base_name!r} is not a file or a recipe's name")
+    sibling = path.parent / base_name
+    base = _read_mapping(sibling if sibling.is_file() else catalogue.find(base_name))
+    if "extends" in base:
+        raise RecipeError(
+            f"{path}: extends: {base_name} itself extends {base['extends']}; one level is the limit"
+        )
+    return base
+
+
+def _names_a_factory(raw: dict[str, Any]) -> bool:
+    sections = (raw.get("model"), raw.get("data"))
+    return any(isinstance(section, dict) and "factory" in section for section in sections)
+
+
+def _absolute_paths(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Relative paths count from the recipe's folder (in overrides: from the current one)."""
+    result = dict(raw)
+    for section, key in PATH_KEYS:
+        values = result.get(section)
+        if isinstance(values, dict) and key in values:
+            result[section] = {**values, key: _absolute(key, values[key], folder)}
+    if isinstance(result.get("project"), str):
+        result["project"] = str(folder / Path(result["project"]).expanduser())
+    return result
+
+
+def _absolute(key: str, value: Any, folder: Path) -> Any:
+    if isinstance(value, list):
+        return [_absolute(key, item, folder) for item in value]
+    if not isinstance(value, str) or (key == "tokenizer" and not value.startswith((".", "~", "/"))):
+        return value
+    return str(folder / Path(value).expanduser())
+
+
+def _explain(item: Any) -> str:
+    """One pydantic error in the house's form: path, value, what is wrong, nearest legal fix."""
+    loc = [str(part) for part in item["loc"] if part not in ("int", "NodeRange")]
+    path = ".".join(loc)
+    value, kind = item["input"], item["type"]
+    if kind == "extra_forbidden":
+        section = _section_at(loc[:-1])
+        return f"{path}: unknown key{_did_you_mean(loc[-1], _keys(section), 'keys here')}"
+    if kind == "missing":
+        return f"{path}: missing; the recipe needs it"
+    if kind == "literal_error":
+        legal = [str(choice) for choice in _literals(loc)] or [item["ctx"]["expected"]]
+        return (
+            f"{path}: {value!r} is not one of the choices{_did_you_mean(value, legal, 'choices')}"
+        )
+    message = item["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{path}: {message}" if path else message
+    return f"{path}: {value!r}: {message[0].lower()}{message[1:]}"
+
+
+def _section_at(loc: list[str]) -> type[BaseModel] | None:
+    section: Any = Recipe
+    for part in loc:
+        field = next((f for n, f in section.model_fields.items() if (f.alias or n) == part), None)
+        candidates = [field.annotation, *get_args(field.annotation)] if field else []
+        section = next((c for c in candidates if _is_section(c)), None)
+        if section is None:
+            return None
+    return section  # type: ignore[no-any-return]
+
+
+def _is_section(candidate: Any) -> bool:
+    return isinstance(candidate, type) and issubclass(candidate, BaseModel)
+
+
+def _keys(section: type[BaseModel] | None) -> list[str]:
+    if section is None:
+        return []
+    keys = [field.alias or name for name, field in section.model_fields.items()]
+    return [*keys, "extends"] if section is Recipe else keys
+
+
+def _literals(loc: list[str]) -> list[Any]:
+    section = _section_at(loc[:-1])
+    field = section.model_fields.get(loc[-1]) if section else None
+    return list(get_args(field.annotation)) if field else []
+
+
+def _did_you_mean(word: Any, legal: list[str], noun: str) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(str(word), legal, n=1, cutoff=0.6)
+    if close:
+        return f". Did you mean {close[0]!r}?"
+    return f" ({noun}: {', '.join(legal)})" if legal else ""

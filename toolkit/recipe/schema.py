@@ -1,0 +1,359 @@
+"""The recipe's keys, their types and the rules that one section can check alone.
+
+Everything is strict and frozen: an unknown key, a float where a count is meant, or a string where
+a number is meant is refused. Rules that join sections (the batch equation, the strategy table)
+live in `toolkit.plan`.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Ratio = Annotated[float, Field(ge=0, le=1)]
+Slug = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)]
+FactoryName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*:[A-Za-z_]\w*$")]
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys refused, values never converted, immutable."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, defer_build=True, validate_default=False
+    )
+
+
+class Model(Section):
+    """Which network; `architecture` and its config fields are those of transformers."""
+
+    source: Literal["config", "hub", "folder", "factory"]
+    architecture: str | None = None
+    config: dict[str, Any] = {}
+    name: str | None = None
+    path: str | None = None
+    factory: FactoryName | None = None
+    attention: Literal["sdpa", "eager", "flash"] = "sdpa"
+    activation_checkpointing: Literal["none", "full"] = "none"
+    sync_batchnorm: bool = False
+    compile: bool = False
+
+    @model_validator(mode="after")
+    def _source_has_its_key(self) -> Self:
+        needed = {"config": "architecture", "hub": "name", "folder": "path", "factory": "factory"}
+        _require_only(self, "source", self.source, needed)
+        return self
+
+
+class Data(Section):
+    """Where the samples come from and how they become rows."""
+
+    source: Literal["builtin", "files", "hub", "factory"]
+    name: str | None = None
+    path: str | list[str] | None = None
+    factory: FactoryName | None = None
+    options: dict[str, Any] = {}
+    split: str = "train"
+    task: Literal["causal_lm", "sft", "classification"]
+    text_field: str = "text"
+    prompt_field: str = "prompt"
+    completion_field: str = "completion"
+    label_field: str = "label"
+    tokenizer: str = "bytes"
+    sequence_length: Count | None = None
+    samples: Count | None = None
+    validation: Fraction = 0.0
+
+    @model_validator(mode="after")
+    def _source_has_its_key(self) -> Self:
+        _require_only(
+            self,
+            "source",
+            self.source,
+            {"builtin": "name", "files": "path", "hub": "name", "factory": "factory"},
+        )
+        if self.task != "classification" and self.sequence_length is None:
+            raise ValueError(f"task {self.task} needs sequence_length, in tokens")
+        return self
+
+
+class Batch(Section):
+    """The equation effective = per_device × gpus × accumulation; what is left out is solved."""
+
+    effective: Count | None = None
+    per_device: Count | None = None
+    gpus: Count | None = None
+    accumulation: Count | None = None
+    remainder: Literal["keep", "drop", "carry"] = "keep"
+    weighting: Literal["token", "sample"] = "token"
+
+
+class NodeRange(Section):
+    """How many nodes a run may get from a scheduler."""
+
+    min: Count
+    max: Count
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
+
+
+class Cluster(Section):
+    """The kind of device and how many of them a node has."""
+
+    gpu: str = "cpu"
+    gpus_per_node: Count | None = None
+    nodes: Count | NodeRange | None = None
+
+
+class Strategy(Section):
+    """How parameters, gradients and optimizer state are laid over the ranks."""
+
+    name: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
+    shard: Literal["all", "node"] = "all"
+
+    @model_validator(mode="after")
+    def _shard_is_for_fsdp(self) -> Self:
+        if self.shard == "node" and self.name != "fsdp":
+            raise ValueError(f"shard: node belongs to strategy fsdp, not {self.name}")
+        return self
+
+
+class LrScaling(Section):
+    """Derive the peak rate from a reference batch: lr × B/ref (linear) or lr × sqrt(B/ref)."""
+
+    rule: Literal["none", "linear", "sqrt"] = "none"
+    reference_batch: Count | None = None
+
+    @model_validator(mode="after")
+    def _rule_has_its_reference(self) -> Self:
+        if (self.rule == "none") != (self.reference_batch is None):
+            raise ValueError(
+                f"rule {self.rule} {'takes no' if self.rule == 'none' else 'needs a'} "
+                f"reference_batch (it is {self.reference_batch})"
+            )
+        return self
+
+
+class Optimizer(Section):
+    """The update rule. Weight decay acts on tensors of two or more dimensions only."""
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: Positive
+    weight_decay: NonNegative = 0.0
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    eps: Positive = 1e-8
+    momentum: Fraction = 0.0
+    nesterov: bool = False
+    max_grad_norm: Positive | None = 1.0
+    implementation: Literal["fused", "foreach"] = "fused"
+    lr_scaling: LrScaling = LrScaling()
+
+    @model_validator(mode="after")
+    def _keys_belong_to_the_rule(self) -> Self:
+        adam_only, sgd_only = {"betas", "eps"}, {"momentum", "nesterov"}
+        foreign = (adam_only if self.name == "sgd" else sgd_only) & self.model_fields_set
+        changed = sorted(
+            key for key in foreign if getattr(self, key) != type(self).model_fields[key].default
+        )
+        if changed:
+            raise ValueError(f"{', '.join(changed)} has no meaning for {self.name}")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs momentum above 0")
+        return self
+
+
+class Loss(Section):
+    """How the cross-entropy is computed; chunked never holds all logits at once."""
+
+    chunked: bool = False
+
+
+class Schedule(Section):
+    """The learning rate as a function of the optimizer step; shapes in `plan/schedule.py`."""
+
+    name: Literal[
+        "constant",
+        "linear",
+        "cosine",
+        "cosine_restarts",
+        "polynomial",
+        "inverse_sqrt",
+        "wsd",
+        "one_cycle",
+        "piecewise",
+    ] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_ratio: Fraction | None = None
+    min_lr_ratio: Ratio = 0.0
+    unit: Literal["step", "epoch"] = "step"
+    cycles: Count = 1
+    power: Positive = 1.0
+    decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.2
+    start_ratio: Ratio = 0.04
+    milestones: dict[str, Ratio] = {}
+
+    @model_validator(mode="after")
+    def _keys_belong_to_the_shape(self) -> Self:
+        owner = {
+            "cycles": "cosine_restarts",
+            "power": "polynomial",
+            "decay_ratio": "wsd",
+            "start_ratio": "one_cycle",
+            "milestones": "piecewise",
+        }
+        for key, name in owner.items():
+            default = type(self).model_fields[key].default
+            if name != self.name and getattr(self, key) != default:
+                raise ValueError(f"{key} belongs to schedule {name}, not {self.name}")
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} and warmup_ratio {self.warmup_ratio} "
+                "exclude each other; keep one"
+            )
+        if self.name == "piecewise":
+            _check_milestones(self.milestones)
+        return self
+
+
+class Duration(Section):
+    """How long to train: exactly one of steps, epochs, tokens (the first step that reaches it)."""
+
+    steps: Count | None = None
+    epochs: Count | None = None
+    tokens: Count | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        given = [key for key in ("steps", "epochs", "tokens") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"exactly one of steps, epochs, tokens; given: {', '.join(given) or 'none'}"
+                + (" (set the other to null)" if given else "")
+            )
+        return self
+
+
+class Evaluation(Section):
+    """Loss over the validation rows, every n optimizer steps and after the last one."""
+
+    every_steps: Count
+    per_device: Count | None = None
+
+
+class EarlyStopping(Section):
+    """Stop when the metric has not improved by min_delta for `patience` evaluations."""
+
+    metric: Literal["eval/loss", "eval/accuracy"] = "eval/loss"
+    mode: Literal["min", "max"] = "min"
+    patience: Count = 5
+    min_delta: NonNegative = 0.0
+
+
+class Checkpoint(Section):
+    """When to save and what to keep: the last n, the best n, and every k-th step for good."""
+
+    every_steps: Count | None = None
+    every_minutes: Positive | None = None
+    keep_last: Count = 2
+    keep_best: Annotated[int, Field(ge=0)] = 1
+    keep_every: Count | None = None
+    asynchronous: bool = Field(default=True, alias="async")
+
+
+class Launch(Section):
+    """Who starts the processes and how stubborn the supervisor is."""
+
+    launcher: Literal["torchrun", "accelerate", "deepspeed"] = "torchrun"
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    hang_timeout_s: Positive = 600.0
+
+
+class Wandb(Section):
+    """Weights & Biases: project and mode; keys and tokens never stand in a recipe."""
+
+    project: str
+    mode: Literal["online", "offline"] = "offline"
+
+
+class Logging(Section):
+    """How often metrics are flushed and shown, and which trackers get them."""
+
+    every_steps: Count = 10
+    wandb: Wandb | None = None
+
+
+class Recipe(Section):
+    """One training, as wished: fields may be unset until `toolkit.plan` resolves them.
+
+    `project` is the folder that holds the recipe's own code (factories); default: the recipe's.
+    """
+
+    recipe: Slug
+    schema_version: Literal[1] = Field(alias="schema")
+    description: str = ""
+    project: str | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    model: Model
+    data: Data
+    batch: Batch
+    cluster: Cluster = Cluster()
+    strategy: Strategy = Strategy()
+    precision: Literal["fp32", "bf16", "bf16-pure", "fp16"] = "fp32"
+    optimizer: Optimizer
+    loss: Loss = Loss()
+    schedule: Schedule = Schedule()
+    duration: Duration
+    evaluation: Evaluation | None = None
+    early_stopping: EarlyStopping | None = None
+    checkpoint: Checkpoint = Checkpoint()
+    launch: Launch = Launch()
+    logging: Logging = Logging()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        if self.early_stopping and not self.evaluation:
+            raise ValueError("early_stopping needs an evaluation section")
+        if self.evaluation and self.data.validation == 0 and self.data.source != "factory":
+            raise ValueError("evaluation needs data.validation above 0, such as 0.01")
+        by_accuracy = self.early_stopping and self.early_stopping.metric == "eval/accuracy"
+        if by_accuracy and self.data.task != "classification":
+            raise ValueError(
+                f"early_stopping.metric eval/accuracy needs task classification, "
+                f"not {self.data.task}"
+            )
+        if self.duration.tokens and self.data.task != "causal_lm":
+            raise ValueError(f"duration.tokens needs task causal_lm, not {self.data.task}")
+        if self.loss.chunked and self.data.task == "classification":
+            raise ValueError("loss.chunked is for causal_lm and sft, not classification")
+        return self
+
+
+def _require_only(section: Section, key: str, chosen: str, needed: dict[str, str]) -> None:
+    """The field that the chosen source needs is set, and no other source's field is."""
+    if getattr(section, needed[chosen]) is None:
+        raise ValueError(f"{key} {chosen} needs {needed[chosen]}")
+    foreign = {field for field in needed.values() if field != needed[chosen]}
+    extra = sorted(field for field in foreign if getattr(section, field) is not None)
+    if extra:
+        raise ValueError(f"{key} {chosen} does not take {', '.join(extra)}")
+
+
+def _check_milestones(milestones: dict[str, float]) -> None:
+    """Piecewise keys are fractions of the run or steps, ascending: {"0.5": 0.1} or {"1000": 0.1}."""
+    if not milestones:
+        raise ValueError('piecewise needs milestones, such as {"0.5": 0.1, "0.75": 0.01}')
+    try:
+        places = [float(place) for place in milestones]
+    except ValueError:
+        raise ValueError(f"milestones: {list(milestones)} must be numbers in quotes") from None
+    if places != sorted(places) or any(place <= 0 for place in places):
+        raise ValueError(f"milestones: {places} must ascend from above 0")
+    fractions = [place < 1 for place in places]
+    if any(fractions) and not all(fractions):
+        raise ValueError(f"milestones: {places} mixes fractions of the run with steps")

@@ -1,0 +1,1 @@
+"""A run folder: what ran, how it was started, and how it ended."""

@@ -1,0 +1,113 @@
+"""The run folder: created exclusively, found again, and what lies where in it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import RunError, RunFolderError
+from toolkit.plan.model import Plan, read_plan
+from toolkit.recipe import yaml12
+from toolkit.recipe.schema import Recipe
+from toolkit.runs.files import write_atomically, write_json
+
+
+class RunFolder:
+    """Paths and small files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.record_file = path / "record.json"
+        self.recipe_file = path / "recipe.yaml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+
+    def plan_file(self, attempt: int) -> Path:
+        """The plan that the workers of an attempt read."""
+        return self.path / f"plan-{attempt}.json"
+
+    def logs(self, attempt: int) -> Path:
+        """The folder of an attempt's logs and outcome files."""
+        return self.path / "logs" / f"attempt-{attempt}"
+
+    def read_record(self) -> dict[str, Any]:
+        """record.json; RunError where it is none."""
+        try:
+            return json.loads(self.record_file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.record_file}: cannot be read: {error}") from None
+
+    def write_record(self, record: dict[str, Any]) -> None:
+        """Replace record.json."""
+        write_json(self.record_file, record)
+
+    def latest_plan(self) -> Plan:
+        """The plan of the newest attempt."""
+        attempts = len(self.read_record()["attempts"])
+        return read_plan(self.plan_file(attempts - 1).read_text(encoding="utf-8"))
+
+    def add_attempt(self, plan: Plan, entry: dict[str, Any]) -> int:
+        """Write an attempt's plan and its entry in the record; its number."""
+        record = self.read_record()
+        number = len(record["attempts"])
+        write_atomically(self.plan_file(number), plan.to_json() + "\n")
+        self.logs(number).mkdir(parents=True)
+        record["attempts"].append({"number": number, **entry})
+        self.write_record(record)
+        return number
+
+    def end_attempt(self, number: int, **facts: Any) -> None:
+        """Add how an attempt ended to its entry."""
+        record = self.read_record()
+        record["attempts"][number].update(facts)
+        record["outcome"] = facts.get("outcome")
+        self.write_record(record)
+
+
+def check_new(run_dir: Path) -> None:
+    """RunFolderError unless the folder is new or empty."""
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        holds_run = (run_dir / "record.json").is_file()
+        what = "holds a run" if holds_run else "is not an empty folder"
+        resume = f"`drumline resume {run_dir}` to go on, or " if holds_run else ""
+        raise RunFolderError(f"--run-dir {run_dir}: {what}. Nearest: {resume}another --run-dir")
+
+
+def create(recipe: Recipe, run_dir: Path | None) -> RunFolder:
+    """A new run folder: `runs/<recipe>-<n>`, or run_dir, which must be new or empty."""
+    if run_dir is not None:
+        check_new(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir.resolve()
+    else:
+        path = _next_numbered(Path.cwd() / "runs", recipe.recipe)
+    folder = RunFolder(path)
+    folder.checkpoints.mkdir()
+    write_atomically(folder.recipe_file, yaml12.dump(recipe.model_dump(by_alias=True)))
+    return folder
+
+
+def _next_numbered(parent: Path, name: str) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
+    taken = [p.name.removeprefix(f"{name}-") for p in parent.glob(f"{name}-*")]
+    number = max((int(t) for t in taken if t.isdigit()), default=0) + 1
+    while True:
+        path = parent / f"{name}-{number}"
+        try:
+            path.mkdir()
+        except FileExistsError:
+            number += 1
+            continue
+        return path
+
+
+def open_run(path: Path) -> RunFolder:
+    """An existing run folder; an error that says what the path is otherwise."""
+    if (path / "record.json").is_file():
+        return RunFolder(path.resolve())
+    if not path.exists():
+        what = "does not exist"
+    elif (path / "manifest.json").is_file() and (path.parent.parent / "record.json").is_file():
+        what = f"is a checkpoint. Nearest: {path.parent.parent}"
+    else:
+        what = "is not a run folder (no record.json)"
+    raise RunFolderError(f"{path}: {what}")

@@ -1,0 +1,88 @@
+"""What a person sees while a run goes on: a bar on a terminal, plain lines otherwise."""
+
+import json
+import sys
+import time
+from typing import Any
+
+from toolkit.runs.folder import RunFolder
+from toolkit.units import format_duration
+
+
+class Progress:
+    """Follows metrics.jsonl from where it stands; call it as often as you like."""
+
+    def __init__(self, total: int, show: bool = True) -> None:
+        self._total, self._show = total, show
+        self._offset = 0
+        self._first_step: int | None = None
+        self._started = time.monotonic()
+        self._evaluation = ""
+        self._bar: Any = None
+        if show and sys.stderr.isatty():
+            self._bar = self._make_bar()
+
+    def __call__(self, folder: RunFolder) -> None:
+        """Show what is new."""
+        latest = None
+        for line in self._new_lines(folder):
+            if "eval/loss" in line:
+                self._evaluation = f"validation {line['eval/loss']:.4f}"
+                if self._show and self._bar is None:
+                    print(f"step {line['step']:,}: {self._evaluation}", file=sys.stderr)
+            else:
+                latest = line
+        if latest and self._show:
+            self._tell(latest)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar:
+            self._bar.stop()
+
+    def _new_lines(self, folder: RunFolder) -> list[dict[str, Any]]:
+        try:
+            with folder.metrics_file.open(encoding="utf-8") as file:
+                file.seek(0, 2)
+                self._offset = min(self._offset, file.tell())
+                file.seek(self._offset)
+                text = file.read()
+        except OSError:
+            return []
+        whole, _, _ = text.rpartition("\n")
+        self._offset += len(whole.encode()) + 1 if whole else 0
+        return [json.loads(line) for line in whole.split("\n") if line]
+
+    def _tell(self, line: dict[str, Any]) -> None:
+        step = line["step"]
+        if self._first_step is None:
+            self._first_step, self._started = step, time.monotonic()
+        done = step - self._first_step
+        seconds = time.monotonic() - self._started
+        left = format_duration((self._total - step) * seconds / done) if done else "?"
+        loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
+        rate = f"{line['samples_per_s']:,.0f} samples/s"
+        if self._bar:
+            words = f"loss {loss}  lr {line['lr']:.2e}  {rate}  {self._evaluation}"
+            self._bar.update(self._bar.task_ids[0], completed=step, words=words, left=left)
+        else:
+            print(
+                f"step {step:,}/{self._total:,}  loss {loss}  lr {line['lr']:.2e}  {rate}  "
+                f"{left} left",
+                file=sys.stderr,
+            )
+
+    def _make_bar(self) -> Any:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as RichProgress
+
+        bar = RichProgress(
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[words]}  {task.fields[left]} left"),
+            console=Console(stderr=True),
+        )
+        bar.add_task("", total=self._total, words="starting", left="?")
+        bar.start()
+        return bar

@@ -1,0 +1,1 @@
+"""What runs in a worker: the only package (with memory/trace.py) that imports torch."""

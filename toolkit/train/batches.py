@@ -1,0 +1,154 @@
+"""The micro-batches of a rank, step after step, read ahead in a thread.
+
+`StepReader` turns the plan's order into arrays; nothing here depends on history, so a resumed run
+reads step t without having read the steps before it.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from toolkit.data.rows import IGNORED, Arrays, Rows
+from toolkit.plan import order, steps
+from toolkit.plan.model import Plan
+
+READ_AHEAD_STEPS = 2
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward of one rank: tensors on the host, and the first slot, which seeds dropout.
+
+    A rank without a sample gets a dummy row of the same step whose targets do not count.
+    """
+
+    tensors: dict[str, Tensor]
+    first_slot: int
+    is_dummy: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """All that a rank needs for one optimizer step; `weight` is W of the whole effective batch."""
+
+    number: int
+    epoch: int
+    samples: int
+    tokens: int
+    weight: float
+    digest: str
+    micro_batches: list[MicroBatch]
+
+
+class StepReader:
+    """Builds steps of one rank from the prepared rows."""
+
+    def __init__(self, plan: Plan, rows: Rows, rank: int, pin: bool = False) -> None:
+        self._plan, self._rows, self._rank, self._pin = plan, rows, rank, pin
+        self._clock = plan.clock()
+        self._by_sample = plan.recipe.batch.weighting == "sample"
+
+    def step_indices(self, number: int) -> NDArray[np.int64]:
+        """The samples of a step in slot order, on every rank the same."""
+        first, end = self._clock.slots(number)
+        return order.slot_indices(self._plan.recipe.seed, self._clock.samples, first, end)
+
+    def read(self, number: int) -> Step:
+        """One step: its facts, and this rank's micro-batches."""
+        indices = self.step_indices(number)
+        counts = self._rows.counts[indices]
+        batch, first_slot = self._plan.batch, self._clock.slots(number)[0]
+        micro_batches = [
+            self._micro_batch(indices, start, stop, first_slot)
+            for start, stop in steps.share(len(indices), batch.per_device, batch.gpus, self._rank)
+        ]
+        return Step(
+            number=number,
+            epoch=self._clock.epoch(number),
+            samples=len(indices),
+            tokens=int(counts.sum()),
+            weight=float(len(indices) if self._by_sample else counts.sum()),
+            digest=order.digest(indices),
+            micro_batches=micro_batches,
+        )
+
+    def widest(self) -> MicroBatch:
+        """The largest micro-batch shape of the run, for warm-up passes; it carries no weight."""
+        count = min(self._plan.batch.per_device, len(self._rows))
+        arrays = self._rows.collate(np.zeros(count, dtype=np.int64))
+        length = self._plan.recipe.data.sequence_length
+        if length and "input_ids" in arrays:
+            arrays = {k: _widen(v, length) if v.ndim == 2 else v for k, v in arrays.items()}
+        return MicroBatch(_tensors(arrays, np.zeros(count), dummy=True), 0, True)
+
+    def _micro_batch(
+        self, indices: NDArray[np.int64], start: int, stop: int, first_slot: int
+    ) -> MicroBatch:
+        dummy = start == stop
+        chosen = indices[:1] if dummy else indices[start:stop]
+        tensors = micro_batch_tensors(self._rows, chosen, self._by_sample, dummy)
+        if self._pin:
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return MicroBatch(tensors, first_slot + start, dummy)
+
+
+def micro_batch_tensors(
+    rows: Rows, indices: NDArray[np.int64], by_sample: bool, dummy: bool
+) -> dict[str, Tensor]:
+    """Rows as tensors, with `weights` float32 [n]: what one counted token of each row weighs."""
+    weights = 1.0 / rows.counts[indices] if by_sample else np.ones(len(indices))
+    return _tensors(rows.collate(indices), weights, dummy)
+
+
+def _tensors(arrays: Arrays, weights: NDArray[np.float64], dummy: bool) -> dict[str, Tensor]:
+    tensors = {name: torch.from_numpy(np.array(values)) for name, values in arrays.items()}
+    tensors["weights"] = torch.from_numpy(weights.astype(np.float32))
+    if dummy:
+        tensors["targets"].fill_(IGNORED)
+    return tensors
+
+
+def read_ahead(reader: StepReader, first: int, last: int) -> Iterator[Step]:
+    """Steps first..last in order, prepared in a thread while the device works."""
+    waiting: queue.Queue[Step | BaseException] = queue.Queue(maxsize=READ_AHEAD_STEPS)
+    stopped = threading.Event()
+
+    def put(item: Step | BaseException) -> None:
+        while not stopped.is_set():
+            try:
+                return waiting.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for number in range(first, last + 1):
+                put(reader.read(number))
+                if stopped.is_set():
+                    return
+        except BaseException as error:  # handed to the loop, which raises it
+            put(error)
+
+    thread = threading.Thread(target=work, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        for _ in range(first, last + 1):
+            item = waiting.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def _widen(values: NDArray[np.generic], length: int) -> NDArray[np.generic]:
+    if values.shape[1] >= length:
+        return values
+    return np.pad(values, ((0, 0), (0, length - values.shape[1])))

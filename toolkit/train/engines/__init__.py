@@ -1,0 +1,1 @@
+"""Who owns backward and the optimizer step inside the process."""

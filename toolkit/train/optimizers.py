@@ -1,0 +1,40 @@
+"""Optimizers by name; weight decay acts on tensors of two or more dimensions only."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from toolkit.recipe.schema import Optimizer
+
+
+def _adam(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+    def build(groups: Any, spec: Optimizer, kernel: dict[str, Any]) -> torch.optim.Optimizer:
+        return kind(groups, lr=spec.lr, betas=tuple(spec.betas), eps=spec.eps, **kernel)  # type: ignore[call-arg]
+
+    return build
+
+
+def _sgd(groups: Any, spec: Optimizer, kernel: dict[str, Any]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(
+        groups, lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov, **kernel
+    )
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": _adam(torch.optim.AdamW),
+    "adam": _adam(torch.optim.Adam),
+    "sgd": _sgd,
+}
+
+
+def build_optimizer(module: nn.Module, spec: Optimizer) -> torch.optim.Optimizer:
+    """The optimizer over two groups: decayed matrices, undecayed vectors and scalars."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": spec.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    kernel = {spec.implementation: True}
+    return OPTIMIZERS[spec.name]([group for group in groups if group["params"]], spec, kernel)

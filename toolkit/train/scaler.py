@@ -1,0 +1,28 @@
+"""Dynamic loss scaling for fp16 (Micikevicius et al. 2018): halve on overflow, double after 2,000 good steps.
+
+Our own ten lines because torch's GradScaler looks for overflow on each rank alone; here the norm
+of the whole gradient, equal on all ranks, decides.
+"""
+
+from dataclasses import dataclass
+
+GROWTH_INTERVAL = 2000
+
+
+@dataclass
+class LossScaler:
+    """The factor on the loss; `good_steps` since it last changed; `overflows` in the whole run."""
+
+    scale: float = 65536.0
+    good_steps: int = 0
+    overflows: int = 0
+
+    def update(self, finite: bool) -> None:
+        """After each step: grow or shrink, by powers of two."""
+        if not finite:
+            self.scale, self.good_steps = max(1.0, self.scale / 2), 0
+            self.overflows += 1
+            return
+        self.good_steps += 1
+        if self.good_steps == GROWTH_INTERVAL:
+            self.scale, self.good_steps = self.scale * 2, 0
