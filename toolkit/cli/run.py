@@ -12,7 +12,7 @@ from launchers import LAUNCHERS, Command
 from launchers.base import Job
 from toolkit.cli.plan import AsJson, Gpus, Overrides, RecipeArgument, make_plan, prepare_data
 from toolkit.cli.show import plan_table
-from toolkit.errors import DoesNotFit, LaunchError, RunError, RunFolderError
+from toolkit.errors import DoesNotFit, LaunchError, RunFolderError
 from toolkit.plan.model import Plan
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.schema import Recipe
@@ -55,21 +55,28 @@ def run_command(
 
 def resume_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    overrides: Overrides = None,
     gpus: Gpus = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Go on from the newest sound checkpoint, on another number of GPUs if asked."""
+    """Go on from the newest sound checkpoint; another split or strategy, the same training."""
     folder = run_folder.open_run(run)
-    if folder.read_record()["outcome"] == "finished":
+    record = folder.read_record()
+    if record["outcome"] == "finished":
         raise RunFolderError(f"{run}: this run is finished; there is nothing to resume")
-    recipe = load_recipe(str(folder.recipe_file))
+    recipe = load_recipe(str(folder.recipe_file), overrides)
     _check_offered(recipe)
     prepare_data(recipe)
     plan = make_plan(recipe, gpus)
-    expected = folder.read_record()["data"]["fingerprint"]
+    if plan.training_sha256 != record["training_sha256"]:
+        raise RunFolderError(
+            f"{run}: {' '.join(overrides or [])} would make it another training. "
+            "A resumed run may change the split, cluster, strategy and launcher only"
+        )
+    expected = record["data"]["fingerprint"]
     if plan.data.fingerprint != expected:
-        raise RunError(
+        raise RunFolderError(
             f"{run}: the data have changed: fingerprint {expected} when the run began, "
             f"{plan.data.fingerprint} now"
         )

@@ -127,7 +127,7 @@ def _layer_activations(load: Load) -> float:
     if load.precision == "fp32":
         per_token *= 2
     tokens = load.per_device * load.sequence_length
-    bytes_kept: float = tokens * (per_token + 4 * heads + 16)
+    bytes_kept = tokens * (per_token + 4 * heads + 16)
     if load.eager_attention:  # scores and probabilities [b, H, S, S], kept for the backward
         width = 4 if load.precision == "fp32" else 2
         bytes_kept += 2 * width * heads * tokens * load.sequence_length
@@ -139,15 +139,12 @@ def _activations(load: Load) -> float:
     """All layers, or with checkpointing each layer's input; and the head's own."""
     s, tokens = load.shape, load.per_device * load.sequence_length
     width = 2 if load.precision == "bf16-pure" else 4
-    if load.checkpointing:
-        layers = s.layers * width * s.hidden * tokens
-    else:
-        layers = s.layers * _layer_activations(load)
+    kept = width * s.hidden * tokens if load.checkpointing else _layer_activations(load)
     mixed = load.precision in ("bf16", "fp16")
     head = (10 if mixed else 2 * width) * s.hidden * tokens + (
         2 * s.embedding_parameters if mixed else 0
     )
-    return layers + head
+    return s.layers * kept + head
 
 
 def _loss(load: Load) -> float:

@@ -29,7 +29,8 @@ def find_gpu(name: str) -> Gpu:
     if name not in rows:
         from difflib import get_close_matches
 
-        close = get_close_matches(name.lower(), rows, n=1, cutoff=0.4)
+        longer = [known for known in rows if known.startswith(name.lower())]
+        close = longer or get_close_matches(name.lower(), rows, n=1, cutoff=0.4)
         fix = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(rows)}"
         raise PlanError(f"cluster.gpu: {name!r} is not in the table. {fix}")
     row = rows[name]

@@ -1,7 +1,8 @@
 """The Plan: every number resolved, nothing left to guess, immutable.
 
-It is the only contract between the command line, the launchers and the workers. Plain dataclasses, so that a dry run does not pay for building validators; pydantic reads them
-back and publishes their JSON Schema.
+It is the only contract between the command line, the launchers and the workers. Plain
+dataclasses, so that a dry run does not pay for building validators; pydantic reads them back and
+publishes their JSON Schema.
 """
 
 import dataclasses

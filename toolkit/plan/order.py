@@ -1,8 +1,9 @@
 """Which samples make step t: a keyed permutation of range(N) per epoch, seekable in O(1).
 
 A Feistel network on the grid Z_a × Z_b with a·b just above N; numbers that fall outside range(N)
-are encrypted again until they do not (cycle walking; Black and Rogaway 2002). Nothing depends on
-the split, on workers or on history, so resume is a seek.
+are encrypted again until they do not (cycle walking; Black and Rogaway 2002). Up to 256 samples
+the order is the rank of as many random keys. Nothing depends on the split, on workers or on
+history, so resume is a seek.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 Indices = NDArray[np.int64]
 
 _ROUNDS = 8
-_SMALLEST_SIDE = 8
+_SMALL = 256
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _SHIFTS = (np.uint64(31), np.uint64(29))
 
@@ -26,11 +27,11 @@ def indices(seed: int, n: int, epoch: int, start: int, stop: int) -> Indices:
     """
     if not 0 <= start <= stop <= n:
         raise IndexError(f"places {start}..{stop} of {n} samples")
-    if n == 1:
-        return np.zeros(stop - start, dtype=np.int64)
-    left = max(_SMALLEST_SIDE, math.isqrt(n - 1) + 1)
-    right = max(_SMALLEST_SIDE, -(-n // left))
-    keys = _round_keys(seed, n, epoch)
+    if n <= _SMALL:
+        return np.argsort(_key_stream(seed, n, epoch, n), kind="stable")[start:stop]
+    left = math.isqrt(n - 1) + 1
+    right = -(-n // left)
+    keys = _key_stream(seed, n, epoch, _ROUNDS)
     result = _permute(np.arange(start, stop, dtype=np.uint64), left, right, keys)
     outside = np.flatnonzero(result >= n)
     while outside.size:
@@ -56,9 +57,10 @@ def digest(step_indices: Indices) -> str:
     return hashlib.sha256(step_indices.astype("<i8").tobytes()).hexdigest()[:16]
 
 
-def _round_keys(seed: int, n: int, epoch: int) -> NDArray[np.uint64]:
+def _key_stream(seed: int, n: int, epoch: int, count: int) -> NDArray[np.uint64]:
+    """Numbers of 64 bits drawn from (seed, n, epoch) by SHAKE-256: uint64 [count]."""
     material = hashlib.shake_256(f"drumline order 1/{seed}/{n}/{epoch}".encode())
-    return np.frombuffer(material.digest(8 * _ROUNDS), dtype="<u8").astype(np.uint64)
+    return np.frombuffer(material.digest(8 * count), dtype="<u8").astype(np.uint64)
 
 
 def _permute(

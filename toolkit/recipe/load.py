@@ -1,5 +1,6 @@
 """From YAML files and `key.path=value` overrides to a validated Recipe."""
 
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -62,7 +63,7 @@ def validate(raw: dict[str, Any], origin: str) -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors(include_url=False)]
+        lines = [_explain(item) for item in _one_branch(error.errors(include_url=False))]
         raise RecipeError("\n".join(f"{origin}: {line}" for line in lines)) from None
 
 
@@ -120,9 +121,31 @@ def _absolute(key: str, value: Any, folder: Path) -> Any:
     return str(folder / Path(value).expanduser())
 
 
+def _one_branch(items: list[Any]) -> list[Any]:
+    """Of a union's branches, the errors of the one that the value was meant for."""
+    kept = []
+    for item in items:
+        others = [
+            o
+            for o in items
+            if o is not item and _keys_of(o)[: len(_keys_of(item))] == _keys_of(item)
+        ]
+        is_container = isinstance(item["input"], dict | list)
+        scalar_branch = item["type"] in ("int_type", "string_type") and is_container
+        container_branch = item["type"] in ("model_type", "list_type") and not is_container
+        if not (others and (scalar_branch or container_branch)):
+            kept.append(item)
+    return kept
+
+
+def _keys_of(item: Any) -> list[str]:
+    """An error's place as recipe keys, without pydantic's names for a union's branches."""
+    return [str(p) for p in item["loc"] if p != "str" and not re.search(r"[\[-]", str(p))]
+
+
 def _explain(item: Any) -> str:
     """One pydantic error in the house's form: path, value, what is wrong, nearest legal fix."""
-    loc = [str(part) for part in item["loc"] if part not in ("int", "NodeRange")]
+    loc = _keys_of(item)
     path = ".".join(loc)
     value, kind = item["input"], item["type"]
     if kind == "extra_forbidden":
@@ -172,7 +195,8 @@ def _literals(loc: list[str]) -> list[Any]:
 def _did_you_mean(word: Any, legal: list[str], noun: str) -> str:
     from difflib import get_close_matches
 
-    close = get_close_matches(str(word), legal, n=1, cutoff=0.6)
+    by_lower = {choice.lower(): choice for choice in legal}
+    close = get_close_matches(str(word).lower(), by_lower, n=1, cutoff=0.6)
     if close:
-        return f". Did you mean {close[0]!r}?"
+        return f". Did you mean {by_lower[close[0]]!r}?"
     return f" ({noun}: {', '.join(legal)})" if legal else ""

@@ -82,8 +82,6 @@ def parse(text: str) -> Any:
 class _Dumper(yaml.SafeDumper):
     """Quotes what this module's loader would read as another type, such as the string `1e-3`."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
-
 
 _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 _Dumper.add_representer(

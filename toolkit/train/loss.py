@@ -47,7 +47,7 @@ class LossModule(nn.Module):
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
             ).logits
         targets, weights = batch["targets"], batch["weights"]
-        logits = logits.float()
+        logits = _at_least_fp32(logits)
         losses = functional.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
         right = (logits.argmax(dim=-1) == targets).sum()
         return torch.stack([(losses * weights).sum(), right.to(losses.dtype)])
@@ -58,7 +58,7 @@ class LossModule(nn.Module):
         hidden = model.base_model(input_ids=batch["input_ids"]).last_hidden_state
         head = model.get_output_embeddings()
         rows = max(1, CHUNK_TOKENS // hidden.shape[0])
-        total = hidden.new_zeros((), dtype=torch.float32)
+        total = batch["weights"].new_zeros(())
         for start in range(0, hidden.shape[1], rows):
             part = slice(start, start + rows)
             total = total + checkpoint(
@@ -77,9 +77,16 @@ def token_loss_sum(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     A target of -100 adds exactly zero, to the value and to every gradient.
     """
     losses = functional.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED
+        _at_least_fp32(logits).flatten(0, 1),
+        targets.flatten(),
+        reduction="none",
+        ignore_index=IGNORED,
     )
     return (losses.view_as(targets) * weights.unsqueeze(1)).sum()
+
+
+def _at_least_fp32(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def _with_count(total: Tensor) -> Tensor:

@@ -23,10 +23,10 @@ BATCHNORM = nn.modules.batchnorm._BatchNorm
 class Skeleton:
     """A model whose blocks are materialised one at a time, by `blocks()` and then `finish()`."""
 
-    def __init__(self, recipe: Recipe, card: Card) -> None:
+    def __init__(self, recipe: Recipe, card: Card, dtype: torch.dtype | None = None) -> None:
         self._recipe, self._seed = recipe, recipe.seed
         self._is_random = recipe.model.source == "config"
-        self._dtype = torch.bfloat16 if recipe.precision == "bf16-pure" else None
+        self._dtype = dtype or (torch.bfloat16 if recipe.precision == "bf16-pure" else None)
         self.model: Any = _build(recipe, card)
         _check_vocabulary(self.model, card)
         if recipe.model.activation_checkpointing == "full":

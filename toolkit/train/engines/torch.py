@@ -40,19 +40,28 @@ class Piece:
 
 
 class TorchEngine:
-    """The training module of one rank: micro-batches in, one optimizer step out."""
+    """The training module of one rank: micro-batches in, one optimizer step out.
 
-    def __init__(self, plan: Plan, card: Card, device: torch.device) -> None:
+    `dtype` overrides the recipe's type of parameters, for checks in fp64.
+    """
+
+    def __init__(
+        self, plan: Plan, card: Card, device: torch.device, dtype: torch.dtype | None = None
+    ) -> None:
         self.plan, self.device = plan, device
         self.world, self.rank = plan.batch.gpus, dist.get_rank()
         recipe = plan.recipe
         self._sharded = recipe.strategy.name == "fsdp"
         self._autocast = AUTOCAST.get(recipe.precision)
-        skeleton = Skeleton(recipe, card)
+        skeleton = Skeleton(recipe, card, dtype)
         model = self._shard(skeleton) if self._sharded else self._replicate(skeleton)
         self.module: Any = LossModule(model, recipe.data.task, recipe.loss.chunked)
         self.has_batchnorm = has_batchnorm(model)
         self.wrapped = self._wrap()
+        self._parameters = {  # FSDP2's sharded ones, whatever state a forward leaves the module in
+            name.removeprefix("model."): parameter
+            for name, parameter in self.module.named_parameters()
+        }
         self.optimizer = build_optimizer(self.module, recipe.optimizer)
         self._allocate_optimizer_state()
         self.scaler = LossScaler() if recipe.precision == "fp16" else None
@@ -72,7 +81,11 @@ class TorchEngine:
         if not hasattr(self, "_mesh"):
             nodes = self.plan.batch.nodes
             if self.plan.recipe.strategy.shard == "node":
-                self._mesh = init_device_mesh(self.device.type, (nodes, self.world // nodes))
+                self._mesh = init_device_mesh(
+                    self.device.type,
+                    (nodes, self.world // nodes),
+                    mesh_dim_names=("node", "gpu"),
+                )
             else:
                 self._mesh = init_device_mesh(self.device.type, (self.world,))
         policy = MixedPrecisionPolicy()
@@ -119,14 +132,15 @@ class TorchEngine:
 
     def clip(self, max_norm: float | None) -> Tensor:
         """Unscale, measure the norm of the whole gradient, clip to it: float32 [], equal on all ranks."""
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        parameters = self._parameters.values()
+        gradients = [p.grad for p in parameters if p.grad is not None]
         if self.scaler:
             torch._foreach_mul_(gradients, 1.0 / self.scaler.scale)
         norm = nn.utils.get_total_norm(gradients)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         if max_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.module.parameters(), max_norm, norm)
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm.detach().float()
 
     def step(self, rate: float) -> None:
@@ -162,12 +176,14 @@ class TorchEngine:
                 return self.wrapped(self._to_device(tensors)).detach()
         finally:
             self.module.train()
+            if self._sharded:
+                self.module.reshard()
 
     def state_tensors(self) -> Iterator[tuple[str, Any]]:
         """Every tensor of model and optimizer under a stable name, DTensors as they are."""
-        names = {id(p): n.removeprefix("model.") for n, p in self.module.named_parameters()}
-        for name, parameter in self.module.named_parameters():
-            yield f"model.{name.removeprefix('model.')}", parameter.data
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        for name, weight in self._parameters.items():
+            yield f"model.{name}", weight.data
         for name, buffer in self.module.named_buffers():
             if self._is_persistent(name):
                 yield f"buffer.{name.removeprefix('model.')}", buffer
@@ -207,7 +223,7 @@ class TorchEngine:
         kept = [(group["lr"], group["weight_decay"]) for group in groups]
         for group in groups:
             group["lr"], group["weight_decay"] = 0.0, 0.0
-        for parameter in self.module.parameters():
+        for parameter in self._parameters.values():
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
         for group, (rate, decay) in zip(groups, kept, strict=True):

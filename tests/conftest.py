@@ -1,0 +1,60 @@
+"""Shared by all tests: one cache of prepared data, and small helpers to make plans."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def prepared_data_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Prepared data are shared by all tests of a session, also across xdist's workers."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    os.environ["DRUMLINE_CACHE"] = str(shared / "drumline-cache")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture
+def drumline(tmp_path: Path) -> Any:
+    """Run the real command in a folder of its own; returns the completed process."""
+
+    def run(*arguments: str, cwd: Path | None = None, timeout: float = 300) -> Any:
+        command = [sys.executable, "-m", "toolkit.cli", *arguments]
+        return subprocess.run(
+            command,
+            cwd=cwd or tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run
+
+
+def tiny_recipe(**sections: Any) -> dict[str, Any]:
+    """A small legal recipe as a plain mapping; sections replace its own key by key."""
+    plain: dict[str, Any] = {
+        "recipe": "tiny",
+        "schema": 1,
+        "seed": 5,
+        "model": {"source": "factory", "factory": "example_models:mlp", "config": {
+            "features": 32, "hidden": 16, "classes": 10}},
+        "data": {"source": "builtin", "name": "synthetic-classification",
+                 "task": "classification", "samples": 10000, "validation": 0.2},
+        "batch": {"effective": 12, "per_device": 3, "gpus": 2, "weighting": "sample"},
+        "optimizer": {"name": "adamw", "lr": 1e-3},
+        "duration": {"steps": 20},
+        "project": str(ROOT / "recipes"),
+    }  # fmt: skip
+    for name, values in sections.items():
+        replace = not isinstance(values, dict) or not isinstance(plain.get(name), dict)
+        plain[name] = values if replace else {**plain[name], **values}
+    return plain

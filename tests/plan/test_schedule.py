@@ -1,0 +1,122 @@
+"""Invariants of every schedule in the dict; a new one is tested by being there."""
+
+import math
+
+import pytest
+
+from toolkit.errors import PlanError
+from toolkit.plan.schedule import (
+    SCHEDULES,
+    Curve,
+    rate,
+    rate_at,
+    resolve_milestones,
+    resolve_warmup,
+)
+from toolkit.plan.steps import Clock
+from toolkit.recipe.schema import Schedule
+
+DO_NOT_DECAY = {"constant", "inverse_sqrt", "piecewise"}
+"""Constant has no end value; inverse sqrt never reaches it; piecewise ends at its last milestone."""
+
+
+def curve(name: str, total: int = 100, warmup: int = 10, **changes: object) -> Curve:
+    values: dict[str, object] = {
+        "name": name, "base_lr": 2.0, "peak_lr": 2.0, "min_lr_ratio": 0.1, "total": total,
+        "warmup_steps": warmup, "unit": "step", "cycles": 3, "power": 2.0, "decay_steps": 20,
+        "start_ratio": 0.04, "milestones": [(50, 0.5), (80, 0.0)],
+    }  # fmt: skip
+    return Curve(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_the_schema_and_the_dict_name_the_same_schedules() -> None:
+    """A schedule that can be written can be run, and the other way round."""
+    assert set(SCHEDULES) == set(Schedule.model_fields["name"].annotation.__args__)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(
+    ("total", "warmup"), [(100, 10), (100, 0), (7, 7), (1, 0), (1, 1), (20, 19)]
+)
+def test_rates_stay_between_zero_and_peak_and_end_at_the_minimum(
+    name: str, total: int, warmup: int
+) -> None:
+    """Every shape: 0 ≤ rate ≤ peak, the peak at the end of warm-up, the minimum at the last step."""
+    c = curve(name, total, warmup, decay_steps=max(1, total // 5))
+    rates = [rate_at(c, step) for step in range(1, total + 1)]
+    assert all(0 < r <= c.peak_lr * (1 + 1e-12) for r in rates)
+    if warmup:
+        assert rates[warmup - 1] == pytest.approx(c.peak_lr)
+        assert rates[:warmup] == sorted(rates[:warmup])
+    if warmup < total and name not in DO_NOT_DECAY:
+        assert rates[-1] == pytest.approx(c.peak_lr * c.min_lr_ratio)
+
+
+@pytest.mark.parametrize("name", [n for n in SCHEDULES if n != "one_cycle"])
+def test_warm_up_is_a_line_from_zero(name: str) -> None:
+    """Rate at step t of warm-up is peak·t/warmup."""
+    c = curve(name)
+    assert [rate_at(c, t) for t in range(1, 11)] == pytest.approx([0.2 * t for t in range(1, 11)])
+
+
+@pytest.mark.parametrize("name", [n for n in SCHEDULES if n != "cosine_restarts"])
+def test_after_warm_up_the_rate_never_rises(name: str) -> None:
+    """Only restarts go up again."""
+    c = curve(name)
+    after = [rate_at(c, t) for t in range(10, 101)]
+    assert after == sorted(after, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "expected"),
+    [
+        ("constant", 60, 2.0),
+        ("linear", 55, 1.1),
+        ("cosine", 55, 1.1),
+        ("cosine", 32, 2 * (0.1 + 0.9 * (1 + math.cos(math.pi * 22 / 90)) / 2)),
+        ("cosine_restarts", 25, 1.1),
+        ("cosine_restarts", 40, 2.0),
+        ("polynomial", 55, 2 * (0.1 + 0.9 * 0.25)),
+        ("inverse_sqrt", 40, 2 * (0.1 + 0.9 * 0.5)),
+        ("wsd", 80, 2.0),
+        ("wsd", 90, 1.1),
+        ("one_cycle", 5, 2 * (0.04 + 0.96 * 0.5)),
+        ("piecewise", 49, 2.0),
+        ("piecewise", 50, 2 * (0.1 + 0.9 * 0.5)),
+        ("piecewise", 80, 0.2),
+    ],
+)
+def test_values_by_hand(name: str, step: int, expected: float) -> None:
+    """Each shape at a step worked out by hand: peak 2, minimum 0.2, 100 steps, 10 of warm-up."""
+    assert rate_at(curve(name), step) == pytest.approx(expected)
+
+
+def test_unit_epoch_holds_the_rate_within_an_epoch() -> None:
+    """Ten epochs of ten steps: ten rates, the last at the minimum."""
+    clock = Clock(100, 10, "keep")
+    c = curve("linear", 100, 0, unit="epoch")
+    rates = [rate(c, step, clock) for step in range(1, 101)]
+    assert len(set(rates)) == 10
+    for epoch in range(10):
+        assert len(set(rates[10 * epoch : 10 * epoch + 10])) == 1
+    assert rates[-1] == pytest.approx(0.2)
+
+
+def test_warm_up_is_resolved_or_refused() -> None:
+    """Ratios become steps; a warm-up longer than the run is an error, never a clamp."""
+    assert resolve_warmup(None, 0.05, "cosine", 2000) == 100
+    assert resolve_warmup(None, None, "cosine", 2000) == 0
+    assert resolve_warmup(None, None, "one_cycle", 100) == 30
+    assert resolve_warmup(2000, None, "cosine", 2000) == 2000
+    with pytest.raises(
+        PlanError, match=r"warmup_steps: 5000 > 2000 steps .* Nearest: warmup_steps 2000"
+    ):
+        resolve_warmup(5000, None, "cosine", 2000)
+
+
+def test_milestones_are_steps_or_fractions() -> None:
+    """Fractions count from the run's length; a milestone after the end is refused."""
+    assert resolve_milestones({"0.5": 0.1, "0.75": 0.01}, 200) == [(100, 0.1), (150, 0.01)]
+    assert resolve_milestones({"30": 0.1}, 200) == [(30, 0.1)]
+    with pytest.raises(PlanError, match="step 300 > 200 steps"):
+        resolve_milestones({"300": 0.1}, 200)

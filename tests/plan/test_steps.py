@@ -1,0 +1,78 @@
+"""Steps and epochs: the worked examples, and brute force over every remainder."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from toolkit.errors import PlanError
+from toolkit.plan.steps import Clock, share
+
+remainders = st.sampled_from(["keep", "drop", "carry"])
+
+
+def test_the_worked_example() -> None:
+    """N = 10,000, B = 32, 5 epochs: 313 an epoch, 1,565 in all, the last of 16; drop gives 312."""
+    clock = Clock(10_000, 32, "keep")
+    assert (clock.steps_per_epoch, clock.total_for_epochs(5)) == (313, 1565)
+    start, stop = clock.slots(313)
+    assert stop - start == 16
+    assert clock.epoch(363) == 2
+    assert clock.slots(363)[0] == 10_000 + 49 * 32  # the 50th step of epoch 2
+    assert Clock(10_000, 32, "drop").steps_per_epoch == 312
+    carry = Clock(10_000, 32, "carry", limit=50_000)
+    assert carry.total_for_epochs(5) == 1563
+    assert carry.slots(1563)[1] - carry.slots(1563)[0] == 50_000 - 1562 * 32
+
+
+@given(st.integers(1, 120), st.integers(1, 150), remainders, st.integers(1, 4))
+def test_slots_against_brute_force(n: int, b: int, remainder: str, epochs: int) -> None:
+    """Every slot is taken in order, once, and only `drop` leaves any out."""
+    if remainder == "drop" and b > n:
+        with pytest.raises(PlanError, match="drop leaves no step"):
+            Clock(n, b, "drop")
+        return
+    clock = Clock(n, b, remainder, n * epochs if remainder == "carry" else None)  # type: ignore[arg-type]
+    expected = []
+    if remainder == "carry":
+        expected = [list(range(s, min(s + b, n * epochs))) for s in range(0, n * epochs, b)]
+    else:
+        for epoch in range(epochs):
+            steps = [list(range(s, min(s + b, n))) for s in range(0, n, b)]
+            steps = [s for s in steps if remainder == "keep" or len(s) == b]
+            expected += [[epoch * n + slot for slot in s] for s in steps]
+    total = clock.total_for_epochs(epochs)
+    assert [list(range(*clock.slots(t))) for t in range(1, total + 1)] == expected
+    consumed = 0
+    for step, slots in enumerate(expected, start=1):
+        consumed += len(slots)
+        assert clock.consumed(step) == consumed
+        assert clock.epoch(step) == slots[0] // n + 1
+    for epoch in range(1, epochs + 1):
+        begins = [t for t in range(1, total + 1) if clock.epoch(t) == epoch]
+        if begins:
+            assert clock.last_step_of_epoch(epoch) == begins[-1]
+
+
+@given(st.integers(1, 60), st.integers(1, 70), remainders, st.integers(1, 500))
+def test_the_first_step_that_reaches_a_sample_count(
+    n: int, b: int, remainder: str, wanted: int
+) -> None:
+    """Duration in tokens: the step before has consumed fewer, this one enough."""
+    if remainder == "drop" and b > n:
+        return
+    clock = Clock(n, b, remainder)  # type: ignore[arg-type]
+    total = clock.total_for_samples(wanted)
+    assert clock.consumed(total) >= wanted > clock.consumed(total - 1)
+
+
+@given(st.integers(1, 100), st.integers(1, 6), st.integers(1, 5))
+def test_shares_partition_the_step(count: int, b: int, gpus: int) -> None:
+    """All ranks' micro-batches cover each slot once, in the order that the design states."""
+    shares = [share(count, b, gpus, rank) for rank in range(gpus)]
+    assert len({len(s) for s in shares}) == 1
+    for slot in range(count):
+        micro_batch, rank = slot // (b * gpus), slot % (b * gpus) // b
+        start, stop = shares[rank][micro_batch]
+        assert start <= slot < stop
+    assert sum(stop - start for s in shares for start, stop in s) == count
+    assert all(any(s[m][0] < s[m][1] for s in shares) for m in range(len(shares[0])))

@@ -1,0 +1,62 @@
+"""YAML 1.2 scalars, and a dumper that the loader reads back."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from toolkit.errors import RecipeError
+from toolkit.recipe import yaml12
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3),
+        ("3.0e-4", 3e-4),
+        (".5", 0.5),
+        ("no", "no"),
+        ("on", "on"),
+        ("010", 10),
+        ("0o10", 8),
+        ("0x1F", 31),
+        ("1_000", "1_000"),
+        ("12:30", "12:30"),
+        ("2026-11-22", "2026-11-22"),
+        ("~", None),
+        ("", None),
+        ("true", True),
+        ("-.inf", -math.inf),
+        ("'1e-3'", "1e-3"),
+    ],
+)
+def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
+    """`1e-3` is a float and `no` a string, as YAML 1.2's core schema says."""
+    found = yaml12.parse(text)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_duplicate_keys_are_refused_with_their_line() -> None:
+    """The second of two equal keys is an error, not a silent winner."""
+    with pytest.raises(RecipeError, match=r"line 3: key 'lr' stands twice"):
+        yaml12.parse("lr: 1\nb: 2\nlr: 3\n")
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [1", "a: b: c", "\t- x", "a: *missing", "!!python/object:os.system x"]
+)
+def test_broken_or_unsafe_yaml_is_one_clear_error(text: str) -> None:
+    """Syntax errors, unknown anchors and tags never reach Python objects."""
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        yaml12.parse(text)
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+
+
+@given(st.dictionaries(st.text(min_size=1), scalars | st.lists(scalars, max_size=4), max_size=5))
+def test_what_is_dumped_is_read_back(value: dict[str, object]) -> None:
+    """A recipe written to a run folder has the same values when it is read again."""
+    assert yaml12.parse(yaml12.dump(value)) == value
