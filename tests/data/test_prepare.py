@@ -1,0 +1,258 @@
+"""Preparing data: packed rows, counts, fingerprints, and nothing half-written."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from toolkit.data.cache import cache_folder, cache_root
+from toolkit.data.card import read_card
+from toolkit.data.prepare import prepare
+from toolkit.data.rows import IGNORED, Rows
+from toolkit.errors import DataError
+from toolkit.recipe.schema import Data
+
+
+def files(path: Path | list[Path], **changes: Any) -> Data:
+    where = [str(p) for p in path] if isinstance(path, list) else str(path)
+    values = {"source": "files", "path": where, "task": "causal_lm", "sequence_length": 16}
+    return Data(**{**values, **changes})
+
+
+def card_of(data: Data) -> Any:
+    return read_card(prepare(data, None))
+
+
+def all_targets(rows: Rows) -> list[int]:
+    targets = rows.collate(np.arange(len(rows)))["targets"].ravel()
+    return [int(t) for t in targets if t != IGNORED]
+
+
+def test_packing_makes_every_token_a_target_once(tmp_path: Path) -> None:
+    """Documents end to end; only the first token of the stream is never a target."""
+    texts = ["hello world, this is text", "zweites Dokument äöü", "x" * 40]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+    folder = prepare(files(tmp_path / "*.txt"), None)
+    rows = Rows(folder, "train")
+    stream = [token for text in texts for token in [*text.encode(), 256]]
+    assert all_targets(rows) == stream[1:]
+    assert len(rows) == -(-(len(stream) - 1) // 16)
+    assert rows.counts.sum() == len(stream) - 1
+    batch = rows.collate(np.array([1]))
+    assert batch["input_ids"][0].tolist() == stream[16:32]
+    assert batch["targets"][0].tolist() == stream[17:33]
+
+
+def test_a_text_larger_than_a_block_stays_one_document(tmp_path: Path) -> None:
+    """Blocks are a matter of memory: no end-of-document inside a file."""
+    (tmp_path / "big.txt").write_text("ab\n" * 60_000)
+    rows = Rows(prepare(files(tmp_path / "big.txt", sequence_length=1000), None), "train")
+    targets = all_targets(rows)
+    assert len(targets) == 180_000
+    assert targets.count(256) == 1
+    assert targets[-1] == 256
+
+
+def test_the_fingerprint_is_of_content_not_of_paths(tmp_path: Path) -> None:
+    """The same text elsewhere has the same fingerprint; another byte or length has not."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.txt").write_text("some text to be read" * 3)
+    a, b = (card_of(files(tmp_path / name / "*.txt")) for name in ("a", "b"))
+    assert a.fingerprint == b.fingerprint
+    assert card_of(files(tmp_path / "a/*.txt", sequence_length=8)).fingerprint != a.fingerprint
+    time.sleep(0.01)
+    (tmp_path / "a/a.txt").write_text("some text to be reaD" * 3)
+    assert card_of(files(tmp_path / "a/*.txt")).fingerprint != a.fingerprint
+
+
+def test_the_same_rows_from_txt_jsonl_csv_and_parquet(tmp_path: Path) -> None:
+    """Four formats of the same documents have one fingerprint."""
+    import pyarrow
+    from pyarrow import parquet
+
+    texts = [f'document {n}\nwith, "quotes" and ünïcode {"x" * n}' for n in range(9)]
+    for number, text in enumerate(texts):
+        (tmp_path / f"d{number}.txt").write_text(text)
+    (tmp_path / "d.jsonl").write_text(
+        "".join(json.dumps({"text": t, "n": 1}) + "\n" for t in texts)
+    )
+    with (tmp_path / "d.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["text"], *([t] for t in texts)])
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "d.parquet")
+    names = ["d?.txt", "d.jsonl", "d.csv", "d.parquet"]
+    cards = [card_of(files(tmp_path / name, validation=0.25)) for name in names]
+    assert len({card.fingerprint for card in cards}) == 1
+    assert cards[0].samples > 0
+    assert cards[0].validation_samples > 0
+
+
+def test_sft_counts_only_the_completion(tmp_path: Path) -> None:
+    """Prompt tokens are inputs, never targets; rows are of unequal length; long ones are cut, and told."""
+    pairs = [("question", "answer"), ("q", "a much longer answer"), ("x" * 30, "never seen")]
+    text = "".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs)
+    (tmp_path / "s.jsonl").write_text(text)
+    folder = prepare(files(tmp_path / "s.jsonl", task="sft"), None)
+    rows, card = Rows(folder, "train"), read_card(folder)
+    assert card
+    assert (len(rows), card.truncated, card.dropped) == (2, 2, 1)
+    assert rows.counts.tolist() == [7, 16]
+    batch = rows.collate(np.array([0, 1]))
+    kept = [[int(t) for t in row if t != IGNORED] for row in batch["targets"]]
+    assert kept == [[*b"answer", 256], [*b"a much longer an"]]
+    assert batch["targets"].shape == (2, 16)
+    assert rows.collate(np.array([0]))["targets"].shape == (1, 14)
+
+
+def test_validation_is_an_exact_share(tmp_path: Path) -> None:
+    """floor(n × validation) documents, spread evenly; none is an error with the nearest fix."""
+    text = "".join(json.dumps({"text": str(n), "label": n % 3}) + "\n" for n in range(50))
+    (tmp_path / "c.jsonl").write_text(text)
+    data = files(tmp_path / "c.jsonl", task="classification", validation=0.3)
+    card = card_of(data)
+    assert (card.samples, card.validation_samples, card.classes) == (35, 15, 3)
+    with pytest.raises(
+        DataError, match=r"0.01 × 50 documents = 0.5, which is none. Nearest: validation 0.02"
+    ):
+        prepare(files(tmp_path / "c.jsonl", task="classification", validation=0.01), None)
+
+
+def test_builtin_source_names_the_python_version() -> None:
+    """The fingerprint of Python's own source begins with its version."""
+    data = Data(source="builtin", name="python-stdlib", task="causal_lm", sequence_length=64,
+                options={"max_files": 5})  # fmt: skip
+    version = ".".join(map(str, sys.version_info[:3]))
+    assert card_of(data).fingerprint.startswith(f"cpython-{version}:")
+    with pytest.raises(DataError, match="'stdlib' is not builtin. Known: python-stdlib"):
+        prepare(Data(source="builtin", name="stdlib", task="causal_lm", sequence_length=64), None)
+
+
+def test_a_local_transformers_tokenizer(tmp_path: Path) -> None:
+    """A tokenizer folder is used through transformers; its vocabulary sets the token type."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<eos>": 0, "a": 1, "b": 2, "<unk>": 3}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>").save_pretrained(
+        tmp_path / "tok"
+    )
+    (tmp_path / "t.txt").write_text("a b c a")
+    data = files(tmp_path / "t.txt", tokenizer=str(tmp_path / "tok"))
+    assert all_targets(Rows(prepare(data, None), "train")) == [2, 3, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: files(p / "none.txt"), "none.txt does not exist"),
+        (lambda p: files(p / "*.none"), r"\*.none matches no file"),
+        (lambda p: files(p), "is a folder. Nearest: "),
+        (lambda p: files(p / "empty.txt"), r"empty.txt is empty \(0 bytes\)"),
+        (lambda p: files(p / "x.bin"), r".bin is not a known format"),
+        (lambda p: files(p / "latin.txt"), "latin.txt is not UTF-8 text"),
+        (lambda p: files(p / "bad.jsonl"), "bad.jsonl cannot be read as jsonl"),
+        (lambda p: files(p / "good.jsonl"), "no text in column 'text'; this row has: words"),
+        (lambda p: files(p / "x.bin", tokenizer=str(p / "no")), "not a known format"),
+        (lambda p: files(p / "ok.txt", tokenizer=str(p / "no")), "/no is not a folder"),
+        (lambda p: files(p / "void.jsonl"), "1 documents gave no training rows"),
+    ],
+)
+def test_bad_input_has_one_clear_message(tmp_path: Path, make: Any, message: str) -> None:
+    """Missing, empty, foreign and broken files are each named; nothing stays in the cache."""
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "x.bin").write_bytes(b"1")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 10)
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": ')
+    (tmp_path / "good.jsonl").write_text('{"words": "a"}\n')
+    (tmp_path / "ok.txt").write_text("text")
+    (tmp_path / "void.jsonl").write_text('{"text": ""}\n')
+    data = make(tmp_path)
+    with pytest.raises(DataError, match=message):
+        prepare(data, None)
+    if (
+        "exist" not in message
+        and "match" not in message
+        and "folder" not in message
+        and "format" not in message
+    ):
+        key = cache_folder(data, None).name
+        assert not list((cache_root() / "data").glob(f"*{key}*"))
+
+
+def test_a_killed_prepare_leaves_no_half_cache(tmp_path: Path) -> None:
+    """SIGKILL in the middle: the key does not exist, and the next prepare cleans up and succeeds."""
+    (tmp_path / "t.txt").write_text("line of text\n" * 2000)
+    program = (
+        "import sys, time; from pathlib import Path; from toolkit.recipe.schema import Data\n"
+        "from toolkit.data import prepare\n"
+        "def slow(documents, tokens): print('at', flush=True); time.sleep(60)\n"
+        f"data = Data(source='files', path={str(tmp_path / 't.txt')!r}, task='causal_lm', sequence_length=16)\n"
+        "prepare.prepare(data, None, slow)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", program], env=env, stdout=subprocess.PIPE)
+    assert process.stdout
+    assert process.stdout.readline() == b"at\n"
+    data = files(tmp_path / "t.txt")
+    final = cache_folder(data, None)
+    half = list(final.parent.glob(f".{final.name}.*"))
+    assert len(half) == 1
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not final.exists()
+    os.utime(half[0], (0, 0))
+    assert read_card(prepare(data, None))
+    assert not list(final.parent.glob(f".{final.name}.*"))
+
+
+def test_two_prepares_at_once_agree(tmp_path: Path) -> None:
+    """Four at the same moment: one result, no error, nothing left over."""
+    (tmp_path / "t.txt").write_text("line of text\n" * 3000)
+    data = files(tmp_path / "t.txt", sequence_length=8)
+    barrier, found = threading.Barrier(4), []
+
+    def work() -> None:
+        barrier.wait()
+        found.append(prepare(data, None))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert len(set(found)) == 1
+    assert not list(found[0].parent.glob(f".{found[0].name}.*"))
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
+    """Preparing 64 MB takes no more memory than 4 MB, give or take 24 MB (peak resident size)."""
+    program = (
+        "import re, sys; from toolkit.recipe.schema import Data; from toolkit.data.prepare import prepare\n"
+        "prepare(Data(source='files', path=sys.argv[1], task='causal_lm', sequence_length=512), None)\n"
+        "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+    )
+    peaks = []
+    for megabytes in (4, 64):
+        path = tmp_path / f"{megabytes}.txt"
+        path.write_text(("0123456789abcde\n" * 65536) * megabytes)
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        out = subprocess.run(
+            [sys.executable, "-c", program, str(path)], env=env, capture_output=True, check=True
+        )
+        peaks.append(int(out.stdout) / 1024)
+    assert peaks[1] < peaks[0] + 24
