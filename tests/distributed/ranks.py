@@ -1,0 +1,110 @@
+"""Runs a list of jobs on real gloo processes, all in one start, because a start costs seconds.
+
+As a program it is one rank: `python ranks.py JOBS.json`, with RANK and WORLD_SIZE set.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_jobs(world: int, jobs: list[dict[str, Any]], folder: Path) -> None:
+    """Start `world` processes that do the jobs in turn; raises with the log of one that failed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    processes = []
+    for rank in range(world):
+        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1",
+               "PYTHONPATH": str(ROOT), "STORE": str(folder / "store")}  # fmt: skip
+        with (folder / f"rank-{rank}.log").open("wb") as log:
+            command = [sys.executable, __file__, str(folder / "jobs.json")]
+            processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+    try:
+        codes = [process.wait(timeout=200) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    if any(codes):
+        logs = [(folder / f"rank-{rank}.log").read_text()[-3000:] for rank in range(world)]
+        raise AssertionError(f"exit codes {codes}\n" + "\n".join(logs))
+
+
+def main() -> None:
+    """One rank."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = f"file://{os.environ['STORE']}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        JOBS[job.pop("kind")](**job)
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def train_job(plan: str, folder: str, stop_after: int | None = None) -> None:
+    """The real loop; `stop_after` n steps as if a signal had come to the last rank."""
+    import torch
+    import torch.distributed as dist
+
+    from toolkit.plan.model import read_plan
+    from toolkit.train.loop import train
+
+    calls = 0
+
+    def stop_asked() -> bool:
+        nonlocal calls
+        calls += 1
+        return (
+            stop_after is not None
+            and dist.get_rank() == dist.get_world_size() - 1
+            and calls >= stop_after
+        )
+
+    where = Path(folder)
+    (where / "checkpoints").mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    attempt = 0 if not (where / "metrics.jsonl").exists() else 1
+    outcome = train(
+        read_plan(Path(plan).read_text()), where, torch.device("cpu"), attempt, stop_asked
+    )
+    if dist.get_rank() == 0:
+        (where / "outcome.json").write_text(json.dumps(vars(outcome)))
+
+
+def gradient_job(plan: str, out: str, step: int) -> None:
+    """The gradient of one step in fp64, whole, saved by rank 0."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor
+
+    from toolkit.data.rows import Rows
+    from toolkit.plan.model import read_plan
+    from toolkit.train.batches import StepReader
+    from toolkit.train.engines.torch import TorchEngine
+
+    the_plan = read_plan(Path(plan).read_text())
+    rows = Rows(Path(the_plan.data.cache or ""), "train")
+    engine = TorchEngine(the_plan, rows.card, torch.device("cpu"), dtype=torch.float64)
+    work = StepReader(the_plan, rows, dist.get_rank()).read(step)
+    last = len(work.micro_batches) - 1
+    for number, micro_batch in enumerate(work.micro_batches):
+        engine.accumulate(micro_batch.tensors, micro_batch.first_slot, work.weight, step=step,
+                          dummy=micro_batch.is_dummy, last=number == last)  # fmt: skip
+    grads = {name: p.grad for name, p in engine._parameters.items()}
+    whole = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in grads.items()}
+    if dist.get_rank() == 0:
+        torch.save(whole, out)
+
+
+JOBS = {"train": train_job, "gradient": gradient_job}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""What a sample weighs: sums over counted tokens, by hand and by property."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from toolkit.memory.closed_form import CHUNK_TOKENS
+from toolkit.train.loss import LossModule, token_loss_sum
+from toolkit.train.scaler import GROWTH_INTERVAL, LossScaler
+
+
+class Toy(nn.Module):
+    """A causal model with the parts that the chunked loss needs."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.base_model = _Base(vocabulary)
+        self.head = nn.Linear(8, vocabulary, bias=False)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids: torch.Tensor) -> object:
+        hidden = self.base_model(input_ids).last_hidden_state
+        return type("Out", (), {"logits": self.head(hidden)})
+
+
+class _Base(nn.Module):
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocabulary, 8)
+
+    def forward(self, input_ids: torch.Tensor) -> object:
+        return type("Out", (), {"last_hidden_state": torch.tanh(self.table(input_ids))})
+
+
+def batch(rows: int, length: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 11, (rows, length), generator=generator)
+    targets = torch.randint(0, 11, (rows, length), generator=generator)
+    targets[0, length // 2 :] = -100
+    return {
+        "input_ids": ids,
+        "targets": targets,
+        "weights": torch.tensor([0.5] + [2.0] * (rows - 1)),
+    }
+
+
+def test_the_sum_is_the_weighted_sum_over_counted_tokens() -> None:
+    """Σ weight × cross-entropy, by a loop over single tokens."""
+    torch.manual_seed(0)
+    logits, b = torch.randn(3, 6, 11), batch(3, 6)
+    expected = sum(
+        float(b["weights"][i] * functional.cross_entropy(logits[i, j], b["targets"][i, j]))
+        for i in range(3)
+        for j in range(6)
+        if b["targets"][i, j] != -100
+    )
+    assert float(token_loss_sum(logits, b["targets"], b["weights"])) == pytest.approx(expected)
+
+
+def test_chunked_loss_has_the_same_value_and_gradient() -> None:
+    """Chunks change memory, not the sum: equal to 1e-12 in fp64, over several chunks."""
+    torch.manual_seed(0)
+    model = Toy(11).double()
+    b = batch(4, CHUNK_TOKENS)
+    b["weights"] = b["weights"].double()
+    gradients = []
+    for chunked in (False, True):
+        model.zero_grad()
+        total = LossModule(model, "causal_lm", chunked)(b)[0]
+        total.backward()
+        gradients.append(
+            [total.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+        )
+    for whole, parts in zip(*gradients, strict=True):
+        assert torch.allclose(whole, parts, rtol=1e-12, atol=1e-12)
+
+
+def test_a_dummy_row_adds_exactly_zero() -> None:
+    """No counted token: value and every gradient are zero to the last bit."""
+    torch.manual_seed(0)
+    model = Toy(11)
+    b = batch(1, 5)
+    b["targets"].fill_(-100)
+    total = LossModule(model, "causal_lm", False)(b)[0]
+    total.backward()
+    assert total.item() == 0.0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_classification_counts_right_answers() -> None:
+    """The second number is how many rows were predicted right; weights act on the first."""
+    model = nn.Identity()
+    logits = torch.tensor([[5.0, 0.0], [5.0, 0.0], [0.0, 5.0]])
+    b = {"features": logits, "targets": torch.tensor([0, 1, -100]), "weights": torch.ones(3)}
+    total, right = LossModule(model, "classification", False)(b)
+    assert right == 1
+    assert float(total) == pytest.approx(
+        2 * functional.cross_entropy(logits[:2], b["targets"][:2]).item()
+    )
+
+
+def test_the_loss_scale_halves_and_doubles() -> None:
+    """Overflow halves and counts; 2,000 good steps double."""
+    scaler = LossScaler(scale=8.0)
+    scaler.update(False)
+    assert (scaler.scale, scaler.overflows) == (4.0, 1)
+    for _ in range(GROWTH_INTERVAL):
+        scaler.update(True)
+    assert scaler.scale == 8.0
