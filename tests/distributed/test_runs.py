@@ -1,0 +1,218 @@
+"""Whole runs through the real command: trained, stopped, killed, resumed at another split."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, tiny_recipe
+from test_splits import whole_weights
+
+from toolkit.recipe import yaml12
+from toolkit.train.metrics import read_metrics
+
+pytestmark = [pytest.mark.xdist_group("heavy"), pytest.mark.heavy]
+
+TEXT_RUN = [
+    "duration.steps=16", "schedule.warmup_steps=2", "evaluation.every_steps=8", "checkpoint.every_steps=8",
+    "logging.every_steps=1", "batch.effective=12", "batch.per_device=3", "data.options={max_files: 40}",
+    "data.validation=0.05",
+]  # fmt: skip
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """The command in the background, in a session of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "toolkit.cli", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def rank_pids(run: Path) -> list[int]:
+    return [int(path.read_text()) for path in run.glob("logs/attempt-*/rank-*.pid")]
+
+
+def steps(run: Path) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(run / "metrics.jsonl") if "lr" in line]
+
+
+def assert_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline, pids
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen steps of real text on two ranks, never stopped."""
+    folder = tmp_path_factory.mktemp("straight")
+    process = start(folder, "run", "tiny-code-lm", *TEXT_RUN, "--json")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    facts = json.loads(out)
+    assert facts["outcome"] == "finished"
+    assert facts["steps"] == 16
+    assert facts["eval"]["eval/loss"] < 5.5
+    assert "step 16/16" in err
+    assert "next  less runs/tiny-code-lm-1/metrics.jsonl" in err
+    return Path(facts["run"])
+
+
+def test_stopped_and_resumed_at_another_split_it_comes_out_the_same(
+    straight: Path, tmp_path: Path
+) -> None:
+    """SIGTERM on two ranks: exit 75 and a checkpoint; resumed on one: the losses of the straight run."""
+    process = start(tmp_path, "run", "tiny-code-lm", *TEXT_RUN, "--run-dir", "r", "--json")
+    run = tmp_path / "r"
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(steps(run)) >= 3, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    stopped = json.loads(out)
+    assert stopped["outcome"] == "stopped"
+    assert 3 <= stopped["steps"] < 16
+    assert "next  drumline resume r" in err
+    assert_gone(rank_pids(run))
+    resumed = start(tmp_path, "resume", "r", "--gpus", "1", "--json")
+    out, err = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, err
+    assert "12 = 3 per_device × 1 gpus × 4 accumulation" in err
+    ours, reference = steps(run), steps(straight)
+    assert [line["step"] for line in ours] == list(range(1, 17))
+    for mine, theirs in zip(ours, reference, strict=True):
+        assert abs(mine["loss"] - theirs["loss"]) < 1e-6 * theirs["loss"]
+        assert (mine["digest"], mine["lr"]) == (theirs["digest"], theirs["lr"])
+    record = json.loads((run / "record.json").read_text())
+    assert [(a["cause"], a["outcome"], a["split"]["gpus"]) for a in record["attempts"]] == [
+        ("start", "stopped", 2),
+        ("resume", "finished", 1),
+    ]
+    again = start(tmp_path, "resume", "r")
+    _, err = again.communicate(timeout=60)
+    assert again.returncode == 2
+    assert "this run is finished" in err
+
+
+def slow_recipe(folder: Path, gpus: int) -> str:
+    recipe = tiny_recipe(
+        project=str(ROOT / "tests/distributed"),
+        model={"factory": "slow_models:slow",
+               "config": {"features": 32, "hidden": 300, "classes": 10, "wait_s": 0.04}},
+        batch={"effective": 24, "per_device": 2, "gpus": gpus},
+        schedule={"name": "linear", "warmup_steps": 3},
+        checkpoint={"every_steps": 10},
+        launch={"max_restarts": 0},
+        logging={"every_steps": 1},
+    )  # fmt: skip
+    path = folder / "slow.yaml"
+    path.write_text(yaml12.dump(recipe))
+    return str(path)
+
+
+@pytest.mark.parametrize("gpus", [2, 3, 4])
+def test_killed_and_resumed_it_is_bitwise_equal(tmp_path: Path, gpus: int) -> None:
+    """20 steps = 10 + SIGKILL of everything + resume: weights equal to the last bit."""
+    recipe = slow_recipe(tmp_path, gpus)
+    process = start(tmp_path, "run", recipe, "--run-dir", "straight")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    process = start(tmp_path, "run", recipe, "--run-dir", "killed")
+    run = tmp_path / "killed"
+    wait_for((run / "checkpoints/step-00000010/manifest.json").exists, process)
+    pids = rank_pids(run)
+    assert len(pids) == gpus
+    os.killpg(process.pid, signal.SIGKILL)
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    assert_gone(pids)
+    assert not (run / "checkpoints/step-00000020").exists()
+    resumed = start(tmp_path, "resume", "killed")
+    _, err = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, err
+    ours, reference = (
+        whole_weights(tmp_path / name / "checkpoints/step-00000020")
+        for name in ("killed", "straight")
+    )
+    assert all(torch.equal(ours[name], reference[name]) for name in reference)
+    assert [line["loss"] for line in steps(run)] == [
+        line["loss"] for line in steps(tmp_path / "straight")
+    ]
+
+
+def test_a_killed_rank_is_restarted_from_the_newest_checkpoint(tmp_path: Path) -> None:
+    """One rank dies once: the supervisor starts again by itself and the run finishes."""
+    recipe = slow_recipe(tmp_path, 2)
+    process = start(tmp_path, "run", recipe, "launch.max_restarts=1", "--run-dir", "r", "--json")
+    run = tmp_path / "r"
+    wait_for((run / "checkpoints/step-00000010/manifest.json").exists, process)
+    os.kill(rank_pids(run)[1], signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert json.loads(out)["steps"] == 20
+    attempts = json.loads((run / "record.json").read_text())["attempts"]
+    assert [a["outcome"] for a in attempts] == ["failed", "finished"]
+    assert [line["step"] for line in steps(run)] == list(range(1, 21))
+
+
+def test_a_model_that_fails_is_exit_4_and_told(tmp_path: Path) -> None:
+    """The same step failing twice ends the run with the error's own words."""
+    recipe = slow_recipe(tmp_path, 1)
+    process = start(
+        tmp_path,
+        "run",
+        recipe,
+        "model.config.features=31",
+        "launch.max_restarts=5",
+        "--run-dir",
+        "r",
+    )
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 4
+    assert "no progress since step 0" in err
+    assert "mat1 and mat2 shapes cannot be multiplied" in err
+    assert "Traceback" not in err
+
+
+def test_batchnorm_and_early_stopping(tmp_path: Path) -> None:
+    """A CNN with BatchNorm trains on two ranks; early stopping ends it on all ranks, best kept."""
+    process = start(
+        tmp_path, "run", "cnn-batchnorm", "duration.epochs=20", "evaluation.every_steps=20",
+        "early_stopping.patience=2", "early_stopping.min_delta=0.05", "--run-dir", "r", "--json",
+    )  # fmt: skip
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    facts = json.loads(out)
+    assert facts["outcome"] == "finished"
+    assert facts["steps"] < 20 * 157
+    assert facts["eval"]["eval/accuracy"] > 0.8
+    assert "early stopping: eval/loss has not improved" in err
+    evaluations = {
+        line["step"]: line["eval/loss"]
+        for line in read_metrics(tmp_path / "r/metrics.jsonl")
+        if "eval/loss" in line
+    }
+    best = min(evaluations, key=lambda step: evaluations[step])
+    assert (tmp_path / f"r/checkpoints/step-{best:08d}/manifest.json").is_file()
