@@ -1,15 +1,27 @@
 """The command line: one file per command group, each reads the world and calls the pure core."""
 
+import gc
+import os
 import sys
+from importlib import import_module
 
 import typer
 
 from toolkit.errors import DrumlineError
 
+COMMANDS = {
+    "recipes": "recipes",
+    "plan": "plan",
+    "prepare": "plan",
+    "schema": "plan",
+    "run": "run",
+    "resume": "run",
+    "doctor": "doctor",
+}
+"""Which file of this package holds a command; only that one is imported."""
+
 app = typer.Typer(
     name="drumline",
-    help="Every rank in step: plan, train, resume. One recipe, one batch equation. "
-    "`--debug` anywhere shows the traceback of an error.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -17,17 +29,30 @@ app = typer.Typer(
 )
 
 
+@app.callback()
+def _group() -> None:
+    """Every rank in step: plan, train, resume. One recipe, one batch equation.
+
+    `--debug` anywhere shows the traceback of an error.
+    """
+
+
 def main() -> None:
     """Entry point: a mistake of the user is one message on stderr and its class's exit code."""
-    from toolkit.cli import doctor, plan, recipes, run
-
-    for module in (recipes, plan, run, doctor):
-        module.register(app)
-    debug = "--debug" in sys.argv
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # else it scans every package
+    gc.disable()  # nothing that starting up makes is garbage; it takes a tenth of a dry run
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    asked = COMMANDS.get(arguments[0]) if arguments else None
+    for name in [asked] if asked else dict.fromkeys(COMMANDS.values()):
+        import_module(f"toolkit.cli.{name}").register(app)
+    if asked != "plan":
+        gc.enable()
     try:
-        app([argument for argument in sys.argv[1:] if argument != "--debug"])
+        app(arguments)
     except DrumlineError as error:
-        if debug:
+        if "--debug" in sys.argv:
             raise
         print(f"drumline: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    finally:
+        gc.freeze()  # nor is there anything worth collecting at the end

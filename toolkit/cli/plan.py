@@ -8,7 +8,6 @@ import typer
 
 from toolkit.cli.world import read_world
 from toolkit.errors import DoesNotFit
-from toolkit.plan.advise import with_advice
 from toolkit.plan.model import Plan
 from toolkit.plan.resolve import resolve
 from toolkit.recipe.load import load_recipe
@@ -33,7 +32,10 @@ def make_plan(recipe: Recipe, gpus: int | None = None, gpu: str | None = None) -
 
         recipe = on_gpus(recipe, gpus, gpu, world)
         world = read_world(recipe)
-    return with_advice(resolve(recipe, world), world)
+    plan = resolve(recipe, world)
+    if plan.memory.fits is False:
+        plan = with_advice(plan, world)
+    return plan
 
 
 def plan_command(

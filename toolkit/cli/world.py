@@ -30,9 +30,12 @@ def read_world(recipe: Recipe) -> World:
 
 def _prepared(recipe: Recipe) -> dict[str, Any]:
     from toolkit.data.cache import cache_folder
-    from toolkit.data.card import read_card
 
     folder = cache_folder(recipe.data, recipe.project)
+    if not folder.is_dir():
+        return {}
+    from toolkit.data.card import read_card
+
     card = read_card(folder)
     if card is None:
         return {}

@@ -45,7 +45,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Range:
+class ByteRange:
     """Bytes: low, expected, high."""
 
     low: int
@@ -58,9 +58,9 @@ class Peak:
     """The estimate: bytes of each part at the peak, three totals with ranges, and the phase."""
 
     parts: dict[str, int]
-    allocated: Range
-    reserved: Range
-    device: Range
+    allocated: ByteRange
+    reserved: ByteRange
+    device: ByteRange
     phase: str
 
 
@@ -201,5 +201,5 @@ def _with_ranges(parts: dict[str, int], phase: str, load: Load, gpu: Gpu) -> Pea
     return Peak(parts, _range(allocated), _range(reserved), _range(device), phase)
 
 
-def _range(three: list[float]) -> Range:
-    return Range(*(int(value) for value in three))
+def _range(three: list[float]) -> ByteRange:
+    return ByteRange(*(int(value) for value in three))

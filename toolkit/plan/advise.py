@@ -19,9 +19,7 @@ _CHANGES: tuple[tuple[dict[str, Any], str], ...] = (
 
 
 def with_advice(plan: Plan, world: World) -> Plan:
-    """The plan, and if it does not fit, what makes it fit (or the largest saving of each kind)."""
-    if plan.memory.fits is not False:
-        return plan
+    """A plan that does not fit, with what makes it fit (or the largest saving of each kind)."""
     advice = []
     smaller = _smaller_per_device(plan, world)
     if smaller:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from toolkit.errors import PlanError
+from toolkit.memory.closed_form import ByteRange
 from toolkit.plan.batch import Split
 from toolkit.plan.schedule import Curve
 from toolkit.plan.steps import Clock
@@ -59,23 +60,14 @@ class StepFacts:
 
 
 @dataclass(frozen=True)
-class Bytes:
-    """Bytes per rank."""
-
-    low: int
-    expected: int
-    high: int
-
-
-@dataclass(frozen=True)
 class MemoryFacts:
     """Peak memory of a rank; `fits` compares `device.high` with the capacity."""
 
     unit: str
     parts: dict[str, int]
-    allocated: Bytes | None
-    reserved: Bytes | None
-    device: Bytes | None
+    allocated: ByteRange | None
+    reserved: ByteRange | None
+    device: ByteRange | None
     capacity: int | None
     fits: bool | None
     method: Literal["closed-form", "traced", "measured", "unknown"]

@@ -15,7 +15,6 @@ from toolkit.plan.invariance import batchnorm_warnings, split_invariance
 from toolkit.plan.model import (
     PLAN_VERSION,
     BatchFacts,
-    Bytes,
     Cost,
     DataFacts,
     MemoryFacts,
@@ -304,9 +303,9 @@ def _memory_function(recipe: Recipe, shape: ModelShape | None, gpu: Gpu, world: 
         return MemoryFacts(
             unit="bytes per rank",
             parts=peak.parts,
-            allocated=_bytes(peak.allocated),
-            reserved=_bytes(peak.reserved),
-            device=_bytes(peak.device),
+            allocated=peak.allocated,
+            reserved=peak.reserved,
+            device=peak.device,
             capacity=capacity,
             fits=fits,
             method="closed-form",
@@ -321,10 +320,6 @@ def _capacity(gpu: Gpu, split: Split, world: World) -> int | None:
     if not gpu.is_cpu:
         return gpu.memory_bytes
     return None if world.host_memory_bytes is None else world.host_memory_bytes // split.gpus
-
-
-def _bytes(three: closed_form.Range) -> Bytes:
-    return Bytes(three.low, three.expected, three.high)
 
 
 def _load(recipe: Recipe, shape: ModelShape, split: Split, length: int) -> closed_form.Load:

@@ -7,19 +7,23 @@ live in `toolkit.plan`.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
-Slug = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)]
-FactoryName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*:[A-Za-z_]\w*$")]
+Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)]
+FactoryName = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*:[A-Za-z_]\w*$")]
 
 
 class Section(BaseModel):
-    """A part of the recipe: unknown keys refused, values never converted, immutable."""
+    """A part of the recipe: unknown keys refused, values never converted, immutable.
+
+    Validators are built once, for the whole recipe, at its first use: defaults are therefore made
+    with `model_construct`, which needs none.
+    """
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, defer_build=True, validate_default=False
@@ -152,7 +156,7 @@ class Optimizer(Section):
     nesterov: bool = False
     max_grad_norm: Positive | None = 1.0
     implementation: Literal["fused", "foreach"] = "fused"
-    lr_scaling: LrScaling = LrScaling()
+    lr_scaling: LrScaling = LrScaling.model_construct()
 
     @model_validator(mode="after")
     def _keys_belong_to_the_rule(self) -> Self:
@@ -302,18 +306,18 @@ class Recipe(Section):
     model: Model
     data: Data
     batch: Batch
-    cluster: Cluster = Cluster()
-    strategy: Strategy = Strategy()
+    cluster: Cluster = Cluster.model_construct()
+    strategy: Strategy = Strategy.model_construct()
     precision: Literal["fp32", "bf16", "bf16-pure", "fp16"] = "fp32"
     optimizer: Optimizer
-    loss: Loss = Loss()
-    schedule: Schedule = Schedule()
+    loss: Loss = Loss.model_construct()
+    schedule: Schedule = Schedule.model_construct()
     duration: Duration
     evaluation: Evaluation | None = None
     early_stopping: EarlyStopping | None = None
-    checkpoint: Checkpoint = Checkpoint()
-    launch: Launch = Launch()
-    logging: Logging = Logging()
+    checkpoint: Checkpoint = Checkpoint.model_construct()
+    launch: Launch = Launch.model_construct()
+    logging: Logging = Logging.model_construct()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

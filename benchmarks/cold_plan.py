@@ -1,0 +1,49 @@
+"""What does a cold `drumline plan` cost, against a process that only imports its libraries?
+
+    python benchmarks/cold_plan.py [--rounds 20]
+
+Runs both in turns, measures CPU seconds (user + system) of each process, and prints medians and
+their ratio. The aim is a ratio of at most 1.5.
+"""
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+
+PROGRAMS = {
+    "yaml + typer + pydantic": ["-c", "import yaml, typer; from pydantic import BaseModel"],
+    "drumline plan 8B": ["-m", "toolkit.cli", "plan", "llama-8b-8xh100"],
+    "drumline plan 8B --json": ["-m", "toolkit.cli", "plan", "llama-8b-8xh100", "--json"],
+}
+
+
+def cpu_seconds(arguments: list[str]) -> float:
+    """User and system time of one child process."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+def main() -> None:
+    """Print one table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=20)
+    rounds = parser.parse_args().rounds
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # bytecode is cached, as after an install
+    times: dict[str, list[float]] = {name: [] for name in PROGRAMS}
+    for _ in range(rounds + 1):
+        for name, arguments in PROGRAMS.items():
+            times[name].append(cpu_seconds(arguments))
+    base = statistics.median(times["yaml + typer + pydantic"][1:])
+    print(f"{'process':<26} {'CPU ms, median':>15} {'ratio':>7}   ({rounds} rounds in turns)")
+    for name, values in times.items():
+        median = statistics.median(values[1:])
+        print(f"{name:<26} {1000 * median:>15.0f} {median / base:>7.2f}")
+
+
+if __name__ == "__main__":
+    main()
