@@ -34,6 +34,8 @@ def make_plan(recipe: Recipe, gpus: int | None = None, gpu: str | None = None) -
         world = read_world(recipe)
     plan = resolve(recipe, world)
     if plan.memory.fits is False:
+        from toolkit.plan.advise import with_advice
+
         plan = with_advice(plan, world)
     return plan
 

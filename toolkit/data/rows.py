@@ -62,34 +62,34 @@ class Rows:
             assert self._labels is not None
             return {"features": self._features[indices], "targets": self._labels[indices]}
         if self._labels is not None:
-            ids, mask = self._text_rows(indices)
-            return {"input_ids": ids, "attention_mask": mask, "targets": self._labels[indices]}
+            ids, inside = self._gather(indices, None)
+            mask = inside.astype(np.int64)
+            return {
+                "input_ids": ids * mask,
+                "attention_mask": mask,
+                "targets": self._labels[indices],
+            }
         return self._language_rows(indices)
 
     def _language_rows(self, indices: NDArray[np.int64]) -> Arrays:
-        assert self._tokens is not None and self._skipped is not None
-        lengths = self._lengths[indices] - 1
-        width = self.card.sequence_length if self.card.task == "causal_lm" else int(lengths.max())
-        ids = np.zeros((len(indices), width or 1), dtype=np.int64)
-        targets = np.full_like(ids, IGNORED)
-        for row, (index, length) in enumerate(zip(indices, lengths, strict=True)):
-            start = self._starts[index]
-            tokens = self._tokens[start : start + length + 1]
-            ids[row, :length] = tokens[:-1]
-            skip = self._skipped[index]
-            targets[row, skip:length] = tokens[1 + skip :]
-        return {"input_ids": ids, "targets": targets}
+        assert self._skipped is not None
+        width = self.card.sequence_length if self.card.task == "causal_lm" else None
+        tokens, inside = self._gather(indices, width and width + 1)
+        place = np.arange(tokens.shape[1] - 1)
+        counted = inside[:, 1:] & (place >= self._skipped[indices][:, None])
+        targets = np.where(counted, tokens[:, 1:], IGNORED)
+        return {"input_ids": np.where(inside[:, 1:], tokens[:, :-1], 0), "targets": targets}
 
-    def _text_rows(self, indices: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
+    def _gather(
+        self, indices: NDArray[np.int64], width: int | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Tokens [n, width] (default: the longest row's) and which of them belong to the row."""
         assert self._tokens is not None
         lengths = self._lengths[indices]
-        ids = np.zeros((len(indices), int(lengths.max())), dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for row, (index, length) in enumerate(zip(indices, lengths, strict=True)):
-            start = self._starts[index]
-            ids[row, :length] = self._tokens[start : start + length]
-            mask[row, :length] = 1
-        return ids, mask
+        place = np.arange(width or int(lengths.max()))
+        inside = place < lengths[:, None]
+        where = np.where(inside, self._starts[indices][:, None] + place, 0)
+        return self._tokens[where].astype(np.int64), inside
 
     def _map(self, name: str, dtype: str | None = None) -> NDArray[Any]:
         path = self._folder / f"{name}.bin"

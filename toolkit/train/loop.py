@@ -52,6 +52,24 @@ class Verdict:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
+class Agreement:
+    """Sums the loss over ranks, and lets one rank's signal or rank 0's clock speak for all.
+
+    Under way while the gradient is clipped; `reach` is the step's one wait for the device.
+    """
+
+    def __init__(self, loss: Tensor, stop: bool, save_due: bool) -> None:
+        flags = torch.tensor([float(stop), float(save_due)], device=loss.device)
+        self._shared = torch.cat([loss.reshape(1), flags])
+        self._work = dist.all_reduce(self._shared, async_op=True)
+
+    def reach(self, norm: Tensor) -> Verdict:
+        """The verdict on the step, equal on every rank."""
+        self._work.wait()
+        loss, stops, saves, grad_norm = torch.cat([self._shared, norm.reshape(1)]).tolist()
+        return Verdict(loss, grad_norm, stops > 0, saves > 0)
+
+
 def train(
     plan: Plan,
     run_folder: Path,
@@ -81,8 +99,9 @@ def train(
         minutes = recipe.checkpoint.every_minutes
         save_due = minutes is not None and time.monotonic() - saved_when >= 60 * minutes
         total = _forward_backward(engine, step)
+        agreement = Agreement(total / step.weight, stop_asked(), save_due and rank == 0)
         norm = engine.clip(recipe.optimizer.max_grad_norm)
-        verdict = _agree(total, norm, step, stop_asked(), save_due, device)
+        verdict = agreement.reach(norm)
         rate = schedule.rate(plan.schedule, step.number, clock)
         if verdict.finite:
             engine.step(rate)
@@ -149,18 +168,6 @@ def _forward_backward(engine: TorchEngine, step: Step) -> Tensor:
             last=number == last,
         )
     return total
-
-
-def _agree(
-    total: Tensor, norm: Tensor, step: Step, stop: bool, save_due: bool, device: torch.device
-) -> Verdict:
-    """Sum the loss over ranks, and let one rank's signal or rank 0's clock speak for all."""
-    save_due = save_due and dist.get_rank() == 0
-    flags = torch.tensor([float(stop), float(save_due)], device=device)
-    shared = torch.cat([(total / step.weight).reshape(1), flags])
-    dist.all_reduce(shared)
-    loss, stops, saves, grad_norm = torch.cat([shared, norm.reshape(1)]).tolist()
-    return Verdict(loss, grad_norm, stops > 0, saves > 0)
 
 
 def _line(
