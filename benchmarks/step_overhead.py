@@ -168,7 +168,8 @@ def main() -> None:
     if arguments.rank_of:
         return rank_main(arguments.rank_of, arguments.model, arguments.steps, arguments.folder)
     print(
-        f"{'model':<8} {'drumline ms':>12} {'by hand ms':>11} {'ratio':>7}   ({arguments.rounds} rounds in turns)"
+        f"{'model':<8} {'drumline ms':>12} {'by hand ms':>11} {'ratio':>7}   "
+        f"({arguments.rounds} rounds in turns)"
     )
     for model in MODELS:
         make_plan(model, arguments.steps)

@@ -14,10 +14,18 @@ def format_bytes(count: float) -> str:
 
 def format_count(count: float) -> str:
     """A large count with its suffix, three significant digits: `124M`, `8.03B`."""
-    for limit, suffix in ((1e15, "Q"), (1e12, "T"), (1e9, "B"), (1e6, "M")):
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if abs(count) >= limit:
             return f"{count / limit:.3g}{suffix}"
     return f"{count:,.0f}"
+
+
+def format_flops(count: float) -> str:
+    """Floating-point operations with an SI prefix, three significant digits: `54 PFLOP`."""
+    for limit, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G")):
+        if count >= limit:
+            return f"{count / limit:.3g} {prefix}FLOP"
+    return f"{count:,.0f} FLOP"
 
 
 def format_duration(seconds: float) -> str:

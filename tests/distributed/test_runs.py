@@ -75,7 +75,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert facts["steps"] == 16
     assert facts["eval"]["eval/loss"] < 5.5
     assert "step 16/16" in err
-    assert "next  less runs/tiny-code-lm-1/metrics.jsonl" in err
+    assert "next  drumline plan runs/tiny-code-lm-1 --gpus 4" in err
     return Path(facts["run"])
 
 

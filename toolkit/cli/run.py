@@ -126,7 +126,7 @@ def _finish(folder: RunFolder, plan: Plan, cause: str, as_json: bool) -> None:
     finally:
         progress.close()
     seconds = time.monotonic() - started
-    _report(folder, result, seconds)
+    _report(folder, plan, result, seconds)
     if as_json:
         facts = {
             "run": str(folder.path),
@@ -141,7 +141,7 @@ def _finish(folder: RunFolder, plan: Plan, cause: str, as_json: bool) -> None:
         raise typer.Exit(result.exit_code)
 
 
-def _report(folder: RunFolder, result: Result, seconds: float) -> None:
+def _report(folder: RunFolder, plan: Plan, result: Result, seconds: float) -> None:
     shown = _shortest(folder.path)
     words = f"{result.outcome} at step {result.step:,} after {format_duration(seconds)}"
     if result.loss is not None:
@@ -151,9 +151,14 @@ def _report(folder: RunFolder, result: Result, seconds: float) -> None:
     print(f"\n{words}", file=sys.stderr)
     if result.message:
         print(result.message, file=sys.stderr)
-    print(f"run   {shown}", file=sys.stderr)
+    print(f"run   {shown} (metrics.jsonl has a line for every step)", file=sys.stderr)
     if result.outcome == "finished":
-        print(f"next  less {shown}/metrics.jsonl   a line for every step", file=sys.stderr)
+        batch = plan.batch
+        gpus = 2 * batch.gpus if batch.effective % (2 * batch.gpus) == 0 else 1
+        print(
+            f"next  drumline plan {shown} --gpus {gpus}   the same training, split otherwise",
+            file=sys.stderr,
+        )
     else:
         print(f"next  drumline resume {shown}", file=sys.stderr)
 

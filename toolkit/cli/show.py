@@ -4,7 +4,7 @@ import textwrap
 
 from toolkit.plan.model import Plan
 from toolkit.plan.schedule import rate_at
-from toolkit.units import format_bytes, format_count
+from toolkit.units import format_bytes, format_count, format_flops
 
 _WIDTH = 100
 _LABEL = 11
@@ -90,7 +90,7 @@ def _model(plan: Plan) -> str:
     name = model.architecture or model.factory or model.name or model.path or ""
     if c.parameters is None:
         return name
-    flops = f", {format_count(c.flops_per_step)} FLOP a step" if c.flops_per_step else ""
+    flops = f", {format_flops(c.flops_per_step)} a step" if c.flops_per_step else ""
     saved = f", {format_bytes(c.checkpoint_bytes)} a checkpoint" if c.checkpoint_bytes else ""
     return f"{name}, {format_count(c.parameters)} parameters{flops}{saved}"
 

@@ -16,7 +16,7 @@ def read_world(recipe: Recipe) -> World:
     try:
         facts.update(_prepared(recipe))
     except DataError as error:
-        facts["problems"].append(str(error))
+        facts["problems"].append(str(error).replace(f"{Path.cwd()}/", ""))
     if recipe.model.source in ("hub", "folder"):
         facts["model_config"] = _model_config(recipe.model)
     if recipe.model.factory:

@@ -1,0 +1,34 @@
+"""`make demo`: plans and trains the tiny model on real text, to the loss that the README claims."""
+
+import json
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from test_runs import start
+
+from toolkit.train.metrics import read_metrics
+
+pytestmark = [pytest.mark.xdist_group("heavy"), pytest.mark.heavy]
+
+
+def test_the_demo_learns(tmp_path: Path) -> None:
+    """Both commands of `make demo`: from about 5.5 nats a byte to a validation loss under 2.6."""
+    listed = subprocess.run(
+        ["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    lines = [line for line in listed.stdout.splitlines() if "/drumline " in line]
+    assert [shlex.split(line)[1] for line in lines] == ["plan", "run"]
+    for line in lines:
+        arguments = [a.replace("recipes/", f"{ROOT}/recipes/") for a in shlex.split(line)[1:]]
+        process = start(tmp_path, *arguments, *(["--json"] if arguments[0] == "run" else []))
+        out, err = process.communicate(timeout=400)
+        assert process.returncode == 0, err
+    facts = json.loads(out)
+    assert facts["eval"]["eval/loss"] < 2.6
+    first = read_metrics(Path(facts["run"]) / "metrics.jsonl")[0]
+    assert 5.3 < first["loss"] < 5.7
+    assert "run   runs/tiny-code-lm-1" in err
+    assert err.splitlines()[-1].startswith("next  drumline plan runs/tiny-code-lm-1 --gpus 4")

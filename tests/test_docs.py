@@ -1,0 +1,85 @@
+"""Every command shown in the documentation is run, and the README's output is what comes out."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+ELSEWHERE = {
+    "make demo": "tests/distributed/test_demo.py runs its two commands to the end",
+    "make test": "this is it",
+    "make lint": "run beside the tests by .ci/run",
+    "drumline run tiny-code-lm": "tests/distributed/test_demo.py",
+}
+"""Commands that another test runs, or that would run this one."""
+
+
+def commands(page: Path) -> list[str]:
+    """Lines of the page's `sh` blocks, without comments."""
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def run(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    words = shlex.split(line)
+    if words[0] == "drumline":
+        words[:1] = [sys.executable, "-m", "toolkit.cli"]
+    elif words[0] == "python":
+        words[0] = sys.executable
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.xdist_group("heavy")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_on_the_page_runs(page: Path, tmp_path: Path) -> None:
+    """In order, in one folder: each exits 0, or with the code that the page names: `# exit 3`."""
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    text = page.read_text()
+    for line in commands(page):
+        if line in ELSEWHERE or line.startswith(("python benchmarks/", "pip install", "git clone")):
+            continue
+        named = re.search(rf"^{re.escape(line)}\s+# exit (\d+)", text, flags=re.MULTILINE)
+        done = run(line, tmp_path)
+        assert done.returncode == (int(named[1]) if named else 0), f"{line}\n{done.stderr}"
+
+
+def test_the_readme_shows_the_real_output_of_plan() -> None:
+    """The first screen's table is word for word what the command prints in a fresh clone."""
+    text = (ROOT / "README.md").read_text()
+    command, shown = re.search(
+        r"```console\n\$ (drumline plan .*?)\n(.*?)```", text, flags=re.DOTALL
+    ).groups()  # type: ignore[union-attr]
+    done = run(command, ROOT)
+    assert done.stdout == shown
+
+
+def test_benchmarks_and_make_targets_in_the_docs_exist() -> None:
+    """A page names no script or target that is not there."""
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for page in PAGES:
+        for line in commands(page):
+            if line.startswith("python benchmarks/"):
+                assert (ROOT / line.split()[1]).is_file(), line
+            if line.startswith("make "):
+                assert line.split()[1] in targets, line
+
+
+def test_every_recipe_key_is_documented() -> None:
+    """docs/recipe.md names each key of the schema."""
+    from plan.test_fields import _fields
+
+    from toolkit.recipe.schema import Recipe
+
+    text = (ROOT / "docs/recipe.md").read_text()
+    for name in _fields(Recipe):
+        key = name.split(".")[-1]
+        assert re.search(rf"\b{re.escape(key)}\b", text), name

@@ -1,0 +1,50 @@
+"""The built wheel: installed into an environment of its own, it finds its recipes and plans."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+from conftest import ROOT
+
+
+def test_the_wheel_is_complete_and_runs(tmp_path: Path) -> None:
+    """Built from the tracked files, installed without the checkout in sight: ls, plan, a dry run."""
+    source = tmp_path / "source"
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(source)], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path / "dist"), str(source)],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    for needed in ("toolkit/shipped_recipes/tiny-code-lm.yaml", "toolkit/shipped_recipes/example_models.py",
+                   "toolkit/plan/gpus.yaml", "launchers/torchrun.py"):  # fmt: skip
+        assert needed in names
+    assert not [n for n in names if n.startswith(("tests/", "benchmarks/", "recipes/"))]
+    env_folder = tmp_path / "env"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(env_folder)], check=True)
+    site = next((env_folder / "lib").glob("python*")) / "site-packages"
+    zipfile.ZipFile(wheel).extractall(site)
+    (site / "others.pth").write_text(sysconfig.get_paths()["purelib"])
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+
+    def drumline(*arguments: str) -> str:
+        code = "from toolkit.cli import main; main()"
+        command = [str(env_folder / "bin/python"), "-P", "-c", code, *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+        ).stdout
+
+    where = "import toolkit; print(toolkit.__file__)"
+    found = subprocess.run([str(env_folder / "bin/python"), "-P", "-c", where], cwd=tmp_path, env=env,
+                           capture_output=True, text=True, check=True).stdout  # fmt: skip
+    assert str(site) in found
+    assert "tiny-code-lm" in drumline("recipes", "ls")
+    assert "256 = 2 per_device × 8 gpus × 16 accumulation" in drumline("plan", "llama-8b-8xh100")
+    assert "torch.distributed.run" in drumline("run", "worked-example", "--dry-run")
+    entry = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("entry_points.txt")))
+    assert b"drumline = toolkit.cli:main" in entry
