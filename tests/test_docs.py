@@ -17,6 +17,7 @@ ELSEWHERE = {
     "make test": "this is it",
     "make lint": "run beside the tests by .ci/run",
     "drumline run tiny-code-lm": "tests/distributed/test_demo.py",
+    "drumline plan runs/tiny-code-lm-1 --gpus 1": "tests/distributed/test_demo.py, on the run above",
 }
 """Commands that another test runs, or that would run this one."""
 

@@ -26,6 +26,8 @@ def test_the_demo_learns(tmp_path: Path) -> None:
         process = start(tmp_path, *arguments, *(["--json"] if arguments[0] == "run" else []))
         out, err = process.communicate(timeout=400)
         assert process.returncode == 0, err
+    again = start(tmp_path, "plan", "runs/tiny-code-lm-1", "--gpus", "1")
+    assert "32 = 8 per_device × 1 gpus × 4 accumulation" in again.communicate(timeout=60)[0]
     facts = json.loads(out)
     assert facts["eval"]["eval/loss"] < 2.6
     first = read_metrics(Path(facts["run"]) / "metrics.jsonl")[0]
