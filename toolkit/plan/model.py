@@ -129,7 +129,7 @@ class Plan:
         return Clock(self.steps.samples, self.batch.effective, self.batch.remainder, limit)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object of DESIGN §7."""
+        """The JSON object that `drumline plan --json` prints."""
         fields = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)

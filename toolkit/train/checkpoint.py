@@ -53,8 +53,17 @@ class TrainState:
     best_metric: float | None = None
     evaluations_without_gain: int = 0
     skipped_steps: list[int] = field(default_factory=list)
+    skipped_in_a_row: int = 0
     loss_scale: dict[str, Any] | None = None
     tracker_ids: dict[str, str] = field(default_factory=dict)
+
+    def advance(self, step: int, samples: int, tokens: int, finite: bool) -> None:
+        """One step further: samples consumed in all, label tokens of this step, or a skip."""
+        self.step, self.samples, self.tokens = step, samples, self.tokens + tokens
+        self.metric = None
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if not finite:
+            self.skipped_steps.append(step)
 
 
 def checkpoint_name(step: int) -> str:
@@ -73,6 +82,28 @@ def step_of(path: Path) -> int:
     match = _NAME.match(path.name)
     assert match, path
     return int(match.group(1))
+
+
+class SaveCadence:
+    """When a checkpoint is due: by steps, by minutes, at a milestone, or at the best evaluation."""
+
+    def __init__(self, spec: Checkpoint) -> None:
+        self._spec, self._saved_when = spec, time.monotonic()
+
+    def time_is_up(self) -> bool:
+        """Whether every_minutes have gone by on this rank's clock; rank 0's is the one that counts."""
+        minutes = self._spec.every_minutes
+        return minutes is not None and time.monotonic() - self._saved_when >= 60 * minutes
+
+    def is_due(self, state: TrainState, evaluated: bool) -> bool:
+        """By the step count, or because this evaluation is the best so far."""
+        counts = (self._spec.every_steps, self._spec.keep_every)
+        is_best = evaluated and self._spec.keep_best > 0 and state.evaluations_without_gain == 0
+        return is_best or any(count and state.step % count == 0 for count in counts)
+
+    def saved(self) -> None:
+        """Start counting minutes anew."""
+        self._saved_when = time.monotonic()
 
 
 class Saver:

@@ -1,7 +1,6 @@
 """The training loop, one story from the first step to the last."""
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,12 @@ from toolkit.errors import CheckpointError, RunError
 from toolkit.plan import schedule
 from toolkit.plan.model import Plan
 from toolkit.train import checkpoint
+from toolkit.train.agreement import Agreement
 from toolkit.train.batches import Step, StepReader, read_ahead
-from toolkit.train.checkpoint import Saver, TrainState
+from toolkit.train.checkpoint import SaveCadence, Saver, TrainState
 from toolkit.train.engines.torch import TorchEngine
 from toolkit.train.evaluate import Evaluator
-from toolkit.train.memory import MemoryGauge
-from toolkit.train.metrics import MetricsFile
+from toolkit.train.metrics import Logbook
 from toolkit.train.scaler import LossScaler
 
 LONGEST_NON_FINITE_RUN = 20
@@ -35,39 +34,6 @@ class Outcome:
     loss: float | None
     evaluation: dict[str, float] | None
     reason: str = ""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What all ranks agree on about one step: the only meeting of host and device in it."""
-
-    loss: float
-    grad_norm: float
-    stop: bool
-    save_due: bool
-
-    @property
-    def finite(self) -> bool:
-        """Whether the update may be applied."""
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
-
-
-class Agreement:
-    """Sums the loss over ranks, and lets one rank's signal or rank 0's clock speak for all.
-
-    Under way while the gradient is clipped; `reach` is the step's one wait for the device.
-    """
-
-    def __init__(self, loss: Tensor, stop: bool, save_due: bool) -> None:
-        flags = torch.tensor([float(stop), float(save_due)], device=loss.device)
-        self._shared = torch.cat([loss.reshape(1), flags])
-        self._work = dist.all_reduce(self._shared, async_op=True)
-
-    def reach(self, norm: Tensor) -> Verdict:
-        """The verdict on the step, equal on every rank."""
-        self._work.wait()
-        loss, stops, saves, grad_norm = torch.cat([self._shared, norm.reshape(1)]).tolist()
-        return Verdict(loss, grad_norm, stops > 0, saves > 0)
 
 
 def train(
@@ -86,72 +52,49 @@ def train(
     state = _restore(engine, plan, run_folder / "checkpoints")
     saver = Saver(run_folder / "checkpoints", rank, plan.batch.gpus, attempt, recipe.checkpoint)
     evaluator = Evaluator(plan, engine)
-    gauge = MemoryGauge(device)
-    metrics = MetricsFile(run_folder / "metrics.jsonl", state.step) if rank == 0 else None
+    logbook = Logbook(plan, run_folder / "metrics.jsonl", device, resume_at=state.step)
+    cadence = SaveCadence(recipe.checkpoint)
     clock = plan.clock()
-    saved_at, saved_when = state.step, time.monotonic()
     loss, evaluation, reason = None, None, ""
-    non_finite_run = 0
 
     engine.warm_up(reader.widest().tensors)
-    started = time.perf_counter()
-    for step in read_ahead(reader, state.step + 1, plan.steps.total):
-        minutes = recipe.checkpoint.every_minutes
-        save_due = minutes is not None and time.monotonic() - saved_when >= 60 * minutes
+    for step in logbook.timed(read_ahead(reader, state.step + 1, plan.steps.total)):
         total = _forward_backward(engine, step)
-        agreement = Agreement(total / step.weight, stop_asked(), save_due and rank == 0)
+        agreement = Agreement(total / step.weight, stop_asked(), cadence.time_is_up())
         norm = engine.clip(recipe.optimizer.max_grad_norm)
         verdict = agreement.reach(norm)
         rate = schedule.rate(plan.schedule, step.number, clock)
         if verdict.finite:
             engine.step(rate)
-            non_finite_run = 0
-        else:
-            state.skipped_steps.append(step.number)
-            non_finite_run += 1
         engine.zero_grad()
         if engine.scaler:
             engine.scaler.update(verdict.finite)
-        state.step, state.samples = step.number, clock.consumed(step.number)
-        state.tokens += step.tokens
-        state.metric = None
+        state.advance(step.number, clock.consumed(step.number), step.tokens, verdict.finite)
         loss = verdict.loss
-
-        seconds = time.perf_counter() - started
+        logbook.record(step, state, verdict, rate)
 
         last = step.number == plan.steps.total
         evaluated = evaluator.is_due(step.number) or (last and evaluator.enabled)
         if evaluated:
             evaluation = evaluator.run()
             reason = _judge(state, evaluation, plan)
-        if metrics:
-            metrics.add(**_line(step, state, verdict, rate, seconds, gauge, plan))
-            if evaluated and evaluation:
-                metrics.add(step=step.number, **evaluation)
-            if last or evaluated or step.number % recipe.logging.every_steps == 0:
-                metrics.flush()
-        started = time.perf_counter()
-
+            logbook.record_evaluation(step.number, evaluation)
         ending = last or verdict.stop or bool(reason)
-        if ending or verdict.save_due or _save_is_due(plan, state, evaluated):
-            if metrics:
-                metrics.flush()
+        if ending or verdict.save_due or cadence.is_due(state, evaluated):
+            logbook.flush()
             _save(engine, saver, state)
-            saved_at, saved_when = step.number, time.monotonic()
-        if non_finite_run >= LONGEST_NON_FINITE_RUN:
+            cadence.saved()
+        if state.skipped_in_a_row >= LONGEST_NON_FINITE_RUN:
             raise RunError(
-                f"step {step.number}: loss or gradient not finite {non_finite_run} steps in a row"
+                f"step {step.number}: loss or gradient not finite {state.skipped_in_a_row} steps in a row"
             )
         if ending:
             break
 
     saver.wait()
-    if metrics:
-        metrics.close()
-    assert saved_at == state.step
-    early = state.step < plan.steps.total
-    outcome = "stopped" if early and not reason else "finished"
-    return Outcome(outcome, state.step, loss, evaluation, reason)
+    logbook.close()
+    stopped = state.step < plan.steps.total and not reason
+    return Outcome("stopped" if stopped else "finished", state.step, loss, evaluation, reason)
 
 
 def _forward_backward(engine: TorchEngine, step: Step) -> Tensor:
@@ -168,43 +111,6 @@ def _forward_backward(engine: TorchEngine, step: Step) -> Tensor:
             last=number == last,
         )
     return total
-
-
-def _line(
-    step: Step,
-    state: TrainState,
-    verdict: Verdict,
-    rate: float,
-    seconds: float,
-    gauge: MemoryGauge,
-    plan: Plan,
-) -> dict[str, object]:
-    """One line of metrics.jsonl (DESIGN §12)."""
-    return {
-        "step": step.number,
-        "epoch": step.epoch,
-        "loss": verdict.loss,
-        "lr": rate,
-        "grad_norm": verdict.grad_norm,
-        "samples": state.samples,
-        "weight": step.weight,
-        "digest": step.digest,
-        "seconds": seconds,
-        "samples_per_s": step.samples / seconds,
-        "tokens_per_s": step.tokens / seconds,
-        "mfu": gauge.mfu(plan, seconds),
-        **gauge.read(),
-        "skipped": not verdict.finite,
-    }
-
-
-def _save_is_due(plan: Plan, state: TrainState, evaluated: bool) -> bool:
-    """By the step count, or because this evaluation is the best so far."""
-    spec = plan.recipe.checkpoint
-    by_count = spec.every_steps is not None and state.step % spec.every_steps == 0
-    milestone = spec.keep_every is not None and state.step % spec.keep_every == 0
-    is_best = evaluated and spec.keep_best > 0 and state.evaluations_without_gain == 0
-    return by_count or milestone or is_best
 
 
 def _save(engine: TorchEngine, saver: Saver, state: TrainState) -> None:

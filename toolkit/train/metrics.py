@@ -2,12 +2,81 @@
 
 import json
 import math
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
+from toolkit.plan.model import Plan
+from toolkit.train.agreement import Verdict
+from toolkit.train.batches import Step
+from toolkit.train.checkpoint import TrainState
+from toolkit.train.memory import MemoryGauge
+
+
+class Logbook:
+    """What the loop has to tell of each step; only rank 0 writes."""
+
+    def __init__(self, plan: Plan, path: Path, device: torch.device, resume_at: int) -> None:
+        self._plan, self._gauge = plan, MemoryGauge(device)
+        self._file = MetricsFile(path, resume_at) if dist.get_rank() == 0 else None
+        self._started = 0.0
+
+    def timed(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """The steps as they come; a step's time runs from asking for its data to `record`."""
+        while True:
+            self._started = time.perf_counter()
+            step = next(steps, None)
+            if step is None:
+                return
+            yield step
+
+    def record(self, step: Step, state: TrainState, verdict: Verdict, rate: float) -> None:
+        """One line of metrics.jsonl."""
+        if self._file is None:
+            return
+        seconds = time.perf_counter() - self._started
+        self._file.add(
+            step=step.number,
+            epoch=step.epoch,
+            loss=verdict.loss,
+            lr=rate,
+            grad_norm=verdict.grad_norm,
+            samples=state.samples,
+            weight=step.weight,
+            digest=step.digest,
+            seconds=seconds,
+            samples_per_s=step.samples / seconds,
+            tokens_per_s=step.tokens / seconds,
+            mfu=self._gauge.mfu(self._plan, seconds),
+            **self._gauge.read(),
+            skipped=not verdict.finite,
+        )
+        if step.number % self._plan.recipe.logging.every_steps == 0:
+            self.flush()
+
+    def record_evaluation(self, step: int, evaluation: dict[str, float]) -> None:
+        """A line of its own, shown at once."""
+        if self._file:
+            self._file.add(step=step, **evaluation)
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the lines held so far."""
+        if self._file:
+            self._file.flush()
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self._file:
+            self._file.close()
+
 
 class MetricsFile:
-    """Written by rank 0. Lines are held until `flush`, which the loop calls when it logs or saves."""
+    """Lines are held until `flush`, which comes when the loop logs or saves."""
 
     def __init__(self, path: Path, resume_at: int) -> None:
         self._path = path

@@ -1,0 +1,42 @@
+"""What all ranks agree on about one step: the only meeting of host and device in it."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The step's loss (weighted mean, nats) and gradient norm, and what any rank asks for."""
+
+    loss: float
+    grad_norm: float
+    stop: bool
+    save_due: bool
+
+    @property
+    def finite(self) -> bool:
+        """Whether the update may be applied."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+class Agreement:
+    """Sums the loss over ranks, and lets one rank's signal or rank 0's clock speak for all.
+
+    Under way while the gradient is clipped; `reach` is the step's one wait for the device.
+    """
+
+    def __init__(self, loss: Tensor, stop: bool, save_due: bool) -> None:
+        save_due = save_due and dist.get_rank() == 0
+        flags = torch.tensor([float(stop), float(save_due)], device=loss.device)
+        self._shared = torch.cat([loss.reshape(1), flags])
+        self._work = dist.all_reduce(self._shared, async_op=True)
+
+    def reach(self, norm: Tensor) -> Verdict:
+        """The verdict on the step, equal on every rank."""
+        self._work.wait()
+        loss, stops, saves, grad_norm = torch.cat([self._shared, norm.reshape(1)]).tolist()
+        return Verdict(loss, grad_norm, stops > 0, saves > 0)
