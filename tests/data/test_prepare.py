@@ -256,3 +256,27 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
         )
         peaks.append(int(out.stdout) / 1024)
     assert peaks[1] < peaks[0] + 24
+
+
+def test_a_factory_of_the_recipe_s_own_project(tmp_path: Path) -> None:
+    """Rows from a function beside the recipe; another content of the file is another cache key."""
+    code = "def rows(n):\n    for i in range(n):\n        yield {'features': [i, 2 * i], 'label': i % 2}\n"
+    (tmp_path / "mine.py").write_text(code)
+    data = Data(source="factory", factory="mine:rows", task="classification", options={"n": 6})
+    folder = prepare(data, str(tmp_path))
+    batch = Rows(folder, "train").collate(np.array([2, 5]))
+    assert batch["features"].tolist() == [[2, 4], [5, 10]]
+    assert batch["targets"].tolist() == [0, 1]
+    (tmp_path / "mine.py").write_text(code.replace("2 * i", "3 * i"))
+    assert cache_folder(data, str(tmp_path)) != folder
+    with pytest.raises(DataError, match="mine.py has no function 'other'"):
+        prepare(data.model_copy(update={"factory": "mine:other"}), str(tmp_path))
+    with pytest.raises(DataError, match="factories lie beside the recipe"):
+        prepare(data.model_copy(update={"factory": "os:listdir"}), str(tmp_path))
+
+
+def test_the_hub_without_a_network_is_one_message() -> None:
+    """Offline and not in the cache: named, with the way out."""
+    data = Data(source="hub", name="nobody/nothing", task="causal_lm", sequence_length=8)
+    with pytest.raises(DataError, match=r"nobody/nothing \(split train\) cannot be loaded"):
+        prepare(data, None)

@@ -27,6 +27,15 @@ class Split:
         """Samples per optimizer step."""
         return self.per_device * self.gpus * self.accumulation
 
+    def written_into(self, batch: Batch) -> Batch:
+        """The recipe's batch section with all four numbers filled in."""
+        numbers = {
+            "per_device": self.per_device,
+            "gpus": self.gpus,
+            "accumulation": self.accumulation,
+        }
+        return batch.model_copy(update={"effective": self.effective, **numbers})
+
     def __str__(self) -> str:
         return f"{self.per_device} per_device × {self.gpus} gpus × {self.accumulation} accumulation"
 

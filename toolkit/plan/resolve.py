@@ -148,14 +148,6 @@ def _layout(recipe: Recipe, gpus: int) -> tuple[int, int]:
 
 def _fill(recipe: Recipe, split: Split, nodes: int, per_node: int) -> Recipe:
     """The recipe with everything that was derived written in; it can be planned again by itself."""
-    batch = recipe.batch.model_copy(
-        update={
-            "effective": split.effective,
-            "per_device": split.per_device,
-            "gpus": split.gpus,
-            "accumulation": split.accumulation,
-        }
-    )
     keep_range = isinstance(recipe.cluster.nodes, NodeRange)
     cluster = recipe.cluster.model_copy(
         update={
@@ -163,7 +155,7 @@ def _fill(recipe: Recipe, split: Split, nodes: int, per_node: int) -> Recipe:
             "nodes": recipe.cluster.nodes if keep_range else nodes,
         }
     )
-    update: dict[str, Any] = {"batch": batch, "cluster": cluster}
+    update: dict[str, Any] = {"batch": split.written_into(recipe.batch), "cluster": cluster}
     if recipe.evaluation and recipe.evaluation.per_device is None:
         update["evaluation"] = recipe.evaluation.model_copy(update={"per_device": split.per_device})
     return recipe.model_copy(update=update)

@@ -32,14 +32,6 @@ def _moved(recipe: Recipe, split: Split, gpu: str | None) -> Recipe:
             f"--gpus {split.gpus}: more than one node of {per_node}, and {per_node} does not divide "
             f"{split.gpus}. Nearest: {whole} or {whole + per_node}; or cluster.gpus_per_node"
         )
-    batch = recipe.batch.model_copy(
-        update={
-            "effective": split.effective,
-            "per_device": split.per_device,
-            "gpus": split.gpus,
-            "accumulation": split.accumulation,
-        }
-    )
     cluster = recipe.cluster.model_copy(
         update={
             "gpu": gpu or recipe.cluster.gpu,
@@ -47,4 +39,4 @@ def _moved(recipe: Recipe, split: Split, gpu: str | None) -> Recipe:
             "nodes": None,
         }
     )
-    return recipe.model_copy(update={"batch": batch, "cluster": cluster})
+    return recipe.model_copy(update={"batch": split.written_into(recipe.batch), "cluster": cluster})

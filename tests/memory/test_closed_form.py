@@ -1,0 +1,87 @@
+"""The closed form: states by hand, sharding, and what must grow or shrink."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from toolkit.memory.closed_form import CHUNK_TOKENS, Load, Peak, estimate
+from toolkit.plan.gpus import find_gpu
+from toolkit.plan.shapes import find_shape
+
+LLAMA = find_shape("llama", {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12,
+                             "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 32000})  # fmt: skip
+assert LLAMA
+BASE = Load(
+    shape=LLAMA, per_device=4, sequence_length=1024, ranks=8, nodes=1, shard_ranks=8, strategy="ddp",
+    precision="bf16", optimizer="adamw", momentum=False, foreach=False, checkpointing=False,
+    eager_attention=False, chunked_loss=False,
+)  # fmt: skip
+P = LLAMA.parameters
+
+
+def peak(**changes: Any) -> Peak:
+    return estimate(replace(BASE, **changes), find_gpu("h100-80gb"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "parameters", "gradients", "optimizer"),
+    [
+        ({}, 4 * P, 4 * P, 8 * P),
+        ({"precision": "bf16-pure"}, 2 * P, 2 * P, 4 * P),
+        ({"precision": "fp32", "optimizer": "sgd"}, 4 * P, 4 * P, 0),
+        ({"optimizer": "sgd", "momentum": True}, 4 * P, 4 * P, 4 * P),
+        ({"strategy": "fsdp"}, P / 2, P / 2, P),
+        ({"strategy": "zero1"}, 4 * P, 4 * P, P),
+        ({"strategy": "zero2"}, 4 * P, P / 2, P),
+        ({"strategy": "zero3"}, P / 2, P / 2, P),
+        ({"strategy": "fsdp", "shard_ranks": 4}, P, P, 2 * P),
+    ],
+)
+def test_states_by_hand(
+    changes: dict[str, Any], parameters: float, gradients: float, optimizer: float
+) -> None:
+    """Bytes of weights, gradients and Adam's moments, whole or over the shards."""
+    parts = peak(**changes).parts
+    assert parts["parameters"] == pytest.approx(parameters, rel=1e-6)
+    assert parts["gradients"] == pytest.approx(gradients, rel=1e-6)
+    assert parts["optimizer"] == pytest.approx(optimizer, rel=1e-6)
+
+
+def test_the_loss_is_twelve_bytes_a_logit() -> None:
+    """12·V·T, or a chunk of it."""
+    assert peak().parts["loss"] == 12 * 32000 * 4096
+    assert peak(chunked_loss=True).parts.get("loss", 0) in (0, 12 * 32000 * CHUNK_TOKENS)
+
+
+@pytest.mark.parametrize(
+    "cheaper",
+    [{"checkpointing": True}, {"chunked_loss": True}, {"per_device": 2}, {"precision": "bf16-pure"},
+     {"strategy": "fsdp"}, {"sequence_length": 512}],
+)  # fmt: skip
+def test_what_saves_memory_does(cheaper: dict[str, Any]) -> None:
+    """Checkpointing, chunks, smaller micro-batches, narrower types and sharding lower the peak."""
+    assert peak(**cheaper).device.high < peak().device.high
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-pure", "fp16"])
+def test_ranges_are_ordered_and_the_parts_add_up(precision: str) -> None:
+    """low ≤ expected ≤ high; allocated ≤ reserved ≤ device; the parts are the expected allocation."""
+    found = peak(precision=precision)
+    for three in (found.allocated, found.reserved, found.device):
+        assert three.low <= three.expected <= three.high
+    assert found.allocated.expected <= found.reserved.expected <= found.device.expected
+    assert sum(found.parts.values()) == pytest.approx(found.allocated.expected, rel=1e-6)
+
+
+def test_memory_grows_with_per_device() -> None:
+    """The solver's search relies on it."""
+    highs = [peak(per_device=b).device.high for b in range(1, 40)]
+    assert highs == sorted(highs)
+
+
+def test_foreach_needs_room_for_a_temporary() -> None:
+    """At a tiny batch the optimizer step is the peak, and foreach makes it larger."""
+    tiny = {"per_device": 1, "sequence_length": 8}
+    assert peak(**tiny, foreach=True).phase == "optimizer step"
+    assert peak(**tiny, foreach=True).device.high > peak(**tiny).device.high
