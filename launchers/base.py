@@ -31,6 +31,12 @@ class Command:
         return " ".join([*settings, shlex.join(self.argv)])
 
 
+WORKER_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # the worker sets its own number of compute threads
+    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads slow a shared machine down eighty times
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
 Renderer = Callable[[Plan, Job], Command]
 
 

@@ -1,6 +1,6 @@
 """torchrun on one node; its own restarts stay off, because drumline's supervisor decides."""
 
-from launchers.base import Command, Job, worker_arguments
+from launchers.base import WORKER_ENVIRONMENT, Command, Job, worker_arguments
 from toolkit.plan.model import Plan
 
 
@@ -19,5 +19,4 @@ def render(plan: Plan, job: Job) -> Command:
         "toolkit.train.worker",
         *worker_arguments(job),
     ]
-    env = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return Command(argv, env)
+    return Command(argv, WORKER_ENVIRONMENT)

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from toolkit.errors import RecipeError
@@ -56,6 +56,7 @@ def test_broken_or_unsafe_yaml_is_one_clear_error(text: str) -> None:
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 
 
+@example({"a": "\x85", "b": "x\u2028y", "c": "é × σ"})
 @given(st.dictionaries(st.text(min_size=1), scalars | st.lists(scalars, max_size=4), max_size=5))
 def test_what_is_dumped_is_read_back(value: dict[str, object]) -> None:
     """A recipe written to a run folder has the same values when it is read again."""

@@ -22,6 +22,9 @@ _SCALARS = (
         "-+.0123456789",
     ),
 )
+_LINE_BREAKS = {"\x85", "\u2028", "\u2029", "\ufeff"}
+"""YAML 1.1 would fold these in a plain scalar; they are escaped instead."""
+
 _BASE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -84,6 +87,12 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+_Dumper.add_representer(
+    str,
+    lambda dumper, value: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", value, style='"' if _LINE_BREAKS & set(value) else None
+    ),
+)
 _Dumper.add_representer(
     float,
     lambda dumper, value: dumper.represent_scalar(
