@@ -177,6 +177,31 @@ def test_a_killed_rank_is_restarted_from_the_newest_checkpoint(tmp_path: Path) -
     assert [line["step"] for line in steps(run)] == list(range(1, 21))
 
 
+def test_the_same_step_failing_twice_ends_the_run(tmp_path: Path) -> None:
+    """A model that raises at its n-th forward: the message names the last finished step."""
+    code = (
+        "import torch\nfrom torch import nn\n"
+        "class M(nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        self.n = getattr(self, 'n', 0) + 1\n"
+        "        if self.n == 2 + 7: raise ValueError('poisoned sample')\n"
+        "        return super().forward(x)\n"
+        "def make(): return M(32, 10)\n"
+    )
+    (tmp_path / "poison.py").write_text(code)
+    recipe = tiny_recipe(project=str(tmp_path), model={"factory": "poison:make", "config": {}},
+                         batch={"effective": 6, "per_device": 6, "gpus": 1},
+                         launch={"max_restarts": 5})  # fmt: skip
+    (tmp_path / "r.yaml").write_text(yaml12.dump(recipe))
+    process = start(tmp_path, "run", "r.yaml", "--run-dir", "r", "--json")
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 4
+    assert "no progress since step 6: rank 0: ValueError: poisoned sample" in err
+    facts = json.loads(out)
+    assert (facts["outcome"], facts["steps"], facts["loss"]) == ("failed", 6, None)
+    assert len(json.loads((tmp_path / "r/record.json").read_text())["attempts"]) == 2
+
+
 def test_a_model_that_fails_is_exit_4_and_told(tmp_path: Path) -> None:
     """The same step failing twice ends the run with the error's own words."""
     recipe = slow_recipe(tmp_path, 1)

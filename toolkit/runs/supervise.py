@@ -93,7 +93,7 @@ def _attempt(folder: RunFolder, plan: Plan, number: int, command: Command, tick:
             process.wait()
             _end_ranks(logs)
     tick(folder)
-    return _judge(folder, plan, logs, bool(received))
+    return _judge(plan, logs, bool(received))
 
 
 @contextlib.contextmanager
@@ -136,12 +136,12 @@ def _rank_pids(logs: Path) -> list[int]:
     return pids
 
 
-def _judge(folder: RunFolder, plan: Plan, logs: Path, signalled: bool) -> Result:
+def _judge(plan: Plan, logs: Path, signalled: bool) -> Result:
     """What the outcome files say, whatever the launcher's exit code was."""
     outcomes = [_read(logs / f"rank-{rank}.outcome.json") for rank in range(plan.batch.gpus)]
     failed = [(rank, o) for rank, o in enumerate(outcomes) if o.get("outcome") == "failed"]
     missing = [rank for rank, outcome in enumerate(outcomes) if not outcome]
-    step = _last_step(folder)
+    step = _steps_done(logs)
     if failed:
         rank, first = min(failed, key=lambda pair: pair[1]["when"])
         message = f"rank {rank}: {first['error']}: {first['message']}"
@@ -167,16 +167,13 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _last_step(folder: RunFolder) -> int:
-    """The last step that the metrics tell of."""
-    try:
-        lines = folder.metrics_file.read_text(encoding="utf-8").split("\n")
-    except OSError:
-        return 0
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError, KeyError):
-            return int(json.loads(line)["step"])
-    return 0
+def _steps_done(logs: Path) -> int:
+    """Steps that were finished: each rank's file holds the one that it had begun."""
+    begun = [0]
+    for path in logs.glob("rank-*.step"):
+        with contextlib.suppress(OSError, ValueError):
+            begun.append(int(path.read_text()))
+    return max(0, max(begun) - 1)
 
 
 def _last_words(logs: Path) -> str:

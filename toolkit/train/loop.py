@@ -41,9 +41,12 @@ def train(
     run_folder: Path,
     device: torch.device,
     attempt: int = 0,
-    stop_asked: Callable[[], bool] = lambda: False,
+    begin_step: Callable[[int], bool] = lambda step: False,
 ) -> Outcome:
-    """Train what the plan says, from the newest sound checkpoint if there is one, on this rank."""
+    """Train what the plan says, from the newest sound checkpoint if there is one, on this rank.
+
+    `begin_step` is told of each step as it begins; true asks all ranks to stop after it.
+    """
     recipe, rank = plan.recipe, dist.get_rank()
     assert plan.data.cache
     rows = Rows(Path(plan.data.cache), "train")
@@ -59,8 +62,9 @@ def train(
 
     engine.warm_up(reader.widest().tensors)
     for step in logbook.timed(read_ahead(reader, state.step + 1, plan.steps.total)):
+        stop_asked = begin_step(step.number)
         total = _forward_backward(engine, step)
-        agreement = Agreement(total / step.weight, stop_asked(), cadence.time_is_up())
+        agreement = Agreement(total / step.weight, stop_asked, cadence.time_is_up())
         norm = engine.clip(recipe.optimizer.max_grad_norm)
         verdict = agreement.reach(norm)
         rate = schedule.rate(plan.schedule, step.number, clock)

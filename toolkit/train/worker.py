@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,14 @@ def main() -> int:
     for number in SIGNALS:
         signal.signal(number, lambda received, frame: asked.append(received))
     (logs / f"rank-{rank}.pid").write_text(str(os.getpid()))
+    beat = _heartbeat(logs / f"rank-{rank}.step")
+
+    def begin_step(step: int) -> bool:
+        beat(step)
+        return bool(asked)
+
     try:
-        outcome = _run(arguments, rank, asked)
+        outcome = _run(arguments, rank, begin_step)
     except BaseException as error:  # everything is told in the outcome file
         traceback.print_exc()
         _write_outcome(logs, rank, _failure(error))
@@ -50,7 +56,9 @@ def main() -> int:
     return 0
 
 
-def _run(arguments: argparse.Namespace, rank: int, asked: list[int]) -> dict[str, Any]:
+def _run(
+    arguments: argparse.Namespace, rank: int, begin_step: Callable[[int], bool]
+) -> dict[str, Any]:
     plan = read_plan(arguments.plan.read_text())
     import torch
 
@@ -59,7 +67,7 @@ def _run(arguments: argparse.Namespace, rank: int, asked: list[int]) -> dict[str
     device = _device(plan)
     torch.set_num_threads(_threads(plan))
     with _process_group(plan, rank, device):
-        result = train(plan, arguments.run_dir, device, arguments.attempt, lambda: bool(asked))
+        result = train(plan, arguments.run_dir, device, arguments.attempt, begin_step)
     return vars(result)
 
 
@@ -101,6 +109,16 @@ def _process_group(plan: Plan, rank: int, device: Any) -> Iterator[None]:
         dist.barrier()  # a rank that leaves early can abort the others' shutdown
     finally:
         dist.destroy_process_group()
+
+
+def _heartbeat(path: Path) -> Callable[[int], None]:
+    """A file that always holds the step that this rank is in; one small write a step."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+
+    def beat(step: int) -> None:
+        os.pwrite(descriptor, f"{step:20d}".encode(), 0)
+
+    return beat
 
 
 def _failure(error: BaseException) -> dict[str, Any]:
