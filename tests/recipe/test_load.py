@@ -29,7 +29,7 @@ def write(path: Path, value: Any) -> str:
         ({"optimizer": {"name": "adamW"}}, r"optimizer.name: 'adamW' .* Did you mean 'adamw'\?"),
         ({"strategy": {"name": "tensor_parallel"}}, r"'tensor_parallel'.*not offered. Nearest: fsdp"),
         ({"duration": {"epochs": 1}}, r"duration: exactly one of steps, epochs, tokens; given: steps, epochs"),
-        ({"schema": 2}, r"schema: 2 is not one of the choices"),
+        ({"schema": 2}, r"schema: 2: input should be less than or equal to 1"),
         ({"recipe": "No Spaces"}, r"recipe: 'No Spaces'"),
         ({"recipe": "../up"}, r"recipe: '../up'"),
         ({"model": {"factory": None}}, r"model: source factory needs factory"),

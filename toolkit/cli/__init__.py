@@ -54,5 +54,10 @@ def main() -> None:
             raise
         print(f"drumline: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if "--debug" in sys.argv or error.filename is None:
+            raise
+        print(f"drumline: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(DrumlineError.exit_code)
     finally:
         gc.freeze()  # nor is there anything worth collecting at the end

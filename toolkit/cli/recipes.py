@@ -58,6 +58,8 @@ def copy(
     files = {source: target}
     for needed in _needed(source, recipe):
         files[needed] = target.parent / needed.name
+    if len(set(files.values())) < len(files):
+        raise RecipeError(f"{target}: the base of {name} needs that name; choose another path")
     for copied in files.values():
         if copied.exists():
             raise RecipeError(f"{copied}: exists and would be overwritten; choose another path")

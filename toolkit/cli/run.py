@@ -1,10 +1,12 @@
 """`drumline run` and `drumline resume`."""
 
 import json
+import math
+import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -37,16 +39,16 @@ def run_command(
     """Plan, then train here through the recipe's launcher."""
     loaded = load_recipe(recipe, overrides)
     _check_offered(loaded)
-    if dry_run:
-        plan = make_plan(loaded)
-        where = (run_dir or Path("runs") / f"{loaded.recipe}-N").absolute()
-        print(_render(plan, RunFolder(where), 0).to_shell())
-        return
     if run_dir is not None:
         run_folder.check_new(run_dir)
-    _refuse_misfit(make_plan(loaded), force)
+    if dry_run or not _needs_data(loaded):
+        plan = make_plan(loaded)
+        _refuse_what_cannot_start(plan, force, as_json)
+        if dry_run:
+            return _show_command(plan, run_dir, as_json)
     prepare_data(loaded)
     plan = make_plan(loaded)
+    _refuse_what_cannot_start(plan, force, as_json)
     print(plan_table(plan), file=sys.stderr)
     folder = run_folder.create(plan.recipe, run_dir)
     folder.write_record(new_record(plan))
@@ -65,7 +67,8 @@ def resume_command(
     record = folder.read_record()
     if record["outcome"] == "finished":
         raise RunFolderError(f"{run}: this run is finished; there is nothing to resume")
-    recipe = load_recipe(str(folder.recipe_file), overrides)
+    with folder.locked():
+        recipe = load_recipe(str(folder.recipe_file), overrides)
     _check_offered(recipe)
     prepare_data(recipe)
     plan = make_plan(recipe, gpus)
@@ -80,7 +83,7 @@ def resume_command(
             f"{run}: the data have changed: fingerprint {expected} when the run began, "
             f"{plan.data.fingerprint} now"
         )
-    _refuse_misfit(plan, force)
+    _refuse_what_cannot_start(plan, force, as_json)
     print(plan_table(plan), file=sys.stderr)
     _finish(folder, plan, "resume", as_json)
 
@@ -98,10 +101,32 @@ def _check_offered(recipe: Recipe) -> None:
         )
 
 
-def _refuse_misfit(plan: Plan, force: bool) -> None:
+def _needs_data(recipe: Recipe) -> bool:
+    """Whether the number of steps is known only once the data are prepared."""
+    counted = recipe.duration.steps is None or recipe.schedule.unit == "epoch"
+    return counted and recipe.data.samples is None
+
+
+def _show_command(plan: Plan, run_dir: Path | None, as_json: bool) -> None:
+    """What `--dry-run` prints: ready to paste, or as an object."""
+    where = (run_dir or Path("runs") / f"{plan.recipe.recipe}-N").absolute()
+    command = _render(plan, RunFolder(where), 0)
+    print(json.dumps(vars(command)) if as_json else command.to_shell())
+
+
+def _refuse_what_cannot_start(plan: Plan, force: bool, as_json: bool) -> None:
+    """Exit 2 where the plan wants several nodes, 3 where it does not fit in memory."""
     memory = plan.memory
+    if plan.batch.nodes > 1 and plan.recipe.cluster.gpu != "cpu":
+        per_node = plan.batch.gpus // plan.batch.nodes
+        raise LaunchError(
+            f"the plan wants {plan.batch.nodes} nodes, and `run` starts processes on one. "
+            f"Nearest: batch.gpus={per_node} batch.accumulation=null"
+        )
     if memory.fits is False and not force:
         assert memory.device and memory.capacity
+        if as_json:
+            print(json.dumps(_facts(None, 0, None, None, 0.0, "does not fit")))
         raise DoesNotFit(
             f"memory: {format_bytes(memory.device.high)} per rank at most > "
             f"{format_bytes(memory.capacity)} of {plan.recipe.cluster.gpu}. "
@@ -120,29 +145,44 @@ def _finish(folder: RunFolder, plan: Plan, cause: str, as_json: bool) -> None:
     started = time.monotonic()
     progress = Progress(plan.steps.total)
     try:
-        result = run_attempts(
-            folder, plan, cause, lambda number: _render(plan, folder, number), progress
-        )
+        with folder.locked():
+            result = run_attempts(
+                folder, plan, cause, lambda number: _render(plan, folder, number), progress
+            )
     finally:
         progress.close()
     seconds = time.monotonic() - started
     _report(folder, plan, result, seconds)
     if as_json:
-        facts = {
-            "run": str(folder.path),
-            "steps": result.step,
-            "loss": result.loss,
-            "eval": result.evaluation,
-            "seconds": round(seconds, 3),
-            "outcome": result.outcome,
-        }
+        facts = _facts(
+            folder.path, result.step, result.loss, result.evaluation, seconds, result.outcome
+        )
         print(json.dumps(facts))
     if result.exit_code:
         raise typer.Exit(result.exit_code)
 
 
+def _facts(
+    run: Path | None,
+    steps: int,
+    loss: float | None,
+    evaluation: dict[str, float] | None,
+    seconds: float,
+    outcome: str,
+) -> dict[str, Any]:
+    """The object of `--json`; a number that is not finite is null."""
+    return {
+        "run": str(run) if run else None,
+        "steps": steps,
+        "loss": loss if loss is not None and math.isfinite(loss) else None,
+        "eval": evaluation and {k: v if math.isfinite(v) else None for k, v in evaluation.items()},
+        "seconds": round(seconds, 3),
+        "outcome": outcome,
+    }
+
+
 def _report(folder: RunFolder, plan: Plan, result: Result, seconds: float) -> None:
-    shown = _shortest(folder.path)
+    shown = shlex.quote(str(_shortest(folder.path)))
     words = f"{result.outcome} at step {result.step:,} after {format_duration(seconds)}"
     if result.loss is not None:
         words += f", loss {result.loss:.4f}"

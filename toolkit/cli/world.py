@@ -58,7 +58,10 @@ def _model_config(model: Model) -> dict[str, Any] | None:
     from huggingface_hub import try_to_load_from_cache
 
     assert model.name
-    found = try_to_load_from_cache(model.name, "config.json")
+    try:
+        found = try_to_load_from_cache(model.name, "config.json")
+    except ValueError as error:
+        raise PlanError(f"model.name: {model.name!r}: {error}") from None
     return _read_config(Path(found)) if isinstance(found, str) else None
 
 

@@ -29,7 +29,7 @@ def documents(name: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
         raise DataError(f"data.name: {name!r} is not builtin. Known: {', '.join(BUILTIN)}")
     try:
         yield from BUILTIN[name](**options)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise DataError(f"data.options: {options} do not suit {name}: {error}") from None
 
 

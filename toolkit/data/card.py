@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-CARD_VERSION = 1
+CARD_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Card:
     label_tokens: int
     truncated: int
     dropped: int
+    files: dict[str, int]
 
     def write(self, folder: Path) -> None:
         """Write card.json, the last file of a prepared folder."""
@@ -31,9 +32,17 @@ class Card:
 
 
 def read_card(folder: Path) -> Card | None:
-    """The card of a prepared folder; None where there is none of this version."""
+    """The card of a prepared folder; None where there is none, or where its files are damaged."""
     try:
         raw = json.loads((folder / "card.json").read_text())
     except (OSError, ValueError):
         return None
-    return Card(**raw) if raw.get("version") == CARD_VERSION else None
+    if raw.get("version") != CARD_VERSION:
+        return None
+    card = Card(**raw)
+    return card if card.files == sizes(folder) else None
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each array of a prepared folder: what is missing or cut short is seen by it."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.glob("*/*.bin")}

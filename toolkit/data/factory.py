@@ -40,7 +40,11 @@ def mentions_batchnorm(name: str, project: str | None) -> bool:
     """
     import ast
 
-    tree = ast.parse(factory_file(name, project).read_text(encoding="utf-8"))
+    path = factory_file(name, project)
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError) as error:
+        raise DataError(f"factory {name!r}: {path} is not Python: {error}") from None
     definitions = {
         node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)
     }

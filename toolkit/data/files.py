@@ -1,5 +1,6 @@
 """Which local files a recipe means, and their formats. No numpy, so that a plan can look."""
 
+import glob
 from pathlib import Path
 
 from toolkit.errors import DataError
@@ -24,8 +25,10 @@ def matching_files(data: Data) -> list[Path]:
         path = Path(pattern)
         if path.is_dir():
             raise DataError(f"data.path: {pattern} is a folder. Nearest: {pattern}/*.txt")
-        matches = [path] if path.is_file() else sorted(path.parent.glob(path.name))
-        matches = [match for match in matches if match.is_file()]
+        found_paths = (
+            [path] if path.is_file() else map(Path, sorted(glob.glob(pattern, recursive=True)))
+        )
+        matches = [match for match in found_paths if match.is_file()]
         if not matches:
             what = "matches no file" if any(c in pattern for c in "*?[") else "does not exist"
             raise DataError(f"data.path: {pattern} {what}")

@@ -20,7 +20,7 @@ from typing import IO, Any
 import numpy as np
 
 from toolkit.data import cache, sources
-from toolkit.data.card import CARD_VERSION, Card, read_card
+from toolkit.data.card import CARD_VERSION, Card, read_card, sizes
 from toolkit.data.rows import DTYPES
 from toolkit.data.tokenizers import Tokenizer, Tokens, find_tokenizer
 from toolkit.errors import DataError
@@ -143,6 +143,7 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
         label_tokens=train.label_tokens,
         truncated=facts["truncated"],
         dropped=facts["dropped"],
+        files=sizes(folder),
     ).write(folder)
 
 
@@ -226,7 +227,12 @@ def _append_rows(
 def _append_features(
     data: Data, row: dict[str, Any], writer: _Writer, facts: dict[str, Any]
 ) -> None:
-    values = np.asarray(row["features"], dtype=np.float32)
+    try:
+        values = np.asarray(row["features"], dtype=np.float32)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"data: row {writer.rows + 1}: features: {error}") from None
+    if values.size == 0 or not np.isfinite(values).all():
+        raise DataError(f"data: row {writer.rows + 1}: features are empty or not finite")
     if facts["feature_shape"] is None:
         facts["feature_shape"] = list(values.shape)
     if list(values.shape) != facts["feature_shape"]:
@@ -286,7 +292,8 @@ def _field(row: dict[str, Any], name: str, key: str) -> str:
     value = row.get(name)
     if not isinstance(value, str):
         columns = ", ".join(str(column) for column in row if column != "ends")
-        raise DataError(f"data.{key}: no text in column {name!r}; this row has: {columns}")
+        found = f"a {type(value).__name__}" if name in row else f"this row has: {columns}"
+        raise DataError(f"data.{key}: no text in column {name!r}; {found}")
     return value
 
 

@@ -3,6 +3,7 @@
 Every source is an iterator of plain dicts, read once and never held whole.
 """
 
+import glob
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,20 @@ def read(data: Data, project: str | None) -> Iterator[dict[str, Any]]:
         return _from_files(data)
     if data.source == "hub":
         return _from_hub(data)
+    return _from_factory(data, project)
+
+
+def _from_factory(data: Data, project: str | None) -> Iterator[dict[str, Any]]:
+    """Rows of the project's own function; what it raises is told as its own."""
     assert data.factory
-    return iter(load_factory(data.factory, project)(**data.options))
+    function = load_factory(data.factory, project)
+    try:
+        for row in function(**data.options):
+            if not isinstance(row, dict):
+                raise TypeError(f"a row is a mapping, not {type(row).__name__}")
+            yield row
+    except Exception as error:
+        raise DataError(f"data.factory: {data.factory}: {type(error).__name__}: {error}") from error
 
 
 def source_label(data: Data) -> str:
@@ -65,10 +78,10 @@ def _table_file(path: Path) -> Iterator[dict[str, Any]]:
     load_dataset = _load_dataset()
     try:
         yield from load_dataset(
-            FORMATS[path.suffix], data_files=str(path), split="train", streaming=True
+            FORMATS[path.suffix], data_files=glob.escape(str(path)), split="train", streaming=True
         )
     except Exception as error:  # datasets wraps its readers' errors in many types
-        cause = error.__cause__ or error
+        cause = str(error.__cause__ or error) or type(error).__name__
         raise DataError(
             f"data.path: {path} cannot be read as {path.suffix[1:]}: {cause}"
         ) from error

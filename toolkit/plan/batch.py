@@ -44,12 +44,18 @@ Fits = Callable[[Split], bool | None]
 """Whether a split fits in memory; None when that is not known."""
 
 
-def solve(batch: Batch, cluster_gpus: int | None, fits: Fits) -> tuple[Split, list[str]]:
+def solve(
+    batch: Batch,
+    cluster_gpus: int | None,
+    fits: Fits,
+    allowed: Callable[[int], bool] = lambda gpus: True,
+) -> tuple[Split, list[str]]:
     """The split that the recipe's batch section means, and warnings about what was derived.
 
     `cluster_gpus` is nodes × gpus_per_node where the recipe states both. Four or three given:
     checked or computed. Fewer: gpus from the cluster, then the largest b that `fits`, then the
-    smallest k. Raises PlanError with the arithmetic and the nearest legal splits.
+    smallest k. Raises PlanError with the arithmetic and the nearest legal splits, whose numbers of
+    GPUs are `allowed` by the cluster.
     """
     b, gpus, k, total = batch.per_device, batch.gpus, batch.accumulation, batch.effective
     if not any((b, gpus, k, total)):
@@ -62,7 +68,7 @@ def solve(batch: Batch, cluster_gpus: int | None, fits: Fits) -> tuple[Split, li
             )
         gpus = cluster_gpus
     if total is not None:
-        return _divide(total, b, gpus, k, fits), []
+        return _divide(total, b, gpus, k, fits, allowed), []
     if b is None:
         assert gpus is not None
         b = largest_per_device(None, gpus, k or 1, fits)
@@ -75,11 +81,18 @@ def solve(batch: Batch, cluster_gpus: int | None, fits: Fits) -> tuple[Split, li
     return Split(b, gpus, k or 1), []
 
 
-def _divide(total: int, b: int | None, gpus: int | None, k: int | None, fits: Fits) -> Split:
+def _divide(
+    total: int,
+    b: int | None,
+    gpus: int | None,
+    k: int | None,
+    fits: Fits,
+    allowed: Callable[[int], bool],
+) -> Split:
     """The split of a stated effective batch."""
     given = (b or 1) * (gpus or 1) * (k or 1)
     if total % given or (b and gpus and k and given != total):
-        raise PlanError(_explain_impossible(total, b, gpus, k))
+        raise PlanError(_explain_impossible(total, b, gpus, k, allowed))
     rest = total // given
     if gpus is None:
         assert b and k
@@ -121,7 +134,7 @@ def resplit(split: Split, gpus: int) -> Split:
     """The same effective batch on another number of GPUs: the largest b' ≤ b that divides."""
     total = split.effective
     if total % gpus:
-        raise PlanError(_explain_impossible(total, None, gpus, None))
+        raise PlanError(_explain_impossible(total, None, gpus, None, lambda gpus: True))
     rest = total // gpus
     b = max(b for b in divisors(rest) if b <= split.per_device)
     return Split(b, gpus, rest // b)
@@ -132,7 +145,9 @@ def nearest_to(wanted: int, legal: list[int]) -> int:
     return min(legal, key=lambda number: (abs(number - wanted), -number))
 
 
-def _explain_impossible(total: int, b: int | None, gpus: int | None, k: int | None) -> str:
+def _explain_impossible(
+    total: int, b: int | None, gpus: int | None, k: int | None, allowed: Callable[[int], bool]
+) -> str:
     """Arithmetic of the mistake and every nearest fix that changes a single number."""
     named = (("per_device", b), ("gpus", gpus), ("accumulation", k))
     known = [(name, number) for name, number in named if number]
@@ -155,6 +170,10 @@ def _explain_impossible(total: int, b: int | None, gpus: int | None, k: int | No
         if total % others == 0:
             rest = total // others
             legal = divisors(rest) if unknown else [rest]
+            if name == "gpus":
+                legal = [number for number in legal if allowed(number)]
+            if not legal:
+                continue
             best = nearest_to(number, legal)
             tail = f" ({unknown[0]}={rest // best})" if len(unknown) == 1 else ""
             fixes.append(f"{name} {best}{tail}")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from toolkit.errors import PlanError
@@ -12,6 +13,7 @@ from toolkit.plan import identity, schedule
 from toolkit.plan.batch import Split
 from toolkit.plan.gpus import Gpu, find_gpu
 from toolkit.plan.invariance import batchnorm_warnings, split_invariance
+from toolkit.plan.layout import cluster_gpus, gpus_per_node, is_laid_out, layout
 from toolkit.plan.model import (
     PLAN_VERSION,
     BatchFacts,
@@ -23,14 +25,13 @@ from toolkit.plan.model import (
 )
 from toolkit.plan.shapes import ModelShape, find_shape
 from toolkit.plan.steps import Clock
-from toolkit.recipe.schema import NodeRange, Recipe
+from toolkit.recipe.schema import Recipe
 
 LAUNCHER_STRATEGIES = {
     "torchrun": ("ddp", "fsdp"),
     "accelerate": ("ddp", "fsdp"),
     "deepspeed": ("ddp", "zero1", "zero2", "zero3"),
 }
-LARGEST_NODE = 8
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,16 @@ def resolve(recipe: Recipe, world: World = World()) -> Plan:
     gpu = find_gpu(recipe.cluster.gpu)
     _check_strategy(recipe)
     shape = _shape(recipe, world)
+    _check_positions(recipe, shape)
     memory_of = _memory_function(recipe, shape, gpu, world)
     split, warnings = batch_equation.solve(
-        recipe.batch, _cluster_gpus(recipe), lambda s: memory_of(s).fits
+        recipe.batch,
+        cluster_gpus(recipe),
+        lambda s: memory_of(s).fits,
+        partial(is_laid_out, recipe),
     )
-    nodes, per_node = _layout(recipe, split.gpus)
-    resolved = _fill(recipe, split, nodes, per_node)
+    nodes = layout(recipe, split).nodes
+    resolved = _fill(recipe, split)
     steps, clock = _steps(recipe, split, world)
     curve = _curve(recipe, split, steps)
     memory = memory_of(split)
@@ -86,7 +91,8 @@ def resolve(recipe: Recipe, world: World = World()) -> Plan:
         advice=[],
         warnings=warnings
         + batchnorm_warnings(resolved, split, world.factory_has_batchnorm)
-        + _step_warnings(split, clock),
+        + _step_warnings(split, clock)
+        + _rate_warnings(curve),
     )
 
 
@@ -98,6 +104,12 @@ def _check_strategy(recipe: Recipe) -> None:
             f"strategy.name: {recipe.strategy.name} does not go with launcher "
             f"{recipe.launch.launcher}. {table}"
         )
+    sharded_sgd = recipe.optimizer.name == "sgd" and recipe.strategy.name == "fsdp"
+    if sharded_sgd and recipe.optimizer.implementation == "fused":
+        raise PlanError(
+            "optimizer.implementation: torch has no fused sgd for sharded tensors (fsdp). "
+            "Nearest: foreach"
+        )
     if recipe.model.sync_batchnorm and recipe.cluster.gpu == "cpu":
         raise PlanError(
             "model.sync_batchnorm: torch's SyncBatchNorm needs a GPU, and cluster.gpu is cpu. "
@@ -105,59 +117,21 @@ def _check_strategy(recipe: Recipe) -> None:
         )
 
 
-def _cluster_gpus(recipe: Recipe) -> int | None:
-    """GPUs that the cluster section states, when it states them."""
-    cluster = recipe.cluster
-    nodes = cluster.nodes.max if isinstance(cluster.nodes, NodeRange) else cluster.nodes
-    if nodes and cluster.gpus_per_node:
-        return nodes * cluster.gpus_per_node
-    return None
+def _fill(recipe: Recipe, split: Split) -> Recipe:
+    """The recipe with what was derived written in; it can be planned again by itself.
 
-
-def _layout(recipe: Recipe, gpus: int) -> tuple[int, int]:
-    """Nodes and GPUs per node; the node size must divide the GPU count."""
-    cluster = recipe.cluster
-    fixed_nodes = cluster.nodes if isinstance(cluster.nodes, int) else None
-    per_node = cluster.gpus_per_node
-    if per_node is None:
-        per_node = gpus // fixed_nodes if fixed_nodes else min(gpus, LARGEST_NODE)
-    per_node = max(1, per_node)
-    if gpus % per_node or (fixed_nodes and gpus != fixed_nodes * per_node):
-        lower, upper = gpus // per_node * per_node, -(-gpus // per_node) * per_node
-        counts = " or ".join(str(n) for n in sorted({lower, upper}) if n)
-        if fixed_nodes:
-            raise PlanError(
-                f"cluster: {fixed_nodes} nodes × {per_node} gpus_per_node = "
-                f"{fixed_nodes * per_node}, not gpus {gpus}. Nearest: batch.gpus "
-                f"{fixed_nodes * per_node}; or cluster.nodes null"
-            )
-        smaller = max(d for d in range(1, per_node + 1) if gpus % d == 0)
-        raise PlanError(
-            f"cluster.gpus_per_node: {per_node} does not divide {gpus} gpus "
-            f"({gpus} / {per_node} = {gpus / per_node:.2f}). Nearest: gpus {counts}; "
-            f"or gpus_per_node {smaller}"
-        )
-    nodes = gpus // per_node
-    if isinstance(cluster.nodes, NodeRange) and not cluster.nodes.min <= nodes <= cluster.nodes.max:
-        raise PlanError(
-            f"cluster.nodes: {gpus} gpus / {per_node} gpus_per_node = {nodes} nodes, outside "
-            f"{cluster.nodes.min} to {cluster.nodes.max}"
-        )
-    return nodes, per_node
-
-
-def _fill(recipe: Recipe, split: Split, nodes: int, per_node: int) -> Recipe:
-    """The recipe with everything that was derived written in; it can be planned again by itself."""
-    keep_range = isinstance(recipe.cluster.nodes, NodeRange)
-    cluster = recipe.cluster.model_copy(
-        update={
-            "gpus_per_node": per_node,
-            "nodes": recipe.cluster.nodes if keep_range else nodes,
-        }
-    )
-    update: dict[str, Any] = {"batch": split.written_into(recipe.batch), "cluster": cluster}
+    Nodes are not written: they follow from the split, which a resume may change.
+    """
+    update: dict[str, Any] = {"batch": split.written_into(recipe.batch)}
     if recipe.evaluation and recipe.evaluation.per_device is None:
         update["evaluation"] = recipe.evaluation.model_copy(update={"per_device": split.per_device})
+    if recipe.optimizer.implementation is None:
+        sharded_sgd = recipe.optimizer.name == "sgd" and recipe.strategy.name == "fsdp"
+        kernel = {"implementation": "foreach" if sharded_sgd else "fused"}
+        update["optimizer"] = recipe.optimizer.model_copy(update=kernel)
+    if recipe.early_stopping and recipe.early_stopping.mode is None:
+        mode = {"mode": "max" if recipe.early_stopping.metric == "eval/accuracy" else "min"}
+        update["early_stopping"] = recipe.early_stopping.model_copy(update=mode)
     return recipe.model_copy(update=update)
 
 
@@ -207,6 +181,13 @@ def _steps(recipe: Recipe, split: Split, world: World) -> tuple[StepFacts, Clock
     ), clock
 
 
+def _rate_warnings(curve: schedule.Curve) -> list[str]:
+    if schedule.rate_at(curve, curve.total) > 0 or (curve.unit == "step" and curve.total > 1):
+        return []
+    what = "last epoch" if curve.unit == "epoch" else "only step"
+    return [f"the {what} trains at rate 0: set schedule.min_lr_ratio above 0"]
+
+
 def _warmup(recipe: Recipe, total: int) -> int:
     s = recipe.schedule
     return schedule.resolve_warmup(s.warmup_steps, s.warmup_ratio, s.name, total)
@@ -229,7 +210,7 @@ def _curve(recipe: Recipe, split: Split, steps: StepFacts) -> schedule.Curve:
     if s.name == "wsd" and warmup + decay > total:
         raise PlanError(
             f"schedule: warm-up {warmup} + decay {decay} = {warmup + decay} > {total} steps. "
-            f"Nearest: decay_ratio {(total - warmup) / total:.3f}"
+            f"Nearest: {_nearest_decay(warmup, total)}"
         )
     if s.unit == "epoch" and steps.per_epoch is None:
         raise PlanError(
@@ -252,6 +233,12 @@ def _curve(recipe: Recipe, split: Split, steps: StepFacts) -> schedule.Curve:
     )
 
 
+def _nearest_decay(warmup: int, total: int) -> str:
+    """A decay that ends with the run; without room for one, a shorter warm-up."""
+    ratio = math.floor(1000 * (total - warmup) / total) / 1000
+    return f"decay_ratio {ratio:.3f}" if round(ratio * total) else f"a warm-up below {total} steps"
+
+
 def _lr_factor(recipe: Recipe, split: Split) -> float:
     """B / reference (linear; Goyal et al. 2017) or its square root; 1 without a rule."""
     scaling = recipe.optimizer.lr_scaling
@@ -259,6 +246,15 @@ def _lr_factor(recipe: Recipe, split: Split) -> float:
         return 1.0
     ratio = split.effective / scaling.reference_batch
     return ratio if scaling.rule == "linear" else math.sqrt(ratio)
+
+
+def _check_positions(recipe: Recipe, shape: ModelShape | None) -> None:
+    length = recipe.data.sequence_length
+    if shape and shape.positions and length and length > shape.positions:
+        raise PlanError(
+            f"data.sequence_length: {length} > {shape.positions} positions that the model learns. "
+            f"Nearest: sequence_length {shape.positions}, or model.config.n_positions {length}"
+        )
 
 
 def _shape(recipe: Recipe, world: World) -> ModelShape | None:
@@ -315,7 +311,7 @@ def _capacity(gpu: Gpu, split: Split, world: World) -> int | None:
 
 
 def _load(recipe: Recipe, shape: ModelShape, split: Split, length: int) -> closed_form.Load:
-    per_node = recipe.cluster.gpus_per_node or min(split.gpus, LARGEST_NODE)
+    per_node = gpus_per_node(recipe, split.gpus)
     node_only = recipe.strategy.shard == "node"
     return closed_form.Load(
         shape=shape,

@@ -2,7 +2,7 @@
 
 from toolkit.errors import PlanError
 from toolkit.plan.batch import Split, resplit
-from toolkit.plan.resolve import LARGEST_NODE, World, resolve
+from toolkit.plan.resolve import World, resolve
 from toolkit.recipe.schema import Recipe
 from toolkit.units import divisors
 
@@ -25,18 +25,20 @@ def on_gpus(recipe: Recipe, gpus: int | None, gpu: str | None, world: World) -> 
 
 
 def _moved(recipe: Recipe, split: Split, gpu: str | None) -> Recipe:
-    per_node = recipe.cluster.gpus_per_node or LARGEST_NODE
-    if split.gpus % min(per_node, split.gpus):
+    """On part of one node, or on whole nodes of the stated size."""
+    per_node = recipe.cluster.gpus_per_node
+    if per_node and split.gpus > per_node and split.gpus % per_node:
         whole = split.gpus // per_node * per_node
         raise PlanError(
-            f"--gpus {split.gpus}: more than one node of {per_node}, and {per_node} does not divide "
-            f"{split.gpus}. Nearest: {whole} or {whole + per_node}; or cluster.gpus_per_node"
+            f"--gpus {split.gpus}: more than one node of {per_node}, and {per_node} does not "
+            f"divide {split.gpus}. Nearest: {whole} or {whole + per_node}; or cluster.gpus_per_node"
         )
     cluster = recipe.cluster.model_copy(
         update={
             "gpu": gpu or recipe.cluster.gpu,
-            "gpus_per_node": min(per_node, split.gpus),
+            "gpus_per_node": min(per_node, split.gpus) if per_node else None,
             "nodes": None,
         }
     )
-    return recipe.model_copy(update={"batch": split.written_into(recipe.batch), "cluster": cluster})
+    update = {"batch": split.written_into(recipe.batch), "cluster": cluster}
+    return recipe.model_copy(update=update)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from toolkit.errors import RecipeError
 
+_LONGEST_NAME = 255
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -21,6 +22,8 @@ def names() -> list[str]:
 def find(where: str) -> Path:
     """The file that a path or a shipped recipe's name means."""
     path = Path(where)
+    if len(path.name) > _LONGEST_NAME:
+        raise RecipeError(f"{where[:40]}…: {len(path.name)} characters are no file's name")
     if path.is_file():
         return path
     if path.is_dir() and (path / "recipe.yaml").is_file():

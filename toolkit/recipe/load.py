@@ -1,5 +1,6 @@
 """From YAML files and `key.path=value` overrides to a validated Recipe."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -10,6 +11,7 @@ from toolkit.errors import RecipeError
 from toolkit.recipe import catalogue, yaml12
 from toolkit.recipe.schema import Recipe
 
+_UNION_BRANCH = re.compile(r"constrained-\w+|function-\w+\[.*\]|list\[.*\]|str|int")
 PATH_KEYS = (("data", "path"), ("data", "tokenizer"), ("model", "path"))
 
 
@@ -23,8 +25,6 @@ def load_recipe(where: str, overrides: list[str] | None = None) -> Recipe:
     cwd = Path.cwd()
     for override in overrides or []:
         raw = merge(raw, _absolute_paths(parse_override(override), cwd))
-    if _names_a_factory(raw):
-        raw.setdefault("project", str(path.resolve().parent))
     return validate(raw, str(path))
 
 
@@ -44,6 +44,8 @@ def parse_override(text: str) -> dict[str, Any]:
     parts = key.split(".")
     if not equals or not all(parts):
         raise RecipeError(f"override {text!r}: expected key.path=value, such as optimizer.lr=1e-3")
+    if parts == ["extends"]:
+        raise RecipeError(f"override {text!r}: extends belongs in the recipe's file")
     try:
         result = yaml12.parse(value)
     except RecipeError as error:
@@ -81,6 +83,8 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         found = "is empty" if raw is None else f"holds a {type(raw).__name__}"
         raise RecipeError(f"{path}: {found}; a recipe is a mapping that begins with `recipe:`")
+    if _names_a_factory(raw):
+        raw.setdefault("project", ".")
     return _absolute_paths(raw, path.resolve().parent)
 
 
@@ -109,7 +113,7 @@ def _absolute_paths(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
         if isinstance(values, dict) and key in values:
             result[section] = {**values, key: _absolute(key, values[key], folder)}
     if isinstance(result.get("project"), str):
-        result["project"] = str(folder / Path(result["project"]).expanduser())
+        result["project"] = _expanded(result["project"], folder)
     return result
 
 
@@ -118,7 +122,14 @@ def _absolute(key: str, value: Any, folder: Path) -> Any:
         return [_absolute(key, item, folder) for item in value]
     if not isinstance(value, str) or (key == "tokenizer" and not value.startswith((".", "~", "/"))):
         return value
-    return str(folder / Path(value).expanduser())
+    return _expanded(value, folder)
+
+
+def _expanded(value: str, folder: Path) -> str:
+    try:
+        return str(Path(os.path.normpath(folder / Path(value).expanduser())))
+    except RuntimeError:
+        raise RecipeError(f"{value}: no such user") from None
 
 
 def _one_branch(items: list[Any]) -> list[Any]:
@@ -140,7 +151,10 @@ def _one_branch(items: list[Any]) -> list[Any]:
 
 def _keys_of(item: Any) -> list[str]:
     """An error's place as recipe keys, without pydantic's names for a union's branches."""
-    return [str(p) for p in item["loc"] if p != "str" and not re.search(r"[\[-]", str(p))]
+    loc = [str(part) for part in item["loc"]]
+    own = 1 if item["type"] == "extra_forbidden" else 0  # the user's key, whatever it looks like
+    inner = [p for p in loc[: len(loc) - own] if not _UNION_BRANCH.fullmatch(p)]
+    return inner + loc[len(loc) - own :]
 
 
 def _explain(item: Any) -> str:

@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**15)]
+Samples = Annotated[int, Field(ge=1, le=10**9)]
+Name = Annotated[str, Field(min_length=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -34,10 +36,10 @@ class Model(Section):
     """Which network; `architecture` and its config fields are those of transformers."""
 
     source: Literal["config", "hub", "folder", "factory"]
-    architecture: str | None = None
+    architecture: Name | None = None
     config: dict[str, Any] = {}
-    name: str | None = None
-    path: str | None = None
+    name: Name | None = None
+    path: Name | None = None
     factory: FactoryName | None = None
     attention: Literal["sdpa", "eager", "flash"] = "sdpa"
     activation_checkpointing: Literal["none", "full"] = "none"
@@ -55,7 +57,7 @@ class Data(Section):
     """Where the samples come from and how they become rows."""
 
     source: Literal["builtin", "files", "hub", "factory"]
-    name: str | None = None
+    name: Name | None = None
     path: str | list[str] | None = None
     factory: FactoryName | None = None
     options: dict[str, Any] = {}
@@ -66,7 +68,7 @@ class Data(Section):
     completion_field: str = "completion"
     label_field: str = "label"
     tokenizer: str = "bytes"
-    sequence_length: Count | None = None
+    sequence_length: Samples | None = None
     samples: Count | None = None
     validation: Fraction = 0.0
 
@@ -86,10 +88,10 @@ class Data(Section):
 class Batch(Section):
     """The equation effective = per_device × gpus × accumulation; what is left out is solved."""
 
-    effective: Count | None = None
-    per_device: Count | None = None
-    gpus: Count | None = None
-    accumulation: Count | None = None
+    effective: Samples | None = None
+    per_device: Samples | None = None
+    gpus: Samples | None = None
+    accumulation: Samples | None = None
     remainder: Literal["keep", "drop", "carry"] = "keep"
     weighting: Literal["token", "sample"] = "token"
 
@@ -155,7 +157,7 @@ class Optimizer(Section):
     momentum: Fraction = 0.0
     nesterov: bool = False
     max_grad_norm: Positive | None = 1.0
-    implementation: Literal["fused", "foreach"] = "fused"
+    implementation: Literal["fused", "foreach"] | None = None
     lr_scaling: LrScaling = LrScaling.model_construct()
 
     @model_validator(mode="after")
@@ -254,7 +256,7 @@ class EarlyStopping(Section):
     """Stop when the metric has not improved by min_delta for `patience` evaluations."""
 
     metric: Literal["eval/loss", "eval/accuracy"] = "eval/loss"
-    mode: Literal["min", "max"] = "min"
+    mode: Literal["min", "max"] | None = None
     patience: Count = 5
     min_delta: NonNegative = 0.0
 
@@ -299,7 +301,7 @@ class Recipe(Section):
     """
 
     recipe: Slug
-    schema_version: Literal[1] = Field(alias="schema")
+    schema_version: Annotated[int, Field(ge=1, le=1)] = Field(alias="schema")
     description: str = ""
     project: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -323,7 +325,7 @@ class Recipe(Section):
     def _sections_agree(self) -> Self:
         if self.early_stopping and not self.evaluation:
             raise ValueError("early_stopping needs an evaluation section")
-        if self.evaluation and self.data.validation == 0 and self.data.source != "factory":
+        if self.evaluation and self.data.validation == 0:
             raise ValueError("evaluation needs data.validation above 0, such as 0.01")
         by_accuracy = self.early_stopping and self.early_stopping.metric == "eval/accuracy"
         if by_accuracy and self.data.task != "classification":
@@ -356,8 +358,10 @@ def _check_milestones(milestones: dict[str, float]) -> None:
         places = [float(place) for place in milestones]
     except ValueError:
         raise ValueError(f"milestones: {list(milestones)} must be numbers in quotes") from None
-    if places != sorted(places) or any(place <= 0 for place in places):
+    if places != sorted(places) or not all(0 < place < 1e15 for place in places):
         raise ValueError(f"milestones: {places} must ascend from above 0")
+    if any(place > 1 and place != int(place) for place in places):
+        raise ValueError(f"milestones: {places}: a step is a whole number, a fraction is below 1")
     fractions = [place < 1 for place in places]
     if any(fractions) and not all(fractions):
         raise ValueError(f"milestones: {places} mixes fractions of the run with steps")

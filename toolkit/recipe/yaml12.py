@@ -32,6 +32,14 @@ class _Loader(_BASE):  # type: ignore[misc]
     """PyYAML's safe loader with the core schema's scalars."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_constructors: ClassVar[dict[str, Any]] = {
+        f"tag:yaml.org,2002:{tag}": yaml.SafeLoader.yaml_constructors[f"tag:yaml.org,2002:{tag}"]
+        for tag in ("null", "bool", "str", "seq")
+    }
+
+
+def _refuse_tag(loader: Any, node: yaml.Node) -> None:
+    raise yaml.constructor.ConstructorError(None, None, f"unknown tag {node.tag}", node.start_mark)
 
 
 def _int(loader: Any, node: yaml.ScalarNode) -> int:
@@ -66,6 +74,7 @@ for _tag, _pattern, _first in _SCALARS:
 _Loader.add_constructor("tag:yaml.org,2002:int", _int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _float)
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+_Loader.add_constructor(None, _refuse_tag)
 
 
 def parse(text: str) -> Any:
@@ -77,6 +86,8 @@ def parse(text: str) -> Any:
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise RecipeError(f"{where}not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
+        raise RecipeError(f"not valid YAML: {str(error).splitlines()[0]}") from None
+    except (ValueError, KeyError) as error:
         raise RecipeError(f"not valid YAML: {str(error).splitlines()[0]}") from None
     except RecursionError:
         raise RecipeError("not valid YAML: nested too deeply") from None

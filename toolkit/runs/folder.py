@@ -1,6 +1,9 @@
 """The run folder: created exclusively, found again, and what lies where in it."""
 
+import contextlib
+import fcntl
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,18 @@ class RunFolder:
         self.recipe_file = path / "recipe.yaml"
         self.metrics_file = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for one supervisor; RunFolderError where another one has it."""
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunFolderError(
+                    f"{self.path}: another process is running it. Nearest: stop that one first"
+                ) from None
+            yield
 
     def plan_file(self, attempt: int) -> Path:
         """The plan that the workers of an attempt read."""

@@ -27,7 +27,7 @@ class Progress:
         latest = None
         for line in self._new_lines(folder):
             if "eval/loss" in line:
-                self._evaluation = f"validation {line['eval/loss']:.4f}"
+                self._evaluation = f"validation {_number(line['eval/loss'], '.4f')}"
                 if self._show and self._bar is None:
                     print(f"step {line['step']:,}: {self._evaluation}", file=sys.stderr)
             else:
@@ -51,7 +51,7 @@ class Progress:
             return []
         whole, _, _ = text.rpartition("\n")
         self._offset += len(whole.encode()) + 1 if whole else 0
-        return [json.loads(line) for line in whole.split("\n") if line]
+        return [line for text in whole.split("\n") if (line := _parsed(text))]
 
     def _tell(self, line: dict[str, Any]) -> None:
         step = line["step"]
@@ -60,15 +60,14 @@ class Progress:
         done = step - self._first_step
         seconds = time.monotonic() - self._started
         left = format_duration((self._total - step) * seconds / done) if done else "?"
-        loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
+        loss, lr = _number(line["loss"], ".4f"), _number(line["lr"], ".2e")
         rate = f"{line['samples_per_s']:,.0f} samples/s"
         if self._bar:
-            words = f"loss {loss}  lr {line['lr']:.2e}  {rate}  {self._evaluation}"
+            words = f"loss {loss}  lr {lr}  {rate}  {self._evaluation}"
             self._bar.update(self._bar.task_ids[0], completed=step, words=words, left=left)
         else:
             print(
-                f"step {step:,}/{self._total:,}  loss {loss}  lr {line['lr']:.2e}  {rate}  "
-                f"{left} left",
+                f"step {step:,}/{self._total:,}  loss {loss}  lr {lr}  {rate}  {left} left",
                 file=sys.stderr,
             )
 
@@ -86,3 +85,16 @@ class Progress:
         bar.add_task("", total=self._total, words="starting", left="?")
         bar.start()
         return bar
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    """A line of metrics; None for one that a resume has cut."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and "step" in line else None
+
+
+def _number(value: float | None, style: str) -> str:
+    return "not finite" if value is None else format(value, style)

@@ -13,6 +13,7 @@ described by rows of its first dimension, so any number of ranks can read what a
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -204,8 +205,9 @@ def _write_rank(folder: Path, rank: int, snapshot: Pieces) -> None:
     save_file(tensors, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    _write_durably(folder / f"rank-{rank}.json", json.dumps({"tensors": entries}).encode())
     _fsync_folder(folder)
+    # The vote: from here on rank 0 may rename the folder, so nothing below may touch it.
+    _write_durably(folder / f"rank-{rank}.json", json.dumps({"tensors": entries}).encode())
 
 
 def verify(path: Path) -> TrainState:
@@ -319,7 +321,7 @@ def _badness(path: Path) -> float | None:
     """A checkpoint's evaluation metric, less being better; None where it was not evaluated."""
     with contextlib.suppress(OSError, ValueError):
         state = read_state(path)
-        if state.metric is not None:
+        if state.metric is not None and math.isfinite(state.metric):
             return -state.metric if state.metric_mode == "max" else state.metric
     return None
 

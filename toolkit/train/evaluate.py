@@ -32,6 +32,7 @@ class Evaluator:
         """`eval/loss` in nats, and for classification `eval/accuracy`, equal on every rank."""
         spec, recipe = self._plan.recipe.evaluation, self._plan.recipe
         assert spec and spec.per_device
+        self._engine.agree_on_buffers()
         by_sample = recipe.batch.weighting == "sample"
         sums = torch.zeros(2, dtype=torch.float64, device=self._engine.device)
         places = share(len(self._rows), spec.per_device, self._plan.batch.gpus, dist.get_rank())

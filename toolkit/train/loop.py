@@ -61,42 +61,42 @@ def train(
     loss, evaluation, reason = None, None, ""
 
     engine.warm_up(reader.widest().tensors)
-    for step in logbook.timed(read_ahead(reader, state.step + 1, plan.steps.total)):
-        stop_asked = begin_step(step.number)
-        total = _forward_backward(engine, step)
-        agreement = Agreement(total / step.weight, stop_asked, cadence.time_is_up())
-        norm = engine.clip(recipe.optimizer.max_grad_norm)
-        verdict = agreement.reach(norm)
-        rate = schedule.rate(plan.schedule, step.number, clock)
-        if verdict.finite:
-            engine.step(rate)
-        engine.zero_grad()
-        if engine.scaler:
-            engine.scaler.update(verdict.finite)
-        state.advance(step.number, clock.consumed(step.number), step.tokens, verdict.finite)
-        loss = verdict.loss
-        logbook.record(step, state, verdict, rate)
+    with logbook:
+        for step in logbook.timed(read_ahead(reader, state.step + 1, plan.steps.total)):
+            stop_asked = begin_step(step.number)
+            total = _forward_backward(engine, step)
+            agreement = Agreement(total / step.weight, stop_asked, cadence.time_is_up())
+            norm = engine.clip(recipe.optimizer.max_grad_norm)
+            verdict = agreement.reach(norm)
+            rate = schedule.rate(plan.schedule, step.number, clock)
+            if verdict.finite:
+                engine.step(rate)
+            engine.zero_grad()
+            if engine.scaler:
+                engine.scaler.update(verdict.finite)
+            state.advance(step.number, clock.consumed(step.number), step.tokens, verdict.finite)
+            loss = verdict.loss
+            logbook.record(step, state, verdict, rate)
 
-        last = step.number == plan.steps.total
-        evaluated = evaluator.is_due(step.number) or (last and evaluator.enabled)
-        if evaluated:
-            evaluation = evaluator.run()
-            reason = _judge(state, evaluation, plan)
-            logbook.record_evaluation(step.number, evaluation)
-        ending = last or verdict.stop or bool(reason)
-        if ending or verdict.save_due or cadence.is_due(state, evaluated):
-            logbook.flush()
-            _save(engine, saver, state)
-            cadence.saved()
-        if state.skipped_in_a_row >= LONGEST_NON_FINITE_RUN:
-            raise RunError(
-                f"step {step.number}: loss or gradient not finite {state.skipped_in_a_row} steps in a row"
-            )
-        if ending:
-            break
+            last = step.number == plan.steps.total
+            evaluated = evaluator.is_due(step.number) or (last and evaluator.enabled)
+            if evaluated:
+                evaluation = evaluator.run()
+                reason = _judge(state, evaluation, plan)
+                logbook.record_evaluation(step.number, evaluation)
+            ending = last or verdict.stop or bool(reason)
+            if ending or verdict.save_due or cadence.is_due(state, evaluated):
+                logbook.flush()
+                _save(engine, saver, state)
+                cadence.saved()
+            if state.skipped_in_a_row >= LONGEST_NON_FINITE_RUN:
+                raise RunError(
+                    f"step {step.number}: loss or gradient not finite {state.skipped_in_a_row} steps in a row"
+                )
+            if ending:
+                break
 
     saver.wait()
-    logbook.close()
     stopped = state.step < plan.steps.total and not reason
     return Outcome("stopped" if stopped else "finished", state.step, loss, evaluation, reason)
 
@@ -126,21 +126,20 @@ def _save(engine: TorchEngine, saver: Saver, state: TrainState) -> None:
 def _judge(state: TrainState, evaluation: dict[str, float], plan: Plan) -> str:
     """Update the best metric; why to stop early, or nothing."""
     rule = plan.recipe.early_stopping
-    metric, mode, least = (
-        (rule.metric, rule.mode, rule.min_delta) if rule else ("eval/loss", "min", 0.0)
-    )
-    value = evaluation[metric]
+    metric, mode, least = "eval/loss", "min", 0.0
+    if rule:
+        assert rule.mode
+        metric, mode, least = rule.metric, rule.mode, rule.min_delta
+    value, best = evaluation[metric], state.best_metric
     state.metric, state.metric_mode = value, mode
-    gain = math.inf
-    if state.best_metric is not None:
-        gain = state.best_metric - value if mode == "min" else value - state.best_metric
-    if gain > least:
+    gain = math.inf if best is None else (best - value if mode == "min" else value - best)
+    if math.isfinite(value) and gain > least:
         state.best_metric, state.evaluations_without_gain = value, 0
     else:
         state.evaluations_without_gain += 1
     if rule and state.evaluations_without_gain >= rule.patience:
         return (
-            f"early stopping: {metric} has not improved on {state.best_metric:.6g} by more than "
+            f"early stopping: {metric} has not improved on {state.best_metric} by more than "
             f"{rule.min_delta:g} for {rule.patience} evaluations"
         )
     return ""

@@ -195,6 +195,7 @@ class TorchEngine:
     def pieces(self) -> dict[str, Piece]:
         """This rank's part of every state tensor, for saving to or loading from a checkpoint."""
         result = {}
+        self.agree_on_buffers()
         for number, (name, value) in enumerate(self.state_tensors()):
             if isinstance(value, DTensor):
                 result[name] = self._sharded_piece(value)
@@ -202,6 +203,13 @@ class TorchEngine:
                 owner = number % self.world
                 result[name] = Piece(value, tuple(value.shape), 0, owner == self.rank)
         return result
+
+    @torch.no_grad()
+    def agree_on_buffers(self) -> None:
+        """Give every rank the first one's BatchNorm statistics, which are those that are saved."""
+        if self.has_batchnorm and self.world > 1:
+            for buffer in self.module.buffers():
+                dist.broadcast(buffer, src=0)
 
     def _sharded_piece(self, value: DTensor) -> Piece:
         """FSDP2 shards dimension 0 as torch.chunk does; the first replica writes."""
