@@ -34,11 +34,11 @@ class ConvNet(nn.Module):
         return self.head(self.body(values.unsqueeze(1)).flatten(1))
 
 
-def cnn(features: int, channels: int, classes: int, hidden: None = None) -> nn.Module:
+def cnn(features: int, channels: int, classes: int) -> nn.Module:
     """BatchNorm after each convolution: its statistics depend on how the batch is split."""
     return ConvNet(features, channels, classes, nn.BatchNorm1d)
 
 
-def cnn_groupnorm(features: int, channels: int, classes: int, hidden: None = None) -> nn.Module:
+def cnn_groupnorm(features: int, channels: int, classes: int) -> nn.Module:
     """The same with GroupNorm, which does not depend on the batch."""
     return ConvNet(features, channels, classes, lambda width: nn.GroupNorm(4, width))  # type: ignore[arg-type]

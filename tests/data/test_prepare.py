@@ -280,3 +280,51 @@ def test_the_hub_without_a_network_is_one_message() -> None:
     data = Data(source="hub", name="nobody/nothing", task="causal_lm", sequence_length=8)
     with pytest.raises(DataError, match=r"nobody/nothing \(split train\) cannot be loaded"):
         prepare(data, None)
+
+
+def test_a_damaged_cache_is_prepared_again(tmp_path: Path) -> None:
+    """A missing or shortened array is seen, and the next prepare mends it."""
+    (tmp_path / "t.txt").write_text("line of text\n" * 300)
+    data = files(tmp_path / "t.txt")
+    folder = prepare(data, None)
+    fingerprint = card_of(data).fingerprint
+    for damage in (Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-4])):
+        damage(folder / "train" / "starts.bin")
+        assert read_card(folder) is None
+        assert card_of(data).fingerprint == fingerprint
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise KeyError('x')", "data.factory: mine:rows: KeyError: 'x'"),
+        ("return None", "TypeError: 'NoneType'"),
+        ("return [1]", "a row is a mapping, not int"),
+        ("return [{'label': 1}]", "no text in column 'text'"),
+        ("return [{'features': [1, 'a'], 'label': 1}]", "row 1: features: could not convert"),
+        (
+            "return [{'features': [float('nan')], 'label': 1}]",
+            "row 1: features are empty or not finite",
+        ),
+        ("return [{'features': [1.0], 'label': -1}]", "-1 is not a class number"),
+        (
+            "return [{'features': [1.0], 'label': 1}, {'features': [1.0, 2.0], 'label': 1}]",
+            r"of shape \[2\]",
+        ),
+    ],
+)
+def test_what_a_data_factory_does_wrong_is_told(tmp_path: Path, body: str, message: str) -> None:
+    """Its exceptions and its malformed rows are each one message."""
+    (tmp_path / "mine.py").write_text(f"def rows():\n    {body}\n")
+    data = Data(source="factory", factory="mine:rows", task="classification")
+    with pytest.raises(DataError, match=message):
+        prepare(data, str(tmp_path))
+
+
+def test_names_with_brackets_and_folders_deep(tmp_path: Path) -> None:
+    """A file name is never a pattern by accident; ** finds files at any depth."""
+    (tmp_path / "a[1].jsonl").write_text('{"text": "some text here"}\n')
+    assert card_of(files(tmp_path / "a[1].jsonl")).samples == 1
+    (tmp_path / "x/y").mkdir(parents=True)
+    (tmp_path / "x/y/z.txt").write_text("some text here")
+    assert card_of(files(tmp_path / "**/*.txt")).samples == 1

@@ -241,3 +241,47 @@ def test_batchnorm_and_early_stopping(tmp_path: Path) -> None:
     }
     best = min(evaluations, key=lambda step: evaluations[step])
     assert (tmp_path / f"r/checkpoints/step-{best:08d}/manifest.json").is_file()
+
+
+def test_a_loss_that_explodes_is_told_not_a_crash(tmp_path: Path) -> None:
+    """Non-finite steps are skipped, a NaN evaluation is shown, never the best, and --json stays JSON."""
+    process = start(
+        tmp_path, "run", "worked-example", "optimizer.lr=1e19", "optimizer.max_grad_norm=null",
+        "schedule={name: constant, warmup_ratio: null}", "duration={epochs: null, steps: 6}",
+        "evaluation.every_steps=2", "early_stopping=null", "logging.every_steps=1", "--run-dir", "r", "--json",
+    )  # fmt: skip
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    facts = json.loads(out, parse_constant=lambda name: pytest.fail(name))
+    assert facts["eval"]["eval/loss"] is None
+    assert "not finite" in err
+    assert any(line["skipped"] for line in steps(tmp_path / "r"))
+
+
+def test_one_supervisor_at_a_time_and_no_foreign_toolkit(tmp_path: Path) -> None:
+    """A second resume of a running run is refused; a folder named toolkit beside it is not imported."""
+    (tmp_path / "toolkit").mkdir()
+    (tmp_path / "toolkit/__init__.py").write_text("raise SystemExit('the wrong toolkit')")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        process = start(tmp_path, "run", slow_recipe(tmp_path, 1), "--run-dir", "r")
+        wait_for(lambda: (tmp_path / "r/metrics.jsonl").exists(), process)
+        second = start(tmp_path, "resume", "r")
+        _, err = second.communicate(timeout=60)
+        assert second.returncode == 2
+        assert "another process is running it" in err
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    finally:
+        del os.environ["PYTHONSAFEPATH"]
+
+
+def test_epochs_on_unprepared_data_are_prepared_first(tmp_path: Path) -> None:
+    """`run` counts the samples itself; only `plan` has to say that it cannot know."""
+    process = start(
+        tmp_path, "run", "worked-example", "data.samples=null", "data.options={rows: 500}", "duration.epochs=1",
+        "evaluation.every_steps=13", "checkpoint.every_steps=13", "--run-dir", "r", "--json",
+    )  # fmt: skip
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert json.loads(out)["steps"] == 13

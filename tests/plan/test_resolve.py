@@ -228,3 +228,83 @@ def test_hashes_ignore_paths_logging_and_description(tmp_path: Path) -> None:
         assert plan_of(**change).training_sha256 != base.training_sha256
     fsdp = plan_of(strategy={"name": "fsdp"}, cluster={"gpu": "h200"}, batch={"gpus": 4})
     assert fsdp.training_sha256 == base.training_sha256
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"hidden_size": "abc"}, "hidden_size: 'abc' is not a whole number above 0"),
+        ({"hidden_size": -128}, "hidden_size: -128"),
+        ({"vocab_size": 1.5}, "vocab_size: 1.5"),
+        ({"num_attention_heads": 0}, "num_attention_heads: 0"),
+        ({"num_attention_heads": 7}, r"512 hidden / 7 heads = 73.14.* Nearest: 511 or 518"),
+        ({"attention_dropout": "abc"}, "attention_dropout: 'abc'"),
+        (
+            {"num_hidden_layer": 2},
+            r"num_hidden_layer: unknown key. Did you mean 'num_hidden_layers'",
+        ),
+    ],
+)
+def test_wrong_widths_of_a_known_model_are_refused(config: dict[str, Any], message: str) -> None:
+    """A value that cannot be a width, and a key that is nearly a known one."""
+    with pytest.raises(PlanError, match=message):
+        plan_of(model={**LLAMA, "config": {**LLAMA["config"], **config}}, data=TEXT)
+
+
+def test_learned_positions_bound_the_sequence() -> None:
+    """GPT-2 with 64 positions cannot read 128 tokens."""
+    model = {**LLAMA, "architecture": "gpt2", "config": {"n_positions": 64}}
+    with pytest.raises(PlanError, match=r"sequence_length: 128 > 64 positions.*n_positions 128"):
+        plan_of(model=model, data=TEXT)
+
+
+def test_sharded_sgd_takes_the_kernel_that_exists() -> None:
+    """Unset: foreach; stated fused: refused with the nearest."""
+    sgd = {"name": "sgd", "lr": 0.1}
+    fsdp = {"name": "fsdp"}
+    assert plan_of(optimizer=sgd, strategy=fsdp).recipe.optimizer.implementation == "foreach"
+    assert plan_of(optimizer=sgd).recipe.optimizer.implementation == "fused"
+    with pytest.raises(PlanError, match="Nearest: foreach"):
+        plan_of(optimizer={**sgd, "implementation": "fused"}, strategy=fsdp)
+
+
+def test_the_mode_of_early_stopping_follows_its_metric() -> None:
+    """Accuracy is better when larger, loss when smaller, unless stated."""
+    evaluation = {"every_steps": 5}
+    for metric, mode in (("eval/accuracy", "max"), ("eval/loss", "min")):
+        plan = plan_of(evaluation=evaluation, early_stopping={"metric": metric})
+        assert plan.recipe.early_stopping
+        assert plan.recipe.early_stopping.mode == mode
+
+
+def test_nodes_follow_a_resplit_in_both_directions() -> None:
+    """What was derived is not read back as stated: 2 ranks to 3, 4 or 1, always one CPU node."""
+    stored = plan_of(batch={"effective": 24, "per_device": 2, "gpus": 2}).recipe
+    for gpus in (1, 3, 4, 8, 12):
+        plan = resolve(on_gpus(stored, gpus, None, World()))
+        assert (plan.batch.gpus, plan.batch.nodes) == (gpus, 1)
+    assert plan_of(batch={"effective": 36, "per_device": 3, "gpus": 12}).batch.nodes == 1
+    gpus = plan_of(batch={"effective": 36, "per_device": 3, "gpus": 12}, cluster={"gpu": "h200"})
+    assert gpus.batch.nodes == 2
+
+
+def test_the_nearest_fixes_are_legal_under_the_cluster_too() -> None:
+    """Random batch and cluster sections: every suggested number of GPUs, applied, plans."""
+    import random
+    import re
+
+    rng = random.Random(3)
+    applied = 0
+    for _ in range(1500):
+        per_node, low = rng.choice([None, 1, 2, 4, 8]), rng.choice([1, 2])
+        nodes = rng.choice([None, 1, 2, 3, {"min": low, "max": low + rng.choice([0, 1, 2])}])
+        batch = {"effective": rng.randint(1, 64), "per_device": rng.choice([1, 2, 3, 4]),
+                 "gpus": rng.choice([1, 2, 3, 4, 6, 8, 12])}  # fmt: skip
+        cluster = {"gpu": "h200", "gpus_per_node": per_node, "nodes": nodes}
+        try:
+            plan_of(batch=batch, cluster=cluster)
+        except PlanError as error:
+            for fix in re.findall(r"(?:Nearest: |or )gpus (\d+)", str(error)):
+                applied += 1
+                plan_of(batch={**batch, "gpus": int(fix)}, cluster=cluster)
+    assert applied > 200

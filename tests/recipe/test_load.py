@@ -129,3 +129,35 @@ def test_the_resolved_recipe_is_read_back_equal() -> None:
         recipe = load_recipe(name)
         text = yaml12.dump(recipe.model_dump(by_alias=True))
         assert validate(yaml12.parse(text), name) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("early-stopping={}", "early-stopping: unknown key. Did you mean 'early_stopping'"),
+        ("launch.max-restarts=3", "launch.max-restarts: unknown key. Did you mean 'max_restarts'"),
+        ("model.str=3", "model.str: unknown key"),
+        ("extends=foo", "extends belongs in the recipe's file"),
+        ("seed=!!int abc", "not valid YAML"),
+        ("seed=!!bool maybe", "not valid YAML"),
+        ("seed=!!timestamp x", "not valid YAML: unknown tag"),
+        ("data.options=!!set {a}", "not valid YAML: unknown tag"),
+        (f"seed={'9' * 5000}", "not valid YAML"),
+        ("data.path=~nosuchuser/x", "no such user"),
+        ("schema=true", "schema: True"),
+        (f"duration.steps={10**400}", "duration.steps"),
+        ('schedule={name: piecewise, milestones: {"nan": 0.1}}', "must ascend"),
+        ('schedule={name: piecewise, milestones: {"1.7": 0.1}}', "a step is a whole number"),
+    ],
+)
+def test_odd_overrides_are_refused_cleanly(tmp_path: Path, override: str, message: str) -> None:
+    """Hyphens, tags, huge numbers and unknown users each get a RecipeError, never a traceback."""
+    path = write(tmp_path / "r.yaml", tiny_recipe())
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path, [override])
+
+
+def test_a_base_finds_its_own_factories(tmp_path: Path) -> None:
+    """extends: a shipped factory recipe from another folder keeps the base's code folder."""
+    child = write(tmp_path / "x.yaml", {"extends": "worked-example", "recipe": "x"})
+    assert load_recipe(child).project == str(catalogue.folder())

@@ -82,6 +82,10 @@ def test_wrong_models_are_named() -> None:
     """An unknown architecture, a vocabulary that is too small, checkpointing where there is none."""
     with pytest.raises(PlanError, match="model.architecture: gpt22"):
         built(architecture="gpt22")
+    with pytest.raises(
+        PlanError, match=r"hidden_dropout_prb: unknown key. Did you mean 'hidden_dropout_prob'"
+    ):
+        built(architecture="bert", config={"vocab_size": 300, "hidden_dropout_prb": 0.0})
     with pytest.raises(PlanError, match="vocab_size: 100 < 257 tokens.*Nearest: vocab_size 320"):
         built(config={**CONFIG, "vocab_size": 100})
     with pytest.raises(PlanError, match="comes from a factory"):

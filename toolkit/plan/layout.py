@@ -48,7 +48,7 @@ def layout(recipe: Recipe, split: Split) -> Layout:
     per_node = gpus_per_node(recipe, split.gpus)
     if is_laid_out(recipe, split.gpus):
         return Layout(split.gpus // per_node, per_node)
-    legal = [n for n in divisors(split.effective) if is_laid_out(recipe, n)]
+    legal = [n for n in divisors(split.effective // split.per_device) if is_laid_out(recipe, n)]
     fixes = [f"gpus {nearest_to(split.gpus, legal)}"] if legal else []
     nodes = recipe.cluster.nodes
     if split.gpus % per_node:

@@ -4,6 +4,7 @@ Defaults are those of the config classes of transformers 5; a test holds every c
 real model built on the meta device.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,10 +65,10 @@ def find_shape(architecture: str, config: dict[str, Any]) -> ModelShape | None:
     PlanError for a width that is not a positive whole number, or a key that is nearly a known one.
     """
     if architecture == "gpt2":
-        _refuse_near_misses(config, _GPT2_KEYS)
+        refuse_near_misses(config, _GPT2_KEYS)
         return _gpt2(config)
     if architecture in _LLAMA_DEFAULTS:
-        _refuse_near_misses(config, _LLAMA_KEYS)
+        refuse_near_misses(config, _LLAMA_KEYS)
         return _llama(architecture, config)
     return None
 
@@ -87,7 +88,7 @@ _LLAMA_KEYS = (*_COMMON_KEYS, "intermediate_size", "num_key_value_heads", "head_
                "attention_bias", "mlp_bias", "attention_dropout")  # fmt: skip
 
 
-def _refuse_near_misses(config: dict[str, Any], known: tuple[str, ...]) -> None:
+def refuse_near_misses(config: dict[str, Any], known: Collection[str]) -> None:
     """Transformers ignores unknown keys; one that is nearly a known one is a slip."""
     for key in config:
         if key not in known:

@@ -52,6 +52,8 @@ class TrainState:
     metric: float | None = None
     metric_mode: str = "min"
     best_metric: float | None = None
+    is_best: bool = False
+    patience_metric: float | None = None
     evaluations_without_gain: int = 0
     skipped_steps: list[int] = field(default_factory=list)
     skipped_in_a_row: int = 0
@@ -61,7 +63,7 @@ class TrainState:
     def advance(self, step: int, samples: int, tokens: int, finite: bool) -> None:
         """One step further: samples consumed in all, label tokens of this step, or a skip."""
         self.step, self.samples, self.tokens = step, samples, self.tokens + tokens
-        self.metric = None
+        self.metric, self.is_best = None, False
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if not finite:
             self.skipped_steps.append(step)
@@ -96,10 +98,10 @@ class SaveCadence:
         minutes = self._spec.every_minutes
         return minutes is not None and time.monotonic() - self._saved_when >= 60 * minutes
 
-    def is_due(self, state: TrainState, evaluated: bool) -> bool:
+    def is_due(self, state: TrainState) -> bool:
         """By the step count, or because this evaluation is the best so far."""
         counts = (self._spec.every_steps, self._spec.keep_every)
-        is_best = evaluated and self._spec.keep_best > 0 and state.evaluations_without_gain == 0
+        is_best = self._spec.keep_best > 0 and state.is_best
         return is_best or any(count and state.step % count == 0 for count in counts)
 
     def saved(self) -> None:

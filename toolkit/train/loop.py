@@ -85,7 +85,7 @@ def train(
                 reason = _judge(state, evaluation, plan)
                 logbook.record_evaluation(step.number, evaluation)
             ending = last or verdict.stop or bool(reason)
-            if ending or verdict.save_due or cadence.is_due(state, evaluated):
+            if ending or verdict.save_due or cadence.is_due(state):
                 logbook.flush()
                 _save(engine, saver, state)
                 cadence.saved()
@@ -124,25 +124,37 @@ def _save(engine: TorchEngine, saver: Saver, state: TrainState) -> None:
 
 
 def _judge(state: TrainState, evaluation: dict[str, float], plan: Plan) -> str:
-    """Update the best metric; why to stop early, or nothing."""
+    """Update the best metric and the patience; why to stop early, or nothing.
+
+    The best is the best of all; patience starts anew only on a gain above min_delta. A value that is
+    not finite is neither.
+    """
     rule = plan.recipe.early_stopping
-    metric, mode, least = "eval/loss", "min", 0.0
-    if rule:
-        assert rule.mode
-        metric, mode, least = rule.metric, rule.mode, rule.min_delta
-    value, best = evaluation[metric], state.best_metric
+    metric = rule.metric if rule else "eval/loss"
+    mode = rule.mode if rule and rule.mode else "min"
+    value = evaluation[metric]
     state.metric, state.metric_mode = value, mode
-    gain = math.inf if best is None else (best - value if mode == "min" else value - best)
-    if math.isfinite(value) and gain > least:
-        state.best_metric, state.evaluations_without_gain = value, 0
+    if _gain(value, state.best_metric, mode) > 0:
+        state.best_metric, state.is_best = value, True
+    if _gain(value, state.patience_metric, mode) > (rule.min_delta if rule else 0.0):
+        state.patience_metric, state.evaluations_without_gain = value, 0
     else:
         state.evaluations_without_gain += 1
     if rule and state.evaluations_without_gain >= rule.patience:
         return (
-            f"early stopping: {metric} has not improved on {state.best_metric} by more than "
+            f"early stopping: {metric} has not improved on {state.patience_metric} by more than "
             f"{rule.min_delta:g} for {rule.patience} evaluations"
         )
     return ""
+
+
+def _gain(value: float, reference: float | None, mode: str) -> float:
+    """How much better than the reference; infinite against none, never from a non-finite value."""
+    if not math.isfinite(value):
+        return -math.inf
+    if reference is None:
+        return math.inf
+    return reference - value if mode == "min" else value - reference
 
 
 def _restore(engine: TorchEngine, plan: Plan, folder: Path) -> TrainState:

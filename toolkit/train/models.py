@@ -14,6 +14,7 @@ from torch import nn
 from toolkit.data.card import Card
 from toolkit.data.factory import load_factory
 from toolkit.errors import PlanError
+from toolkit.plan.shapes import refuse_near_misses
 from toolkit.recipe.schema import Recipe
 
 ATTENTION = {"sdpa": "sdpa", "eager": "eager", "flash": "flash_attention_2"}
@@ -113,6 +114,8 @@ def _build(recipe: Recipe, card: Card) -> nn.Module:
         extra.setdefault("use_cache", False)
     if spec.source == "config":
         try:
+            known = transformers.AutoConfig.for_model(spec.architecture)
+            refuse_near_misses(spec.config, set(known.to_dict()) | set(known.attribute_map))
             config = transformers.AutoConfig.for_model(spec.architecture, **extra)
         except (ValueError, KeyError, TypeError) as error:
             first = str(error).strip().splitlines()[0][:200]
