@@ -22,7 +22,7 @@ def format_count(count: float) -> str:
 
 def format_flops(count: float) -> str:
     """Floating-point operations with an SI prefix, three significant digits: `54 PFLOP`."""
-    for limit, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G")):
+    for limit, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
         if count >= limit:
             return f"{count / limit:.3g} {prefix}FLOP"
     return f"{count:,.0f} FLOP"

@@ -79,6 +79,7 @@ def test_gpus_resplits(drumline: Any) -> None:
         (["run", "{r}", "data.path=/none.txt", "data.source=files", "data.name=null", "data.samples=null"],
          "/none.txt does not exist"),
         (["run", "{r}", "launch.launcher=deepspeed"], "deepspeed can be planned but not yet run"),
+        (["run", "{r}", "--run-dir", "{r}/x"], "r.yaml is a file, not a folder"),
         (["resume", "{full}"], "is not a run folder (no record.json)"),
         (["resume", "{d}/none"], "does not exist"),
         (["resume", "{run}/checkpoints/step-00000010"], "is a checkpoint. Nearest: "),
@@ -155,7 +156,7 @@ def test_doctor_tells_what_is_here(drumline: Any) -> None:
         "cores",
         "gpus",
         "torch",
-        "launchers torchrun",
+        "launchers    torchrun",
         "tiny-code-lm can run here",
     ):
         assert word in done.stdout

@@ -308,3 +308,25 @@ def test_the_nearest_fixes_are_legal_under_the_cluster_too() -> None:
                 applied += 1
                 plan_of(batch={**batch, "gpus": int(fix)}, cluster=cluster)
     assert applied > 200
+
+
+def test_where_only_more_gpus_help_they_are_advised() -> None:
+    """70B on 8 GPUs: the smallest number that fits, at the same effective batch."""
+    recipe = on_gpus(load_recipe("llama-70b-64xh100"), 8, None, World())
+    plan = with_advice(resolve(recipe), World())
+    assert plan.memory.fits is False
+    (advice,) = plan.advice
+    changed = [
+        f"{s}.{k}={json.dumps(v)}" for s, values in advice.change.items() for k, v in values.items()
+    ]
+    again = resolve(load_recipe("llama-70b-64xh100", changed))
+    assert again.memory.fits
+    assert again.batch.effective == 512
+    assert resolve(on_gpus(recipe, again.batch.gpus // 2, None, World())).memory.fits is False
+
+
+def test_a_missing_file_is_told_before_an_unknown_number_of_steps() -> None:
+    """The cause first."""
+    world = World(problems=["data.path: x.txt does not exist"])
+    with pytest.raises(PlanError, match="x.txt does not exist"):
+        plan_of(world, data={"samples": None}, duration={"steps": None, "epochs": 2})

@@ -161,3 +161,21 @@ def test_a_base_finds_its_own_factories(tmp_path: Path) -> None:
     """extends: a shipped factory recipe from another folder keeps the base's code folder."""
     child = write(tmp_path / "x.yaml", {"extends": "worked-example", "recipe": "x"})
     assert load_recipe(child).project == str(catalogue.folder())
+
+
+def test_an_override_s_mistake_is_not_the_file_s(tmp_path: Path) -> None:
+    """The message names the command line; a key of a section is offered with its section."""
+    path = write(tmp_path / "r.yaml", tiny_recipe())
+    with pytest.raises(RecipeError, match=r"^command line: optimizer.lrr: unknown key"):
+        load_recipe(path, ["optimizer.lrr=1"])
+    with pytest.raises(RecipeError, match=r"gpus: unknown key. Did you mean 'batch.gpus'"):
+        load_recipe(path, ["gpus=6"])
+
+
+def test_one_slip_is_one_message() -> None:
+    """A misspelt required section is not also told as missing."""
+    raw = tiny_recipe()
+    raw["optimiser"] = raw.pop("optimizer")
+    with pytest.raises(RecipeError) as caught:
+        validate(raw, "r")
+    assert str(caught.value) == "r: optimiser: unknown key. Did you mean 'optimizer'?"

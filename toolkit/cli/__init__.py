@@ -20,6 +20,8 @@ COMMANDS = {
 }
 """Which file of this package holds a command; only that one is imported."""
 
+KILLED_EXIT_CODE = 130
+
 app = typer.Typer(
     name="drumline",
     no_args_is_help=True,
@@ -54,6 +56,10 @@ def main() -> None:
             raise
         print(f"drumline: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except SystemExit as ending:
+        if ending.code == KILLED_EXIT_CODE:
+            print("drumline: interrupted", file=sys.stderr)
+        raise
     except OSError as error:
         if "--debug" in sys.argv or error.filename is None:
             raise

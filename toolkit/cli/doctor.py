@@ -26,12 +26,12 @@ def doctor_command(
 ) -> None:
     """What this machine has, and what of a recipe it can run."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    print(f"python    {platform.python_version()} on {platform.platform()}")
-    print(f"cores     {len(os.sched_getaffinity(0))}, memory {format_bytes(memory)}")
-    print(f"gpus      {', '.join(_gpus()) or 'none'}")
+    print(f"python       {platform.python_version()} on {platform.platform()}")
+    print(f"cores        {len(os.sched_getaffinity(0))}, memory {format_bytes(memory)}")
+    print(f"gpus         {', '.join(_gpus()) or 'none'}")
     for name in _PACKAGES:
-        print(f"{name:<9} {_version(name) or 'not installed'}")
-    print(f"launchers {', '.join(LAUNCHERS)}")
+        print(f"{name:<12} {_version(name) or 'not installed'}")
+    print(f"launchers    {', '.join(LAUNCHERS)}")
     if recipe:
         problems = _problems(make_plan(load_recipe(recipe)))
         if problems:

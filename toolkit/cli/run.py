@@ -66,7 +66,10 @@ def resume_command(
     folder = run_folder.open_run(run)
     record = folder.read_record()
     if record["outcome"] == "finished":
-        raise RunFolderError(f"{run}: this run is finished; there is nothing to resume")
+        raise RunFolderError(
+            f"{run}: this run is finished; there is nothing to resume. "
+            f"Nearest: `drumline run {run} key=value` starts another"
+        )
     with folder.locked():
         recipe = load_recipe(str(folder.recipe_file), overrides)
     _check_offered(recipe)
@@ -196,11 +199,17 @@ def _report(folder: RunFolder, plan: Plan, result: Result, seconds: float) -> No
         batch = plan.batch
         gpus = 2 * batch.gpus if batch.effective % (2 * batch.gpus) == 0 else 1
         print(
-            f"next  drumline plan {shown} --gpus {gpus}   the same training, split otherwise",
+            f"next  drumline plan {shown} --gpus {gpus}   {_promise(plan)}",
             file=sys.stderr,
         )
     else:
         print(f"next  drumline resume {shown}", file=sys.stderr)
+
+
+def _promise(plan: Plan) -> str:
+    if plan.split_invariance.level == "rounding":
+        return "the same training, split otherwise"
+    return "the same samples, split otherwise (see its split line)"
 
 
 def _shortest(path: Path) -> Path:

@@ -23,8 +23,7 @@ def plan_table(plan: Plan) -> str:
     ]
     rows += [("advice", _advice(plan))] if plan.advice else []
     rows += [("warning", warning) for warning in plan.warnings]
-    head = f"{recipe.recipe}: {recipe.description}" if recipe.description else recipe.recipe
-    return "\n".join([*textwrap.wrap(head, _WIDTH), "", *(_row(*row) for row in rows)])
+    return "\n".join([f"{recipe.recipe}", "", *(_row(*row) for row in rows)])
 
 
 def _row(label: str, text: str) -> str:
@@ -39,7 +38,7 @@ def _batch(plan: Plan) -> str:
     b = plan.batch
     nodes = "" if b.nodes == 1 else f", {b.nodes} nodes"
     return (
-        f"{b.effective:,} = {b.per_device} per_device × {b.gpus} gpus × {b.accumulation} accumulation"
+        f"{b.effective:,} = {b.per_device:,} per_device × {b.gpus} gpus × {b.accumulation} accumulation"
         f"  ({plan.recipe.cluster.gpu}{nodes}, {plan.recipe.strategy.name}, {plan.recipe.precision})"
     )
 
@@ -74,12 +73,14 @@ def _schedule(plan: Plan) -> str:
 def _memory(plan: Plan) -> str:
     m = plan.memory
     if m.device is None:
-        return f"unknown: {m.why}"
+        return "unknown"
     verdict = {True: "fits", False: "DOES NOT FIT", None: "capacity unknown"}[m.fits]
     capacity = f" of {format_bytes(m.capacity)}" if m.capacity else ""
-    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in m.parts.items() if size)
+    outside = m.device.expected - sum(m.parts.values())
+    sizes = {**m.parts, "fragmentation, context and NCCL": outside if outside > 1 << 20 else 0}
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items() if size)
     return (
-        f"{verdict}: {format_bytes(m.device.high)}{capacity} per rank at most "
+        f"{verdict}: up to {format_bytes(m.device.high)}{capacity} per rank "
         f"(expected {format_bytes(m.device.expected)}, low {format_bytes(m.device.low)})\n"
         f"peak in {m.peak_phase}: {parts}"
     )

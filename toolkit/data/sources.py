@@ -100,7 +100,8 @@ def _from_hub(data: Data) -> Iterator[dict[str, Any]]:
 
 def _load_dataset() -> Any:
     try:
-        from datasets import load_dataset
+        import datasets
     except ImportError:
         raise DataError("this data source needs the package `datasets`") from None
-    return load_dataset
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are told by ours
+    return datasets.load_dataset

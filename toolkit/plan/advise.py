@@ -34,6 +34,7 @@ def with_advice(plan: Plan, world: World) -> Plan:
             found = _replan(plan.recipe, candidate, reason, world)
             if found and all(found.change != item.change for item in advice):
                 advice.append(found)
+    advice += _more_gpus(plan, world)
     fitting = [item for item in advice if item.device_high <= (plan.memory.capacity or 0)]
     return dataclasses.replace(plan, advice=fitting or advice)
 
@@ -49,6 +50,25 @@ def _smaller_per_device(plan: Plan, world: World) -> Advice | None:
         if found and (best is None or found.device_high <= (plan.memory.capacity or 0)):
             best = found
     return best
+
+
+def _more_gpus(plan: Plan, world: World) -> list[Advice]:
+    """Where state is sharded: the smallest number of GPUs that fits, if there is one."""
+    if plan.recipe.strategy.name == "ddp":
+        return []
+    split, per_node = plan.batch.split, plan.batch.gpus // plan.batch.nodes
+    for factor in divisors(split.effective // split.gpus)[1:]:
+        gpus = split.gpus * factor
+        per_device = max(b for b in divisors(split.effective // gpus) if b <= split.per_device)
+        accumulation = split.effective // gpus // per_device
+        change: dict[str, Any] = {
+            "batch": {"gpus": gpus, "per_device": per_device, "accumulation": accumulation},
+            "cluster": {"nodes": gpus // per_node, "gpus_per_node": per_node},
+        }
+        found = _replan(plan.recipe, change, "more ranks hold smaller shards", world)
+        if found and found.device_high <= (plan.memory.capacity or 0):
+            return [found]
+    return []
 
 
 def _is_new(recipe: Recipe, change: dict[str, Any]) -> bool:

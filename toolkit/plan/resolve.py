@@ -147,6 +147,8 @@ def _steps(recipe: Recipe, split: Split, world: World) -> tuple[StepFacts, Clock
     tokens = split.effective * length if length else None
     if samples is None:
         if duration.steps is None:
+            if world.problems:
+                raise PlanError("; ".join(world.problems))
             key = "epochs" if duration.epochs else "tokens"
             raise PlanError(
                 f"duration.{key}: the number of steps is unknown until the data are prepared. "

@@ -22,10 +22,10 @@ def load_recipe(where: str, overrides: list[str] | None = None) -> Recipe:
     base_name = raw.pop("extends", None)
     if base_name is not None:
         raw = merge(_read_base(path, base_name), raw)
-    cwd = Path.cwd()
+    cwd, merged = Path.cwd(), raw
     for override in overrides or []:
-        raw = merge(raw, _absolute_paths(parse_override(override), cwd))
-    return validate(raw, str(path))
+        merged = merge(merged, _absolute_paths(parse_override(override), cwd))
+    return validate(merged, "command line" if overrides and _is_valid(raw) else str(path))
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -65,8 +65,23 @@ def validate(raw: dict[str, Any], origin: str) -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(item) for item in _one_branch(error.errors(include_url=False))]
-        raise RecipeError("\n".join(f"{origin}: {line}" for line in lines)) from None
+        items = _one_branch(error.errors(include_url=False))
+        lines = [_explain(item) for item in items]
+        meant = {line.partition("Did you mean '")[2].rstrip("'?") for line in lines}
+        kept = [
+            line
+            for item, line in zip(items, lines, strict=True)
+            if item["type"] != "missing" or _keys_of(item)[-1] not in meant
+        ]
+        raise RecipeError("\n".join(f"{origin}: {line}" for line in kept)) from None
+
+
+def _is_valid(raw: dict[str, Any]) -> bool:
+    try:
+        Recipe.model_validate(raw)
+    except ValidationError:
+        return False
+    return True
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
@@ -164,6 +179,13 @@ def _explain(item: Any) -> str:
     value, kind = item["input"], item["type"]
     if kind == "extra_forbidden":
         section = _section_at(loc[:-1])
+        deeper = (
+            [k for k in _keys(Recipe) if loc[-1] in _keys(_section_at([k]))]
+            if len(loc) == 1
+            else []
+        )
+        if deeper:
+            return f"{path}: unknown key. Did you mean '{deeper[0]}.{path}'?"
         return f"{path}: unknown key{_did_you_mean(loc[-1], _keys(section), 'keys here')}"
     if kind == "missing":
         return f"{path}: missing; the recipe needs it"

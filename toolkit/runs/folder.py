@@ -80,6 +80,9 @@ class RunFolder:
 
 def check_new(run_dir: Path) -> None:
     """RunFolderError unless the folder is new or empty."""
+    for parent in run_dir.parents:
+        if parent.exists() and not parent.is_dir():
+            raise RunFolderError(f"--run-dir {run_dir}: {parent} is a file, not a folder")
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         holds_run = (run_dir / "record.json").is_file()
         what = "holds a run" if holds_run else "is not an empty folder"

@@ -27,6 +27,9 @@ class Progress:
         latest = None
         for line in self._new_lines(folder):
             if "eval/loss" in line:
+                if latest and self._show:
+                    self._tell(latest)
+                latest = None
                 self._evaluation = f"validation {_number(line['eval/loss'], '.4f')}"
                 if self._show and self._bar is None:
                     print(f"step {line['step']:,}: {self._evaluation}", file=sys.stderr)
@@ -59,7 +62,7 @@ class Progress:
             self._first_step, self._started = step, time.monotonic()
         done = step - self._first_step
         seconds = time.monotonic() - self._started
-        left = format_duration((self._total - step) * seconds / done) if done else "?"
+        left = f"{format_duration((self._total - step) * seconds / done)} left" if done else ""
         loss, lr = _number(line["loss"], ".4f"), _number(line["lr"], ".2e")
         rate = f"{line['samples_per_s']:,.0f} samples/s"
         if self._bar:
@@ -67,7 +70,7 @@ class Progress:
             self._bar.update(self._bar.task_ids[0], completed=step, words=words, left=left)
         else:
             print(
-                f"step {step:,}/{self._total:,}  loss {loss}  lr {lr}  {rate}  {left} left",
+                f"step {step:,}/{self._total:,}  loss {loss}  lr {lr}  {rate}  {left}".rstrip(),
                 file=sys.stderr,
             )
 
@@ -79,10 +82,10 @@ class Progress:
         bar = RichProgress(
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[words]}  {task.fields[left]} left"),
+            TextColumn("{task.fields[words]}  {task.fields[left]}"),
             console=Console(stderr=True),
         )
-        bar.add_task("", total=self._total, words="starting", left="?")
+        bar.add_task("", total=self._total, words="starting", left="")
         bar.start()
         return bar
 
