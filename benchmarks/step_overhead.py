@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=MODELS, help="one model instead of all")
     arguments = parser.parse_args()
     if arguments.rank_of:
         return rank_main(arguments.rank_of, arguments.model, arguments.steps, arguments.folder)
@@ -171,7 +172,7 @@ def main() -> None:
         f"{'model':<8} {'drumline ms':>12} {'by hand ms':>11} {'ratio':>7}   "
         f"({arguments.rounds} rounds in turns)"
     )
-    for model in MODELS:
+    for model in [arguments.only] if arguments.only else MODELS:
         make_plan(model, arguments.steps)
         times: dict[str, list[float]] = {name: [] for name in LOOPS}
         for _ in range(arguments.rounds):

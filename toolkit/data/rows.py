@@ -97,4 +97,4 @@ class Rows:
             raise DataError(f"{path}: missing from the prepared data; run `drumline prepare`")
         if path.stat().st_size == 0:
             return np.zeros(0, dtype=dtype or DTYPES[name])
-        return np.memmap(path, dtype=dtype or DTYPES[name], mode="r")
+        return np.asarray(np.memmap(path, dtype=dtype or DTYPES[name], mode="r"))

@@ -30,8 +30,11 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def build_optimizer(module: nn.Module, spec: Optimizer) -> torch.optim.Optimizer:
-    """The optimizer over two groups: decayed matrices, undecayed vectors and scalars."""
+    """The optimizer over decayed matrices and undecayed vectors; one group where nothing decays."""
     parameters = [p for p in module.parameters() if p.requires_grad]
+    if spec.weight_decay == 0:
+        one = [{"params": parameters, "weight_decay": 0.0}]
+        return OPTIMIZERS[spec.name](one, spec, {spec.implementation: True})
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": spec.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

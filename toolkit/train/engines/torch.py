@@ -120,7 +120,7 @@ class TorchEngine:
         Backward runs on Σ·G/W, because DDP and FSDP average over the G ranks. Returns the
         undivided sum of losses, float32 [], on the device.
         """
-        torch.manual_seed(derived_seed("step", self.plan.recipe.seed, step, first_slot))
+        self._seed_dropout(step, first_slot)
         with self._reduce_gradients(last), self._frozen_batchnorm(dummy):
             with self._precision():
                 total = self.wrapped(self._to_device(tensors))[0]
@@ -245,6 +245,14 @@ class TorchEngine:
     def _is_persistent(self, name: str) -> bool:
         path, _, leaf = name.rpartition(".")
         return leaf not in self.module.get_submodule(path)._non_persistent_buffers_set
+
+    def _seed_dropout(self, step: int, first_slot: int) -> None:
+        """This device's generator alone: torch.manual_seed looks for every kind of device there is."""
+        seed = derived_seed("step", self.plan.recipe.seed, step, first_slot)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)
 
     def _to_device(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()}
