@@ -88,6 +88,7 @@ def test_another_worked_example() -> None:
          r"duration.epochs: the number of steps is unknown .*drumline prepare"),
         ({"data": {"samples": None}, "schedule": {"unit": "epoch"}}, r"unit: epoch needs the number of samples"),
         ({"model": {"sync_batchnorm": True}}, r"sync_batchnorm.*needs a GPU"),
+        ({"model": {"sync_batchnorm": True}, "strategy": {"name": "fsdp"}}, r"sync_batchnorm goes with strategy ddp"),
     ],
 )  # fmt: skip
 def test_what_is_impossible_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -110,6 +110,11 @@ def _check_strategy(recipe: Recipe) -> None:
             "optimizer.implementation: torch has no fused sgd for sharded tensors (fsdp). "
             "Nearest: foreach"
         )
+    if recipe.model.sync_batchnorm and recipe.strategy.name != "ddp":
+        raise PlanError(
+            f"model.sync_batchnorm goes with strategy ddp, not {recipe.strategy.name}. "
+            "Nearest: strategy.name ddp, or GroupNorm in the model"
+        )
     if recipe.model.sync_batchnorm and recipe.cluster.gpu == "cpu":
         raise PlanError(
             "model.sync_batchnorm: torch's SyncBatchNorm needs a GPU, and cluster.gpu is cpu. "
