@@ -367,7 +367,9 @@ def _wait_until(ready: Callable[[], bool], temporary: Path, final: Path) -> None
     """Until the other ranks have done their part; a rank that failed is believed at once."""
     deadline = time.monotonic() + VOTE_TIMEOUT_S
     while not ready():
-        failed = next(iter(temporary.glob("rank-*.failed")), None)
+        failed = None
+        with contextlib.suppress(FileNotFoundError):  # published, so renamed, while we looked
+            failed = next(iter(temporary.glob("rank-*.failed")), None)
         if failed:
             raise CheckpointError(f"{final}: {failed.stem} failed: {failed.read_text()}")
         if time.monotonic() > deadline:
