@@ -33,7 +33,7 @@ class Command:
 
 WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # the worker sets its own number of compute threads
-    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads slow a shared machine down eighty times
+    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads starve the others of a shared machine
     "PYTHONSAFEPATH": "1",  # never import what happens to lie in the current folder
     "TOKENIZERS_PARALLELISM": "false",
 }
