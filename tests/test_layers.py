@@ -82,6 +82,10 @@ def test_the_core_is_pure(name: str) -> None:
         ),
         ("toolkit/train", ("toolkit.runs", "toolkit.cli", "launchers", "toolkit.recipe.load")),
         ("toolkit/runs", ("toolkit.train", "toolkit.cli")),
+        (
+            "toolkit/checkpoint",
+            ("toolkit.train", "toolkit.runs", "toolkit.cli", "toolkit.data", "launchers"),
+        ),
         ("toolkit/data", ("toolkit.train", "toolkit.runs", "toolkit.cli", "launchers")),
         ("launchers", ("toolkit.train", "toolkit.runs", "toolkit.cli", "toolkit.recipe.load")),
     ],

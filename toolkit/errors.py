@@ -9,6 +9,8 @@
     ├── CheckpointError    4   no sound checkpoint, or one of another training
     ├── RunFolderError     2   the folder named is not a run, or is one already
     └── RunError           4   the run failed
+        ├── NotFinite          too many steps in a row were skipped; a restart would repeat them
+        └── NotFiniteAfterLoad all steps after a load were; the checkpoint before is tried
 
 Exit code 75 is no error: the run stopped on a signal with a checkpoint saved; resume goes on.
 
@@ -55,6 +57,14 @@ class RunError(DrumlineError):
     """The run started and failed."""
 
     exit_code = 4
+
+
+class NotFinite(RunError):
+    """Loss or gradient stayed non-finite."""
+
+
+class NotFiniteAfterLoad(RunError):
+    """Loss or gradient was non-finite from the first step after a checkpoint was loaded."""
 
 
 class RunFolderError(DrumlineError):

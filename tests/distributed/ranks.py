@@ -56,17 +56,17 @@ def train_job(plan: str, folder: str, stop_after: int | None = None) -> None:
 
     from toolkit.plan.model import read_plan
     from toolkit.train.loop import train
+    from toolkit.train.watch import Watch
 
-    def begin_step(step: int) -> bool:
-        return dist.get_rank() == dist.get_world_size() - 1 and step == stop_after
+    watch = Watch()
+    last_rank = dist.get_rank() == dist.get_world_size() - 1
+    watch.stop_asked = lambda: last_rank and watch.step == stop_after
 
     where = Path(folder)
     (where / "checkpoints").mkdir(parents=True, exist_ok=True)
     dist.barrier()
     attempt = 0 if not (where / "metrics.jsonl").exists() else 1
-    outcome = train(
-        read_plan(Path(plan).read_text()), where, torch.device("cpu"), attempt, begin_step
-    )
+    outcome = train(read_plan(Path(plan).read_text()), where, torch.device("cpu"), attempt, watch)
     if dist.get_rank() == 0:
         (where / "outcome.json").write_text(json.dumps(vars(outcome)))
 

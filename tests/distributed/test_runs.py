@@ -49,7 +49,7 @@ def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 12
 
 
 def rank_pids(run: Path) -> list[int]:
-    return [int(path.read_text()) for path in run.glob("logs/attempt-*/rank-*.pid")]
+    return [int(path.read_text().split()[0]) for path in run.glob("logs/attempt-*/rank-*.pid")]
 
 
 def steps(run: Path) -> list[dict[str, Any]]:

@@ -60,7 +60,8 @@ CHANGES: dict[str, Any] = {
     "evaluation": [{"every_steps": 6}, {"per_device": 5}],
     "early_stopping": [{"metric": "eval/accuracy"}, {"mode": "max"}, {"patience": 6}, {"min_delta": 0.5}],
     "checkpoint": [{"every_steps": 11}, {"every_minutes": 5.0}, {"keep_last": 3}, {"keep_best": 0},
-                   {"keep_every": 4}, {"async": False}],
+                   {"keep_every": 4}, {"async": False}, {"on_error": "continue"}],
+    "anomalies": [{"max_skipped": 5}, {"spike_sigma": 4.0}, {"spike_window": 50}, {"skip_spikes": True}],
     "launch": [{"launcher": "accelerate"}, {"max_restarts": 1}, {"hang_timeout_s": 5.0}],
     "logging": [{"every_steps": 3}, {"wandb": {"project": "p"}}, {"wandb": {"project": "p", "mode": "online"}}],
 }  # fmt: skip

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from conftest import tiny_recipe
 
+from toolkit.checkpoint.state import TrainState
 from toolkit.plan.model import Plan
 from toolkit.plan.resolve import resolve
 from toolkit.recipe.load import validate
-from toolkit.train.checkpoint import TrainState
 from toolkit.train.loop import _judge
 
 
@@ -25,7 +25,7 @@ def run(
     state = TrainState()
     best = []
     for number, value in enumerate(values, start=1):
-        state.advance(number, number, 1, True)
+        state.advance(number, number, 1, 0.5)
         reason = _judge(state, {metric: value}, the_plan)
         best.append(state.is_best)
         if reason:

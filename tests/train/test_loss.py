@@ -105,8 +105,8 @@ def test_classification_counts_right_answers() -> None:
 def test_the_loss_scale_halves_and_doubles() -> None:
     """Overflow halves and counts; 2,000 good steps double."""
     scaler = LossScaler(scale=8.0)
-    scaler.update(False)
+    scaler.update(overflow=True)
     assert (scaler.scale, scaler.overflows) == (4.0, 1)
     for _ in range(GROWTH_INTERVAL):
-        scaler.update(True)
+        scaler.update(overflow=False)
     assert scaler.scale == 8.0

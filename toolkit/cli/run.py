@@ -13,16 +13,20 @@ import typer
 from launchers import LAUNCHERS, Command
 from launchers.base import Job
 from toolkit.cli.plan import AsJson, Gpus, Overrides, RecipeArgument, make_plan, prepare_data
-from toolkit.cli.show import plan_table
+from toolkit.cli.show import change_words, plan_table
+from toolkit.cli.world import read_world
 from toolkit.errors import DoesNotFit, LaunchError, RunFolderError
+from toolkit.plan.advise import with_advice
 from toolkit.plan.model import Plan
-from toolkit.recipe.load import load_recipe
+from toolkit.plan.resplit import with_smaller_per_device
+from toolkit.recipe.load import load_recipe, override
 from toolkit.recipe.schema import Recipe
 from toolkit.runs import folder as run_folder
 from toolkit.runs.folder import RunFolder
+from toolkit.runs.outcome import Result
 from toolkit.runs.progress import Progress
 from toolkit.runs.record import new_record
-from toolkit.runs.supervise import Result, run_attempts
+from toolkit.runs.supervise import Surroundings, run_attempts
 from toolkit.units import format_bytes, format_duration
 
 Force = Annotated[bool, typer.Option("--force", help="Train although the plan does not fit.")]
@@ -71,7 +75,8 @@ def resume_command(
             f"Nearest: `drumline run {run} key=value` starts another"
         )
     with folder.locked():
-        recipe = load_recipe(str(folder.recipe_file), overrides)
+        recipe = override(folder.latest_plan().recipe, overrides)
+        folder.forget_restarts()
     _check_offered(recipe)
     prepare_data(recipe)
     plan = make_plan(recipe, gpus)
@@ -147,11 +152,16 @@ def _finish(folder: RunFolder, plan: Plan, cause: str, as_json: bool) -> None:
     print(f"\nrun folder {folder.path}", file=sys.stderr)
     started = time.monotonic()
     progress = Progress(plan.steps.total)
+    around = Surroundings(
+        render=lambda current, number: _render(current, folder, number),
+        shrink=_smaller_plan,
+        advice=_advice_words,
+        tick=progress,
+        say=progress.say,
+    )
     try:
         with folder.locked():
-            result = run_attempts(
-                folder, plan, cause, lambda number: _render(plan, folder, number), progress
-            )
+            result = run_attempts(folder, plan, cause, around)
     finally:
         progress.close()
     seconds = time.monotonic() - started
@@ -163,6 +173,20 @@ def _finish(folder: RunFolder, plan: Plan, cause: str, as_json: bool) -> None:
         print(json.dumps(facts))
     if result.exit_code:
         raise typer.Exit(result.exit_code)
+
+
+def _smaller_plan(plan: Plan) -> Plan | None:
+    """What runs after an attempt that ran out of memory."""
+    smaller = with_smaller_per_device(plan.recipe, plan.batch.split)
+    return make_plan(smaller) if smaller else None
+
+
+def _advice_words(plan: Plan) -> str:
+    """What could make a plan fit that ran out of memory at per_device 1."""
+    changes = with_advice(plan, read_world(plan.recipe)).advice
+    head = "batch.per_device is 1 already, so a smaller micro-batch is no way out. Nearest:"
+    lines = [f"  {change_words(item.change)}   {item.why}" for item in changes]
+    return "\n".join([head, *lines]) if lines else f"{head} a GPU with more memory"
 
 
 def _facts(

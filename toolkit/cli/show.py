@@ -1,6 +1,7 @@
 """A plan as a table that a person reads at a glance. Pure text; no rich, so a dry run stays quick."""
 
 import textwrap
+from typing import Any
 
 from toolkit.plan.model import Plan
 from toolkit.plan.schedule import rate_at
@@ -97,15 +98,19 @@ def _model(plan: Plan) -> str:
 
 
 def _advice(plan: Plan) -> str:
-    lines = []
-    for item in plan.advice:
-        change = " ".join(
-            f"{section}.{key}={_plain(value)}"
-            for section, values in item.change.items()
-            for key, value in values.items()
-        )
-        lines.append(f"{change}  -> {format_bytes(item.device_high)}: {item.why}")
-    return "\n".join(lines)
+    return "\n".join(
+        f"{change_words(item.change)}  -> {format_bytes(item.device_high)}: {item.why}"
+        for item in plan.advice
+    )
+
+
+def change_words(change: dict[str, Any]) -> str:
+    """A change as overrides that can be pasted: `batch.per_device=2 batch.accumulation=4`."""
+    return " ".join(
+        f"{section}.{key}={_plain(value)}"
+        for section, values in change.items()
+        for key, value in values.items()
+    )
 
 
 def _plain(value: object) -> str:

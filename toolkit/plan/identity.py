@@ -20,6 +20,7 @@ _NOT_TRAINING = {
     "evaluation": ("per_device",),
     "optimizer": ("implementation",),
     "loss": None,
+    "anomalies": ("max_skipped",),
 }
 """What changes how a training is computed but not, beyond rounding, what is learnt."""
 

@@ -1,5 +1,7 @@
 """Another number or kind of GPUs at the same effective batch."""
 
+from typing import Any
+
 from toolkit.errors import PlanError
 from toolkit.plan.batch import Split, resplit
 from toolkit.plan.resolve import World, resolve
@@ -22,6 +24,27 @@ def on_gpus(recipe: Recipe, gpus: int | None, gpu: str | None, world: World) -> 
         if resolve(candidate, world).memory.fits is not False:
             return candidate
     return moved[0]
+
+
+def with_smaller_per_device(recipe: Recipe, split: Split) -> Recipe | None:
+    """After running out of memory: the next smaller per_device, the same effective batch and gpus.
+
+    Evaluation shrinks with it; once per_device is 1, evaluation alone. None when nothing is left.
+    """
+    rest = split.per_device * split.accumulation
+    smaller = max((b for b in divisors(rest) if b < split.per_device), default=None)
+    evaluation = recipe.evaluation
+    largest = evaluation.per_device if evaluation and evaluation.per_device else 1
+    if smaller is None and largest == 1:
+        return None
+    b = smaller or split.per_device
+    update: dict[str, Any] = {
+        "batch": Split(b, split.gpus, rest // b).written_into(recipe.batch),
+    }
+    if evaluation:
+        fewer = min(largest, b) if smaller else largest // 2
+        update["evaluation"] = evaluation.model_copy(update={"per_device": fewer})
+    return recipe.model_copy(update=update)
 
 
 def _moved(recipe: Recipe, split: Split, gpu: str | None) -> Recipe:

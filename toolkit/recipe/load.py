@@ -22,10 +22,19 @@ def load_recipe(where: str, overrides: list[str] | None = None) -> Recipe:
     base_name = raw.pop("extends", None)
     if base_name is not None:
         raw = merge(_read_base(path, base_name), raw)
+    return _overridden(raw, overrides, str(path))
+
+
+def override(recipe: Recipe, overrides: list[str] | None) -> Recipe:
+    """A recipe with `key.path=value` overrides on top."""
+    return _overridden(recipe.model_dump(by_alias=True), overrides, "recipe")
+
+
+def _overridden(raw: dict[str, Any], overrides: list[str] | None, origin: str) -> Recipe:
     cwd, merged = Path.cwd(), raw
-    for override in overrides or []:
-        merged = merge(merged, _absolute_paths(parse_override(override), cwd))
-    return validate(merged, "command line" if overrides and _is_valid(raw) else str(path))
+    for text in overrides or []:
+        merged = merge(merged, _absolute_paths(parse_override(text), cwd))
+    return validate(merged, "command line" if overrides and _is_valid(raw) else origin)
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

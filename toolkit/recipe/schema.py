@@ -270,6 +270,19 @@ class Checkpoint(Section):
     keep_best: Annotated[int, Field(ge=0)] = 1
     keep_every: Count | None = None
     asynchronous: bool = Field(default=True, alias="async")
+    on_error: Literal["stop", "continue"] = "stop"
+
+
+class Anomalies(Section):
+    """Steps that are not finite are skipped, `max_skipped` in a row at most; leaps are logged.
+
+    A spike is a loss more than spike_sigma standard deviations above the last spike_window losses.
+    """
+
+    max_skipped: Count = 20
+    spike_sigma: Positive | None = 6.0
+    spike_window: Annotated[int, Field(ge=2, le=10000)] = 100
+    skip_spikes: bool = False
 
 
 class Launch(Section):
@@ -318,6 +331,7 @@ class Recipe(Section):
     evaluation: Evaluation | None = None
     early_stopping: EarlyStopping | None = None
     checkpoint: Checkpoint = Checkpoint.model_construct()
+    anomalies: Anomalies = Anomalies.model_construct()
     launch: Launch = Launch.model_construct()
     logging: Logging = Logging.model_construct()
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import RunError, RunFolderError
+from toolkit.files import write_json, write_text
 from toolkit.plan.model import Plan, read_plan
 from toolkit.recipe import yaml12
 from toolkit.recipe.schema import Recipe
-from toolkit.runs.files import write_atomically, write_json
 
 
 class RunFolder:
@@ -64,11 +64,22 @@ class RunFolder:
         """Write an attempt's plan and its entry in the record; its number."""
         record = self.read_record()
         number = len(record["attempts"])
-        write_atomically(self.plan_file(number), plan.to_json() + "\n")
-        self.logs(number).mkdir(parents=True)
+        write_text(self.plan_file(number), plan.to_json() + "\n")
+        self.logs(number).mkdir(parents=True, exist_ok=True)
         record["attempts"].append({"number": number, **entry})
         self.write_record(record)
         return number
+
+    def forget_restarts(self) -> None:
+        """Somebody has looked and gone on: max_restarts counts anew."""
+        self.write_record({**self.read_record(), "restarts": 0})
+
+    def count_restart(self) -> int:
+        """One more start after a failure; how many there were since the run or resume command."""
+        record = self.read_record()
+        record["restarts"] = record.get("restarts", 0) + 1
+        self.write_record(record)
+        return int(record["restarts"])
 
     def end_attempt(self, number: int, **facts: Any) -> None:
         """Add how an attempt ended to its entry."""
@@ -100,7 +111,7 @@ def create(recipe: Recipe, run_dir: Path | None) -> RunFolder:
         path = _next_numbered(Path.cwd() / "runs", recipe.recipe)
     folder = RunFolder(path)
     folder.checkpoints.mkdir()
-    write_atomically(folder.recipe_file, yaml12.dump(recipe.model_dump(by_alias=True)))
+    write_text(folder.recipe_file, yaml12.dump(recipe.model_dump(by_alias=True)))
     return folder
 
 

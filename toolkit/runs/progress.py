@@ -26,7 +26,9 @@ class Progress:
         """Show what is new."""
         latest = None
         for line in self._new_lines(folder):
-            if "eval/loss" in line:
+            if error := line.get("checkpoint/error"):
+                self.say(f"step {line['step']:,}: not saved: {error}")
+            elif "eval/loss" in line:
                 if latest and self._show:
                     self._tell(latest)
                 latest = None
@@ -35,6 +37,8 @@ class Progress:
                     print(f"step {line['step']:,}: {self._evaluation}", file=sys.stderr)
             else:
                 latest = line
+                if line.get("why", "overflow") != "overflow":
+                    self.say(_odd_words(line))
         if latest and self._show:
             self._tell(latest)
 
@@ -74,6 +78,15 @@ class Progress:
                 file=sys.stderr,
             )
 
+    def say(self, line: str) -> None:
+        """One line of prose, such as why the run is started again."""
+        if not self._show:
+            return
+        if self._bar:
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, file=sys.stderr)
+
     def _make_bar(self) -> Any:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -97,6 +110,15 @@ def _parsed(text: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return line if isinstance(line, dict) and "step" in line else None
+
+
+def _odd_words(line: dict[str, Any]) -> str:
+    """A step that was not as the others: why, where, and what was done."""
+    ranks = line.get("ranks")
+    where = f" on rank {', '.join(map(str, ranks))}" if ranks else ""
+    beyond = f" of {line['sigma']:.1f} sigma" if line.get("sigma") else ""
+    done = "skipped" if line["skipped"] else "applied"
+    return f"step {line['step']:,}: {line['why']}{beyond}{where}; {done}"
 
 
 def _number(value: float | None, style: str) -> str:

@@ -36,6 +36,7 @@ def new_record(plan: Plan) -> dict[str, Any]:
         "hardware": {"host": socket.gethostname(), "platform": platform.platform()},
         "created": now(),
         "attempts": [],
+        "restarts": 0,
         "outcome": None,
     }
 

@@ -1,193 +1,121 @@
-"""Starts an attempt, watches it, passes signals on, and reads the truth from the outcome files.
+"""Attempt after attempt, until the run is finished, stopped, wrong, or makes no progress."""
 
-Signals go straight to the ranks (each writes its process id), because a launcher that is told to
-stop kills its ranks before they have saved. A second Ctrl-C ends everything at once.
-"""
-
-import contextlib
-import json
-import os
-import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from launchers.base import Command
-from toolkit.errors import RunError
+from toolkit.checkpoint.shelf import find_checkpoints, set_aside
 from toolkit.plan.model import Plan
+from toolkit.rank_files import RankFiles
+from toolkit.runs.attempt import Tick, end_ranks, run_attempt
 from toolkit.runs.folder import RunFolder
+from toolkit.runs.outcome import Result, steps_done
 from toolkit.runs.record import attempt_entry, now
+from toolkit.runs.signals import Signals
 
-STOPPED_EXIT_CODE = 75
-KILLED_EXIT_CODE = 130
-"""Ended at once by a second signal: no new checkpoint, nothing older lost, no restart."""
-
-_POLL_S = 0.1
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-Tick = Callable[[RunFolder], None]
-"""Called several times a second while an attempt runs; shows progress."""
+_FINAL = ("finished", "stopped", "killed", "mistake", "NotFinite", "CheckpointError")
 
 
 @dataclass(frozen=True)
-class Result:
-    """How a run ended; `exit_code` is 0, 4 or 75, or the code of a mistake of the user."""
+class Surroundings:
+    """What the supervisor is given: how to start an attempt, how to plan a smaller one, who watches.
 
-    outcome: str
-    step: int
-    loss: float | None
-    evaluation: dict[str, float] | None
-    message: str
-    exit_code: int
+    `shrink` gives the plan with the next smaller per_device, or None; `advice` words for a plan
+    that has run out of memory and cannot be split further; `say` tells the person one line.
+    """
+
+    render: Callable[[Plan, int], Command]
+    shrink: Callable[[Plan], Plan | None]
+    advice: Callable[[Plan], str]
+    tick: Tick
+    say: Callable[[str], None]
 
 
-def run_attempts(
-    folder: RunFolder, plan: Plan, cause: str, render: Callable[[int], Command], tick: Tick
+def run_attempts(folder: RunFolder, plan: Plan, cause: str, around: Surroundings) -> Result:
+    """Start, and start again as long as that can help; the truth about how the run ended."""
+    failed_at = -1
+    _close_lost_attempt(folder)
+    with Signals() as signals:
+        while True:
+            result = _one_attempt(folder, plan, cause, around, signals)
+            if result.kind in _FINAL:
+                return result
+            if signals.first:
+                return result.saying(f"failed while stopping on a signal: {result.message}")
+            if result.kind == "OutOfMemory":
+                smaller = around.shrink(plan)
+                if smaller is None:
+                    return result.saying(f"{result.message}\n{around.advice(plan)}")
+                cause = _resplit_words(plan, smaller, result)
+                plan = smaller
+            else:
+                restarts = folder.count_restart()
+                if result.step == failed_at:
+                    return result.saying(f"no progress since step {failed_at}: {result.message}")
+                if restarts > plan.recipe.launch.max_restarts:
+                    return result.saying(
+                        f"gave up after {restarts} failed starts: {result.message}"
+                    )
+                failed_at, cause = result.step, f"restart: {result.message}"
+                if result.kind == "NotFiniteAfterLoad":
+                    aside = set_aside(find_checkpoints(folder.checkpoints)[-1]).name
+                    cause += f"; kept as {aside}, falling back to the checkpoint before"
+            around.say(cause)
+
+
+def _one_attempt(
+    folder: RunFolder, plan: Plan, cause: str, around: Surroundings, signals: Signals
 ) -> Result:
-    """Attempts until the run is finished, stopped, wrong, or makes no progress."""
-    failures, failed_at = 0, -1
-    while True:
-        number = folder.add_attempt(plan, attempt_entry(plan, cause))
-        result = _attempt(folder, plan, number, render(number), tick)
-        folder.end_attempt(
-            number, ended=now(), outcome=result.outcome, step=result.step, message=result.message
-        )
-        if result.outcome != "failed" or result.exit_code != RunError.exit_code:
-            return result
-        failures += 1
-        if result.step == failed_at:
-            return _with_message(result, f"no progress since step {failed_at}: {result.message}")
-        if failures > plan.recipe.launch.max_restarts:
-            return _with_message(
-                result, f"gave up after {failures} failed starts: {result.message}"
-            )
-        failed_at, cause = result.step, f"restart: {result.message}"
-
-
-def _attempt(folder: RunFolder, plan: Plan, number: int, command: Command, tick: Tick) -> Result:
-    """One start of the processes; returns when none of them is left."""
-    logs = folder.logs(number)
-    with (logs / "launcher.log").open("wb") as log, _signals() as received:
-        process = subprocess.Popen(
-            command.argv,
-            env={**os.environ, **command.env, "PYTHONPATH": _python_path()},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        told: set[int] = set()
-        try:
-            while process.poll() is None:
-                if len(received) > 1:
-                    process.kill()
-                elif received:
-                    told |= _tell(logs, received[0], told)
-                tick(folder)
-                time.sleep(_POLL_S)
-        finally:
-            process.kill()
-            process.wait()
-            _end_ranks(logs)
-    tick(folder)
-    return _judge(plan, logs, bool(received))
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect signals instead of dying of them."""
-    received: list[int] = []
-    before = {
-        number: signal.signal(number, lambda got, frame: received.append(got))
-        for number in _SIGNALS
-    }
+    """One attempt, with its entry in the record; a full disk does not hide how it ended."""
     try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        number = folder.add_attempt(plan, attempt_entry(plan, cause))
+        if saved := find_checkpoints(folder.checkpoints):
+            around.say(f"attempt {number} goes on from {saved[-1].name}")
+        result = run_attempt(
+            folder, plan, number, around.render(plan, number), around.tick, signals
+        )
+    except OSError as error:
+        where = error.filename or folder.path
+        return Result.failure("error", 0, f"{where}: {error.strerror or error}")
+    try:
+        folder.end_attempt(
+            number,
+            ended=now(),
+            outcome=result.outcome,
+            kind=result.kind,
+            step=result.step,
+            message=result.message,
+        )
+    except OSError as error:
+        around.say(f"{folder.record_file}: {error.strerror}; it lacks how this attempt ended")
+    return result
 
 
-def _tell(logs: Path, number: int, told: set[int]) -> set[int]:
-    """Send a signal to the ranks that have not had it; those that start later get it later."""
-    new = {pid for pid in _rank_pids(logs) if pid not in told}
-    for pid in new:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-    return new
-
-
-def _end_ranks(logs: Path) -> None:
-    """Kill what a launcher left behind; a process id counts only if its command names this run."""
-    for pid in _rank_pids(logs):
-        with contextlib.suppress(OSError):
-            if str(logs.parent.parent) in Path(f"/proc/{pid}/cmdline").read_text():
-                os.kill(pid, signal.SIGKILL)
-
-
-def _rank_pids(logs: Path) -> list[int]:
-    pids = []
-    for path in logs.glob("rank-*.pid"):
-        with contextlib.suppress(OSError, ValueError):
-            pids.append(int(path.read_text()))
-    return pids
-
-
-def _judge(plan: Plan, logs: Path, signalled: bool) -> Result:
-    """What the outcome files say, whatever the launcher's exit code was."""
-    outcomes = [_read(logs / f"rank-{rank}.outcome.json") for rank in range(plan.batch.gpus)]
-    failed = [(rank, o) for rank, o in enumerate(outcomes) if o.get("outcome") == "failed"]
-    missing = [rank for rank, outcome in enumerate(outcomes) if not outcome]
-    step = _steps_done(logs)
-    if failed:
-        rank, first = min(failed, key=lambda pair: pair[1]["when"])
-        message = f"rank {rank}: {first['error']}: {first['message']}"
-        if first["exit_code"] != RunError.exit_code:
-            message = first["message"]
-        return Result("failed", step, None, None, message, first["exit_code"])
-    if missing:
-        ranks = ", ".join(map(str, missing))
-        how = "killed after a signal" if signalled else "ended without an outcome"
-        message = f"rank {ranks} {how}; see {logs}{_last_words(logs)}"
-        return Result("failed", step, None, None, message, KILLED_EXIT_CODE if signalled else 4)
-    first = outcomes[0]
-    code = STOPPED_EXIT_CODE if first["outcome"] == "stopped" else 0
-    return Result(
-        first["outcome"], first["step"], first["loss"], first["evaluation"], first["reason"], code
+def _close_lost_attempt(folder: RunFolder) -> None:
+    """An attempt whose supervisor was killed: its ranks are ended, its entry says what is known."""
+    attempts = folder.read_record()["attempts"]
+    if not attempts or attempts[-1]["ended"] is not None:
+        return
+    last = attempts[-1]
+    logs = folder.logs(last["number"])
+    ranks = [RankFiles(logs, rank) for rank in range(last["split"]["gpus"])]
+    if logs.is_dir():
+        end_ranks(ranks)
+    while any((process := files.process()) and process.is_alive for files in ranks):
+        time.sleep(0.05)
+    folder.end_attempt(
+        last["number"],
+        ended=now(),
+        outcome="failed",
+        kind="lost",
+        step=steps_done(ranks),
+        message="the supervisor was killed",
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())  # type: ignore[no-any-return]
-    except (OSError, ValueError):
-        return {}
-
-
-def _steps_done(logs: Path) -> int:
-    """Steps that were finished: each rank's file holds the one that it had begun."""
-    begun = [0]
-    for path in logs.glob("rank-*.step"):
-        with contextlib.suppress(OSError, ValueError):
-            begun.append(int(path.read_text()))
-    return max(0, max(begun) - 1)
-
-
-def _last_words(logs: Path) -> str:
-    """The end of the launcher's log, where an import error would stand."""
-    text = (logs / "launcher.log").read_text(errors="replace").strip().splitlines()
-    return "\n" + "\n".join(text[-5:]) if text else ""
-
-
-def _with_message(result: Result, message: str) -> Result:
-    return Result("failed", result.step, None, None, message, result.exit_code)
-
-
-def _python_path() -> str:
-    """The workers import the same toolkit as this process, wherever they start."""
-    here = str(Path(__file__).resolve().parents[2])
-    before = os.environ.get("PYTHONPATH")
-    return os.pathsep.join([here, before]) if before else here
+def _resplit_words(before: Plan, after: Plan, result: Result) -> str:
+    return (
+        f"out of memory: {result.message.splitlines()[0]}; "
+        f"{before.batch.split} becomes {after.batch.split}, the same effective batch"
+    )

@@ -16,6 +16,12 @@ class Verdict:
     grad_norm: float
     stop: bool
     save_due: bool
+    save_failed: bool
+
+    @property
+    def loss_is_finite(self) -> bool:
+        """Whether the forwards of all ranks came out finite."""
+        return math.isfinite(self.loss)
 
     @property
     def finite(self) -> bool:
@@ -29,14 +35,21 @@ class Agreement:
     Under way while the gradient is clipped; `reach` is the step's one wait for the device.
     """
 
-    def __init__(self, loss: Tensor, stop: bool, save_due: bool) -> None:
+    def __init__(self, loss: Tensor, stop: bool, save_due: bool, save_failed: bool) -> None:
         save_due = save_due and dist.get_rank() == 0
-        flags = torch.tensor([float(stop), float(save_due)], device=loss.device)
+        flags = torch.tensor([stop, save_due, save_failed], dtype=torch.float32, device=loss.device)
         self._shared = torch.cat([loss.reshape(1), flags])
         self._work = dist.all_reduce(self._shared, async_op=True)
 
     def reach(self, norm: Tensor) -> Verdict:
         """The verdict on the step, equal on every rank."""
         self._work.wait()
-        loss, stops, saves, grad_norm = torch.cat([self._shared, norm.reshape(1)]).tolist()
-        return Verdict(loss, grad_norm, stops > 0, saves > 0)
+        loss, stops, due, failed, grad_norm = torch.cat([self._shared, norm.reshape(1)]).tolist()
+        return Verdict(loss, grad_norm, stops > 0, due > 0, failed > 0)
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on some rank; a collective, equal on every rank."""
+    shared = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(shared)
+    return bool(shared.item() > 0)

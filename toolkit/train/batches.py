@@ -25,12 +25,14 @@ READ_AHEAD_STEPS = 2
 class MicroBatch:
     """One forward of one rank: tensors on the host, and the first slot, which seeds dropout.
 
-    A rank without a sample gets a dummy row of the same step whose targets do not count.
+    `indices`: its samples. A rank without a sample gets a dummy row of the same step whose targets
+    do not count.
     """
 
     tensors: dict[str, Tensor]
     first_slot: int
     is_dummy: bool
+    indices: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Step:
     tokens: int
     weight: float
     digest: str
+    indices: NDArray[np.int64]
     micro_batches: list[MicroBatch]
 
 
@@ -75,6 +78,7 @@ class StepReader:
             tokens=int(counts.sum()),
             weight=float(len(indices) if self._by_sample else counts.sum()),
             digest=order.digest(indices),
+            indices=indices,
             micro_batches=micro_batches,
         )
 
@@ -85,7 +89,8 @@ class StepReader:
         length = self._plan.recipe.data.sequence_length
         if length and "input_ids" in arrays:
             arrays = {k: _widen(v, length) if v.ndim == 2 else v for k, v in arrays.items()}
-        return MicroBatch(_tensors(arrays, np.zeros(count), dummy=True), 0, True)
+        nothing = np.zeros(0, dtype=np.int64)
+        return MicroBatch(_tensors(arrays, np.zeros(count), dummy=True), 0, True, nothing)
 
     def _micro_batch(
         self, indices: NDArray[np.int64], start: int, stop: int, first_slot: int
@@ -95,7 +100,7 @@ class StepReader:
         tensors = micro_batch_tensors(self._rows, chosen, self._by_sample, dummy)
         if self._pin:
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        return MicroBatch(tensors, first_slot + start, dummy)
+        return MicroBatch(tensors, first_slot + start, dummy, indices[start:stop])
 
 
 def micro_batch_tensors(

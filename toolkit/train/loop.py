@@ -1,28 +1,30 @@
 """The training loop, one story from the first step to the last."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from toolkit.checkpoint.shelf import remove_abandoned
+from toolkit.checkpoint.state import TrainState
 from toolkit.data.rows import Rows
-from toolkit.errors import CheckpointError, RunError
+from toolkit.errors import CheckpointError
 from toolkit.plan import schedule
 from toolkit.plan.model import Plan
-from toolkit.train import checkpoint
+from toolkit.train import loader
 from toolkit.train.agreement import Agreement
+from toolkit.train.anomalies import Judge, find_culprits
 from toolkit.train.batches import Step, StepReader, read_ahead
-from toolkit.train.checkpoint import SaveCadence, Saver, TrainState
 from toolkit.train.engines.torch import TorchEngine
 from toolkit.train.evaluate import Evaluator
 from toolkit.train.metrics import Logbook
+from toolkit.train.saver import SaveCadence, Saver
 from toolkit.train.scaler import LossScaler
-
-LONGEST_NON_FINITE_RUN = 20
+from toolkit.train.votes import Votes
+from toolkit.train.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -41,86 +43,149 @@ def train(
     run_folder: Path,
     device: torch.device,
     attempt: int = 0,
-    begin_step: Callable[[int], bool] = lambda step: False,
+    watch: Watch | None = None,
 ) -> Outcome:
-    """Train what the plan says, from the newest sound checkpoint if there is one, on this rank.
-
-    `begin_step` is told of each step as it begins; true asks all ranks to stop after it.
-    """
-    recipe, rank = plan.recipe, dist.get_rank()
+    """Train what the plan says, from the newest sound checkpoint if there is one, on this rank."""
+    recipe, rank, watch = plan.recipe, dist.get_rank(), watch or Watch()
     assert plan.data.cache
     rows = Rows(Path(plan.data.cache), "train")
+    watch.at("model")
     engine = TorchEngine(plan, rows.card, device)
     reader = StepReader(plan, rows, rank, pin=device.type == "cuda")
-    state = _restore(engine, plan, run_folder / "checkpoints")
-    saver = Saver(run_folder / "checkpoints", rank, plan.batch.gpus, attempt, recipe.checkpoint)
-    evaluator = Evaluator(plan, engine)
+    watch.at("load")
+    state, suspect = _restore(engine, plan, run_folder / "checkpoints")
     logbook = Logbook(plan, run_folder / "metrics.jsonl", device, resume_at=state.step)
+    saver = _saver(plan, run_folder, attempt, state.step, logbook)
+    evaluator = Evaluator(plan, engine)
+    judge = Judge(recipe.anomalies, state, suspect)
     cadence = SaveCadence(recipe.checkpoint)
     clock = plan.clock()
-    loss, evaluation, reason = None, None, ""
+    course = _Course(stop=False)
 
+    watch.step = watch.done = state.step
+    watch.at("warm-up")
     engine.warm_up(reader.widest().tensors)
-    with logbook:
-        for step in logbook.timed(read_ahead(reader, state.step + 1, plan.steps.total)):
-            stop_asked = begin_step(step.number)
-            total = _forward_backward(engine, step)
-            agreement = Agreement(total / step.weight, stop_asked, cadence.time_is_up())
+    with logbook, saver:
+        if state.evaluation_due:
+            _evaluate(evaluator, state, plan, watch, logbook, course)
+        first = plan.steps.total + 1 if course.is_over else state.step + 1
+        for step in logbook.timed(read_ahead(reader, first, plan.steps.total)):
+            watch.begin(step.number)
+            losses = _forward_backward(engine, step, watch)
+            watch.at("agreement")
+            total = torch.stack(losses).sum() / step.weight
+            agreement = Agreement(total, watch.stop_asked(), cadence.time_is_up(), saver.has_failed)
             norm = engine.clip(recipe.optimizer.max_grad_norm)
             verdict = agreement.reach(norm)
+            course.stop = verdict.stop
+            watch.at("update")
+            judgement = judge.judge(step.number, verdict, engine.scaler)
             rate = schedule.rate(plan.schedule, step.number, clock)
-            if verdict.finite:
+            if not judgement.skip:
                 engine.step(rate)
             engine.zero_grad()
-            if engine.scaler:
-                engine.scaler.update(verdict.finite)
-            state.advance(step.number, clock.consumed(step.number), step.tokens, verdict.finite)
-            loss = verdict.loss
-            logbook.record(step, state, verdict, rate)
+            state.advance(step.number, clock.consumed(step.number), step.tokens, verdict.loss)
+            odd = judgement.why and judgement.why != "overflow"
+            culprits = find_culprits(step, [float(loss) for loss in losses]) if odd else {}
+            logbook.record(step, state, verdict, rate, judgement, culprits)
+            watch.finish()
+            judge.raise_if_hopeless(step.number)
 
             last = step.number == plan.steps.total
-            evaluated = evaluator.is_due(step.number) or (last and evaluator.enabled)
-            if evaluated:
-                evaluation = evaluator.run()
-                reason = _judge(state, evaluation, plan)
-                logbook.record_evaluation(step.number, evaluation)
-            ending = last or verdict.stop or bool(reason)
-            if ending or verdict.save_due or cadence.is_due(state):
+            state.evaluation_due = evaluator.is_due(step.number, last)
+            if state.evaluation_due and not course.stop:
+                _evaluate(evaluator, state, plan, watch, logbook, course)
+            if verdict.save_failed:
+                _hear_error(saver, state, logbook)
+            if last or course.is_over or verdict.save_due or cadence.is_due(state):
+                watch.at("save")
                 logbook.flush()
-                _save(engine, saver, state)
+                _save(engine, saver, state, watch)
                 cadence.saved()
-            if state.skipped_in_a_row >= LONGEST_NON_FINITE_RUN:
-                raise RunError(
-                    f"step {step.number}: loss or gradient not finite {state.skipped_in_a_row} steps in a row"
-                )
-            if ending:
+            if course.is_over:
                 break
+        saver.wait(watch.wait)
+        if saver.has_failed:
+            raise CheckpointError(f"the last save failed: {saver.take_error()}")
 
-    saver.wait()
-    stopped = state.step < plan.steps.total and not reason
-    return Outcome("stopped" if stopped else "finished", state.step, loss, evaluation, reason)
+    complete = state.step == plan.steps.total and not state.evaluation_due
+    outcome = "finished" if complete or course.reason else "stopped"
+    return Outcome(outcome, state.step, state.loss, course.evaluation, course.reason)
 
 
-def _forward_backward(engine: TorchEngine, step: Step) -> Tensor:
-    """All micro-batches of one step on this rank; their undivided sum of losses, on the device."""
-    total = torch.zeros((), device=engine.device)
-    last = len(step.micro_batches) - 1
-    for number, micro_batch in enumerate(step.micro_batches):
-        total += engine.accumulate(
+@dataclass
+class _Course:
+    """Whether the loop goes on: a signal, or the reason to stop early; and the last evaluation."""
+
+    stop: bool
+    reason: str = ""
+    evaluation: dict[str, float] | None = field(default=None)
+
+    @property
+    def is_over(self) -> bool:
+        return self.stop or bool(self.reason)
+
+
+def _forward_backward(engine: TorchEngine, step: Step, watch: Watch) -> list[Tensor]:
+    """All micro-batches of one step on this rank; the undivided loss of each, on the device."""
+    losses = []
+    count = len(step.micro_batches)
+    for number, micro_batch in enumerate(step.micro_batches, start=1):
+        watch.at(f"forward of micro-batch {number} of {count}")
+
+        def before_backward(place: str = f"backward of micro-batch {number} of {count}") -> None:
+            watch.at(place)
+
+        loss = engine.accumulate(
             micro_batch.tensors,
             micro_batch.first_slot,
             step.weight,
             step=step.number,
             dummy=micro_batch.is_dummy,
-            last=number == last,
+            last=number == count,
+            before_backward=before_backward,
         )
-    return total
+        losses.append(loss)
+    return losses
 
 
-def _save(engine: TorchEngine, saver: Saver, state: TrainState) -> None:
+def _evaluate(
+    evaluator: Evaluator,
+    state: TrainState,
+    plan: Plan,
+    watch: Watch,
+    logbook: Logbook,
+    course: _Course,
+) -> None:
+    """Evaluate and judge; a signal meanwhile leaves it due, for the next attempt to do."""
+    found = evaluator.run(watch)
+    if found is None:
+        course.stop = True
+        return
+    state.evaluation_due = False
+    course.evaluation = found
+    course.reason = _judge(state, found, plan)
+    logbook.record_evaluation(state.step, found)
+
+
+def _saver(plan: Plan, folder: Path, attempt: int, saved_step: int, logbook: Logbook) -> Saver:
+    rank, recipe = dist.get_rank(), plan.recipe
+    store = dist.distributed_c10d._get_default_store()
+    votes = Votes(store, rank, plan.batch.gpus, attempt, recipe.launch.hang_timeout_s)
+    return Saver(folder / "checkpoints", recipe.checkpoint, votes, rank, saved_step, logbook.sync)
+
+
+def _save(engine: TorchEngine, saver: Saver, state: TrainState, watch: Watch) -> None:
     if engine.scaler:
         state.loss_scale = vars(engine.scaler).copy()
+    saver.wait(watch.wait)
     saver.save(engine.pieces(), state)
+
+
+def _hear_error(saver: Saver, state: TrainState, logbook: Logbook) -> None:
+    """A save has failed on some rank: all wait for the verdict, then stop or go on alike."""
+    saver.wait()
+    logbook.record_event(state.step, **{"checkpoint/error": saver.take_error()})
 
 
 def _judge(state: TrainState, evaluation: dict[str, float], plan: Plan) -> str:
@@ -157,21 +222,18 @@ def _gain(value: float, reference: float | None, mode: str) -> float:
     return reference - value if mode == "min" else value - reference
 
 
-def _restore(engine: TorchEngine, plan: Plan, folder: Path) -> TrainState:
+def _restore(engine: TorchEngine, plan: Plan, folder: Path) -> tuple[TrainState, str | None]:
     """The state of the newest sound checkpoint, loaded; a fresh one where there is none.
 
-    Rank 0 verifies and chooses; all ranks load the same.
+    Also the checkpoint's name, where it can be doubted because there is one before it.
     """
-    chosen: list[str | None] = [None]
     if dist.get_rank() == 0:
-        checkpoint.remove_abandoned(folder)
-        found = checkpoint.newest_sound(folder, lambda line: print(line, flush=True))
-        chosen = [str(found[0]) if found else None]
-    dist.broadcast_object_list(chosen, src=0)
-    if chosen[0] is None:
-        return TrainState(training_sha256=plan.training_sha256, fingerprint=plan.data.fingerprint)
-    path = Path(chosen[0])
-    state = checkpoint.read_state(path)
+        remove_abandoned(folder)
+    chosen = loader.choose(folder)
+    if chosen is None:
+        fresh = TrainState(training_sha256=plan.training_sha256, fingerprint=plan.data.fingerprint)
+        return fresh, None
+    path, state, has_older = chosen
     for what, saved, here in (
         ("training_sha256", state.training_sha256, plan.training_sha256),
         ("data fingerprint", state.fingerprint, plan.data.fingerprint),
@@ -180,7 +242,8 @@ def _restore(engine: TorchEngine, plan: Plan, folder: Path) -> TrainState:
             raise CheckpointError(
                 f"{path} belongs to another training: {what} {saved}, here {here}"
             )
-    checkpoint.load(path, engine.pieces())
+    loader.load(path, engine.pieces())
+    print(f"going on from step {state.step}, loaded from {path}", flush=True)
     if state.loss_scale:
         engine.scaler = LossScaler(**state.loss_scale)
-    return state
+    return state, path.name if has_older else None

@@ -17,9 +17,9 @@ class LossScaler:
     good_steps: int = 0
     overflows: int = 0
 
-    def update(self, finite: bool) -> None:
-        """After each step: grow or shrink, by powers of two."""
-        if not finite:
+    def update(self, overflow: bool) -> None:
+        """After each step: shrink on an overflow, grow after many steps without, by powers of two."""
+        if overflow:
             self.scale, self.good_steps = max(1.0, self.scale / 2), 0
             self.overflows += 1
             return

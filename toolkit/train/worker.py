@@ -6,69 +6,94 @@ A launcher's exit code does not tell the truth; the outcome file does.
 
 import argparse
 import contextlib
-import json
+import faulthandler
+import io
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from toolkit.errors import DrumlineError, LaunchError
 from toolkit.plan.model import Plan, read_plan
+from toolkit.processes import Process
+from toolkit.rank_files import RankFiles
+from toolkit.train.watch import Watch
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STACKS_SIGNAL = signal.SIGUSR2
+_ORPHAN_POLL_S = 0.5
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo",
+              "Timed out waiting", "DistNetworkError", "DistBackendError")  # fmt: skip
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run one rank; exit code 0 also when stopped, because the outcome file says which."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--plan", type=Path, required=True)
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--attempt", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     rank = int(os.environ.get("RANK", "0"))
     logs: Path = arguments.run_dir / "logs" / f"attempt-{arguments.attempt}"
     if not logs.is_dir():
         print(f"{logs} is not visible on this node; the run folder must be shared", file=sys.stderr)
         return LaunchError.exit_code
-    _send_output_to(logs / f"rank-{rank}.log")
+    files = RankFiles(logs, rank)
+    _send_output_to(files.log)
     asked: list[int] = []
     for number in SIGNALS:
         signal.signal(number, lambda received, frame: asked.append(received))
-    (logs / f"rank-{rank}.pid").write_text(str(os.getpid()))
-    beat = _heartbeat(logs / f"rank-{rank}.step")
-
-    def begin_step(step: int) -> bool:
-        beat(step)
-        return bool(asked)
-
+    faulthandler.register(STACKS_SIGNAL, all_threads=True)
+    _end_with_the_supervisor()
+    if not files.announce():
+        return 1
+    beat = files.open_beat()
+    watch = Watch(beat, beat.wait, lambda: bool(asked))
     try:
-        outcome = _run(arguments, rank, begin_step)
+        outcome = _run(arguments, rank, watch)
     except BaseException as error:  # everything is told in the outcome file
         traceback.print_exc()
-        _write_outcome(logs, rank, _failure(error))
+        files.write_outcome(_failure(error, files.log))
         return 1
-    _write_outcome(logs, rank, outcome)
+    files.write_outcome(outcome)
     return 0
 
 
-def _run(
-    arguments: argparse.Namespace, rank: int, begin_step: Callable[[int], bool]
-) -> dict[str, Any]:
+def _run(arguments: argparse.Namespace, rank: int, watch: Watch) -> dict[str, Any]:
     plan = read_plan(arguments.plan.read_text())
+    watch.at("imports")
     import torch
 
     from toolkit.train.loop import train
 
     device = _device(plan)
     torch.set_num_threads(_threads(plan))
+    watch.at("joining the others")
     with _process_group(plan, rank, device):
-        result = train(plan, arguments.run_dir, device, arguments.attempt, begin_step)
+        result = train(plan, arguments.run_dir, device, arguments.attempt, watch)
     return vars(result)
+
+
+def _end_with_the_supervisor() -> None:
+    """Die within a second of the process that supervises this attempt, however it ended."""
+    supervisor = Process.parse(os.environ.get("DRUMLINE_SUPERVISOR", ""))
+    if supervisor is None or not supervisor.is_here:
+        return
+
+    def look() -> None:
+        while supervisor.is_alive:
+            time.sleep(_ORPHAN_POLL_S)
+        print("the supervisor is gone; so is this rank", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=look, name="orphan", daemon=True).start()
 
 
 def _device(plan: Plan) -> Any:
@@ -102,7 +127,8 @@ def _process_group(plan: Plan, rank: int, device: Any) -> Iterator[None]:
     if world != plan.batch.gpus:
         raise LaunchError(f"the plan names {plan.batch.gpus} ranks, the launcher started {world}")
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    timeout = timedelta(seconds=plan.recipe.launch.hang_timeout_s)
+    # Longer than the watchdog's, which can tell who is late; this one ends ranks without a supervisor.
+    timeout = timedelta(seconds=2 * plan.recipe.launch.hang_timeout_s + 60)
     dist.init_process_group(backend, timeout=timeout)
     try:
         yield
@@ -111,39 +137,59 @@ def _process_group(plan: Plan, rank: int, device: Any) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _heartbeat(path: Path) -> Callable[[int], None]:
-    """A file that always holds the step that this rank is in; one small write a step."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
-
-    def beat(step: int) -> None:
-        os.pwrite(descriptor, f"{step:20d}".encode(), 0)
-
-    return beat
-
-
-def _failure(error: BaseException) -> dict[str, Any]:
+def _failure(error: BaseException, log: Path) -> dict[str, Any]:
+    """The outcome of an exception: what kind it is decides what the supervisor does."""
+    kind, text = type(error).__name__, str(error)
+    if isinstance(error, DrumlineError):
+        exit_code = error.exit_code
+    else:
+        exit_code = 4
+        if isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY):
+            kind = "OutOfMemory"
+            _keep_memory_summary(log)
+        elif any(words in f"{kind} {text}" for words in _PEER_LOST):
+            kind = "PeerLost"
     return {
         "outcome": "failed",
         "when": time.time(),
         "error": type(error).__name__,
-        "message": str(error),
-        "exit_code": error.exit_code if isinstance(error, DrumlineError) else 4,
+        "kind": kind,
+        "message": text.split("\nException raised from")[0][:4000],
+        "exit_code": exit_code,
     }
 
 
-def _write_outcome(logs: Path, rank: int, outcome: dict[str, Any]) -> None:
-    path = logs / f"rank-{rank}.outcome.json"
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(outcome))
-    temporary.replace(path)
+def _keep_memory_summary(log: Path) -> None:
+    """On a GPU: what the caching allocator held when it ran out, beside the rank's log."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        with contextlib.suppress(OSError, RuntimeError):
+            log.with_suffix(".memory.txt").write_text(torch.cuda.memory_summary())
 
 
 def _send_output_to(path: Path) -> None:
-    """Everything this rank prints, from C++ too, goes to its own log."""
+    """Everything this rank prints, from C++ too, goes to its own log; a full disk only mutes it."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
+    sys.stdout, sys.stderr = _Log(1), _Log(2)
+
+
+class _Log(io.TextIOBase):
+    """Text to a descriptor, unbuffered; what cannot be written is dropped."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            os.write(self._descriptor, text.encode(errors="replace"))
+        return len(text)
+
+    def fileno(self) -> int:
+        return self._descriptor
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ The engine knows ranks, wrapping and precision; it does not know schedules, cade
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +114,8 @@ class TorchEngine:
         )
 
     def accumulate(self, tensors: dict[str, Tensor], first_slot: int, weight: float, *, step: int,
-                   dummy: bool, last: bool) -> Tensor:  # fmt: skip
+                   dummy: bool, last: bool,
+                   before_backward: Callable[[], None] = lambda: None) -> Tensor:  # fmt: skip
         """Forward and backward of one micro-batch; gradients are reduced on the last one only.
 
         Backward runs on Σ·G/W, because DDP and FSDP average over the G ranks. Returns the
@@ -127,6 +128,7 @@ class TorchEngine:
             scale = self.world / weight
             if self.scaler:
                 scale *= self.scaler.scale
+            before_backward()
             (total * scale).backward()
         return total.detach()
 

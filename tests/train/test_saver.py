@@ -1,0 +1,191 @@
+"""Saving and loading: at any split, the state at the call, one host copy, one verdict for all."""
+
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from savers import one_saver, pieces, save, tensors, try_to_save
+
+from toolkit.checkpoint import shelf
+from toolkit.checkpoint.manifest import step_of, verify
+from toolkit.checkpoint.state import TrainState
+from toolkit.errors import CheckpointError
+from toolkit.train import loader, saver
+from toolkit.train.engines.torch import Piece
+
+
+@pytest.mark.parametrize("write", [(1, False), (2, True), (3, True), (4, True), (3, False)])
+@pytest.mark.parametrize("read", [(1, False), (2, True), (3, True), (5, True)])
+def test_any_split_reads_what_any_split_wrote(tmp_path: Path, write: Any, read: Any) -> None:
+    """Saved by w ranks, sharded or not; loaded by any other number, sharded or not: bitwise."""
+    path = save(tmp_path / "c", 3, *write)
+    assert verify(path).step == 3
+    world, sharded = read
+    for rank in range(world):
+        expected = pieces(tensors(3), rank, world, sharded)
+        empty = {name: Piece(torch.full_like(p.tensor, 9.0), p.shape, p.start, p.owned)
+                 for name, p in expected.items()}  # fmt: skip
+        loader.load(path, empty)
+        for name, piece in expected.items():
+            assert torch.equal(piece.tensor, empty[name].tensor), name
+
+
+def test_what_is_saved_is_the_state_at_the_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An asynchronous save does not see updates that come while it has not begun to write."""
+    may_write = threading.Event()
+    real = saver._write_shard
+
+    def late(*arguments: Any) -> str:
+        may_write.wait(5)
+        return real(*arguments)
+
+    monkeypatch.setattr(saver, "_write_shard", late)
+    parts = pieces(tensors(1), 0, 1, False)
+    before = {name: piece.tensor.clone() for name, piece in parts.items()}
+    ours = one_saver(tmp_path)
+    ours.save(parts, TrainState(step=1))
+    for piece in parts.values():
+        piece.tensor.zero_()
+    may_write.set()
+    ours.wait()
+    loader.load(tmp_path / "step-00000001", parts)
+    assert all(torch.equal(before[name], piece.tensor) for name, piece in parts.items())
+
+
+def test_a_second_save_waits_and_reuses_the_one_host_copy(tmp_path: Path) -> None:
+    """Save after save goes through the same host buffers; each is whole on disk before the next."""
+    ours = one_saver(tmp_path, keep_last=9)
+    where = set()
+    for step in (1, 2, 3):
+        ours.save(pieces(tensors(step), 0, 1, False), TrainState(step=step))
+        where.add(tuple(tensor.data_ptr() for tensor in ours._host.values()))
+        if step > 1:
+            assert verify(tmp_path / f"step-0000000{step - 1}").step == step - 1
+    ours.wait()
+    assert len(where) == 1
+    assert [step_of(path) for path in shelf.find_checkpoints(tmp_path)] == [1, 2, 3]
+
+
+def test_a_synchronous_save_copies_nothing(tmp_path: Path) -> None:
+    """With async false the loop waits, so the tensors are written where they lie."""
+    ours = one_saver(tmp_path, **{"async": False})
+    ours.save(pieces(tensors(1), 0, 1, False), TrainState(step=1))
+    assert verify(tmp_path / "step-00000001").step == 1
+    assert not ours._host
+
+
+def test_retention_keeps_the_last_the_best_and_the_milestones(tmp_path: Path) -> None:
+    """keep_last 2, keep_best 1, keep_every 4; in mode max the largest metric is the best."""
+    for mode, best in (("min", 3), ("max", 2)):
+        folder = tmp_path / mode
+        folder.mkdir()
+        ours = one_saver(folder, keep_last=2, keep_best=1, keep_every=4)
+        state = TrainState(metric_mode=mode)
+        for step, metric in enumerate([5.0, 9.0, 1.0, 3.0, 2.0, 6.0, None], start=1):
+            state.advance(step, step, 1, 0.5)
+            state.metric = metric
+            ours.save(pieces(tensors(step), 0, 1, False), state)
+            ours.wait()
+        kept = [step_of(path) for path in shelf.find_checkpoints(folder)]
+        assert kept == sorted({best, 4, 6, 7})
+        assert not list(folder.glob(".*"))
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    """Missing tensors and other shapes are named."""
+    path = save(tmp_path / "c", 1)
+    parts = pieces(tensors(1), 0, 1, False)
+    with pytest.raises(CheckpointError, match="this model lacks model.c"):
+        loader.load(path, {name: p for name, p in parts.items() if name != "model.c"})
+    parts["model.b"] = Piece(torch.zeros(6), (6,), 0, True)
+    with pytest.raises(CheckpointError, match=r"tensor model.b: \[5\] saved, \[6\] here"):
+        loader.load(path, parts)
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_one_ranks_error_is_every_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: int
+) -> None:
+    """All ranks raise the same words; the older checkpoint stays sound, nothing half-written stays."""
+    save(tmp_path / "c", 1)
+    real = saver._write_shard
+
+    def failing(folder: Path, rank: int, *rest: Any) -> str:
+        if rank == broken:
+            raise OSError(28, "No space left on device")
+        return real(folder, rank, *rest)
+
+    monkeypatch.setattr(saver, "_write_shard", failing)
+    errors = try_to_save(tmp_path / "c", 2)
+    words = f"{tmp_path}/c/step-00000002: rank {broken} cannot write: No space left on device"
+    assert [str(error) for error in errors] == [words, words]
+    found = shelf.newest_sound(tmp_path / "c", lambda line: None)
+    assert found
+    assert found[1].step == 1
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["step-00000001"]
+
+
+def test_a_vanished_folder_and_a_read_only_one_are_errors(tmp_path: Path) -> None:
+    """The folder is not made anew in silence; a file in its place is named."""
+    for world in (1, 2):
+        errors = try_to_save(tmp_path / "gone", 1, world)
+        assert all("cannot write: No such file or directory" in str(error) for error in errors)
+    (tmp_path / "file").write_text("")
+    errors = try_to_save(tmp_path / "file", 1)
+    assert all("cannot write: Not a directory" in str(error) for error in errors)
+
+
+def test_what_must_be_on_disk_first_can_refuse(tmp_path: Path) -> None:
+    """Metrics that cannot be written make the save fail: a checkpoint never runs ahead of them."""
+    ours = one_saver(tmp_path)
+
+    def refuse() -> None:
+        raise OSError(28, "No space left on device", "metrics.jsonl")
+
+    ours._before_publishing = refuse
+    ours.save(pieces(tensors(1), 0, 1, False), TrainState(step=1))
+    with pytest.raises(CheckpointError, match="No space left"):
+        ours.wait()
+    assert not list(tmp_path.iterdir())
+
+
+def test_going_on_after_a_failed_save(tmp_path: Path) -> None:
+    """on_error continue: the error is told once, and the next save is tried."""
+    ours = one_saver(tmp_path / "c", on_error="continue")
+    ours.save(pieces(tensors(1), 0, 1, False), TrainState(step=1))
+    ours.wait()
+    assert ours.has_failed
+    assert "No such file" in ours.take_error()
+    assert not ours.has_failed
+    (tmp_path / "c").mkdir()
+    ours.save(pieces(tensors(2), 0, 1, False), TrainState(step=2))
+    ours.wait()
+    assert verify(tmp_path / "c/step-00000002").step == 2
+
+
+def test_nothing_is_pickled(tmp_path: Path) -> None:
+    """A checkpoint is safetensors and JSON, nothing else."""
+    path = save(tmp_path / "c", 1)
+    names = sorted(p.name for p in path.iterdir())
+    assert names == ["manifest.json", "rank-0.json", "rank-0.safetensors", "rank-1.json",
+                     "rank-1.safetensors", "state.json"]  # fmt: skip
+    for name in names:
+        if name.endswith(".json"):
+            json.loads((path / name).read_text())
+
+
+def test_a_half_saved_and_a_half_deleted_one_are_removed(tmp_path: Path) -> None:
+    """Only whole checkpoints have a checkpoint's name; what attempts left behind is cleared away."""
+    good = save(tmp_path / "c", 1)
+    for name in (".step-00000002.tmp", ".step-00000003.deleted.tmp"):
+        (tmp_path / "c" / name).mkdir()
+        (tmp_path / "c" / name / "rank-0.json").write_text("{}")
+    assert shelf.find_checkpoints(tmp_path / "c") == [good]
+    shelf.remove_abandoned(tmp_path / "c")
+    assert os.listdir(tmp_path / "c") == ["step-00000001"]

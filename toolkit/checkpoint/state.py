@@ -1,0 +1,39 @@
+"""What a checkpoint keeps besides tensors."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class TrainState:
+    """What a run needs besides tensors to go on as if it had never stopped.
+
+    `scores` holds the metric of the best saved steps (keep_best of them), by step; `recent_losses`
+    the losses that a spike is measured against; `evaluation_due` that the evaluation of this very
+    step is still to come.
+    """
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    loss: float | None = None
+    training_sha256: str = ""
+    fingerprint: str | None = None
+    evaluation_due: bool = False
+    metric: float | None = None
+    metric_mode: str = "min"
+    best_metric: float | None = None
+    is_best: bool = False
+    scores: dict[str, float] = field(default_factory=dict)
+    patience_metric: float | None = None
+    evaluations_without_gain: int = 0
+    skipped_steps: list[int] = field(default_factory=list)
+    skipped_in_a_row: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+    loss_scale: dict[str, Any] | None = None
+    tracker_ids: dict[str, str] = field(default_factory=dict)
+
+    def advance(self, step: int, samples: int, tokens: int, loss: float) -> None:
+        """One step further: samples consumed in all, label tokens of this step, its loss."""
+        self.step, self.samples, self.tokens, self.loss = step, samples, self.tokens + tokens, loss
+        self.metric, self.is_best, self.evaluation_due = None, False, False

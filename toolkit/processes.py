@@ -1,0 +1,59 @@
+"""Processes told apart for good: a number alone may be another process by now."""
+
+import contextlib
+import os
+import signal
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process of one host, by its number and the moment it started (clock ticks since boot)."""
+
+    pid: int
+    started: int
+    host: str
+
+    @classmethod
+    def current(cls) -> Self:
+        """This process."""
+        return cls(os.getpid(), _started(os.getpid()) or 0, socket.gethostname())
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """What `str` wrote; None for anything else."""
+        parts = text.split()
+        if len(parts) != 3 or not (parts[0].isdigit() and parts[1].isdigit()):
+            return None
+        return cls(int(parts[0]), int(parts[1]), parts[2])
+
+    def __str__(self) -> str:
+        return f"{self.pid} {self.started} {self.host}"
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it belongs to this host, where alone it can be seen and signalled."""
+        return self.host == socket.gethostname()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it runs on this host; one that ended and was not yet reaped does not."""
+        return self.is_here and _started(self.pid) == self.started
+
+    def send(self, number: signal.Signals | int) -> None:
+        """Send a signal to this process, and to no other that took its number."""
+        if self.is_alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+
+def _started(pid: int) -> int | None:
+    """Field 22 of /proc/<pid>/stat; None when the process is gone or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])

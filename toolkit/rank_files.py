@@ -1,0 +1,126 @@
+"""What a rank leaves in its attempt's log folder for the supervisor to read.
+
+rank-0.pid            the process; written first
+rank-0.beat           a count that grows at every place of the loop, the step, and the place
+rank-0.outcome.json   how it ended; a launcher's exit code does not tell
+rank-0.log            everything it printed
+ended                 written by the supervisor: a rank that starts after this leaves at once
+"""
+
+import contextlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit.processes import Process
+
+_BEAT_BYTES = 120
+_OUTCOME_BYTES = 1 << 14
+"""Reserved on disk when a rank starts, so that a full disk cannot silence how it ended."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """Where a rank is: `count` is comparable between ranks, which all pass the same places.
+
+    `waits` counts signs of life at one place; `done` the steps that are finished.
+    """
+
+    count: int
+    waits: int
+    done: int
+    step: int
+    place: str
+
+
+class RankFiles:
+    """The files of one rank in one attempt."""
+
+    def __init__(self, logs: Path, rank: int) -> None:
+        self.rank = rank
+        self.log = logs / f"rank-{rank}.log"
+        self._pid = logs / f"rank-{rank}.pid"
+        self._beat = logs / f"rank-{rank}.beat"
+        self._outcome = logs / f"rank-{rank}.outcome.json"
+        self._ended = logs / "ended"
+
+    def process(self) -> Process | None:
+        """The rank's process, once it has started."""
+        return Process.parse(_text(self._pid))
+
+    def beat(self) -> Beat | None:
+        """The last place that the rank came to."""
+        *numbers, place = _text(self._beat).strip().split(" ", 4)
+        if len(numbers) != 4 or not all(number.isdigit() for number in numbers):
+            return None
+        count, waits, done, step = map(int, numbers)
+        return Beat(count, waits, done, step, place)
+
+    def outcome(self) -> dict[str, Any] | None:
+        """How the rank ended; None as long as it has not said."""
+        try:
+            found = json.loads(_text(self._outcome))
+        except ValueError:
+            return None
+        return found if isinstance(found, dict) else None
+
+    def end_attempt(self) -> None:
+        """Turn away ranks that come up from now on."""
+        self._ended.touch()
+
+    def announce(self) -> bool:
+        """In the rank: say who it is and reserve its files; false when the attempt has ended."""
+        self._pid.write_text(str(Process.current()))
+        self._reserved().write_bytes(b" " * _OUTCOME_BYTES)
+        return not self._ended.exists()
+
+    def open_beat(self) -> "BeatWriter":
+        """In the rank: the writer of its beats."""
+        return BeatWriter(self._beat)
+
+    def write_outcome(self, outcome: dict[str, Any]) -> None:
+        """In the rank: into the reserved space, then renamed, so that it is whole or absent."""
+        raw = json.dumps(outcome).encode()
+        reserved = self._reserved()
+        with reserved.open("r+b" if reserved.exists() else "wb") as file:
+            file.write(raw.ljust(_OUTCOME_BYTES))
+            file.truncate(max(len(raw), _OUTCOME_BYTES))
+        reserved.replace(self._outcome)
+
+    def _reserved(self) -> Path:
+        return self._outcome.with_suffix(".part")
+
+
+class BeatWriter:
+    """Overwrites one small line in place; a full disk does not stop it."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+        self._count = self._waits = self._done = self._step = 0
+        self._place = "start"
+
+    def __call__(self, done: int, step: int, place: str) -> None:
+        """The rank has come to `place` in `step`, and has finished `done` steps."""
+        self._count += 1
+        self._done, self._step, self._place = done, step, place
+        self._write()
+
+    def wait(self) -> None:
+        """The rank is where it was, and lives."""
+        self._waits += 1
+        self._write()
+
+    def _write(self) -> None:
+        text = f"{self._count} {self._waits} {self._done} {self._step} {self._place}"
+        line = text.encode()[:_BEAT_BYTES].ljust(_BEAT_BYTES)
+        with contextlib.suppress(OSError):
+            os.pwrite(self._descriptor, line, 0)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,145 @@
+"""One attempt: starts the launcher, watches the ranks, passes signals on, and leaves none behind.
+
+Signals go straight to the ranks (each writes its process), because a launcher that is told to
+stop kills its ranks before they have saved.
+"""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from launchers.base import Command
+from toolkit.plan.model import Plan
+from toolkit.processes import Process
+from toolkit.rank_files import RankFiles
+from toolkit.runs.folder import RunFolder
+from toolkit.runs.outcome import Result, judge, steps_done
+from toolkit.runs.signals import Signals
+from toolkit.runs.watchdog import Watchdog
+
+_POLL_S = 0.1
+_SETTLE_S = 2.0
+"""After one rank has failed, the others have this long to say that they have failed too."""
+_DRAIN_S = 60.0
+"""And this long to publish a checkpoint whose parts are all on disk or being written."""
+_LEAVE_S = 30.0
+"""How long a launcher may take to leave after all its ranks have said how they ended."""
+
+Tick = Callable[[RunFolder], None]
+"""Called several times a second while an attempt runs; shows progress."""
+
+
+def run_attempt(
+    folder: RunFolder, plan: Plan, number: int, command: Command, tick: Tick, signals: Signals
+) -> Result:
+    """One start of the processes; returns when none of them is left."""
+    logs = folder.logs(number)
+    ranks = [RankFiles(logs, rank) for rank in range(plan.batch.gpus)]
+    watchdog = Watchdog(ranks, plan.recipe.launch.hang_timeout_s)
+    hang = ""
+    with (logs / "launcher.log").open("wb") as log:
+        process = subprocess.Popen(
+            command.argv,
+            env={
+                **os.environ,
+                **command.env,
+                "PYTHONPATH": _python_path(),
+                "DRUMLINE_SUPERVISOR": str(Process.current()),
+            },
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        told: set[Process] = set()
+        all_said: float | None = None
+        try:
+            while process.poll() is None and not signals.at_once:
+                if signals.first:
+                    told |= _tell(ranks, signals.first, told)
+                tick(folder)
+                if _has_failed(ranks):
+                    break
+                if late := watchdog.stuck():
+                    hang = watchdog.describe(late)
+                    break
+                if all(files.outcome() for files in ranks):
+                    all_said = all_said or time.monotonic()
+                    if time.monotonic() - all_said > _LEAVE_S:
+                        break
+                time.sleep(_POLL_S)
+            if not hang and not signals.at_once:
+                _let_settle(ranks, folder.checkpoints)
+        finally:
+            end_ranks(ranks)
+            process.kill()
+            process.wait()
+            end_ranks(ranks)
+    tick(folder)
+    if hang:
+        return Result.failure("hang", steps_done(ranks), hang)
+    return judge(ranks, logs, signals.at_once)
+
+
+def end_ranks(ranks: list[RankFiles]) -> None:
+    """Kill what is left of an attempt, and turn away what of it comes up later."""
+    ranks[0].end_attempt()
+    for files in ranks:
+        if process := files.process():
+            process.send(signal.SIGKILL)
+
+
+def _has_failed(ranks: list[RankFiles]) -> bool:
+    """Whether a rank has said so, or has gone without a word."""
+    for files in ranks:
+        outcome, process = files.outcome(), files.process()
+        if outcome and outcome["outcome"] == "failed":
+            return True
+        if process and process.is_here and not process.is_alive and files.outcome() is None:
+            return True
+    return False
+
+
+def _let_settle(ranks: list[RankFiles], checkpoints: Path) -> None:
+    """Wait while ranks are still leaving by themselves, or a save can still come to its end."""
+    started = time.monotonic()
+    while any(_is_alive(files) for files in ranks):
+        waited = time.monotonic() - started
+        saving = waited < _DRAIN_S and _save_can_end(ranks, checkpoints)
+        if waited > _SETTLE_S and not saving:
+            return
+        time.sleep(_POLL_S)
+
+
+def _save_can_end(ranks: list[RankFiles], checkpoints: Path) -> bool:
+    """Whether a save is under way to which every rank that is gone has given its part."""
+    for path in checkpoints.glob(".step-*.tmp"):
+        if path.name.endswith(".deleted.tmp"):
+            continue
+        gone = [files.rank for files in ranks if not _is_alive(files)]
+        if _is_alive(ranks[0]) and all((path / f"rank-{rank}.json").exists() for rank in gone):
+            return True
+    return False
+
+
+def _is_alive(files: RankFiles) -> bool:
+    process = files.process()
+    return process is not None and process.is_alive
+
+
+def _tell(ranks: list[RankFiles], number: int, told: set[Process]) -> set[Process]:
+    """Send a signal to the ranks that have not had it; those that start later get it later."""
+    new = {process for files in ranks if (process := files.process()) and process not in told}
+    for process in new:
+        process.send(number)
+    return new
+
+
+def _python_path() -> str:
+    """The workers import the same toolkit as this process, wherever they start."""
+    here = str(Path(__file__).resolve().parents[2])
+    before = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([here, before]) if before else here

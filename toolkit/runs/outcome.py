@@ -1,0 +1,102 @@
+"""How an attempt ended, as its ranks tell it, whatever the launcher's exit code was."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from toolkit.errors import RunError
+from toolkit.rank_files import RankFiles
+
+STOPPED_EXIT_CODE = 75
+KILLED_EXIT_CODE = 130
+"""Ended at once by a second Ctrl-C: no new checkpoint, nothing older lost, no restart."""
+
+Kind = Literal["finished", "stopped", "killed", "mistake", "OutOfMemory", "NotFinite",
+               "NotFiniteAfterLoad", "CheckpointError", "hang", "lost", "error"]  # fmt: skip
+_KNOWN = ("OutOfMemory", "NotFinite", "NotFiniteAfterLoad", "CheckpointError")
+
+
+@dataclass(frozen=True)
+class Result:
+    """How an attempt or a run ended; `exit_code` is 0, 4 or 75, or the code of a user's mistake.
+
+    `kind` decides what the supervisor does next; `step` is the last one that was finished.
+    """
+
+    kind: Kind
+    outcome: str
+    step: int
+    loss: float | None
+    evaluation: dict[str, float] | None
+    message: str
+    exit_code: int
+
+    @classmethod
+    def failure(cls, kind: Kind, step: int, message: str, exit_code: int = 4) -> Self:
+        """An attempt that failed."""
+        return cls(kind, "failed", step, None, None, message, exit_code)
+
+    def saying(self, message: str) -> "Result":
+        """The same with other words."""
+        return replace(self, message=message)
+
+
+def judge(ranks: list[RankFiles], logs: Path, at_once: bool) -> Result:
+    """What the outcome files say; a rank's own error counts more than what it did to the others.
+
+    `at_once`: a second Ctrl-C has ended the ranks.
+    """
+    outcomes = [(files.rank, files.outcome()) for files in ranks]
+    step = steps_done(ranks)
+    failed = sorted(
+        ((rank, o) for rank, o in outcomes if o and o["outcome"] == "failed"),
+        key=lambda pair: pair[1]["when"],
+    )
+    own = [(rank, o) for rank, o in failed if o["kind"] != "PeerLost"]
+    missing = [rank for rank, outcome in outcomes if outcome is None]
+    if not at_once and (own or (failed and not missing)):
+        rank, first = (own or failed)[0]
+        return _failed_rank(rank, first, step)
+    if missing or failed:
+        named = ", ".join(map(str, missing))
+        if at_once:
+            message = "ended at once, without a new checkpoint"
+            return Result.failure("killed", step, message, KILLED_EXIT_CODE)
+        message = f"rank {named} ended without a word; see {logs}{_last_words(logs)}"
+        return Result.failure("lost", step, message)
+    said = outcomes[0][1]
+    assert said
+    stopped = said["outcome"] == "stopped"
+    return Result(
+        "stopped" if stopped else "finished",
+        said["outcome"],
+        said["step"],
+        said["loss"],
+        said["evaluation"],
+        said["reason"],
+        STOPPED_EXIT_CODE if stopped else 0,
+    )
+
+
+def steps_done(ranks: list[RankFiles]) -> int:
+    """Steps that some rank has finished."""
+    return max((beat.done for files in ranks if (beat := files.beat())), default=0)
+
+
+def _failed_rank(rank: int, outcome: dict[str, Any], step: int) -> Result:
+    kind, message = outcome["kind"], outcome["message"]
+    if outcome["exit_code"] != RunError.exit_code:
+        return Result.failure("mistake", step, message, outcome["exit_code"])
+    if kind in ("NotFinite", "NotFiniteAfterLoad", "CheckpointError"):  # all ranks say the same
+        return Result.failure(kind, step, message)
+    message = f"rank {rank}: {outcome['error']}: {message}"
+    return Result.failure(kind if kind in _KNOWN else "error", step, message)
+
+
+def _last_words(logs: Path) -> str:
+    """The end of the launcher's log, where an import error would stand."""
+    try:
+        text = (logs / "launcher.log").read_text(errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    return "\n" + "\n".join(text[-5:]) if text else ""

@@ -1,0 +1,73 @@
+"""Finds ranks that have stopped moving, and says which one the others wait for."""
+
+import signal
+import time
+from collections.abc import Callable
+
+from toolkit.rank_files import Beat, RankFiles
+
+STACKS_SIGNAL = signal.SIGUSR2
+"""A worker answers it with the stacks of all its threads, in its log."""
+
+_STACKS_S = 1.0
+_COLLECTIVES = ("torch/distributed/", "torch/nn/parallel/distributed.py", "agreement.py")
+
+
+class Watchdog:
+    """Notes when each rank last moved; a rank without a beat counts from the attempt's start."""
+
+    def __init__(
+        self,
+        ranks: list[RankFiles],
+        timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._ranks, self._timeout_s, self._clock = ranks, timeout_s, clock
+        self._moved: dict[int, tuple[Beat | None, float]] = {
+            files.rank: (None, clock()) for files in ranks
+        }
+
+    def stuck(self) -> list[RankFiles]:
+        """The ranks that the others wait for, once one has not moved for the timeout; else none."""
+        now, beats = self._clock(), {}
+        for files in self._ranks:
+            beats[files.rank] = beat = files.beat()
+            if beat != self._moved[files.rank][0] or files.outcome() is not None:
+                self._moved[files.rank] = (beat, now)
+        if all(now - when < self._timeout_s for _, when in self._moved.values()):
+            return []
+        least = min(beat.count if beat else 0 for beat in beats.values())
+        return [
+            files
+            for files in self._ranks
+            if (found := beats[files.rank]) is None or found.count == least
+        ]
+
+    def describe(self, late: list[RankFiles]) -> str:
+        """Writes every rank's stacks to its log and names the late ones."""
+        for files in self._ranks:
+            if process := files.process():
+                process.send(STACKS_SIGNAL)
+        time.sleep(_STACKS_S)
+        if len(late) == len(self._ranks) > 1:  # all at the same place: who is not in a collective?
+            late = [files for files in late if not _waits_for_others(files)] or late
+        words = [f"rank {files.rank} ({_place(files.beat())})" for files in late]
+        return (
+            f"hang: {', '.join(words)} did not move for {self._timeout_s:g} s "
+            "(launch.hang_timeout_s); the stacks of all ranks are in their logs"
+        )
+
+
+def _place(beat: Beat | None) -> str:
+    return f"step {beat.step}, {beat.place}" if beat else "not started"
+
+
+def _waits_for_others(files: RankFiles) -> bool:
+    """Whether the main thread's stack, the last in the log, ends inside a collective."""
+    try:
+        text = files.log.read_text(errors="replace")
+    except OSError:
+        return False
+    dumped = text.rpartition("Current thread ")[2] or text
+    frames = [line for line in dumped.splitlines() if line.strip().startswith("File ")]
+    return any(name in line for line in frames[:3] for name in _COLLECTIVES)

@@ -1,0 +1,83 @@
+"""Loading: every rank checks its share of the newest checkpoint, then all read it, or fall back."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+
+from toolkit.checkpoint import shelf
+from toolkit.checkpoint.manifest import read_entries, read_manifest, shard_name, verify
+from toolkit.checkpoint.state import TrainState
+from toolkit.errors import CheckpointError
+from toolkit.train.engines.torch import Piece
+
+
+def choose(folder: Path) -> tuple[Path, TrainState, bool] | None:
+    """The newest sound checkpoint, its state, and whether another lies before it; None without one.
+
+    Every rank calls it and gets the same. A checkpoint that is not sound is set aside, with a line.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    while True:
+        found = [path.name for path in shelf.find_checkpoints(folder)] if rank == 0 else []
+        shared: list[Any] = [found]
+        dist.broadcast_object_list(shared, src=0)
+        if not shared[0]:
+            return None
+        path = folder / shared[0][-1]
+        state, error = TrainState(), ""
+        try:
+            ranks = read_manifest(path)["ranks"]
+            state = verify(path, range(rank, ranks, world))
+        except CheckpointError as problem:
+            error = str(problem)
+        errors: list[str] = [""] * world
+        dist.all_gather_object(errors, error)
+        problem_found = next(filter(None, errors), "")
+        if not problem_found:
+            return path, state, len(shared[0]) > 1
+        if rank == 0:
+            aside = shelf.set_aside(path).name
+            print(f"{problem_found}; kept as {aside}, falling back to the one before", flush=True)
+        dist.barrier()
+
+
+def load(path: Path, pieces: dict[str, Piece]) -> None:
+    """Fill this rank's tensors from a verified checkpoint, whatever split or engine wrote it."""
+    ranks = read_manifest(path)["ranks"]
+    stored: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for rank in range(ranks):
+        for name, entry in read_entries(path, rank).items():
+            stored.setdefault(name, []).append((rank, entry))
+    missing = sorted(set(pieces) ^ set(stored))
+    if missing:
+        side = "the checkpoint" if missing[0] in pieces else "this model"
+        raise CheckpointError(f"{path}: {len(missing)} tensors differ; {side} lacks {missing[0]}")
+    with contextlib.ExitStack() as stack:
+        files = {
+            rank: stack.enter_context(safe_open(path / shard_name(rank), framework="pt"))
+            for rank in range(ranks)
+        }
+        for name, piece in pieces.items():
+            _fill(piece, name, stored[name], files)
+
+
+@torch.no_grad()
+def _fill(piece: Piece, name: str, parts: list[tuple[int, dict[str, Any]]], files: Any) -> None:
+    shape = tuple(parts[0][1]["shape"])
+    if shape != piece.shape:
+        raise CheckpointError(f"tensor {name}: {list(shape)} saved, {list(piece.shape)} here")
+    if not shape:
+        piece.tensor.copy_(files[parts[0][0]].get_tensor(name))
+        return
+    end = piece.start + piece.tensor.shape[0]
+    for rank, entry in parts:
+        stored = files[rank].get_slice(name)
+        first = entry["start"]
+        low, high = max(piece.start, first), min(end, first + stored.get_shape()[0])
+        if low < high:
+            target = piece.tensor[low - piece.start : high - piece.start]
+            target.copy_(stored[low - first : high - first])

@@ -1,0 +1,32 @@
+"""Between a rank and its supervisor: where the loop is, and whether to stop."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass
+class Watch:
+    """`at` tells each place that the loop comes to; `stop_asked` says whether a signal has come.
+
+    All ranks pass the same places in the same order, so the rank with the fewest is the late one.
+    `wait` tells that the rank lives while it waits, for a disk say; it is no place.
+    """
+
+    beat: Callable[[int, int, str], None] = lambda done, step, place: None
+    wait: Callable[[], None] = lambda: None
+    stop_asked: Callable[[], bool] = lambda: False
+    step: int = 0
+    done: int = 0
+
+    def begin(self, step: int) -> None:
+        """A step begins."""
+        self.step = step
+        self.at("begin")
+
+    def at(self, place: str) -> None:
+        """The loop has come to this place in the step."""
+        self.beat(self.done, self.step, place)
+
+    def finish(self) -> None:
+        """The step that the loop is in counts: its update is made, or skipped."""
+        self.done = self.step
