@@ -64,7 +64,11 @@ class NotFinite(RunError):
 
 
 class NotFiniteAfterLoad(RunError):
-    """Loss or gradient was non-finite from the first step after a checkpoint was loaded."""
+    """Loss or gradient was non-finite from the first step after `checkpoint` was loaded."""
+
+    def __init__(self, message: str, checkpoint: str) -> None:
+        super().__init__(message)
+        self.checkpoint = checkpoint
 
 
 class RunFolderError(DrumlineError):

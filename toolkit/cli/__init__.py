@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 from importlib import import_module
 
@@ -39,6 +40,12 @@ def _group() -> None:
     """
 
 
+def _leave(number: int, frame: object) -> None:
+    """A signal outside a supervised attempt: unwind, so that nothing half-written stays."""
+    print(f"drumline: interrupted by {signal.Signals(number).name}", file=sys.stderr)
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Entry point: a mistake of the user is one message on stderr and its class's exit code."""
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # else it scans every package
@@ -49,6 +56,8 @@ def main() -> None:
         import_module(f"toolkit.cli.{name}").register(app)
     if asked != "plan":
         gc.enable()
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _leave)
     try:
         app(arguments)
     except DrumlineError as error:

@@ -1,42 +1,88 @@
-"""`drumline doctor [RECIPE]`: what this machine can run."""
+"""`drumline doctor [RECIPE|RUN]`: what this machine can run, what state a run is in."""
 
+import json
 import os
 import platform
 import shutil
 import subprocess
+import textwrap
+from dataclasses import asdict
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from launchers import LAUNCHERS
-from toolkit.cli.plan import make_plan
+from toolkit.cli.plan import AsJson, make_plan
 from toolkit.errors import LaunchError
 from toolkit.plan.model import Plan
 from toolkit.recipe.load import load_recipe
+from toolkit.runs.health import examine
 from toolkit.units import format_bytes
 
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "deepspeed", "wandb")
 
 
 def doctor_command(
-    recipe: Annotated[
-        str | None, typer.Argument(metavar="[RECIPE]", help="Also: can it run this recipe?")
+    what: Annotated[
+        str | None,
+        typer.Argument(metavar="[RECIPE|RUN]", help="Can it run here? What state is it in?"),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """What this machine has, and what of a recipe it can run."""
+    """What this machine has; whether it can run a recipe; what state a run folder is in."""
+    if what and _is_run(Path(what)):
+        return _tell_run(Path(what), as_json)
+    plan = make_plan(load_recipe(what)) if what else None
+    problems = _problems(plan) if plan else []
+    facts = _machine()
+    if as_json:
+        print(json.dumps({**facts, "recipe": what, "problems": problems}))
+    else:
+        for name, value in facts.items():
+            print(f"{name:<12} {value}")
+    if problems:
+        raise LaunchError(f"{what} cannot run here: " + "; ".join(problems))
+    if what and not as_json:
+        print(f"{what} can run here")
+
+
+def _is_run(path: Path) -> bool:
+    """A run folder, or what is left of one that never got its record."""
+    return path.is_dir() and any((path / n).exists() for n in ("record.json", "checkpoints"))
+
+
+def _tell_run(path: Path, as_json: bool) -> None:
+    health = examine(path)
+    if as_json:
+        print(json.dumps(asdict(health)))
+        return
+    print(f"run          {health.run}: {health.state}, {health.step:,} steps in metrics.jsonl")
+    for attempt in health.attempts:
+        split = " × ".join(str(n) for n in attempt["split"].values())
+        ended = attempt["outcome"] or "not ended"
+        print(f"attempt {attempt['number']:<4} {split}: {attempt['cause']}; {ended}")
+    if health.state == "failed":
+        print(textwrap.indent(health.message, "             "))
+    print(f"sound        {', '.join(health.sound) or 'no checkpoint'}")
+    for name in health.leftovers:
+        print(f"left over    {name}")
+    for warning in health.warnings:
+        print(f"warning      {warning}")
+    print(f"next         {health.next}")
+
+
+def _machine() -> dict[str, str]:
+    """What this machine has, by name."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    print(f"python       {platform.python_version()} on {platform.platform()}")
-    print(f"cores        {len(os.sched_getaffinity(0))}, memory {format_bytes(memory)}")
-    print(f"gpus         {', '.join(_gpus()) or 'none'}")
-    for name in _PACKAGES:
-        print(f"{name:<12} {_version(name) or 'not installed'}")
-    print(f"launchers    {', '.join(LAUNCHERS)}")
-    if recipe:
-        problems = _problems(make_plan(load_recipe(recipe)))
-        if problems:
-            raise LaunchError(f"{recipe} cannot run here: " + "; ".join(problems))
-        print(f"{recipe} can run here")
+    return {
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "cores": f"{len(os.sched_getaffinity(0))}, memory {format_bytes(memory)}",
+        "gpus": ", ".join(_gpus()) or "none",
+        **{name: _version(name) or "not installed" for name in _PACKAGES},
+        "launchers": ", ".join(LAUNCHERS),
+    }
 
 
 def _problems(plan: Plan) -> list[str]:

@@ -5,6 +5,7 @@ killed prepare leaves no half cache and two at once do not collide: the first to
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -28,6 +29,7 @@ from toolkit.recipe.schema import Data
 
 _ROWS_AT_ONCE = 1 << 16
 _ABANDONED_AFTER_S = 60.0
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
 
 Progress = Callable[[int, int], None]
 """Called with documents read and tokens (or rows) written so far."""
@@ -45,6 +47,14 @@ def prepare(data: Data, project: str | None, progress: Progress | None = None) -
         with _locked(temporary):
             _write(data, project, temporary, progress or (lambda documents, tokens: None))
             _publish(temporary, final)
+    except OSError as error:
+        elsewhere = error.filename and not str(error.filename).startswith(str(final.parent))
+        if elsewhere or error.errno not in _DISK_ERRORS:
+            raise
+        raise DataError(
+            f"{final.parent}: cannot write the prepared rows: {error.strerror or error}. Nearest: "
+            "make room, or point DRUMLINE_CACHE at another folder"
+        ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final

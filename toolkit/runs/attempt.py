@@ -109,9 +109,16 @@ def _let_settle(ranks: list[RankFiles], checkpoints: Path) -> None:
     while any(_is_alive(files) for files in ranks):
         waited = time.monotonic() - started
         saving = waited < _DRAIN_S and _save_can_end(ranks, checkpoints)
-        if waited > _SETTLE_S and not saving:
+        if not saving and (waited > _SETTLE_S or _cause_is_known(ranks)):
             return
         time.sleep(_POLL_S)
+
+
+def _cause_is_known(ranks: list[RankFiles]) -> bool:
+    """Whether some rank is gone without a word, or has failed of itself and not of another."""
+    outcomes = [outcome for files in ranks if (outcome := files.outcome())]
+    spoken = any(outcome.get("kind", "PeerLost") != "PeerLost" for outcome in outcomes)
+    return spoken or any(not _is_alive(files) and not files.outcome() for files in ranks)
 
 
 def _save_can_end(ranks: list[RankFiles], checkpoints: Path) -> bool:

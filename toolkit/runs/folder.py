@@ -36,6 +36,17 @@ class RunFolder:
                 ) from None
             yield
 
+    def is_locked(self) -> bool:
+        """Whether a supervisor has it now."""
+        try:
+            with (self.path / ".lock").open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return False
+
     def plan_file(self, attempt: int) -> Path:
         """The plan that the workers of an attempt read."""
         return self.path / f"plan-{attempt}.json"

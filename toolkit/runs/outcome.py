@@ -20,7 +20,8 @@ _KNOWN = ("OutOfMemory", "NotFinite", "NotFiniteAfterLoad", "CheckpointError")
 class Result:
     """How an attempt or a run ended; `exit_code` is 0, 4 or 75, or the code of a user's mistake.
 
-    `kind` decides what the supervisor does next; `step` is the last one that was finished.
+    `kind` decides what the supervisor does next; `step` is the last one that was finished;
+    `suspect` names the checkpoint whose load was followed by nothing finite.
     """
 
     kind: Kind
@@ -30,6 +31,7 @@ class Result:
     evaluation: dict[str, float] | None
     message: str
     exit_code: int
+    suspect: str = ""
 
     @classmethod
     def failure(cls, kind: Kind, step: int, message: str, exit_code: int = 4) -> Self:
@@ -88,7 +90,7 @@ def _failed_rank(rank: int, outcome: dict[str, Any], step: int) -> Result:
     if outcome["exit_code"] != RunError.exit_code:
         return Result.failure("mistake", step, message, outcome["exit_code"])
     if kind in ("NotFinite", "NotFiniteAfterLoad", "CheckpointError"):  # all ranks say the same
-        return Result.failure(kind, step, message)
+        return replace(Result.failure(kind, step, message), suspect=outcome["suspect"])
     message = f"rank {rank}: {outcome['error']}: {message}"
     return Result.failure(kind if kind in _KNOWN else "error", step, message)
 

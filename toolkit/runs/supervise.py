@@ -58,9 +58,8 @@ def run_attempts(folder: RunFolder, plan: Plan, cause: str, around: Surroundings
                         f"gave up after {restarts} failed starts: {result.message}"
                     )
                 failed_at, cause = result.step, f"restart: {result.message}"
-                if result.kind == "NotFiniteAfterLoad":
-                    aside = set_aside(find_checkpoints(folder.checkpoints)[-1]).name
-                    cause += f"; kept as {aside}, falling back to the checkpoint before"
+                if result.suspect:
+                    cause += _set_aside_since(folder, result.suspect)
             around.say(cause)
 
 
@@ -112,6 +111,16 @@ def _close_lost_attempt(folder: RunFolder) -> None:
         step=steps_done(ranks),
         message="the supervisor was killed",
     )
+
+
+def _set_aside_since(folder: RunFolder, suspect: str) -> str:
+    """Set aside the checkpoint after which nothing was finite, and those saved since; the words."""
+    names = [
+        set_aside(path).name
+        for path in find_checkpoints(folder.checkpoints)
+        if path.name >= suspect
+    ]
+    return f"; kept as {', '.join(names)}, falling back to the checkpoint before"
 
 
 def _resplit_words(before: Plan, after: Plan, result: Result) -> str:

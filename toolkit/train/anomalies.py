@@ -65,7 +65,8 @@ class Judge:
         since_load = step - self._first + 1
         if self._suspect and not self._skipped_before and in_a_row == since_load == suspect_after:
             raise NotFiniteAfterLoad(
-                f"step {step}: not finite in all {since_load} steps since {self._suspect} was loaded"
+                f"step {step}: not finite in all {since_load} steps since {self._suspect} was loaded",
+                self._suspect,
             )
         if in_a_row >= self._spec.max_skipped:
             raise NotFinite(

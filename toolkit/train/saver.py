@@ -30,6 +30,8 @@ from toolkit.train.votes import Votes
 DRAIN_S = 60.0
 """How long a rank that fails waits for its own save under way."""
 
+_NICE = 5
+
 Pieces = dict[str, Piece]
 
 
@@ -138,11 +140,14 @@ class Saver:
         return self._host
 
     def _write(self, tensors: dict[str, Tensor], owned: Pieces, state: dict[str, Any]) -> None:
+        if self._spec.asynchronous:  # the loop's threads come first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         step = state["step"]
         final = self._folder / checkpoint_name(step)
         temporary = final.with_name(f".{final.name}.tmp")
         try:
-            digest = _write_shard(temporary, self._rank, tensors, owned)
+            threads = 1 if self._spec.asynchronous else DIGEST_THREADS
+            digest = _write_shard(temporary, self._rank, tensors, owned, threads)
             if self._rank == 0:
                 self._before_publishing()
             self._votes.cast(step, digest)
@@ -180,11 +185,13 @@ class Saver:
         return ""
 
 
-def _write_shard(folder: Path, rank: int, tensors: dict[str, Tensor], owned: Pieces) -> str:
+def _write_shard(
+    folder: Path, rank: int, tensors: dict[str, Tensor], owned: Pieces, digest_threads: int
+) -> str:
     """One rank's tensors, fsynced, and what they are; the digest of the latter."""
     folder.mkdir(exist_ok=True)
     path = folder / shard_name(rank)
-    with ThreadPoolExecutor(DIGEST_THREADS) as threads:
+    with ThreadPoolExecutor(digest_threads) as threads:
         digests = {name: threads.submit(_digest, tensor) for name, tensor in tensors.items()}
         save_file(tensors, path)
         with path.open("rb") as file:

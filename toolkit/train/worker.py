@@ -156,6 +156,7 @@ def _failure(error: BaseException, log: Path) -> dict[str, Any]:
         "kind": kind,
         "message": text.split("\nException raised from")[0][:4000],
         "exit_code": exit_code,
+        "suspect": getattr(error, "checkpoint", ""),
     }
 
 

@@ -1,0 +1,188 @@
+"""How long does a save hold up training? Ours and torch's DCP, in turns, 100 MB to 2 GB.
+
+Columns: what the loop waits for (ms, medians) in a synchronous save of ours, in an asynchronous one
+the first time and later (the host buffers are kept), and in torch.distributed.checkpoint's
+async_save, first and later; the whole time until ours is published; what SHA-256 costs as a share
+of the synchronous save (of one core's time); the slowest step while ours and DCP's drain, against
+the median step without a save.
+
+    python benchmarks/checkpoint.py [--sizes 100 500 2000] [--rounds 5]
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from toolkit.checkpoint.state import TrainState
+from toolkit.recipe.schema import Checkpoint
+from toolkit.train.engines.torch import Piece
+from toolkit.train.saver import Saver, _digest
+from toolkit.train.votes import Votes
+
+TENSORS = 40
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sizes", type=int, nargs="+", default=[100, 500, 2000], help="MB")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
+    dist.init_process_group("gloo")
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores, {arguments.rounds} rounds")
+    names = (
+        "MB",
+        "sync",
+        "async 1st",
+        "async",
+        "DCP 1st",
+        "DCP",
+        "drain",
+        "digests",
+        "step ours",
+        "DCP",
+    )
+    print("".join(f"{name:>10}" for name in names))
+    for size in arguments.sizes:
+        print(row(size, arguments.rounds), flush=True)
+    dist.destroy_process_group()
+
+
+def row(megabytes: int, rounds: int) -> str:
+    """One line of the table."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        count = megabytes * 1_000_000 // 4 // TENSORS
+        tensors = {f"model.{n}": torch.randn(count) for n in range(TENSORS)}
+        ours, theirs = Ours(folder, tensors), Dcp(folder, tensors)
+        median_step = statistics.median(timed(step) for _ in range(20))
+        found: dict[str, list[float]] = {}
+
+        def note(key: str, value: float) -> None:
+            found.setdefault(key, []).append(value)
+
+        note("async 1st", ours.blocking())
+        ours.finish()
+        note("DCP 1st", theirs.blocking())
+        theirs.finish()
+        for _ in range(rounds):
+            note("sync", ours.synchronous())
+            begun = time.perf_counter()
+            note("async", ours.blocking())
+            note("ours step", slowest_while(ours.is_draining))
+            ours.finish()
+            note("drain", time.perf_counter() - begun)
+            note("DCP", theirs.blocking())
+            note("DCP step", slowest_while(theirs.is_draining))
+            theirs.finish()
+            note("digests", timed(lambda: [_digest(tensor) for tensor in tensors.values()]))
+        m = {key: statistics.median(values) for key, values in found.items()}
+        times = [1e3 * m[key] for key in ("sync", "async 1st", "async", "DCP 1st", "DCP", "drain")]
+        ratios = [m[key] / median_step for key in ("ours step", "DCP step")]
+        return "".join(
+            [f"{megabytes:>10}", *(f"{t:>10.0f}" for t in times), f"{m['digests'] / m['sync']:>10.0%}",
+             *(f"{ratio:>9.2f}x" for ratio in ratios)]
+        )  # fmt: skip
+
+
+class Ours:
+    """The product's saver, one rank."""
+
+    def __init__(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+        self._pieces = {n: Piece(t, tuple(t.shape), 0, True) for n, t in tensors.items()}
+        store = dist.distributed_c10d._get_default_store()
+        self._step = 0
+
+        def saver(asynchronous: bool) -> Saver:
+            where = folder / f"ours-{asynchronous}"
+            where.mkdir()
+            spec = Checkpoint(keep_last=1, **{"async": asynchronous})
+            return Saver(where, spec, Votes(store, 0, 1, int(asynchronous), 60.0), 0)
+
+        self._async, self._sync = saver(True), saver(False)
+
+    def _save(self, saver: Saver) -> float:
+        self._step += 1
+        return timed(lambda: saver.save(self._pieces, TrainState(step=self._step)))
+
+    def synchronous(self) -> float:
+        """Seconds of a save that the loop waits for."""
+        return self._save(self._sync)
+
+    def blocking(self) -> float:
+        """Seconds until an asynchronous save lets the loop go on."""
+        return self._save(self._async)
+
+    def is_draining(self) -> bool:
+        """Whether the save is still under way."""
+        thread = self._async._thread
+        return thread is not None and thread.is_alive()
+
+    def finish(self) -> None:
+        """Wait for the end of it."""
+        self._async.wait()
+
+
+class Dcp:
+    """torch.distributed.checkpoint's asynchronous save, one rank."""
+
+    def __init__(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+        self._folder, self._tensors, self._step = folder, tensors, 0
+        self._future: Any = None
+
+    def blocking(self) -> float:
+        """Seconds until it lets the loop go on."""
+        self._step += 1
+        where = str(self._folder / f"dcp-{self._step}")
+
+        def begin() -> None:
+            self._future = dcp.async_save(self._tensors, checkpoint_id=where)
+
+        return timed(begin)
+
+    def is_draining(self) -> bool:
+        """Whether the save is still under way."""
+        return not self._future.done()
+
+    def finish(self) -> None:
+        """Wait for the end of it, and delete the one before."""
+        self._future.result()
+        shutil.rmtree(self._folder / f"dcp-{self._step - 1}", ignore_errors=True)
+
+
+_A = torch.randn(700, 700)
+
+
+def step() -> None:
+    """Some compute, as of a training step."""
+    for _ in range(4):
+        _A @ _A
+
+
+def slowest_while(draining: Callable[[], bool]) -> float:
+    """The longest step until the save has ended."""
+    slowest = timed(step)
+    while draining():
+        slowest = max(slowest, timed(step))
+    return slowest
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds that it takes."""
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""A process with everything imported that forks commands and ranks, because a start costs seconds.
+
+What it forks is the product's own code: `drumline …` with the real supervisor, and real ranks on
+real gloo. Only torchrun is stood in for, by a client of this file that asks for the ranks; runs
+through torchrun itself are in test_runs.py.
+
+    python zygote.py serve SOCKET                     the server
+    python zygote.py launch SOCKET WORLD ARGUMENTS…   what the supervisor starts in torchrun's place
+"""
+
+import array
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Zygote:
+    """The server, seen from a test."""
+
+    def __init__(self, folder: Path) -> None:
+        self._socket = str(folder / "zygote")
+        env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests/distributed", "OMP_NUM_THREADS": "1",
+               "OPENBLAS_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # fmt: skip
+        command = [sys.executable, __file__, "serve", self._socket]
+        self._server = subprocess.Popen(command, env=env, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while not os.path.exists(self._socket):
+            assert self._server.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def drumline(
+        self, folder: Path, *arguments: str, faults: list[dict[str, Any]] | None = None
+    ) -> "Child":
+        """`drumline ARGUMENTS` in a folder, with faults planted in its ranks (see faults.py)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        env = {
+            **os.environ,
+            "DRUMLINE_TEST_FAULTS": json.dumps(faults or []),
+            "ZYGOTE": self._socket,
+        }
+        return Child(self._socket, "drumline", list(arguments), folder, env)
+
+    def close(self) -> None:
+        """End the server, and nothing else."""
+        self._server.kill()
+        self._server.wait()
+
+
+class Child:
+    """A forked process: its number, its exit code, what it printed."""
+
+    def __init__(
+        self, server: str, kind: str, argv: list[str], folder: Path, env: dict[str, str]
+    ) -> None:
+        self._out = (folder / f".out-{time.monotonic_ns()}").open("w+")
+        self._err = (folder / f".err-{time.monotonic_ns()}").open("w+")
+        fds = [self._out.fileno(), self._err.fileno()]
+        self._connection, self.pid = ask(server, kind, argv, str(folder), env, fds)
+
+    def wait(self, timeout: float = 60) -> int:
+        """The exit code; negative for the signal that killed it."""
+        self._connection.settimeout(timeout)
+        return int(self._connection.recv(64).decode())
+
+    def is_running(self) -> bool:
+        """Whether it has not ended yet."""
+        return not select.select([self._connection], [], [], 0)[0]
+
+    @property
+    def out(self) -> str:
+        """Standard output so far."""
+        return Path(self._out.name).read_text()
+
+    @property
+    def err(self) -> str:
+        """Standard error so far."""
+        return Path(self._err.name).read_text()
+
+
+def ask(
+    server: str, kind: str, argv: list[str], cwd: str, env: dict[str, str], fds: list[int]
+) -> tuple[socket.socket, int]:
+    """A connection that will tell the exit code, and the process's number."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(server)
+    request = json.dumps({"kind": kind, "argv": argv, "cwd": cwd, "env": env}).encode()
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+    connection.sendmsg([len(request).to_bytes(8, "little")], rights)
+    connection.sendall(request)
+    return connection, int(connection.recv(16).decode())
+
+
+def serve(path: str) -> None:
+    """Import everything, then fork on request and tell how each child ended."""
+    import toolkit.cli.doctor
+    import toolkit.cli.run
+    import toolkit.train.loop
+    import toolkit.train.worker  # noqa: F401
+
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path + ".new")
+    listener.listen(64)
+    os.rename(path + ".new", path)
+    children: dict[int, socket.socket] = {}
+    while True:
+        if select.select([listener], [], [], 0.01)[0]:
+            connection, _ = listener.accept()
+            head, ancillary, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(16))
+            fds = array.array("i")
+            fds.frombytes(ancillary[0][2])
+            size = int.from_bytes(head, "little")
+            request = json.loads(connection.recv(size, socket.MSG_WAITALL))
+            pid = os.fork()
+            if pid == 0:
+                listener.close()
+                connection.close()
+                for other in children.values():
+                    other.close()
+                become(request, list(fds))
+            for fd in fds:
+                os.close(fd)
+            children[pid] = connection
+            connection.sendall(str(pid).encode())
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if not pid:
+                    break
+                connection = children.pop(pid)
+                with contextlib.suppress(OSError):
+                    connection.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+                connection.close()
+
+
+def become(request: dict[str, Any], fds: list[int]) -> None:
+    """In the forked child: be the command or the rank, and end."""
+    code = 1
+    try:
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.chdir(request["cwd"])
+        os.environ.clear()
+        os.environ.update(request["env"])
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for number, fd in enumerate(fds, start=1):
+            os.dup2(fd, number)
+        sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
+        code = be_command(request) if request["kind"] == "drumline" else be_rank(request)
+    except SystemExit as ending:
+        code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def be_command(request: dict[str, Any]) -> int:
+    """The real command line; its launcher asks this server for ranks."""
+    import launchers
+    from launchers.base import WORKER_ENVIRONMENT, Command, worker_arguments
+    from toolkit.cli import main as drumline
+
+    def render(plan: Any, job: Any) -> Command:
+        argv = [sys.executable, "-I", "-S", __file__, "launch", os.environ["ZYGOTE"],
+                str(plan.batch.gpus), *worker_arguments(job)]  # fmt: skip
+        return Command(argv, WORKER_ENVIRONMENT)
+
+    launchers.LAUNCHERS["torchrun"] = render
+    sys.argv = ["drumline", *request["argv"]]
+    drumline()
+    return 0
+
+
+def be_rank(request: dict[str, Any]) -> int:
+    """One real rank, with the faults that the test asks for."""
+    import faults
+
+    from toolkit.train import worker
+
+    faults.plant(request["argv"])
+    return worker.main(request["argv"])
+
+
+def launch(server: str, world: int, argv: list[str]) -> int:
+    """Ask for the ranks, wait for all, tell whether one failed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    connections = []
+    for rank in range(world):
+        env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+        connections.append(ask(server, "rank", argv, os.getcwd(), env, [1, 2])[0])
+    codes = [int(connection.recv(64).decode() or 1) for connection in connections]
+    return int(any(codes))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "serve":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        serve(sys.argv[2])
+    else:
+        sys.exit(launch(sys.argv[2], int(sys.argv[3]), sys.argv[4:]))

@@ -1,0 +1,134 @@
+"""What state a run folder is in, and what to do next; reads, changes nothing."""
+
+import json
+import shlex
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from toolkit.checkpoint.manifest import verify
+from toolkit.checkpoint.shelf import find_checkpoints
+from toolkit.errors import CheckpointError
+from toolkit.runs.folder import RunFolder
+from toolkit.units import format_bytes
+
+State = Literal["running", "finished", "stopped", "failed", "interrupted", "never started"]
+
+_NEXT = {
+    "NotFinite": "lower optimizer.lr or mend the data in another run; ",
+    "CheckpointError": "mend what the message names, a full disk say; ",
+    "OutOfMemory": "take one of the changes above; ",
+    "hang": "look at the late rank's stacks in its log; ",
+    "mistake": "mend what the message names; ",
+}
+"""What comes before a resume, by the kind of the last failure."""
+
+
+@dataclass(frozen=True)
+class Health:
+    """A run as it lies on disk. `step` is the last in metrics.jsonl, `sound` what can be resumed from.
+
+    `bad` holds, for each damaged checkpoint, what is wrong with it.
+    """
+
+    run: str
+    state: State
+    step: int
+    attempts: list[dict[str, Any]]
+    sound: list[str]
+    bad: dict[str, str]
+    leftovers: list[str]
+    warnings: list[str]
+    next: str
+    message: str = field(default="")
+
+
+def examine(path: Path) -> Health:
+    """Look at everything; every checkpoint is read whole, since only that tells whether it is sound."""
+    folder = RunFolder(path)
+    attempts = folder.read_record()["attempts"] if folder.record_file.is_file() else []
+    sound, bad = _checkpoints(folder.checkpoints)
+    state = _state(folder, attempts)
+    warnings = [f"{name}: {why}" for name, why in bad.items()]
+    torn, step = _metrics(folder.metrics_file)
+    if torn:
+        warnings.append("metrics.jsonl: its last line is torn; a resume mends it")
+    warnings += _little_room(folder, sound)
+    last = attempts[-1] if attempts else {}
+    return Health(
+        run=str(path),
+        state=state,
+        step=step,
+        attempts=attempts,
+        sound=sound,
+        bad=bad,
+        leftovers=sorted(
+            p.name
+            for p in folder.checkpoints.glob("*")
+            if p.name.startswith(".") or ".bad-" in p.name
+        ),
+        warnings=warnings,
+        next=_next(path, state, last, sound),
+        message=last.get("message") or "",
+    )
+
+
+def _state(folder: RunFolder, attempts: list[dict[str, Any]]) -> State:
+    if folder.is_locked():
+        return "running"
+    if not attempts:
+        return "never started"
+    outcome = attempts[-1]["outcome"]
+    return "interrupted" if outcome is None else outcome
+
+
+def _checkpoints(folder: Path) -> tuple[list[str], dict[str, str]]:
+    sound, bad = [], {}
+    for path in find_checkpoints(folder):
+        try:
+            verify(path)
+            sound.append(path.name)
+        except CheckpointError as error:
+            bad[path.name] = str(error)
+    return sound, bad
+
+
+def _metrics(path: Path) -> tuple[bool, int]:
+    """Whether the last line is torn, and the last step that is told."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False, 0
+    step = 0
+    for line in reversed(text.split("\n")):
+        try:
+            step = json.loads(line)["step"]
+            break
+        except (ValueError, KeyError, TypeError):
+            continue
+    return bool(text) and not text.endswith("\n"), step
+
+
+def _little_room(folder: RunFolder, sound: list[str]) -> list[str]:
+    """Whether the disk takes another checkpoint."""
+    if not sound:
+        return []
+    size = sum(p.stat().st_size for p in (folder.checkpoints / sound[-1]).iterdir())
+    free = shutil.disk_usage(folder.path).free
+    if free > 2 * size:
+        return []
+    return [f"{format_bytes(free)} free on disk, a checkpoint takes {format_bytes(size)}"]
+
+
+def _next(path: Path, state: State, last: dict[str, Any], sound: list[str]) -> str:
+    shown = shlex.quote(str(path))
+    if state == "running":
+        return "nothing: it runs; a signal to it saves and stops"
+    if state == "never started":
+        return f"rm -r {shown}, and run the recipe again"
+    if state == "finished":
+        return f"drumline plan {shown}/recipe.yaml shows what ran"
+    first = _NEXT.get(last.get("kind", ""), "")
+    where = f"from {sound[-1]}" if sound else "from the beginning, since nothing sound is saved"
+    return f"{first}drumline resume {shown} goes on {where}"
