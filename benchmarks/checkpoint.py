@@ -107,7 +107,7 @@ class Ours:
             where = folder / f"ours-{asynchronous}"
             where.mkdir()
             spec = Checkpoint(keep_last=1, **{"async": asynchronous})
-            return Saver(where, spec, Votes(store, 0, 1, int(asynchronous), 60.0), 0)
+            return Saver(where, spec, Votes(store, str(asynchronous), 0, 1, 60.0), 0)
 
         self._async, self._sync = saver(True), saver(False)
 

@@ -10,7 +10,8 @@
     ├── RunFolderError     2   the folder named is not a run, or is one already
     └── RunError           4   the run failed
         ├── NotFinite          too many steps in a row were skipped; a restart would repeat them
-        └── NotFiniteAfterLoad all steps after a load were; the checkpoint before is tried
+        ├── NotFiniteAfterLoad all steps after a load were; the checkpoint before is tried
+        └── PeerLost           another rank is gone; the cause is there
 
 Exit code 75 is no error: the run stopped on a signal with a checkpoint saved; resume goes on.
 
@@ -69,6 +70,10 @@ class NotFiniteAfterLoad(RunError):
     def __init__(self, message: str, checkpoint: str) -> None:
         super().__init__(message)
         self.checkpoint = checkpoint
+
+
+class PeerLost(RunError):
+    """Another rank, or the store that the ranks share, is gone."""
 
 
 class RunFolderError(DrumlineError):

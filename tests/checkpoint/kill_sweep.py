@@ -81,7 +81,7 @@ def rank_saves(folder: Path, store: Path, rank: int, trial: dict[str, Any]) -> N
         operations = count_operations(
             lambda n, after: die() if (n, after) == (trial["operation"], trial["after"]) else None
         )
-    votes = Votes(FileStore(str(store), WORLD), rank, WORLD, 0, 20.0)
+    votes = Votes(FileStore(str(store), WORLD), "run-0", rank, WORLD, 20.0)
     ours = Saver(folder, Checkpoint(keep_last=1), votes, rank)
     ours.save(pieces(tensors(2), rank, WORLD, True), TrainState(step=2))
     ours.wait()

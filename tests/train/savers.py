@@ -43,7 +43,7 @@ def pieces(
 
 def one_saver(folder: Path, **spec: Any) -> Saver:
     """The saver of a run with one rank."""
-    return Saver(folder, Checkpoint(**spec), Votes(HashStore(), 0, 1, 0, 5.0), 0)
+    return Saver(folder, Checkpoint(**spec), Votes(HashStore(), "run-0", 0, 1, 5.0), 0)
 
 
 def save(folder: Path, step: int, world: int = 2, sharded: bool = True, **spec: Any) -> Path:
@@ -64,7 +64,7 @@ def try_to_save(
 
     def work(rank: int) -> None:
         try:
-            votes = Votes(store, rank, world, 0, 5.0)
+            votes = Votes(store, "run-0", rank, world, 5.0)
             saver = Saver(folder, Checkpoint(**{"keep_last": 99, **spec}), votes, rank)
             saver.save(pieces(tensors(step), rank, world, sharded), TrainState(step=step))
             saver.wait()

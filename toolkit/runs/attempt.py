@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launchers.base import Command
+from toolkit.checkpoint.manifest import rank_manifest_name
 from toolkit.plan.model import Plan
 from toolkit.processes import Process
 from toolkit.rank_files import RankFiles
@@ -27,6 +28,9 @@ _DRAIN_S = 60.0
 """And this long to publish a checkpoint whose parts are all on disk or being written."""
 _LEAVE_S = 30.0
 """How long a launcher may take to leave after all its ranks have said how they ended."""
+
+_DEATH_S = 10.0
+"""A killed process is gone once the system has let it go."""
 
 Tick = Callable[[RunFolder], None]
 """Called several times a second while an attempt runs; shows progress."""
@@ -85,11 +89,14 @@ def run_attempt(
 
 
 def end_ranks(ranks: list[RankFiles]) -> None:
-    """Kill what is left of an attempt, and turn away what of it comes up later."""
+    """Kill what is left of an attempt, wait until it is gone, and turn away what comes up later."""
     ranks[0].end_attempt()
     for files in ranks:
         if process := files.process():
             process.send(signal.SIGKILL)
+    deadline = time.monotonic() + _DEATH_S
+    while any(_is_alive(files) for files in ranks) and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def _has_failed(ranks: list[RankFiles]) -> bool:
@@ -108,7 +115,7 @@ def _let_settle(ranks: list[RankFiles], checkpoints: Path) -> None:
     started = time.monotonic()
     while any(_is_alive(files) for files in ranks):
         waited = time.monotonic() - started
-        saving = waited < _DRAIN_S and _save_can_end(ranks, checkpoints)
+        saving = waited < _DRAIN_S and _save_can_end(ranks, checkpoints, waited)
         if not saving and (waited > _SETTLE_S or _cause_is_known(ranks)):
             return
         time.sleep(_POLL_S)
@@ -121,13 +128,17 @@ def _cause_is_known(ranks: list[RankFiles]) -> bool:
     return spoken or any(not _is_alive(files) and not files.outcome() for files in ranks)
 
 
-def _save_can_end(ranks: list[RankFiles], checkpoints: Path) -> bool:
-    """Whether a save is under way to which every rank that is gone has given its part."""
+def _save_can_end(ranks: list[RankFiles], checkpoints: Path, waited: float) -> bool:
+    """Whether a save is under way to which every rank that is gone has given its part.
+
+    Once all parts are there it takes rank 0 no time to publish, unless a vote went with its rank.
+    """
+    gone = [files.rank for files in ranks if not _is_alive(files)]
+    if 0 in gone:
+        return False
     for path in checkpoints.glob(".step-*.tmp"):
-        if path.name.endswith(".deleted.tmp"):
-            continue
-        gone = [files.rank for files in ranks if not _is_alive(files)]
-        if _is_alive(ranks[0]) and all((path / f"rank-{rank}.json").exists() for rank in gone):
+        lacking = [f.rank for f in ranks if not (path / rank_manifest_name(f.rank)).exists()]
+        if (lacking or waited < _SETTLE_S) and not set(lacking) & set(gone):
             return True
     return False
 

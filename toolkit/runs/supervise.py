@@ -1,6 +1,5 @@
 """Attempt after attempt, until the run is finished, stopped, wrong, or makes no progress."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -101,8 +100,6 @@ def _close_lost_attempt(folder: RunFolder) -> None:
     ranks = [RankFiles(logs, rank) for rank in range(last["split"]["gpus"])]
     if logs.is_dir():
         end_ranks(ranks)
-    while any((process := files.process()) and process.is_alive for files in ranks):
-        time.sleep(0.05)
     folder.end_attempt(
         last["number"],
         ended=now(),

@@ -171,7 +171,8 @@ def _evaluate(
 def _saver(plan: Plan, folder: Path, attempt: int, saved_step: int, logbook: Logbook) -> Saver:
     rank, recipe = dist.get_rank(), plan.recipe
     store = dist.distributed_c10d._get_default_store()
-    votes = Votes(store, rank, plan.batch.gpus, attempt, recipe.launch.hang_timeout_s)
+    name = f"{folder.name}-{attempt}"
+    votes = Votes(store, name, rank, plan.batch.gpus, recipe.launch.hang_timeout_s)
     return Saver(folder / "checkpoints", recipe.checkpoint, votes, rank, saved_step, logbook.sync)
 
 

@@ -21,7 +21,7 @@ from toolkit.checkpoint import manifest
 from toolkit.checkpoint.manifest import DIGEST_THREADS, MANIFEST, checkpoint_name, shard_name
 from toolkit.checkpoint.shelf import apply_retention, set_aside
 from toolkit.checkpoint.state import TrainState
-from toolkit.errors import CheckpointError
+from toolkit.errors import CheckpointError, PeerLost
 from toolkit.files import fsync_folder
 from toolkit.recipe.schema import Checkpoint
 from toolkit.train.engines.torch import Piece
@@ -80,7 +80,7 @@ class Saver:
         self._saved_step = saved_step
         self._host: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
-        self._error = ""
+        self._error = self._lost = ""
 
     def save(self, pieces: Pieces, state: TrainState) -> None:
         """Begin to save this state; every rank calls it at the same step."""
@@ -103,12 +103,17 @@ class Saver:
         return bool(self._error)
 
     def wait(self, tick: Callable[[], None] = lambda: None) -> None:
-        """Until the save under way is decided; raises its error where `on_error` is `stop`."""
+        """Until the save under way is decided; raises its error where `on_error` is `stop`.
+
+        PeerLost when the ranks can no longer agree.
+        """
         while self._thread:
             self._thread.join(0.5)
             if not self._thread.is_alive():
                 self._thread = None
             tick()
+        if self._lost:
+            raise PeerLost(self._lost)
         if self._error and self._spec.on_error == "stop":
             raise CheckpointError(self.take_error())
 
@@ -145,23 +150,28 @@ class Saver:
         step = state["step"]
         final = self._folder / checkpoint_name(step)
         temporary = final.with_name(f".{final.name}.tmp")
+        digest = failure = ""
         try:
             threads = 1 if self._spec.asynchronous else DIGEST_THREADS
             digest = _write_shard(temporary, self._rank, tensors, owned, threads)
             if self._rank == 0:
                 self._before_publishing()
-            self._votes.cast(step, digest)
         except Exception as error:  # whatever it is, the other ranks must hear of it
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            self._votes.fail(step, f"{final}: rank {self._rank} cannot write: {reason}")
+            failure = f"{final}: rank {self._rank} cannot write: {reason}"
         try:
+            if failure:
+                self._votes.fail(step, failure)
+            else:
+                self._votes.cast(step, digest)
             if self._rank == 0:
                 self._error = self._publish(temporary, final, state)
                 self._votes.decide(step, self._error)
             else:
                 self._error = self._votes.verdict(step)
-        except RuntimeError as error:  # the store went with rank 0's process
-            self._error = f"{final}: the ranks cannot agree: {error}"
+        except RuntimeError as error:  # the store went with its process
+            self._lost = f"{final}: the ranks cannot agree: {error}"
+            return
         if self._error:
             print(self._error, flush=True)
             with contextlib.suppress(OSError):

@@ -14,11 +14,11 @@ _SOUND, _FAILED = b"+", b"-"
 
 
 class Votes:
-    """The votes of one rank in one attempt; a save is named by its step."""
+    """The votes of one rank; a save is named by `name`, which is the attempt's own, and its step."""
 
-    def __init__(self, store: Store, rank: int, world: int, attempt: int, timeout_s: float) -> None:
-        self._store, self._rank, self._world = store, rank, world
-        self._attempt, self._timeout_s = attempt, timeout_s
+    def __init__(self, store: Store, name: str, rank: int, world: int, timeout_s: float) -> None:
+        self._store, self._name, self._rank, self._world = store, name, rank, world
+        self._timeout_s = timeout_s
 
     def cast(self, step: int, digest: str) -> None:
         """This rank's part is on disk; `digest` is that of its manifest."""
@@ -70,7 +70,7 @@ class Votes:
         return True
 
     def _key(self, step: int, what: str) -> str:
-        return f"drumline/save/{self._attempt}/{step}/{what}"
+        return f"drumline/save/{self._name}/{step}/{what}"
 
     def _has(self, step: int, what: str) -> bool:
         return bool(self._store.check([self._key(step, what)]))
