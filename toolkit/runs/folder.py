@@ -67,8 +67,12 @@ class RunFolder:
         write_json(self.record_file, record)
 
     def latest_plan(self) -> Plan:
-        """The plan of the newest attempt."""
+        """The plan of the newest attempt; RunFolderError where the run never came to one."""
         attempts = len(self.read_record()["attempts"])
+        if not attempts:
+            raise RunFolderError(
+                f"{self.path}: this run never started. Nearest: `drumline run {self.recipe_file}`"
+            )
         return read_plan(self.plan_file(attempts - 1).read_text(encoding="utf-8"))
 
     def add_attempt(self, plan: Plan, entry: dict[str, Any]) -> int:

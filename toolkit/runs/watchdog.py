@@ -10,6 +10,9 @@ STACKS_SIGNAL = signal.SIGUSR2
 """A worker answers it with the stacks of all its threads, in its log."""
 
 _STACKS_S = 1.0
+_STARTING = ("imports", "joining the others", "model", "load", "warm-up")
+_START_S = 600.0
+"""Before the first step (imports, a large checkpoint, a compilation) at least so long is allowed."""
 _COLLECTIVES = ("torch/distributed/", "torch/nn/parallel/distributed.py", "agreement.py")
 
 
@@ -34,7 +37,7 @@ class Watchdog:
             beats[files.rank] = beat = files.beat()
             if beat != self._moved[files.rank][0] or files.outcome() is not None:
                 self._moved[files.rank] = (beat, now)
-        if all(now - when < self._timeout_s for _, when in self._moved.values()):
+        if all(now - when < self._limit(beat) for beat, when in self._moved.values()):
             return []
         least = min(beat.count if beat else 0 for beat in beats.values())
         return [
@@ -42,6 +45,10 @@ class Watchdog:
             for files in self._ranks
             if (found := beats[files.rank]) is None or found.count == least
         ]
+
+    def _limit(self, beat: Beat | None) -> float:
+        starting = beat is None or beat.place in _STARTING
+        return max(self._timeout_s, _START_S) if starting else self._timeout_s
 
     def describe(self, late: list[RankFiles]) -> str:
         """Writes every rank's stacks to its log and names the late ones."""
@@ -53,7 +60,7 @@ class Watchdog:
             late = [files for files in late if not _waits_for_others(files)] or late
         words = [f"rank {files.rank} ({_place(files.beat())})" for files in late]
         return (
-            f"hang: {', '.join(words)} did not move for {self._timeout_s:g} s "
+            f"hang: {', '.join(words)} did not move for {self._limit(late[0].beat()):g} s "
             "(launch.hang_timeout_s); the stacks of all ranks are in their logs"
         )
 

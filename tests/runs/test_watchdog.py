@@ -1,0 +1,103 @@
+"""Who is late, and who only waits for them; two signals that mean now, and two that do not."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from toolkit.processes import Process
+from toolkit.rank_files import RankFiles
+from toolkit.runs.signals import Signals
+from toolkit.runs.watchdog import Watchdog
+
+
+class Clock:
+    """Time as the test says."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def two_ranks(folder: Path) -> list[RankFiles]:
+    return [RankFiles(folder, rank) for rank in (0, 1)]
+
+
+def test_the_rank_with_the_fewest_places_is_late(tmp_path: Path) -> None:
+    """Rank 0 waits in backward for rank 1, which sleeps in forward: rank 1 is named, after the timeout."""
+    ranks, clock = two_ranks(tmp_path), Clock()
+    beats = [files.open_beat() for files in ranks]
+    watchdog = Watchdog(ranks, 10.0, clock)
+    for place in ("begin", "forward of micro-batch 1 of 1"):
+        for beat in beats:
+            beat(6, 7, place)
+    beats[0](6, 7, "backward of micro-batch 1 of 1")
+    assert not watchdog.stuck()
+    clock.now = 9.9
+    assert not watchdog.stuck()
+    clock.now = 10.0
+    late = watchdog.stuck()
+    assert [files.rank for files in late] == [1]
+    assert "rank 1 (step 7, forward of micro-batch 1 of 1)" in watchdog.describe(late)
+
+
+def test_a_rank_that_moves_or_waits_for_a_disk_is_not_late(tmp_path: Path) -> None:
+    """A place, a sign of life while waiting, and an outcome all count."""
+    ranks, clock = two_ranks(tmp_path), Clock()
+    beats = [files.open_beat() for files in ranks]
+    watchdog = Watchdog(ranks, 10.0, clock)
+    for when in range(0, 100, 6):
+        clock.now = float(when)
+        beats[0](6, 7, f"place {when}")
+        beats[1].wait() if when else beats[1](6, 7, "save")
+        assert not watchdog.stuck()
+    ranks[0].write_outcome({"outcome": "finished"})
+    ranks[1].write_outcome({"outcome": "finished"})
+    clock.now = 1000.0
+    assert not watchdog.stuck()
+
+
+def test_a_start_may_take_longer(tmp_path: Path) -> None:
+    """Imports, loading and compiling have ten minutes, also where a step has ten seconds."""
+    ranks, clock = two_ranks(tmp_path), Clock()
+    ranks[0].open_beat()(0, 0, "warm-up")
+    watchdog = Watchdog(ranks, 10.0, clock)
+    watchdog.stuck()
+    clock.now = 599.0
+    assert not watchdog.stuck()
+    clock.now = 601.0
+    assert [files.rank for files in watchdog.stuck()] == [1]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "at_once"),
+    [
+        ([signal.SIGINT], False),
+        ([signal.SIGINT, signal.SIGINT], True),
+        ([signal.SIGTERM, signal.SIGINT], True),
+        ([signal.SIGUSR1, signal.SIGTERM], False),
+        ([signal.SIGTERM, signal.SIGTERM], False),
+    ],
+)
+def test_only_a_second_ctrl_c_means_now(numbers: list[signal.Signals], at_once: bool) -> None:
+    """A scheduler's warning followed by its SIGTERM must not cut a save short."""
+    with Signals() as signals:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        assert signals.first == numbers[0]
+        assert signals.at_once == at_once
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_process_is_told_from_another_with_its_number() -> None:
+    """The same number with another start time is another process, and gets no signal."""
+    here = Process.current()
+    assert here.is_alive
+    assert Process.parse(str(here)) == here
+    other = Process(here.pid, here.started + 1, here.host)
+    assert not other.is_alive
+    other.send(signal.SIGKILL)
+    assert not Process(here.pid, here.started, "elsewhere").is_alive
+    assert Process.parse("12 x host") is None
