@@ -75,26 +75,23 @@ class RunFolder:
             )
         return read_plan(self.plan_file(attempts - 1).read_text(encoding="utf-8"))
 
-    def add_attempt(self, plan: Plan, entry: dict[str, Any]) -> int:
-        """Write an attempt's plan and its entry in the record; its number."""
+    def add_attempt(self, plan: Plan, entry: dict[str, Any], is_restart: bool = False) -> int:
+        """Write an attempt's plan and its entry in the record; its number.
+
+        A start after a failure counts as a restart; one with smaller micro-batches does not.
+        """
         record = self.read_record()
         number = len(record["attempts"])
         write_text(self.plan_file(number), plan.to_json() + "\n")
         self.logs(number).mkdir(parents=True, exist_ok=True)
         record["attempts"].append({"number": number, **entry})
+        record["restarts"] += is_restart
         self.write_record(record)
         return number
 
     def forget_restarts(self) -> None:
         """Somebody has looked and gone on: max_restarts counts anew."""
         self.write_record({**self.read_record(), "restarts": 0})
-
-    def count_restart(self) -> int:
-        """One more start after a failure; how many there were since the run or resume command."""
-        record = self.read_record()
-        record["restarts"] = record.get("restarts", 0) + 1
-        self.write_record(record)
-        return int(record["restarts"])
 
     def end_attempt(self, number: int, **facts: Any) -> None:
         """Add how an attempt ended to its entry."""

@@ -11,7 +11,7 @@ STOPPED_EXIT_CODE = 75
 KILLED_EXIT_CODE = 130
 """Ended at once by a second Ctrl-C: no new checkpoint, nothing older lost, no restart."""
 
-Kind = Literal["finished", "stopped", "killed", "mistake", "OutOfMemory", "NotFinite",
+Kind = Literal["finished", "stopped", "killed", "mistake", "disk", "OutOfMemory", "NotFinite",
                "NotFiniteAfterLoad", "CheckpointError", "hang", "lost", "error"]  # fmt: skip
 _KNOWN = ("OutOfMemory", "NotFinite", "NotFiniteAfterLoad", "CheckpointError")
 

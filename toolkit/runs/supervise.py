@@ -13,7 +13,7 @@ from toolkit.runs.outcome import Result, steps_done
 from toolkit.runs.record import attempt_entry, now
 from toolkit.runs.signals import Signals
 
-_FINAL = ("finished", "stopped", "killed", "mistake", "NotFinite", "CheckpointError")
+_FINAL = ("finished", "stopped", "killed", "mistake", "disk", "NotFinite", "CheckpointError")
 
 
 @dataclass(frozen=True)
@@ -33,29 +33,28 @@ class Surroundings:
 
 def run_attempts(folder: RunFolder, plan: Plan, cause: str, around: Surroundings) -> Result:
     """Start, and start again as long as that can help; the truth about how the run ended."""
-    failed_at = -1
+    failed_at, is_restart = -1, False
     _close_lost_attempt(folder)
     with Signals() as signals:
         while True:
-            result = _one_attempt(folder, plan, cause, around, signals)
+            result = _one_attempt(folder, plan, cause, is_restart, around, signals)
+            is_restart = result.kind != "OutOfMemory"
             if result.kind in _FINAL:
                 return result
             if signals.first:
                 return result.saying(f"failed while stopping on a signal: {result.message}")
-            if result.kind == "OutOfMemory":
+            if not is_restart:
                 smaller = around.shrink(plan)
                 if smaller is None:
                     return result.saying(f"{result.message}\n{around.advice(plan)}")
                 cause = _resplit_words(plan, smaller, result)
                 plan = smaller
             else:
-                restarts = folder.count_restart()
                 if result.step == failed_at:
                     return result.saying(f"no progress since step {failed_at}: {result.message}")
-                if restarts > plan.recipe.launch.max_restarts:
-                    return result.saying(
-                        f"gave up after {restarts} failed starts: {result.message}"
-                    )
+                starts = 1 + folder.read_record()["restarts"]
+                if starts > plan.recipe.launch.max_restarts:
+                    return result.saying(f"gave up after {starts} failed starts: {result.message}")
                 failed_at, cause = result.step, f"restart: {result.message}"
                 if result.suspect:
                     cause += _set_aside_since(folder, result.suspect)
@@ -63,11 +62,16 @@ def run_attempts(folder: RunFolder, plan: Plan, cause: str, around: Surroundings
 
 
 def _one_attempt(
-    folder: RunFolder, plan: Plan, cause: str, around: Surroundings, signals: Signals
+    folder: RunFolder,
+    plan: Plan,
+    cause: str,
+    is_restart: bool,
+    around: Surroundings,
+    signals: Signals,
 ) -> Result:
     """One attempt, with its entry in the record; a full disk does not hide how it ended."""
     try:
-        number = folder.add_attempt(plan, attempt_entry(plan, cause))
+        number = folder.add_attempt(plan, attempt_entry(plan, cause), is_restart)
         if saved := find_checkpoints(folder.checkpoints):
             around.say(f"attempt {number} goes on from {saved[-1].name}")
         result = run_attempt(
@@ -75,7 +79,7 @@ def _one_attempt(
         )
     except OSError as error:
         where = error.filename or folder.path
-        return Result.failure("error", 0, f"{where}: {error.strerror or error}")
+        return Result.failure("disk", 0, f"{where}: {error.strerror or error}")
     try:
         folder.end_attempt(
             number,
