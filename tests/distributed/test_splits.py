@@ -128,12 +128,17 @@ def prepared_plan(recipe: Recipe) -> Plan:
 def whole_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The model's tensors of a checkpoint, put together from its ranks' parts."""
     parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    shapes = {}
     for manifest in sorted(checkpoint.glob("rank-*.json")):
         tensors = load_file(manifest.with_suffix(".safetensors"))
         for name, entry in json.loads(manifest.read_text())["tensors"].items():
             if name.startswith("model."):
                 parts.setdefault(name, []).append((entry["start"], tensors[name]))
-    return {n: torch.cat([t for _, t in sorted(p, key=lambda x: x[0])]) for n, p in parts.items()}
+                shapes[name] = entry["shape"]
+    return {
+        name: torch.cat([t for _, t in sorted(found, key=lambda x: x[0])]).view(shapes[name])
+        for name, found in parts.items()
+    }
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Saving as several ranks would, each in its own thread, voting through a store in memory."""
 
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ def pieces(
             size = -(-tensor.shape[0] // world)
             start = min(tensor.shape[0], rank * size)
             part = tensor[start : start + size].clone()
-            result[name] = Piece(part, tuple(tensor.shape), start, part.numel() > 0)
+            first = start * math.prod(tensor.shape[1:])
+            result[name] = Piece(part, tuple(tensor.shape), first, part.numel() > 0)
         else:
             result[name] = Piece(tensor.clone(), tuple(tensor.shape), 0, number % world == rank)
     return result

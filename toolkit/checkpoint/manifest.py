@@ -1,9 +1,9 @@
 """What a checkpoint says of itself, and whether it is true.
 
     checkpoints/step-00000200/
-        rank-0.safetensors   the tensors (or rows of tensors) that rank 0 owns
-        rank-0.json          tensor, global shape, first row, dtype, size, SHA-256; size of the file
-                             and SHA-256 of its header
+        rank-0.safetensors   the tensors (or ranges of them) that rank 0 owns, each as one dimension
+        rank-0.json          tensor, global shape, first element in row-major order, dtype, size,
+                             SHA-256; size of the file and SHA-256 of its header
         state.json           step, samples, tokens, early stopping …
         manifest.json        SHA-256 of the others and of itself; written last, deleted first
 
@@ -68,7 +68,7 @@ def sha256(raw: Any) -> str:
 def write_rank_manifest(folder: Path, rank: int, tensors: dict[str, dict[str, Any]]) -> str:
     """Describe a rank's shard, which is on disk already; the SHA-256 of the description.
 
-    `tensors`: name -> shape (global), start (first row), dtype, bytes, sha256.
+    `tensors`: name -> shape (global), start (first element), dtype, bytes, sha256.
     """
     path = folder / shard_name(rank)
     start = _data_start(path)

@@ -70,14 +70,12 @@ def _fill(piece: Piece, name: str, parts: list[tuple[int, dict[str, Any]]], file
     shape = tuple(parts[0][1]["shape"])
     if shape != piece.shape:
         raise CheckpointError(f"tensor {name}: {list(shape)} saved, {list(piece.shape)} here")
-    if not shape:
-        piece.tensor.copy_(files[parts[0][0]].get_tensor(name))
-        return
-    end = piece.start + piece.tensor.shape[0]
+    target = piece.tensor.contiguous().view(-1)
+    end = piece.start + target.numel()
     for rank, entry in parts:
-        stored = files[rank].get_slice(name)
-        first = entry["start"]
+        stored, first = files[rank].get_slice(name), entry["start"]
         low, high = max(piece.start, first), min(end, first + stored.get_shape()[0])
         if low < high:
-            target = piece.tensor[low - piece.start : high - piece.start]
-            target.copy_(stored[low - first : high - first])
+            target[low - piece.start : high - piece.start].copy_(stored[low - first : high - first])
+    if not piece.tensor.is_contiguous():
+        piece.tensor.copy_(target.view(piece.tensor.shape))

@@ -203,7 +203,7 @@ def _write_shard(
     path = folder / shard_name(rank)
     with ThreadPoolExecutor(digest_threads) as threads:
         digests = {name: threads.submit(_digest, tensor) for name, tensor in tensors.items()}
-        save_file(tensors, path)
+        save_file({name: tensor.reshape(-1) for name, tensor in tensors.items()}, path)
         with path.open("rb") as file:
             os.fsync(file.fileno())
     described = {

@@ -4,6 +4,7 @@ The engine knows ranks, wrapping and precision; it does not know schedules, cade
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,9 +29,10 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Piece:
-    """A rank's part of one state tensor: rows `start` .. of a tensor of `shape`; `tensor` is local.
+    """A rank's part of one state tensor of `shape`; `tensor` is local, of any shape.
 
-    `owned` is true on the one rank that writes it.
+    Its elements, in row-major order, are those from `start` on. `owned` is true on the one rank that
+    writes them.
     """
 
     tensor: Tensor
@@ -221,7 +223,8 @@ class TorchEngine:
         start = min(rows, position * -(-rows // shards))
         first_replica = mesh.ndim == 1 or mesh.get_local_rank(0) == 0
         local = value.to_local()
-        return Piece(local, tuple(value.shape), start, first_replica and local.numel() > 0)
+        row = math.prod(value.shape[1:])
+        return Piece(local, tuple(value.shape), start * row, first_replica and local.numel() > 0)
 
     @torch.no_grad()
     def _allocate_optimizer_state(self) -> None:
