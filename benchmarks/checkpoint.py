@@ -25,7 +25,7 @@ import torch.distributed.checkpoint as dcp
 
 from toolkit.checkpoint.state import TrainState
 from toolkit.recipe.schema import Checkpoint
-from toolkit.train.engines.torch import Piece
+from toolkit.train.engines.base import Piece
 from toolkit.train.saver import Saver, _digest
 from toolkit.train.votes import Votes
 

@@ -1,8 +1,8 @@
-"""What every launcher renders: an argument list and the environment it adds; no shell anywhere."""
+"""What every launcher renders: arguments, environment and files; no shell anywhere."""
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from toolkit.plan.model import Plan
@@ -10,25 +10,36 @@ from toolkit.plan.model import Plan
 
 @dataclass(frozen=True)
 class Job:
-    """Where an attempt lies: the workers read `plan_file` and write below `run_folder`."""
+    """Where an attempt lies: the workers read `plan_file` and write below `run_folder`.
+
+    `node_rank` is this node's number; `host` and `port` are where the ranks of all nodes meet.
+    """
 
     plan_file: Path
     run_folder: Path
     attempt: int
     python: str
+    node_rank: int = 0
+    host: str = "127.0.0.1"
+    port: int = 29500
 
 
 @dataclass(frozen=True)
 class Command:
-    """Arguments for exec, and environment variables on top of the caller's."""
+    """Arguments for exec, environment variables on top of the caller's, and files to write first."""
 
     argv: list[str]
     env: dict[str, str]
+    files: dict[str, str] = field(default_factory=dict)
 
     def to_shell(self) -> str:
-        """The same as one line that a shell can run; every value quoted."""
+        """The same as text that a shell can run; every value quoted."""
         settings = [f"{name}={shlex.quote(value)}" for name, value in sorted(self.env.items())]
-        return " ".join([*settings, shlex.join(self.argv)])
+        writes = [
+            f"printf %s {shlex.quote(text)} > {shlex.quote(path)}"
+            for path, text in sorted(self.files.items())
+        ]
+        return "\n".join([*writes, " ".join([*settings, shlex.join(self.argv)])])
 
 
 WORKER_ENVIRONMENT = {
@@ -41,9 +52,15 @@ WORKER_ENVIRONMENT = {
 Renderer = Callable[[Plan, Job], Command]
 
 
+def per_node(plan: Plan) -> int:
+    """Ranks of one node."""
+    return plan.batch.gpus // plan.batch.nodes
+
+
 def worker_arguments(job: Job) -> list[str]:
     """What every launcher puts after its own options."""
     return [
+        "toolkit.train.worker",
         "--plan",
         str(job.plan_file),
         "--run-dir",

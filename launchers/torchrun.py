@@ -1,22 +1,23 @@
-"""torchrun on one node; its own restarts stay off, because drumline's supervisor decides."""
+"""torchrun; its own restarts stay off, because drumline's supervisor decides."""
 
-from launchers.base import WORKER_ENVIRONMENT, Command, Job, worker_arguments
+from launchers.base import WORKER_ENVIRONMENT, Command, Job, per_node, worker_arguments
 from toolkit.plan.model import Plan
 
 
 def render(plan: Plan, job: Job) -> Command:
-    """`python -m torch.distributed.run` with one worker per rank."""
+    """`python -m torch.distributed.run` with one worker per rank of this node."""
     argv = [
         job.python,
         "-m",
         "torch.distributed.run",
-        "--nnodes=1",
-        f"--nproc-per-node={plan.batch.gpus}",
+        f"--nnodes={plan.batch.nodes}",
+        f"--node-rank={job.node_rank}",
+        f"--nproc-per-node={per_node(plan)}",
         "--rdzv-backend=c10d",
-        "--rdzv-endpoint=127.0.0.1:0",
+        f"--rdzv-endpoint={job.host}:{job.port}",
+        f"--rdzv-id={job.run_folder.name}-{job.attempt}",
         "--max-restarts=0",
         "-m",
-        "toolkit.train.worker",
         *worker_arguments(job),
     ]
     return Command(argv, WORKER_ENVIRONMENT)

@@ -11,6 +11,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The one way to change a golden file."""
+    parser.addoption("--rewrite-goldens", action="store_true", help="write golden files anew")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def prepared_data_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Prepared data are shared by all tests of a session, also across xdist's workers."""

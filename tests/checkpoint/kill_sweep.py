@@ -25,7 +25,7 @@ from toolkit.checkpoint import shelf
 from toolkit.checkpoint.state import TrainState
 from toolkit.recipe.schema import Checkpoint
 from toolkit.train import loader, saver
-from toolkit.train.engines.torch import Piece
+from toolkit.train.engines.base import Piece
 from toolkit.train.saver import Saver
 from toolkit.train.votes import Votes
 

@@ -1,7 +1,10 @@
 """The real command, as a new user types it: output, messages and exit codes."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +81,7 @@ def test_gpus_resplits(drumline: Any) -> None:
         (["run", "{r}", "--run-dir", "{run}"], "holds a run. Nearest: `drumline resume"),
         (["run", "{r}", "data.path=/none.txt", "data.source=files", "data.name=null", "data.samples=null"],
          "/none.txt does not exist"),
-        (["run", "{r}", "launch.launcher=deepspeed"], "deepspeed can be planned but not yet run"),
+        (["run", "{r}", "--dry-run", "--rendezvous", "host"], "--rendezvous host: expected HOST:PORT"),
         (["run", "{r}", "--run-dir", "{r}/x"], "r.yaml is a file, not a folder"),
         (["resume", "{full}"], "is not a run folder (no record.json)"),
         (["resume", "{d}/none"], "does not exist"),
@@ -168,3 +171,27 @@ def test_a_recipe_that_does_not_fit_is_not_started(drumline: Any, tmp_path: Path
     assert done.returncode == 3
     assert "`drumline plan` lists what makes it fit" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("launcher", ["accelerate", "deepspeed"])
+def test_a_launcher_that_is_not_installed_is_one_line(recipe_file: Path, launcher: str) -> None:
+    """Which extra to install, exit 2; planning the same recipe works."""
+    program = (
+        "import importlib.util as u, sys; real = u.find_spec\n"
+        f"u.find_spec = lambda name, *rest: None if name == '{launcher}' else real(name, *rest)\n"
+        f"sys.argv = ['drumline', sys.argv[1], {str(recipe_file)!r}, 'launch.launcher={launcher}']\n"
+        "from toolkit.cli import main; main()"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for command, code in (("plan", 0), ("run", 2)):
+        done = subprocess.run(
+            [sys.executable, "-c", program, command],
+            env=env, cwd=recipe_file.parent, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+        if code:
+            assert (
+                f"{launcher} is not installed. Nearest: pip install 'drumline[{launcher}]'"
+                in done.stderr
+            )
+            assert len(done.stderr.splitlines()) == 1

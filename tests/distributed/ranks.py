@@ -19,7 +19,7 @@ def run_jobs(world: int, jobs: list[dict[str, Any]], folder: Path) -> None:
     (folder / "jobs.json").write_text(json.dumps(jobs))
     processes = []
     for rank in range(world):
-        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
+        env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
                "PYTHONPATH": str(ROOT), "STORE": str(folder / "store")}  # fmt: skip
         with (folder / f"rank-{rank}.log").open("wb") as log:
             command = [sys.executable, __file__, str(folder / "jobs.json")]

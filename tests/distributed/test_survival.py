@@ -22,6 +22,7 @@ from zygote import Child, Zygote
 from toolkit.checkpoint.manifest import step_of, verify
 from toolkit.checkpoint.shelf import find_checkpoints
 from toolkit.processes import Process
+from toolkit.rank_files import RankFiles
 from toolkit.recipe import yaml12
 from toolkit.train.metrics import read_metrics
 
@@ -477,6 +478,29 @@ def test_a_full_disk_can_be_lived_through(zygote: Zygote, tmp_path: Path) -> Non
         assert "No space left" in errors[0]
         assert verify(small / "r/checkpoints/step-00000200").step == 200
         assert not list((small / "r/checkpoints").glob(".*"))
+
+
+def test_a_full_disk_does_not_silence_a_rank(tmp_path: Path) -> None:
+    """The room for a rank's last words is taken when it starts; its beats need no more either."""
+    with small_disk(tmp_path / "small", "256k"):
+        files = RankFiles(tmp_path / "small", 0)
+        assert files.announce()
+        beat = files.open_beat()
+        beat(0, 1, "begin")
+        with (
+            (tmp_path / "small/filler").open("wb", buffering=0) as filler,
+            contextlib.suppress(OSError),
+        ):
+            while True:
+                filler.write(b"x" * 4096)
+        with pytest.raises(OSError, match="No space left"):
+            (tmp_path / "small/more").write_bytes(b"x" * 4096)
+        beat(0, 1, "forward of micro-batch 1 of 1")
+        files.write_outcome({"outcome": "failed", "message": "x" * 4000})
+        assert files.outcome() == {"outcome": "failed", "message": "x" * 4000}
+        found = files.beat()
+        assert found
+        assert found.place == "forward of micro-batch 1 of 1"
 
 
 def test_a_full_disk_in_prepare(zygote: Zygote, tmp_path: Path) -> None:

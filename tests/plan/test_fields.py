@@ -44,7 +44,7 @@ CHANGES: dict[str, Any] = {
               {"gpus": 4, "accumulation": 1}, {"remainder": "carry"}, {"weighting": "token"},
               {"accumulation": 1, "effective": 6}],
     "cluster": [{"gpu": "b200"}, {"gpus_per_node": 1, "nodes": 2}, {"nodes": {"min": 1, "max": 1}}],
-    "strategy": [{"name": "fsdp"}, {"name": "fsdp", "shard": "node"}],
+    "strategy": [{"name": "fsdp"}, {"name": "fsdp", "shard": "node"}, {"offload": "optimizer"}],
     "precision": "bf16",
     "optimizer": [{"name": "adam"}, {"lr": 2e-3}, {"weight_decay": 0.1}, {"betas": [0.8, 0.9]}, {"eps": 1e-6},
                   {"name": "sgd", "momentum": 0.5}, {"name": "sgd", "momentum": 0.5, "nesterov": True},
@@ -80,6 +80,10 @@ def test_every_field_matters() -> None:
             if NEEDS_TEXT & set(keys):
                 plain = {**base, "early_stopping": None, "evaluation": None}
                 start = merge(merge(plain, TEXT), {"data": {"validation": 0.0}})
+            if "strategy.offload" in keys:
+                start = merge(
+                    base, {"launch": {"launcher": "deepspeed"}, "strategy": {"name": "zero1"}}
+                )
             changed = merge(start, {section: change})
             if changed["data"].get("sequence_length") and "task" in change:
                 changed["early_stopping"] = None

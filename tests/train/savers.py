@@ -11,7 +11,7 @@ from torch.distributed import HashStore
 from toolkit.checkpoint.manifest import checkpoint_name
 from toolkit.checkpoint.state import TrainState
 from toolkit.recipe.schema import Checkpoint
-from toolkit.train.engines.torch import Piece
+from toolkit.train.engines.base import Piece
 from toolkit.train.saver import Saver
 from toolkit.train.votes import Votes
 

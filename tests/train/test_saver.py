@@ -15,7 +15,7 @@ from toolkit.checkpoint.manifest import step_of, verify
 from toolkit.checkpoint.state import TrainState
 from toolkit.errors import CheckpointError
 from toolkit.train import loader, saver
-from toolkit.train.engines.torch import Piece
+from toolkit.train.engines.base import Piece
 
 
 @pytest.mark.parametrize("write", [(1, False), (2, True), (3, True), (4, True), (3, False)])

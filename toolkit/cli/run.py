@@ -2,9 +2,12 @@
 
 import json
 import math
+import os
 import shlex
+import socket
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +32,9 @@ from toolkit.runs.record import new_record
 from toolkit.runs.supervise import Surroundings, run_attempts
 from toolkit.units import format_bytes, format_duration
 
+Node = tuple[int, str, int]
+"""Node rank, and host and port where the nodes meet."""
+
 Force = Annotated[bool, typer.Option("--force", help="Train although the plan does not fit.")]
 
 
@@ -37,6 +43,12 @@ def run_command(
     overrides: Overrides = None,
     run_dir: Annotated[Path | None, typer.Option("--run-dir", help="New or empty.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would start.")] = False,
+    node_rank: Annotated[
+        int | None, typer.Option("--node-rank", min=0, help="With --dry-run: which node.")
+    ] = None,
+    rendezvous: Annotated[
+        str | None, typer.Option("--rendezvous", help="With --dry-run: HOST:PORT of node 0.")
+    ] = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -47,9 +59,9 @@ def run_command(
         run_folder.check_new(run_dir)
     if dry_run or not _needs_data(loaded):
         plan = make_plan(loaded)
-        _refuse_what_cannot_start(plan, force, as_json)
+        _refuse_what_does_not_fit(plan, force, as_json)
         if dry_run:
-            return _show_command(plan, run_dir, as_json)
+            return _show_command(plan, run_dir, _this_node(node_rank, rendezvous), as_json)
     prepare_data(loaded)
     plan = make_plan(loaded)
     _refuse_what_cannot_start(plan, force, as_json)
@@ -97,10 +109,12 @@ def resume_command(
 
 
 def _check_offered(recipe: Recipe) -> None:
-    if recipe.launch.launcher not in LAUNCHERS:
+    """LaunchError for what this release or this machine lacks."""
+    launcher = recipe.launch.launcher
+    if launcher != "torchrun" and find_spec(launcher) is None:
         raise LaunchError(
-            f"launch.launcher: {recipe.launch.launcher} can be planned but not yet run. "
-            f"Nearest: {', '.join(LAUNCHERS)}"
+            f"launch.launcher: {launcher} is not installed. "
+            f"Nearest: pip install 'drumline[{launcher}]', or launch.launcher=torchrun"
         )
     if recipe.logging.wandb:
         raise LaunchError(
@@ -115,22 +129,35 @@ def _needs_data(recipe: Recipe) -> bool:
     return counted and recipe.data.samples is None
 
 
-def _show_command(plan: Plan, run_dir: Path | None, as_json: bool) -> None:
+def _show_command(plan: Plan, run_dir: Path | None, node: Node, as_json: bool) -> None:
     """What `--dry-run` prints: ready to paste, or as an object."""
-    where = (run_dir or Path("runs") / f"{plan.recipe.recipe}-N").absolute()
-    command = _render(plan, RunFolder(where), 0)
-    print(json.dumps(vars(command)) if as_json else command.to_shell())
+    folder = RunFolder((run_dir or Path("runs") / f"{plan.recipe.recipe}-N").absolute())
+    command = _render(plan, folder, 0, node)
+    if as_json:
+        print(json.dumps(vars(command)))
+        return
+    where = {name: shlex.quote(str(path)) for name, path in (
+        ("logs", folder.logs(0)), ("checkpoints", folder.checkpoints), ("plan", folder.plan_file(0)),
+    )}  # fmt: skip
+    print(f"mkdir -p {where['logs']} {where['checkpoints']}")
+    print(f"printf %s {shlex.quote(plan.to_json())} > {where['plan']}")
+    print(command.to_shell())
 
 
 def _refuse_what_cannot_start(plan: Plan, force: bool, as_json: bool) -> None:
     """Exit 2 where the plan wants several nodes, 3 where it does not fit in memory."""
-    memory = plan.memory
     if plan.batch.nodes > 1 and plan.recipe.cluster.gpu != "cpu":
         per_node = plan.batch.gpus // plan.batch.nodes
         raise LaunchError(
             f"the plan wants {plan.batch.nodes} nodes, and `run` starts processes on one. "
-            f"Nearest: batch.gpus={per_node} batch.accumulation=null"
+            f"Nearest: batch.gpus={per_node} batch.accumulation=null; or --dry-run --node-rank N "
+            "--rendezvous HOST:PORT, whose output starts one node of them"
         )
+    _refuse_what_does_not_fit(plan, force, as_json)
+
+
+def _refuse_what_does_not_fit(plan: Plan, force: bool, as_json: bool) -> None:
+    memory = plan.memory
     if memory.fits is False and not force:
         assert memory.device and memory.capacity
         if as_json:
@@ -142,9 +169,33 @@ def _refuse_what_cannot_start(plan: Plan, force: bool, as_json: bool) -> None:
         )
 
 
-def _render(plan: Plan, folder: RunFolder, attempt: int) -> Command:
-    job = Job(folder.plan_file(attempt), folder.path, attempt, sys.executable)
-    return LAUNCHERS[plan.recipe.launch.launcher](plan, job)
+def _render(plan: Plan, folder: RunFolder, attempt: int, node: Node) -> Command:
+    where = folder.plan_file(attempt), folder.path, attempt, sys.executable
+    return LAUNCHERS[plan.recipe.launch.launcher](plan, Job(*where, *node))
+
+
+def _this_node(node_rank: int | None, rendezvous: str | None) -> Node:
+    """Node rank and meeting place: as stated, else from NODE_RANK, MASTER_ADDR, MASTER_PORT."""
+    if node_rank is None:
+        stated = os.environ.get("NODE_RANK", "0")
+        if not stated.isdigit():
+            raise LaunchError(f"NODE_RANK={stated!r} in the environment is not a number")
+        node_rank = int(stated)
+    if rendezvous is None:
+        rendezvous = ":".join(
+            [os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")]
+        )
+    host, _, port = rendezvous.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+        raise LaunchError(f"--rendezvous {rendezvous}: expected HOST:PORT, such as node-0:29500")
+    return node_rank, host, int(port)
+
+
+def _alone() -> Node:
+    """One node, and a port that nobody has."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return 0, "127.0.0.1", free.getsockname()[1]
 
 
 def _finish(folder: RunFolder, plan: Plan, cause: str, as_json: bool) -> None:
@@ -153,7 +204,7 @@ def _finish(folder: RunFolder, plan: Plan, cause: str, as_json: bool) -> None:
     started = time.monotonic()
     progress = Progress(plan.steps.total)
     around = Surroundings(
-        render=lambda current, number: _render(current, folder, number),
+        render=lambda current, number: _render(current, folder, number, _alone()),
         shrink=_smaller_plan,
         advice=_advice_words,
         tick=progress,

@@ -122,9 +122,12 @@ class Strategy(Section):
 
     name: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
     shard: Literal["all", "node"] = "all"
+    offload: Literal["none", "optimizer"] = "none"
 
     @model_validator(mode="after")
-    def _shard_is_for_fsdp(self) -> Self:
+    def _keys_belong_to_the_strategy(self) -> Self:
+        if self.offload != "none" and not self.name.startswith("zero"):
+            raise ValueError(f"offload belongs to zero1, zero2 and zero3, not {self.name}")
         if self.shard == "node" and self.name != "fsdp":
             raise ValueError(f"shard: node belongs to strategy fsdp, not {self.name}")
         return self

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from launchers.base import Command
 from toolkit.checkpoint.manifest import rank_manifest_name
+from toolkit.files import write_text
 from toolkit.plan.model import Plan
 from toolkit.processes import Process
 from toolkit.rank_files import RankFiles
@@ -44,6 +45,8 @@ def run_attempt(
     ranks = [RankFiles(logs, rank) for rank in range(plan.batch.gpus)]
     watchdog = Watchdog(ranks, plan.recipe.launch.hang_timeout_s)
     hang = ""
+    for path, text in command.files.items():
+        write_text(Path(path), text)
     with (logs / "launcher.log").open("wb") as log:
         process = subprocess.Popen(
             command.argv,

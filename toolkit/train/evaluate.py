@@ -11,7 +11,7 @@ from toolkit.plan.model import Plan
 from toolkit.plan.steps import share
 from toolkit.train.agreement import any_rank
 from toolkit.train.batches import micro_batch_tensors
-from toolkit.train.engines.torch import TorchEngine
+from toolkit.train.engines import Engine
 from toolkit.train.watch import Watch
 
 FORWARDS_PER_LOOK = 8
@@ -21,7 +21,7 @@ FORWARDS_PER_LOOK = 8
 class Evaluator:
     """Runs every `evaluation.every_steps`; every rank reads its share, the result is the same on all."""
 
-    def __init__(self, plan: Plan, engine: TorchEngine) -> None:
+    def __init__(self, plan: Plan, engine: Engine) -> None:
         self._plan, self._engine = plan, engine
         if plan.recipe.evaluation:
             assert plan.data.cache

@@ -12,7 +12,7 @@ from toolkit.checkpoint import shelf
 from toolkit.checkpoint.manifest import read_entries, read_manifest, shard_name, verify
 from toolkit.checkpoint.state import TrainState
 from toolkit.errors import CheckpointError
-from toolkit.train.engines.torch import Piece
+from toolkit.train.engines.base import Piece
 
 
 def choose(folder: Path) -> tuple[Path, TrainState, bool] | None:

@@ -18,7 +18,7 @@ from toolkit.train import loader
 from toolkit.train.agreement import Agreement
 from toolkit.train.anomalies import Judge, find_culprits
 from toolkit.train.batches import Step, StepReader, read_ahead
-from toolkit.train.engines.torch import TorchEngine
+from toolkit.train.engines import Engine, build_engine
 from toolkit.train.evaluate import Evaluator
 from toolkit.train.metrics import Logbook
 from toolkit.train.saver import SaveCadence, Saver
@@ -50,7 +50,7 @@ def train(
     assert plan.data.cache
     rows = Rows(Path(plan.data.cache), "train")
     watch.at("model")
-    engine = TorchEngine(plan, rows.card, device)
+    engine = build_engine(plan, rows.card, device)
     reader = StepReader(plan, rows, rank, pin=device.type == "cuda")
     watch.at("load")
     state, suspect = _restore(engine, plan, run_folder / "checkpoints")
@@ -81,9 +81,7 @@ def train(
             watch.at("update")
             judgement = judge.judge(step.number, verdict, engine.scaler)
             rate = schedule.rate(plan.schedule, step.number, clock)
-            if not judgement.skip:
-                engine.step(rate)
-            engine.zero_grad()
+            engine.skip() if judgement.skip else engine.step(rate)
             state.advance(step.number, clock.consumed(step.number), step.tokens, verdict.loss)
             odd = judgement.why and judgement.why != "overflow"
             culprits = find_culprits(step, [float(loss) for loss in losses]) if odd else {}
@@ -126,7 +124,7 @@ class _Course:
         return self.stop or bool(self.reason)
 
 
-def _forward_backward(engine: TorchEngine, step: Step, watch: Watch) -> list[Tensor]:
+def _forward_backward(engine: Engine, step: Step, watch: Watch) -> list[Tensor]:
     """All micro-batches of one step on this rank; the undivided loss of each, on the device."""
     losses = []
     count = len(step.micro_batches)
@@ -176,7 +174,7 @@ def _saver(plan: Plan, folder: Path, attempt: int, saved_step: int, logbook: Log
     return Saver(folder / "checkpoints", recipe.checkpoint, votes, rank, saved_step, logbook.sync)
 
 
-def _save(engine: TorchEngine, saver: Saver, state: TrainState, watch: Watch) -> None:
+def _save(engine: Engine, saver: Saver, state: TrainState, watch: Watch) -> None:
     if engine.scaler:
         state.loss_scale = vars(engine.scaler).copy()
     saver.wait(watch.wait)
@@ -223,7 +221,7 @@ def _gain(value: float, reference: float | None, mode: str) -> float:
     return reference - value if mode == "min" else value - reference
 
 
-def _restore(engine: TorchEngine, plan: Plan, folder: Path) -> tuple[TrainState, str | None]:
+def _restore(engine: Engine, plan: Plan, folder: Path) -> tuple[TrainState, str | None]:
     """The state of the newest sound checkpoint, loaded; a fresh one where there is none.
 
     Also the checkpoint's name, where it can be doubted because there is one before it.
@@ -244,6 +242,7 @@ def _restore(engine: TorchEngine, plan: Plan, folder: Path) -> tuple[TrainState,
                 f"{path} belongs to another training: {what} {saved}, here {here}"
             )
     loader.load(path, engine.pieces())
+    engine.loaded()
     print(f"going on from step {state.step}, loaded from {path}", flush=True)
     if state.loss_scale:
         engine.scaler = LossScaler(**state.loss_scale)

@@ -36,8 +36,13 @@ def build_optimizer(module: nn.Module, spec: Optimizer) -> torch.optim.Optimizer
         one = [{"params": parameters, "weight_decay": 0.0}]
         return OPTIMIZERS[spec.name](one, spec, {spec.implementation: True})
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": spec.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if _ndim(p) >= 2], "weight_decay": spec.weight_decay},
+        {"params": [p for p in parameters if _ndim(p) < 2], "weight_decay": 0.0},
     ]
     kernel = {spec.implementation: True}
     return OPTIMIZERS[spec.name]([group for group in groups if group["params"]], spec, kernel)
+
+
+def _ndim(parameter: Any) -> int:
+    """Dimensions of the whole tensor, also where ZeRO-3 keeps a flat part of it."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))

@@ -24,7 +24,7 @@ from toolkit.checkpoint.state import TrainState
 from toolkit.errors import CheckpointError, PeerLost
 from toolkit.files import fsync_folder
 from toolkit.recipe.schema import Checkpoint
-from toolkit.train.engines.torch import Piece
+from toolkit.train.engines.base import Piece
 from toolkit.train.votes import Votes
 
 DRAIN_S = 60.0

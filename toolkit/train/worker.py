@@ -129,7 +129,11 @@ def _process_group(plan: Plan, rank: int, device: Any) -> Iterator[None]:
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     # Longer than the watchdog's, which can tell who is late; this one ends ranks without a supervisor.
     timeout = timedelta(seconds=2 * plan.recipe.launch.hang_timeout_s + 60)
-    dist.init_process_group(backend, timeout=timeout)
+    alone = world == 1 and "MASTER_ADDR" not in os.environ  # accelerate sets nothing for one rank
+    meeting: dict[str, Any] = {}
+    if alone:
+        meeting = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
+    dist.init_process_group(backend, timeout=timeout, **meeting)
     try:
         yield
         dist.barrier()  # a rank that leaves early can abort the others' shutdown

@@ -1,0 +1,58 @@
+"""`accelerate launch`, with a configuration of its own, so that a user's default one changes nothing.
+
+On a CPU accelerate starts one process, whatever --num_processes says, unless it is told that these
+are GPUs; the worker then takes the CPU, as the plan says.
+"""
+
+import json
+from typing import Any
+
+from launchers.base import WORKER_ENVIRONMENT, Command, Job, worker_arguments
+from toolkit.plan.model import Plan
+
+_PRECISION = {"bf16": "bf16", "fp16": "fp16"}
+
+
+def render(plan: Plan, job: Job) -> Command:
+    """`python -m accelerate.commands.launch` of this node's ranks."""
+    config_file = str(job.run_folder / f"accelerate-{job.attempt}.json")
+    argv = [
+        job.python,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        config_file,
+        "--dynamo_backend",
+        "no",
+        "--max_restarts",
+        "0",
+        "--module",
+        *worker_arguments(job),
+    ]
+    env = {**WORKER_ENVIRONMENT, "ACCELERATE_USE_CPU": str(_on_cpu(plan)).lower()}
+    return Command(argv, env, {config_file: json.dumps(_config(plan, job), indent=2) + "\n"})
+
+
+def _config(plan: Plan, job: Job) -> dict[str, Any]:
+    several = plan.batch.gpus > 1
+    return {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "MULTI_GPU" if several else "NO",
+        "num_processes": plan.batch.gpus,
+        "num_machines": plan.batch.nodes,
+        "machine_rank": job.node_rank,
+        "main_process_ip": job.host,
+        "main_process_port": job.port,
+        "rdzv_backend": "static",
+        "same_network": True,
+        "mixed_precision": _PRECISION.get(plan.recipe.precision, "no")
+        if not _on_cpu(plan)
+        else "no",
+        "use_cpu": False,
+        "main_training_function": "main",
+        "debug": False,
+    }
+
+
+def _on_cpu(plan: Plan) -> bool:
+    return plan.recipe.cluster.gpu == "cpu"

@@ -1,0 +1,215 @@
+"""DeepSpeed: ZeRO stages 0 to 3 under drumline's loss weighting, clipping, schedule and checkpoints.
+
+DeepSpeed averages over ranks and, if left to itself, over micro-batches; here backward runs on
+Σ·G/W, unscaled, and the last micro-batch of a step is marked by hand. State is read and written in
+place, in the fp32 partitions that the optimizer itself updates.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
+import deepspeed.ops
+from deepspeed.runtime.utils import combine_grad_norm_groups
+
+from toolkit.data.card import Card
+from toolkit.errors import LaunchError
+from toolkit.plan.deepspeed import STAGES, deepspeed_config
+from toolkit.plan.model import Plan
+from toolkit.train.engines.base import Engine, Piece
+from toolkit.train.loss import LossModule
+from toolkit.train.models import Skeleton, has_batchnorm
+from toolkit.train.optimizers import build_optimizer
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # two minutes of compiling on a CPU
+
+
+class DeepSpeedEngine(Engine):
+    """A DeepSpeedEngine around the loss module."""
+
+    def __init__(self, plan: Plan, card: Card, device: torch.device) -> None:
+        super().__init__(plan, device)
+        recipe = plan.recipe
+        self._stage = STAGES[recipe.strategy.name]
+        self._config = deepspeed_config(plan)
+        deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl")
+        skeleton = Skeleton(recipe, card)
+        for block in skeleton.blocks():
+            self._partition(block)
+        model = skeleton.finish()
+        self._partition(model)
+        if self._stage < 3:
+            model = model.to(device)
+        self.module = LossModule(model, recipe.data.task, recipe.loss.chunked)
+        self.has_batchnorm = has_batchnorm(model)
+        if recipe.model.compile:
+            self.module.compile()
+        self._parameters = {
+            name.removeprefix("model."): parameter
+            for name, parameter in self.module.named_parameters()
+        }
+        engine, *_ = deepspeed.initialize(
+            model=self.module,
+            optimizer=build_optimizer(self.module, recipe.optimizer),
+            config=self._config,
+            dist_init_required=False,
+        )
+        engine.torch_autocast_z0_gradscaler = None  # drumline's own looks at all ranks
+        self.wrapped: Any = engine
+        self._zero: Any = engine.optimizer if self._stage else None
+        self.optimizer = self._zero.optimizer if self._zero else engine.optimizer
+        self._norm: Any = None
+        self._check(engine)
+        self._allocate_optimizer_state()
+
+    def _check(self, engine: Any) -> None:
+        found = (engine.dp_world_size, engine.global_rank, engine.zero_optimization_stage())
+        if found != (self.world, self.rank, self._stage):
+            raise LaunchError(
+                f"DeepSpeed sees (ranks, rank, ZeRO stage) {found}, the plan names "
+                f"{(self.world, self.rank, self._stage)}"
+            )
+
+    def _partition(self, block: nn.Module) -> None:
+        """ZeRO-3: keep this rank's part of a block that has just been made."""
+        if self._stage == 3:
+            deepspeed.zero.Init(module=block, config_dict_or_path=self._config, dtype=torch.float32)
+
+    def clip(self, max_norm: float | None) -> Tensor:
+        """Measure the norm of the whole, unscaled gradient; ZeRO clips to it as it steps."""
+        if self._zero is None:
+            gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+            if self.scaler:
+                torch._foreach_mul_(gradients, 1.0 / self.scaler.scale)
+            norm = nn.utils.get_total_norm(gradients)
+            if max_norm is not None:
+                nn.utils.clip_grads_with_norm_(self._parameters.values(), max_norm, norm)
+            return norm.detach().float()
+        if self._stage == 3:
+            self._norm = combine_grad_norm_groups(type(self._zero)._get_norm_groups(self._zero))
+        else:
+            self._norm = type(self._zero).scaled_global_norm(self._zero)
+        scaled = torch.as_tensor(self._norm, dtype=torch.float32, device=self.device).reshape(())
+        unscaled = scaled / self.scaler.scale if self.scaler else scaled
+        return torch.where(scaled < 0, torch.inf, unscaled)  # DeepSpeed's -1: not finite
+
+    def step(self, rate: float) -> None:
+        """One optimizer update at this learning rate; forgets the gradients."""
+        self._set_rate(rate)
+        if self._zero is not None:
+            self._step_with_norm(self._norm)
+        else:
+            self.wrapped.step()
+
+    def skip(self) -> None:
+        """Forget the gradients without an update: what ZeRO does itself when a norm is not finite."""
+        if self._zero is not None:
+            self._step_with_norm(torch.tensor(-1.0, device=self.device))
+        else:
+            self.wrapped.zero_grad()
+
+    def _step_with_norm(self, norm: Any) -> None:
+        """DeepSpeed's step, with the norm given: once measured, or made up to be refused."""
+        if self._stage == 3:
+            self._zero._get_norm_groups = lambda: [norm]
+        else:
+            self._zero.scaled_global_norm = lambda norm_type=2: norm
+        self.wrapped.step()
+
+    def _backward(self, loss: Tensor) -> None:
+        self.wrapped.backward(loss, scale_wrt_gas=False)
+
+    @contextlib.contextmanager
+    def _reduce_gradients(self, last: bool) -> Iterator[None]:
+        self.wrapped.set_gradient_accumulation_boundary(last)
+        yield
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()  # torch_autocast in the configuration
+
+    def state_pieces(self) -> Iterator[tuple[str, Piece]]:
+        """Views of the fp32 partitions, where the optimizer keeps weights and state."""
+        for number, (name, parameter) in enumerate(self._parameters.items()):
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            views, start, scalars = self._views(parameter)
+            for key, view in views.items():
+                owned = view.numel() > 0
+                if self._stage == 0:
+                    owned = number % self.world == self.rank
+                stored = f"model.{name}" if key is None else f"optimizer.{name}.{key}"
+                yield stored, Piece(view, shape, start, owned)
+            for key, value in scalars.items():
+                yield f"optimizer.{name}.{key}", self._replicated(value, number)
+
+    def _views(self, parameter: Any) -> tuple[dict[str | None, Tensor], int, dict[str, Tensor]]:
+        """This rank's part of a parameter (None) and of its optimizer state, by key; its first element.
+
+        Also the state's scalars, which the parameters of a group share.
+        """
+        if self._stage == 0:
+            flat, first, start, count = parameter.data.view(-1), 0, 0, parameter.numel()
+            state = self.optimizer.state[parameter]
+            state = {k: v.view(-1) if v.ndim else v for k, v in state.items()}
+        elif self._stage == 3:
+            group, first, padded = self._zero.grad_position[self._zero.get_param_id(parameter)]
+            flat = self._zero.fp32_partitioned_groups_flat[group]
+            start = self.rank * padded
+            count = max(0, min(padded, parameter.ds_numel - start))
+            state = self.optimizer.state[flat]
+        else:
+            mapping = parameter._hp_mapping
+            group = self._group_of(parameter)
+            flat = self._zero.single_partition_of_fp32_groups[group]
+            first = start = count = 0
+            if mapping is not None:
+                first = mapping.hp_fragment_address.start
+                start, count = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+            state = self.optimizer.state[flat]
+        views: dict[str | None, Tensor] = {None: flat.data.narrow(0, first, count)}
+        views |= {k: v.narrow(0, first, count) for k, v in state.items() if v.ndim}
+        return views, start, {k: v for k, v in state.items() if not v.ndim}
+
+    def _group_of(self, parameter: Any) -> int:
+        groups = self._zero.bit16_groups
+        return next(n for n, group in enumerate(groups) if any(p is parameter for p in group))
+
+    @torch.no_grad()
+    def loaded(self) -> None:
+        """The fp32 partitions were filled: bring the weights of the forward in line."""
+        if self._stage in (1, 2):
+            self._zero.update_lp_params()
+        elif self._stage == 3:
+            for group in range(len(self._zero.fp16_groups)):
+                self._zero._reassign_or_swap_out_partitioned_parameters(group)
+            if self._zero.persistent_parameters:
+                self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+
+    @torch.no_grad()
+    def _allocate_optimizer_state(self) -> None:
+        """Make the optimizer's tensors exist, at zero, without moving a weight."""
+        with self._without_update():
+            if self._stage == 0:
+                for parameter in self._parameters.values():
+                    parameter.grad = torch.zeros_like(parameter)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+            elif self._stage == 3:
+                for number, flat in enumerate(self._zero.fp32_partitioned_groups_flat):
+                    kept, flat.grad = flat.grad, torch.zeros_like(flat)
+                    self._zero._optimizer_step(number)
+                    flat.grad = kept
+            else:
+                flats = self._zero.single_partition_of_fp32_groups
+                kept_all = [flat.grad for flat in flats]
+                for flat in flats:
+                    flat.grad = torch.zeros_like(flat)
+                self.optimizer.step()
+                for flat, kept in zip(flats, kept_all, strict=True):
+                    flat.grad = kept
