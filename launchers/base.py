@@ -12,7 +12,8 @@ from toolkit.plan.model import Plan
 class Job:
     """Where an attempt lies: the workers read `plan_file` and write below `run_folder`.
 
-    `node_rank` is this node's number; `host` and `port` are where the ranks of all nodes meet.
+    `node_rank` is this node's number; `host` and `port` are where the ranks of all nodes meet; `task`
+    is what the workers do there, by a name that the worker knows.
     """
 
     plan_file: Path
@@ -22,6 +23,7 @@ class Job:
     node_rank: int = 0
     host: str = "127.0.0.1"
     port: int = 29500
+    task: str = "train"
 
 
 @dataclass(frozen=True)
@@ -67,4 +69,5 @@ def worker_arguments(job: Job) -> list[str]:
         str(job.run_folder),
         "--attempt",
         str(job.attempt),
+        *(["--task", job.task] if job.task != "train" else []),
     ]

@@ -19,6 +19,9 @@ A message gives path, value, arithmetic and the nearest legal fix. A mistake of 
 `assert` or a plain exception and keeps its traceback.
 """
 
+NOT_EQUAL_EXIT_CODE = 5
+"""What was to be equal is not: `verify`, `reproduce`. No error either: the command did its work."""
+
 
 class DrumlineError(Exception):
     """Base of every error that is the user's to mend; `exit_code` is what the command returns."""

@@ -75,7 +75,6 @@ def gradient_job(plan: str, out: str, step: int) -> None:
     """The gradient of one step in fp64, whole, saved by rank 0."""
     import torch
     import torch.distributed as dist
-    from torch.distributed.tensor import DTensor
 
     from toolkit.data.rows import Rows
     from toolkit.plan.model import read_plan
@@ -90,8 +89,7 @@ def gradient_job(plan: str, out: str, step: int) -> None:
     for number, micro_batch in enumerate(work.micro_batches):
         engine.accumulate(micro_batch.tensors, micro_batch.first_slot, work.weight, step=step,
                           dummy=micro_batch.is_dummy, last=number == last)  # fmt: skip
-    grads = {name: p.grad for name, p in engine._parameters.items()}
-    whole = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in grads.items()}
+    whole = dict(engine.gradients())
     if dist.get_rank() == 0:
         torch.save(whole, out)
 

@@ -17,6 +17,8 @@ COMMANDS = {
     "schema": "plan",
     "run": "run",
     "resume": "run",
+    "verify": "verify",
+    "export": "export",
     "doctor": "doctor",
 }
 """Which file of this package holds a command; only that one is imported."""

@@ -54,7 +54,7 @@ def run_command(
 ) -> None:
     """Plan, then train here through the recipe's launcher."""
     loaded = load_recipe(recipe, overrides)
-    _check_offered(loaded)
+    check_offered(loaded)
     if run_dir is not None:
         run_folder.check_new(run_dir)
     if dry_run or not _needs_data(loaded):
@@ -64,7 +64,7 @@ def run_command(
             return _show_command(plan, run_dir, _this_node(node_rank, rendezvous), as_json)
     prepare_data(loaded)
     plan = make_plan(loaded)
-    _refuse_what_cannot_start(plan, force, as_json)
+    refuse_what_cannot_start(plan, force, as_json)
     print(plan_table(plan), file=sys.stderr)
     folder = run_folder.create(plan.recipe, run_dir)
     folder.write_record(new_record(plan))
@@ -89,7 +89,7 @@ def resume_command(
     with folder.locked():
         recipe = override(folder.latest_plan().recipe, overrides)
         folder.forget_restarts()
-    _check_offered(recipe)
+    check_offered(recipe)
     prepare_data(recipe)
     plan = make_plan(recipe, gpus)
     if plan.training_sha256 != record["training_sha256"]:
@@ -103,12 +103,12 @@ def resume_command(
             f"{run}: the data have changed: fingerprint {expected} when the run began, "
             f"{plan.data.fingerprint} now"
         )
-    _refuse_what_cannot_start(plan, force, as_json)
+    refuse_what_cannot_start(plan, force, as_json)
     print(plan_table(plan), file=sys.stderr)
     _finish(folder, plan, "resume", as_json)
 
 
-def _check_offered(recipe: Recipe) -> None:
+def check_offered(recipe: Recipe) -> None:
     """LaunchError for what this release or this machine lacks."""
     launcher = recipe.launch.launcher
     if launcher != "torchrun" and find_spec(launcher) is None:
@@ -144,7 +144,7 @@ def _show_command(plan: Plan, run_dir: Path | None, node: Node, as_json: bool) -
     print(command.to_shell())
 
 
-def _refuse_what_cannot_start(plan: Plan, force: bool, as_json: bool) -> None:
+def refuse_what_cannot_start(plan: Plan, force: bool, as_json: bool) -> None:
     """Exit 2 where the plan wants several nodes, 3 where it does not fit in memory."""
     if plan.batch.nodes > 1 and plan.recipe.cluster.gpu != "cpu":
         per_node = plan.batch.gpus // plan.batch.nodes
@@ -169,9 +169,16 @@ def _refuse_what_does_not_fit(plan: Plan, force: bool, as_json: bool) -> None:
         )
 
 
-def _render(plan: Plan, folder: RunFolder, attempt: int, node: Node) -> Command:
+def _render(
+    plan: Plan, folder: RunFolder, attempt: int, node: Node, task: str = "train"
+) -> Command:
     where = folder.plan_file(attempt), folder.path, attempt, sys.executable
-    return LAUNCHERS[plan.recipe.launch.launcher](plan, Job(*where, *node))
+    return LAUNCHERS[plan.recipe.launch.launcher](plan, Job(*where, *node, task))
+
+
+def render_alone(plan: Plan, folder: RunFolder, attempt: int, task: str = "train") -> Command:
+    """What starts an attempt on this machine, at a port that nobody has."""
+    return _render(plan, folder, attempt, _alone(), task)
 
 
 def _this_node(node_rank: int | None, rendezvous: str | None) -> Node:
@@ -204,7 +211,7 @@ def _finish(folder: RunFolder, plan: Plan, cause: str, as_json: bool) -> None:
     started = time.monotonic()
     progress = Progress(plan.steps.total)
     around = Surroundings(
-        render=lambda current, number: _render(current, folder, number, _alone()),
+        render=lambda current, number: render_alone(current, folder, number),
         shrink=_smaller_plan,
         advice=_advice_words,
         tick=progress,

@@ -71,7 +71,7 @@ def train(
         first = plan.steps.total + 1 if course.is_over else state.step + 1
         for step in logbook.timed(read_ahead(reader, first, plan.steps.total)):
             watch.begin(step.number)
-            losses = _forward_backward(engine, step, watch)
+            losses = forward_backward(engine, step, watch)
             watch.at("agreement")
             total = torch.stack(losses).sum() / step.weight
             agreement = Agreement(total, watch.stop_asked(), cadence.time_is_up(), saver.has_failed)
@@ -124,7 +124,7 @@ class _Course:
         return self.stop or bool(self.reason)
 
 
-def _forward_backward(engine: Engine, step: Step, watch: Watch) -> list[Tensor]:
+def forward_backward(engine: Engine, step: Step, watch: Watch) -> list[Tensor]:
     """All micro-batches of one step on this rank; the undivided loss of each, on the device."""
     losses = []
     count = len(step.micro_batches)

@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plan", type=Path, required=True)
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--attempt", type=int, default=0)
+    parser.add_argument("--task", choices=["train", "verify", "verify-bitwise"], default="train")
     arguments = parser.parse_args(argv)
     rank = int(os.environ.get("RANK", "0"))
     logs: Path = arguments.run_dir / "logs" / f"attempt-{arguments.attempt}"
@@ -71,14 +72,18 @@ def _run(arguments: argparse.Namespace, rank: int, watch: Watch) -> dict[str, An
     watch.at("imports")
     import torch
 
-    from toolkit.train.loop import train
-
     device = _device(plan)
     torch.set_num_threads(_threads(plan))
     watch.at("joining the others")
     with _process_group(plan, rank, device):
-        result = train(plan, arguments.run_dir, device, arguments.attempt, watch)
-    return vars(result)
+        if arguments.task == "train":
+            from toolkit.train.loop import train
+
+            return vars(train(plan, arguments.run_dir, device, arguments.attempt, watch))
+        from toolkit.train.verify import verify, verify_bitwise
+
+        prove = verify if arguments.task == "verify" else verify_bitwise
+        return vars(prove(plan, arguments.run_dir, device, watch))
 
 
 def _end_with_the_supervisor() -> None:

@@ -82,6 +82,10 @@ class Engine:
         """Forget the gradients without an update."""
         raise NotImplementedError
 
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """The whole gradient of every parameter, after `clip` and before `step`; a collective."""
+        raise NotImplementedError
+
     def state_pieces(self) -> Iterator[tuple[str, Piece]]:
         """This rank's part of every tensor of model and optimizer, under a name that all engines share."""
         raise NotImplementedError

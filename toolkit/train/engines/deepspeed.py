@@ -18,6 +18,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed
 import deepspeed.ops
 from deepspeed.runtime.utils import combine_grad_norm_groups
+from deepspeed.utils import safe_get_full_grad
 
 from toolkit.data.card import Card
 from toolkit.errors import LaunchError
@@ -114,6 +115,14 @@ class DeepSpeedEngine(Engine):
             self._step_with_norm(torch.tensor(-1.0, device=self.device))
         else:
             self.wrapped.zero_grad()
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Put together from ZeRO's partitions, where it clips only later."""
+        for name, parameter in self._parameters.items():
+            gradient = parameter.grad if self._stage == 0 else safe_get_full_grad(parameter)
+            if gradient is not None:
+                scale = self.scaler.scale if self.scaler and self._stage else 1.0
+                yield name, gradient.view(getattr(parameter, "ds_shape", parameter.shape)) / scale
 
     def _step_with_norm(self, norm: Any) -> None:
         """DeepSpeed's step, with the norm given: once measured, or made up to be refused."""

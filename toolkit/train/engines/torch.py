@@ -117,6 +117,13 @@ class TorchEngine(Engine):
         """Forget the gradients without an update."""
         self.optimizer.zero_grad(set_to_none=True)
 
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """What the optimizer is about to use, put together from the shards."""
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                gradient = parameter.grad
+                yield name, gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
     def _after_evaluation(self) -> None:
         if self._sharded:
             self.module.reshard()

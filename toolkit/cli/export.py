@@ -1,0 +1,57 @@
+"""`drumline export RUN DIR`: the newest sound checkpoint as a folder that transformers loads."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from toolkit.checkpoint.shelf import find_checkpoints, newest_sound
+from toolkit.errors import CheckpointError, RunFolderError
+from toolkit.runs.folder import open_run
+
+
+def export_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    target: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty.")],
+    best: Annotated[bool, typer.Option("--best", help="The best evaluated one instead.")] = False,
+) -> None:
+    """Write the model as config.json and safetensors, whatever engine and split trained it."""
+    folder = open_run(run)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RunFolderError(f"{target}: is not an empty folder. Nearest: another one")
+    plan = folder.latest_plan()
+    found = newest_sound(folder.checkpoints, lambda line: print(line, file=sys.stderr))
+    if found is None:
+        raise CheckpointError(f"{run}: no sound checkpoint")
+    path, state = found
+    if best:
+        if not state.scores:
+            raise RunFolderError(
+                f"{run}: no saved step has been evaluated. Nearest: without --best"
+            )
+        sign = -1.0 if state.metric_mode == "max" else 1.0
+        step = min(state.scores, key=lambda step: sign * state.scores[step])
+        named = {
+            str(int(p.name.removeprefix("step-"))): p for p in find_checkpoints(folder.checkpoints)
+        }
+        path = named[step]
+    from toolkit.data.card import read_card
+    from toolkit.train.export import check_finite, export
+
+    assert plan.data.cache
+    card = read_card(Path(plan.data.cache))
+    if card is None:
+        raise RunFolderError(
+            f"{plan.data.cache}: the prepared data are gone. Nearest: drumline prepare"
+        )
+    target.mkdir(parents=True, exist_ok=True)
+    count = export(plan, card, path, target)
+    for name in check_finite(target):
+        print(f"warning: {name} holds values that are not finite", file=sys.stderr)
+    print(f"{count:,} parameters of {path.name} in {target}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this group's commands."""
+    app.command("export")(export_command)
