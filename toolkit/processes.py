@@ -1,6 +1,7 @@
 """Processes told apart for good: a number alone may be another process by now."""
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -20,7 +21,7 @@ class Process:
     @classmethod
     def current(cls) -> Self:
         """This process."""
-        return cls(os.getpid(), _started(os.getpid()) or 0, socket.gethostname())
+        return cls(os.getpid(), _started(os.getpid()) or 0, this_host())
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
@@ -36,7 +37,7 @@ class Process:
     @property
     def is_here(self) -> bool:
         """Whether it belongs to this host, where alone it can be seen and signalled."""
-        return self.host == socket.gethostname()
+        return self.host == this_host()
 
     @property
     def is_alive(self) -> bool:
@@ -48,6 +49,16 @@ class Process:
         if self.is_alive:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
+
+
+@functools.cache
+def this_host() -> str:
+    """This boot of this machine and the namespace of its process numbers; names may change."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
 
 
 def _started(pid: int) -> int | None:

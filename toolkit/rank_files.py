@@ -2,6 +2,7 @@
 
 rank-0.pid            the process; written first
 rank-0.beat           a count that grows at every place of the loop, the step, and the place
+rank-0.begun.json     which checkpoint was loaded, and which were set aside
 rank-0.outcome.json   how it ended; a launcher's exit code does not tell
 rank-0.log            everything it printed
 ended                 written by the supervisor: a rank that starts after this leaves at once
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from toolkit.files import write_json
 from toolkit.processes import Process
 
 _BEAT_BYTES = 120
@@ -44,11 +46,15 @@ class RankFiles:
         self._pid = logs / f"rank-{rank}.pid"
         self._beat = logs / f"rank-{rank}.beat"
         self._outcome = logs / f"rank-{rank}.outcome.json"
+        self._begun = logs / f"rank-{rank}.begun.json"
         self._ended = logs / "ended"
+        self._process: Process | None = None
 
     def process(self) -> Process | None:
         """The rank's process, once it has started."""
-        return Process.parse(_text(self._pid))
+        if self._process is None:
+            self._process = Process.parse(_text(self._pid))
+        return self._process
 
     def beat(self) -> Beat | None:
         """The last place that the rank came to."""
@@ -60,15 +66,16 @@ class RankFiles:
 
     def outcome(self) -> dict[str, Any] | None:
         """How the rank ended; None as long as it has not said."""
-        try:
-            found = json.loads(_text(self._outcome))
-        except ValueError:
-            return None
-        return found if isinstance(found, dict) else None
+        return _object(self._outcome)
+
+    def begun(self) -> dict[str, Any] | None:
+        """What the rank has loaded: from_step, checkpoint, set_aside; None as long as it has not."""
+        return _object(self._begun)
 
     def end_attempt(self) -> None:
         """Turn away ranks that come up from now on."""
-        self._ended.touch()
+        with contextlib.suppress(OSError):  # a folder that is gone turns them away too
+            self._ended.touch()
 
     def announce(self) -> bool:
         """In the rank: say who it is and reserve its files; false when the attempt has ended."""
@@ -79,6 +86,11 @@ class RankFiles:
     def open_beat(self) -> "BeatWriter":
         """In the rank: the writer of its beats."""
         return BeatWriter(self._beat)
+
+    def write_begun(self, facts: dict[str, Any]) -> None:
+        """In the rank: what it has loaded."""
+        with contextlib.suppress(OSError):
+            write_json(self._begun, facts)
 
     def write_outcome(self, outcome: dict[str, Any]) -> None:
         """In the rank: into the reserved space, then renamed, so that it is whole or absent."""
@@ -117,6 +129,14 @@ class BeatWriter:
         line = text.encode()[:_BEAT_BYTES].ljust(_BEAT_BYTES)
         with contextlib.suppress(OSError):
             os.pwrite(self._descriptor, line, 0)
+
+
+def _object(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(_text(path))
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _text(path: Path) -> str:

@@ -3,10 +3,12 @@
 As a program it is one rank: `python ranks.py JOBS.json`, with RANK and WORLD_SIZE set.
 """
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,18 @@ def main() -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     for job in json.loads(Path(sys.argv[1]).read_text()):
         JOBS[job.pop("kind")](**job)
+        forget_accelerate()
         dist.barrier()
     dist.destroy_process_group()
+
+
+def forget_accelerate() -> None:
+    """Its state is one for the whole process; the next job may want another precision."""
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, PartialState
+
+        AcceleratorState._reset_state()
+        PartialState._reset_state()
 
 
 def train_job(plan: str, folder: str, stop_after: int | None = None) -> None:
@@ -94,7 +106,56 @@ def gradient_job(plan: str, out: str, step: int) -> None:
         torch.save(whole, out)
 
 
-JOBS = {"train": train_job, "gradient": gradient_job}
+def verify_job(plan: str, folder: str, fault: str) -> None:
+    """The real verification, with a fault planted in the engine."""
+    import torch
+
+    from toolkit.plan.model import read_plan
+    from toolkit.train.verify import verify
+    from toolkit.train.watch import Watch
+
+    with planted(fault):
+        verify(read_plan(Path(plan).read_text()), Path(folder), torch.device("cpu"), Watch())
+
+
+@contextlib.contextmanager
+def planted(fault: str) -> Iterator[None]:
+    """What other tools get wrong, put into ours."""
+    import torch.distributed as dist
+
+    from toolkit.train import verify
+    from toolkit.train.engines.torch import TorchEngine
+
+    kept = TorchEngine.accumulate, TorchEngine._set_rate, verify.silence_dropout
+
+    def accumulate(self: Any, tensors: Any, first_slot: int, weight: float, **rest: Any) -> Any:
+        k, world = self.plan.batch.accumulation, self.world
+        if fault == "mean of means":  # each micro-batch's own mean, then the mean of those
+            counted = float((tensors["targets"] != -100).sum())
+            weight = (counted or 1.0) * k * world
+        if fault == "doubled 1/k":
+            weight *= k
+        return kept[0](self, tensors, first_slot, weight, **rest)
+
+    def set_rate(self: Any, rate: float) -> None:
+        kept[1](self, rate * (self.world if fault == "a tick per process" else 1))
+
+    def silence(module: Any) -> None:
+        if fault != "dropout on one rank" or dist.get_rank() == 0:
+            kept[2](module)
+
+    TorchEngine.accumulate, TorchEngine._set_rate, verify.silence_dropout = (
+        accumulate,
+        set_rate,
+        silence,
+    )  # type: ignore
+    try:
+        yield
+    finally:
+        TorchEngine.accumulate, TorchEngine._set_rate, verify.silence_dropout = kept  # type: ignore
+
+
+JOBS = {"train": train_job, "gradient": gradient_job, "verify": verify_job}
 
 if __name__ == "__main__":
     main()

@@ -80,12 +80,12 @@ def ranks_of(folder: Path) -> list[Process]:
 def assert_same_training(ours: Path, reference: Path, step: int = STEPS) -> None:
     """Weights, optimizer and state equal to the last bit; every step told once, with the same numbers."""
     final = f"checkpoints/step-{step:08d}"
-    for name in sorted(path.name for path in (reference / final).glob("*.json")):
+    for name in sorted(path.name for path in (reference / final).glob("rank-*.json")):
         mine, theirs = (
             folder / f"checkpoints/step-{step:08d}" / name for folder in (ours, reference)
         )
         assert mine.read_bytes() == theirs.read_bytes(), name
-    assert verify(ours / f"checkpoints/step-{step:08d}").step == step
+    assert verify(ours / final) == verify(reference / final)
     keys = ("step", "loss", "lr", "grad_norm", "digest", "samples", "skipped")
     numbers = [
         [tuple(line[key] for key in keys) for line in step_lines(folder)]
@@ -372,7 +372,7 @@ def test_not_finite_after_a_load_falls_back(zygote: Zygote, straight: Path, tmp_
     told = attempts(tmp_path / "r")
     assert [a["kind"] for a in told] == ["stopped", "NotFiniteAfterLoad", "finished"]
     assert "kept as step-00000013.bad-1, step-00000015.bad-1, falling back" in told[2]["cause"]
-    assert "attempt 2 goes on from step-00000010" in resumed.err
+    assert "going on from step-00000010" in resumed.err
     assert_same_training(tmp_path / "r", straight)
 
 
@@ -593,6 +593,117 @@ def test_doctor_on_every_state(zygote: Zygote, straight: Path, tmp_path: Path) -
     health = ask(tmp_path / "f/r")
     assert (health["state"], health["sound"]) == ("failed", ["step-00000005"])
     assert "planted" in health["message"]
+
+
+BUMPY = {
+    "optimizer": {"name": "adamw", "lr": 0.3},
+    "evaluation": {"every_steps": 5, "per_device": 200},
+    "checkpoint": {"every_steps": 5, "keep_last": 1, "keep_best": 2},
+}
+"""A loss that goes up and down, so that which checkpoint is the best is no matter of course."""
+
+
+@pytest.fixture(scope="module")
+def bumpy(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed run with it."""
+    folder = tmp_path_factory.mktemp("bumpy")
+    code, child = run(zygote, folder, **BUMPY)
+    assert code == 0, child.err
+    return folder / "r"
+
+
+@pytest.mark.parametrize("step", [5, 15, 20, 30])
+def test_an_evaluation_made_up_for_counts_as_if_it_had_not_been_left(
+    zygote: Zygote, bumpy: Path, tmp_path: Path, step: int
+) -> None:
+    """Signalled in it, then killed after it was done again: the same best, the same end, told once."""
+    stop = {
+        "what": "signal",
+        "rank": 0,
+        "attempt": 0,
+        "step": step,
+        "place": "evaluation",
+        "signal": signal.SIGTERM,
+    }
+    kill = {"what": "kill", "rank": 1, "attempt": 1, "step": step + 1, "place": "backward"}
+    code, child = run(zygote, tmp_path, [stop], **BUMPY)
+    assert (code, json.loads(child.out)["steps"]) == (75, step)
+    resumed = zygote.drumline(tmp_path, "resume", "r", "--json", faults=[kill])
+    assert resumed.wait() == 0, resumed.err
+    assert_same_training(tmp_path / "r", bumpy)
+    kept = [[p.name for p in find_checkpoints(f / "checkpoints")] for f in (tmp_path / "r", bumpy)]
+    assert kept[0] == kept[1]
+    assert json.loads(resumed.out)["eval"]["eval/loss"] is not None
+
+
+def test_early_stopping_is_not_forgotten(zygote: Zygote, tmp_path: Path) -> None:
+    """A rank dies right after the last checkpoint of a run that stopped early: it stays stopped."""
+    rule = {"early_stopping": {"metric": "eval/loss", "patience": 1, "min_delta": 5.0}}
+    code, child = run(zygote, tmp_path / "a", **BUMPY, **rule)
+    assert code == 0, child.err
+    facts = json.loads(child.out)
+    assert facts["steps"] == 10
+    kill = {"what": "kill", "rank": 1, "attempt": 0, "step": 10, "place": "save", "delay_s": 0.3}
+    late = {"what": "sleep", "rank": 0, "attempt": 0, "step": 10, "place": "left", "seconds": 1}
+    code, child = run(zygote, tmp_path / "b", [kill, late], **BUMPY, **rule)
+    assert code == 0, child.err
+    again = json.loads(child.out)
+    assert {**again, "run": 0, "seconds": 0} == {**facts, "run": 0, "seconds": 0}
+
+
+def test_a_reader_that_leaves_does_not_end_the_training(zygote: Zygote, tmp_path: Path) -> None:
+    """stderr is a pipe that nobody reads any more: the run goes on to its end, and its record too."""
+    reading, writing = os.pipe()
+    child = zygote.drumline(
+        tmp_path, "run", recipe(tmp_path), "--run-dir", "r", "--json", err=writing
+    )
+    os.close(writing)
+    os.read(reading, 10)
+    os.close(reading)
+    assert child.wait() == 0
+    assert json.loads(child.out)["steps"] == STEPS
+    assert [a["outcome"] for a in attempts(tmp_path / "r")] == ["finished"]
+
+
+def test_where_nothing_sound_is_left_nothing_is_begun_anew(zygote: Zygote, tmp_path: Path) -> None:
+    """Every checkpoint damaged, or their folder gone: exit 4, named, and the metrics stay."""
+    stop = {
+        "what": "signal",
+        "rank": 0,
+        "attempt": 0,
+        "step": 13,
+        "place": "forward",
+        "signal": signal.SIGTERM,
+    }
+    code, _ = run(zygote, tmp_path, [stop])
+    assert code == 75
+    folder = tmp_path / "r"
+    shutil.move(folder / "checkpoints", tmp_path / "kept")
+    before = (folder / "metrics.jsonl").read_bytes()
+    for words in (
+        "checkpoints: it is gone",
+        "no checkpoint is sound; they are kept as step-00000013.bad-1",
+    ):
+        resumed = zygote.drumline(tmp_path, "resume", "r")
+        assert resumed.wait() == 4
+        assert words in resumed.err
+        assert (folder / "metrics.jsonl").read_bytes() == before
+        if not (folder / "checkpoints").exists():
+            shutil.move(tmp_path / "kept", folder / "checkpoints")
+            for path in folder.glob("checkpoints/step-*/rank-0.safetensors"):
+                path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"attempts": null}', "{", ""])
+def test_a_record_that_is_none_is_told(zygote: Zygote, tmp_path: Path, text: str) -> None:
+    """doctor and resume: one line, exit 4, no traceback."""
+    (tmp_path / "r/checkpoints").mkdir(parents=True)
+    (tmp_path / "r/record.json").write_text(text)
+    for command in ("doctor", "resume"):
+        child = zygote.drumline(tmp_path, command, "r")
+        assert child.wait() == 4, child.err
+        assert "r/record.json: " in child.err
+        assert "Traceback" not in child.err
 
 
 def test_the_project_root_is_found() -> None:

@@ -39,16 +39,23 @@ class Zygote:
             time.sleep(0.02)
 
     def drumline(
-        self, folder: Path, *arguments: str, faults: list[dict[str, Any]] | None = None
+        self,
+        folder: Path,
+        *arguments: str,
+        faults: list[dict[str, Any]] | None = None,
+        err: int | None = None,
     ) -> "Child":
-        """`drumline ARGUMENTS` in a folder, with faults planted in its ranks (see faults.py)."""
+        """`drumline ARGUMENTS` in a folder, with faults planted in its ranks (see faults.py).
+
+        `err`: a descriptor for standard error, instead of a file.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         env = {
             **os.environ,
             "DRUMLINE_TEST_FAULTS": json.dumps(faults or []),
             "ZYGOTE": self._socket,
         }
-        return Child(self._socket, "drumline", list(arguments), folder, env)
+        return Child(self._socket, "drumline", list(arguments), folder, env, err)
 
     def close(self) -> None:
         """End the server, and nothing else."""
@@ -60,11 +67,17 @@ class Child:
     """A forked process: its number, its exit code, what it printed."""
 
     def __init__(
-        self, server: str, kind: str, argv: list[str], folder: Path, env: dict[str, str]
+        self,
+        server: str,
+        kind: str,
+        argv: list[str],
+        folder: Path,
+        env: dict[str, str],
+        err: int | None,
     ) -> None:
         self._out = (folder / f".out-{time.monotonic_ns()}").open("w+")
         self._err = (folder / f".err-{time.monotonic_ns()}").open("w+")
-        fds = [self._out.fileno(), self._err.fileno()]
+        fds = [self._out.fileno(), self._err.fileno() if err is None else err]
         self._connection, self.pid = ask(server, kind, argv, str(folder), env, fds)
 
     def wait(self, timeout: float = 60) -> int:
@@ -176,7 +189,7 @@ def be_command(request: dict[str, Any]) -> int:
 
     def render(plan: Any, job: Any) -> Command:
         argv = [sys.executable, "-I", "-S", __file__, "launch", os.environ["ZYGOTE"],
-                str(plan.batch.gpus), *worker_arguments(job)]  # fmt: skip
+                str(plan.batch.gpus), *worker_arguments(job)[1:]]  # fmt: skip
         return Command(argv, WORKER_ENVIRONMENT)
 
     launchers.LAUNCHERS["torchrun"] = render

@@ -83,12 +83,13 @@ def test_a_start_may_take_longer(tmp_path: Path) -> None:
 )
 def test_only_a_second_ctrl_c_means_now(numbers: list[signal.Signals], at_once: bool) -> None:
     """A scheduler's warning followed by its SIGTERM must not cut a save short."""
+    before = signal.getsignal(signal.SIGINT)
     with Signals() as signals:
         for number in numbers:
             os.kill(os.getpid(), number)
         assert signals.first == numbers[0]
         assert signals.at_once == at_once
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_process_is_told_from_another_with_its_number() -> None:

@@ -61,12 +61,13 @@ def try_to_save(
     folder: Path, step: int, world: int = 2, sharded: bool = True, **spec: Any
 ) -> list[BaseException | None]:
     """What each rank's save came to."""
+    timeout_s = spec.pop("timeout_s", 5.0)
     store = HashStore()
     errors: list[BaseException | None] = [None] * world
 
     def work(rank: int) -> None:
         try:
-            votes = Votes(store, "run-0", rank, world, 5.0)
+            votes = Votes(store, "run-0", rank, world, timeout_s)
             saver = Saver(folder, Checkpoint(**{"keep_last": 99, **spec}), votes, rank)
             saver.save(pieces(tensors(step), rank, world, sharded), TrainState(step=step))
             saver.wait()

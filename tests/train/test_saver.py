@@ -3,6 +3,8 @@
 import json
 import os
 import threading
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from savers import one_saver, pieces, save, tensors, try_to_save
 
-from toolkit.checkpoint import shelf
+from toolkit.checkpoint import manifest, shelf
 from toolkit.checkpoint.manifest import step_of, verify
 from toolkit.checkpoint.state import TrainState
 from toolkit.errors import CheckpointError
@@ -161,7 +163,8 @@ def test_going_on_after_a_failed_save(tmp_path: Path) -> None:
     ours.save(pieces(tensors(1), 0, 1, False), TrainState(step=1))
     ours.wait()
     assert ours.has_failed
-    assert "No such file" in ours.take_error()
+    (error,) = ours.take_errors()
+    assert "No such file" in error
     assert not ours.has_failed
     (tmp_path / "c").mkdir()
     ours.save(pieces(tensors(2), 0, 1, False), TrainState(step=2))
@@ -189,3 +192,53 @@ def test_a_half_saved_and_a_half_deleted_one_are_removed(tmp_path: Path) -> None
     assert shelf.find_checkpoints(tmp_path / "c") == [good]
     shelf.remove_abandoned(tmp_path / "c")
     assert os.listdir(tmp_path / "c") == ["step-00000001"]
+
+
+def test_only_rank_0_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that waits longer than the timeout for a slow rank 0 takes nothing of its part back."""
+    real = saver._write_shard
+
+    def slow(folder: Path, rank: int, *rest: Any) -> str:
+        if rank == 0:
+            time.sleep(1.0)
+        return real(folder, rank, *rest)
+
+    monkeypatch.setattr(saver, "_write_shard", slow)
+    path = save(tmp_path / "c", 1, timeout_s=0.3)
+    assert verify(path).step == 1
+
+
+def test_every_failed_save_is_told(tmp_path: Path) -> None:
+    """on_error continue: one error does not hide another, and success after it hides neither."""
+    ours = one_saver(tmp_path / "c", on_error="continue")
+    for step in (1, 2):
+        ours.save(pieces(tensors(step), 0, 1, False), TrainState(step=step))
+    (tmp_path / "c").mkdir()
+    ours.save(pieces(tensors(3), 0, 1, False), TrainState(step=3))
+    ours.wait()
+    assert [error.split(":")[0][-1] for error in ours.take_errors()] in (["1", "2"], ["1"])
+
+
+def test_the_best_is_the_best_of_those_that_exist(tmp_path: Path) -> None:
+    """A save that failed does not hold the place of the best."""
+    ours = one_saver(tmp_path, keep_last=1, keep_best=1)
+    state = TrainState(scores={"5": 0.1})
+    for step, metric in ((1, 3.0), (2, 1.0), (3, 2.0)):
+        state.advance(step, step, 1, 0.5)
+        state.metric = metric
+        ours.save(pieces(tensors(step), 0, 1, False), state)
+    ours.wait()
+    assert [step_of(path) for path in shelf.find_checkpoints(tmp_path)] == [2, 3]
+
+
+def test_an_amended_state_counts_and_is_covered(tmp_path: Path) -> None:
+    """What an evaluation after a resume adds is believed only whole."""
+    path = save(tmp_path / "c", 1)
+    state = TrainState(step=1, metric=0.5, evaluation={"eval/loss": 0.5})
+    manifest.write_amendment(path, asdict(state))
+    assert verify(path) == state
+    raw = bytearray((path / "amendment.json").read_bytes())
+    raw[20] ^= 1
+    (path / "amendment.json").write_bytes(bytes(raw))
+    with pytest.raises(CheckpointError, match=r"amendment.json: it is not what was saved"):
+        verify(path)

@@ -6,6 +6,8 @@
                              SHA-256; size of the file and SHA-256 of its header
         state.json           step, samples, tokens, early stopping …
         manifest.json        SHA-256 of the others and of itself; written last, deleted first
+        amendment.json       state.json anew, where an evaluation was made up for after a resume; with
+                             its own SHA-256
 
 Every bit of every file is covered: tensors by their digests, the header by its own, the JSON files
 by the manifest, the manifest by itself. Only regular files of exactly these names are read.
@@ -25,11 +27,12 @@ from typing import Any
 
 from toolkit.checkpoint.state import TrainState
 from toolkit.errors import CheckpointError
-from toolkit.files import write_durably
+from toolkit.files import fsync_folder, write_durably
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
+AMENDMENT = "amendment.json"
 DIGEST_THREADS = 4
 
 _NAME = re.compile(r"^step-(\d{8,})$")
@@ -87,8 +90,7 @@ def write_manifest(folder: Path, state: dict[str, Any], rank_digests: list[str])
     files = {rank_manifest_name(rank): digest for rank, digest in enumerate(rank_digests)}
     content = {"format": FORMAT_VERSION, "step": state["step"], "ranks": len(rank_digests),
                "files": {**files, STATE: sha256(raw)}}  # fmt: skip
-    content["sha256"] = sha256(_encode(content))
-    write_durably(folder / MANIFEST, _encode(content))
+    write_durably(folder / MANIFEST, _encode(_with_digest(content)))
 
 
 def verify(path: Path, ranks: Iterable[int] | None = None) -> TrainState:
@@ -103,10 +105,44 @@ def verify(path: Path, ranks: Iterable[int] | None = None) -> TrainState:
         raise CheckpointError(f"{path / STATE}: {error}") from None
     if state.step != index["step"]:
         raise CheckpointError(f"{path / STATE}: step {state.step}, the manifest says another")
+    state = _amended(path, state)
     for rank in range(index["ranks"]) if ranks is None else ranks:
         if rank < index["ranks"]:
             _verify_shard(path, rank, index["files"][rank_manifest_name(rank)])
     return state
+
+
+def write_amendment(path: Path, state: dict[str, Any]) -> None:
+    """The state of a published checkpoint as it is now known, whole or absent."""
+    write_durably(path / AMENDMENT, _encode(_with_digest({"state": state})))
+    fsync_folder(path)
+
+
+def _amended(path: Path, state: TrainState) -> TrainState:
+    where = path / AMENDMENT
+    if not where.exists() and not where.is_symlink():
+        return state
+    try:
+        amended = TrainState(**_self_checked(where)["state"])
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{where}: it is not what was saved") from None
+    if amended.step != state.step:
+        raise CheckpointError(f"{where}: step {amended.step} in a checkpoint of {state.step}")
+    return amended
+
+
+def _with_digest(content: dict[str, Any]) -> dict[str, Any]:
+    return {**content, "sha256": sha256(_encode(content))}
+
+
+def _self_checked(where: Path) -> dict[str, Any]:
+    """A file that holds the digest of the rest of it, without that digest."""
+    raw = _read(where)
+    found = _parse(where, raw)
+    digest = found.pop("sha256", None)
+    if sha256(_encode(found)) != digest or _encode({**found, "sha256": digest}) != raw:
+        raise CheckpointError(f"{where}: it is not what was saved")
+    return found
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -114,11 +150,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if path.is_symlink():
         raise CheckpointError(f"{path}: is a symbolic link, not a checkpoint")
     where = path / MANIFEST
-    raw = _read(where)
-    found = _parse(where, raw)
-    digest = found.pop("sha256", None)
-    if sha256(_encode(found)) != digest or _encode({**found, "sha256": digest}) != raw:
-        raise CheckpointError(f"{where}: it is not what was saved")
+    found = _self_checked(where)
     if found.get("format") != FORMAT_VERSION:
         raise CheckpointError(f"{where}: format {found.get('format')}, not {FORMAT_VERSION}")
     ranks, files = found.get("ranks"), found.get("files")
@@ -228,8 +260,11 @@ def _json_of(path: Path, name: str, digest: str) -> dict[str, Any]:
 
 def _read(path: Path) -> bytes:
     descriptor = _open(path)
-    with os.fdopen(descriptor, "rb") as file:
-        return file.read()
+    try:
+        with os.fdopen(descriptor, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _open(path: Path) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from toolkit.checkpoint.manifest import MANIFEST, step_of, verify
-from toolkit.checkpoint.state import TrainState
+from toolkit.checkpoint.state import TrainState, badness
 from toolkit.errors import CheckpointError
 from toolkit.recipe.schema import Checkpoint
 
@@ -45,14 +45,17 @@ def remove_abandoned(folder: Path) -> None:
 
 
 def apply_retention(folder: Path, spec: Checkpoint, state: TrainState) -> None:
-    """Keep the last n, the best n by `state.scores`, and every k-th."""
+    """Keep the last n, the best n of those there are by `state.scores`, and every k-th."""
     everything = find_checkpoints(folder)
     keep = set(everything[-spec.keep_last :])
+    scored = [(badness(state, score), path) for path in everything
+              if (score := state.scores.get(str(step_of(path)))) is not None]  # fmt: skip
+    keep |= {path for _, path in sorted(scored)[: spec.keep_best]}
     for path in everything:
         step = step_of(path)
         assert step is not None
         milestone = spec.keep_every and step % spec.keep_every == 0
-        if path not in keep and str(step) not in state.scores and not milestone:
+        if path not in keep and not milestone:
             with contextlib.suppress(OSError):
                 _delete(path)
 

@@ -3,14 +3,16 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+MOST_SCORES = 100
+
 
 @dataclass
 class TrainState:
     """What a run needs besides tensors to go on as if it had never stopped.
 
-    `scores` holds the metric of the best saved steps (keep_best of them), by step; `recent_losses`
-    the losses that a spike is measured against; `evaluation_due` that the evaluation of this very
-    step is still to come.
+    `scores` holds the metric of saved steps, the best of them; `recent_losses` the losses that a
+    spike is measured against; `evaluation` the last one; `evaluation_due` that the evaluation of this
+    very step is still to come.
     """
 
     step: int = 0
@@ -19,6 +21,7 @@ class TrainState:
     loss: float | None = None
     training_sha256: str = ""
     fingerprint: str | None = None
+    evaluation: dict[str, float] | None = None
     evaluation_due: bool = False
     metric: float | None = None
     metric_mode: str = "min"
@@ -37,3 +40,8 @@ class TrainState:
         """One step further: samples consumed in all, label tokens of this step, its loss."""
         self.step, self.samples, self.tokens, self.loss = step, samples, self.tokens + tokens, loss
         self.metric, self.is_best, self.evaluation_due = None, False, False
+
+
+def badness(state: TrainState, metric: float) -> float:
+    """The metric, less being better."""
+    return -metric if state.metric_mode == "max" else metric

@@ -19,6 +19,7 @@ from toolkit.cli.plan import AsJson, Gpus, Overrides, RecipeArgument, make_plan,
 from toolkit.cli.show import change_words, plan_table
 from toolkit.cli.world import read_world
 from toolkit.errors import DoesNotFit, LaunchError, RunFolderError
+from toolkit.files import ForgivingOutput
 from toolkit.plan.advise import with_advice
 from toolkit.plan.model import Plan
 from toolkit.plan.resplit import with_smaller_per_device
@@ -65,6 +66,7 @@ def run_command(
     prepare_data(loaded)
     plan = make_plan(loaded)
     refuse_what_cannot_start(plan, force, as_json)
+    sys.stderr = ForgivingOutput(sys.stderr.fileno())
     print(plan_table(plan), file=sys.stderr)
     folder = run_folder.create(plan.recipe, run_dir)
     folder.write_record(new_record(plan))
@@ -104,6 +106,7 @@ def resume_command(
             f"{plan.data.fingerprint} now"
         )
     refuse_what_cannot_start(plan, force, as_json)
+    sys.stderr = ForgivingOutput(sys.stderr.fileno())
     print(plan_table(plan), file=sys.stderr)
     _finish(folder, plan, "resume", as_json)
 

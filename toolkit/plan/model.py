@@ -152,7 +152,11 @@ def read_plan(text: str) -> Plan:
     """The Plan of `to_json`'s text; a plan of another version is refused."""
     from pydantic import TypeAdapter
 
-    found = json.loads(text).get("plan_version")
-    if found != PLAN_VERSION:
-        raise PlanError(f"plan_version {found}: this drumline reads version {PLAN_VERSION}")
-    return TypeAdapter(Plan).validate_json(text)
+    try:
+        plain = json.loads(text)
+        found = plain.get("plan_version") if isinstance(plain, dict) else None
+        if found != PLAN_VERSION:
+            raise PlanError(f"plan_version {found}: this drumline reads version {PLAN_VERSION}")
+        return TypeAdapter(Plan).validate_json(text)
+    except ValueError as error:
+        raise PlanError(f"this is not a plan: {str(error).splitlines()[0]}") from None

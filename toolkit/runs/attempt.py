@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from launchers.base import Command
 from toolkit.checkpoint.manifest import rank_manifest_name
@@ -18,13 +19,15 @@ from toolkit.plan.model import Plan
 from toolkit.processes import Process
 from toolkit.rank_files import RankFiles
 from toolkit.runs.folder import RunFolder
-from toolkit.runs.outcome import Result, judge, steps_done
+from toolkit.runs.outcome import AGREED, Result, judge, steps_done
 from toolkit.runs.signals import Signals
 from toolkit.runs.watchdog import Watchdog
 
 _POLL_S = 0.1
 _SETTLE_S = 2.0
 """After one rank has failed, the others have this long to say that they have failed too."""
+_AGREED_S = 10.0
+"""And this long where all are about to say the same, and one may still be writing to a slow disk."""
 _DRAIN_S = 60.0
 """And this long to publish a checkpoint whose parts are all on disk or being written."""
 _LEAVE_S = 30.0
@@ -38,13 +41,19 @@ Tick = Callable[[RunFolder], None]
 
 
 def run_attempt(
-    folder: RunFolder, plan: Plan, number: int, command: Command, tick: Tick, signals: Signals
+    folder: RunFolder,
+    plan: Plan,
+    number: int,
+    command: Command,
+    tick: Tick,
+    say: Callable[[str], None],
+    signals: Signals,
 ) -> Result:
     """One start of the processes; returns when none of them is left."""
     logs = folder.logs(number)
     ranks = [RankFiles(logs, rank) for rank in range(plan.batch.gpus)]
     watchdog = Watchdog(ranks, plan.recipe.launch.hang_timeout_s)
-    hang = ""
+    hang, told_begun = "", False
     for path, text in command.files.items():
         write_text(Path(path), text)
     with (logs / "launcher.log").open("wb") as log:
@@ -68,6 +77,9 @@ def run_attempt(
                 if signals.first:
                     told |= _tell(ranks, signals.first, told)
                 tick(folder)
+                if not told_begun and (begun := ranks[0].begun()):
+                    told_begun = True
+                    say(_begun_words(begun))
                 if _has_failed(ranks):
                     break
                 if late := watchdog.stuck():
@@ -78,17 +90,17 @@ def run_attempt(
                     if time.monotonic() - all_said > _LEAVE_S:
                         break
                 time.sleep(_POLL_S)
+            gone = _gone_without_a_word(ranks)
             if not hang and not signals.at_once:
                 _let_settle(ranks, folder.checkpoints)
         finally:
-            end_ranks(ranks)
             process.kill()
             process.wait()
             end_ranks(ranks)
     tick(folder)
     if hang:
         return Result.failure("hang", steps_done(ranks), hang)
-    return judge(ranks, logs, signals.at_once)
+    return judge(ranks, logs, signals.at_once, gone)
 
 
 def end_ranks(ranks: list[RankFiles]) -> None:
@@ -102,15 +114,29 @@ def end_ranks(ranks: list[RankFiles]) -> None:
         time.sleep(0.01)
 
 
+def _begun_words(begun: dict[str, Any]) -> str:
+    words = f"going on from {begun['checkpoint']}"
+    if begun["set_aside"]:
+        words += f"; damaged, and kept as {', '.join(begun['set_aside'])}: see rank 0's log"
+    return words
+
+
 def _has_failed(ranks: list[RankFiles]) -> bool:
     """Whether a rank has said so, or has gone without a word."""
-    for files in ranks:
-        outcome, process = files.outcome(), files.process()
-        if outcome and outcome["outcome"] == "failed":
-            return True
-        if process and process.is_here and not process.is_alive and files.outcome() is None:
-            return True
-    return False
+    spoken = any((o := files.outcome()) and o["outcome"] == "failed" for files in ranks)
+    return spoken or bool(_gone_without_a_word(ranks))
+
+
+def _gone_without_a_word(ranks: list[RankFiles]) -> list[int]:
+    """Ranks whose process has been here and is no more, and that have not said how they ended."""
+    return [
+        files.rank
+        for files in ranks
+        if (process := files.process())
+        and process.is_here
+        and not process.is_alive
+        and files.outcome() is None
+    ]
 
 
 def _let_settle(ranks: list[RankFiles], checkpoints: Path) -> None:
@@ -119,16 +145,18 @@ def _let_settle(ranks: list[RankFiles], checkpoints: Path) -> None:
     while any(_is_alive(files) for files in ranks):
         waited = time.monotonic() - started
         saving = waited < _DRAIN_S and _save_can_end(ranks, checkpoints, waited)
-        if not saving and (waited > _SETTLE_S or _cause_is_known(ranks)):
+        if not saving and (waited > _AGREED_S or _cause_is_known(ranks, waited)):
             return
         time.sleep(_POLL_S)
 
 
-def _cause_is_known(ranks: list[RankFiles]) -> bool:
+def _cause_is_known(ranks: list[RankFiles], waited: float) -> bool:
     """Whether some rank is gone without a word, or has failed of itself and not of another."""
     outcomes = [outcome for files in ranks if (outcome := files.outcome())]
-    spoken = any(outcome.get("kind", "PeerLost") != "PeerLost" for outcome in outcomes)
-    return spoken or any(not _is_alive(files) and not files.outcome() for files in ranks)
+    kinds = {outcome.get("kind", "PeerLost") for outcome in outcomes} - {"PeerLost"}
+    if kinds and kinds <= AGREED:  # all ranks are about to say the same
+        return False
+    return bool(kinds) or waited > _SETTLE_S or bool(_gone_without_a_word(ranks))
 
 
 def _save_can_end(ranks: list[RankFiles], checkpoints: Path, waited: float) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from toolkit.files import write_json, write_text
 from toolkit.plan.model import Plan, read_plan
 from toolkit.recipe import yaml12
 from toolkit.recipe.schema import Recipe
+
+_LOCK_S = 0.5
+"""`drumline doctor` holds the lock for a moment, to see whether somebody has it."""
 
 
 class RunFolder:
@@ -28,24 +32,22 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Hold the run for one supervisor; RunFolderError where another one has it."""
         with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RunFolderError(
-                    f"{self.path}: another process is running it. Nearest: stop that one first"
-                ) from None
+            deadline = time.monotonic() + _LOCK_S
+            while not _lock(file.fileno(), fcntl.LOCK_EX):
+                if time.monotonic() > deadline:
+                    raise RunFolderError(
+                        f"{self.path}: another process is running it. Nearest: stop that one first"
+                    )
+                time.sleep(0.05)
             yield
 
     def is_locked(self) -> bool:
         """Whether a supervisor has it now."""
         try:
             with (self.path / ".lock").open() as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
+                return not _lock(file.fileno(), fcntl.LOCK_SH)
         except OSError:
-            return True
-        return False
+            return False
 
     def plan_file(self, attempt: int) -> Path:
         """The plan that the workers of an attempt read."""
@@ -58,9 +60,15 @@ class RunFolder:
     def read_record(self) -> dict[str, Any]:
         """record.json; RunError where it is none."""
         try:
-            return json.loads(self.record_file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+            found = json.loads(self.record_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise RunError(f"{self.record_file}: cannot be read: {error}") from None
+        needed = {"attempts", "outcome", "restarts", "training_sha256", "data"}
+        if not isinstance(found, dict) or not needed <= set(found):
+            raise RunError(f"{self.record_file}: it is not a record of drumline")
+        if not isinstance(found["attempts"], list):
+            raise RunError(f"{self.record_file}: its attempts are no list")
+        return found
 
     def write_record(self, record: dict[str, Any]) -> None:
         """Replace record.json."""
@@ -99,6 +107,15 @@ class RunFolder:
         record["attempts"][number].update(facts)
         record["outcome"] = facts.get("outcome")
         self.write_record(record)
+
+
+def _lock(descriptor: int, kind: int) -> bool:
+    """Take a lock now, or not."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def check_new(run_dir: Path) -> None:

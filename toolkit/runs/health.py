@@ -1,5 +1,6 @@
 """What state a run folder is in, and what to do next; reads, changes nothing."""
 
+import contextlib
 import json
 import shlex
 import shutil
@@ -90,7 +91,8 @@ def _checkpoints(folder: Path) -> tuple[list[str], dict[str, str]]:
             verify(path)
             sound.append(path.name)
         except CheckpointError as error:
-            bad[path.name] = str(error)
+            if path.exists():  # else retention has deleted it meanwhile
+                bad[path.name] = str(error)
     return sound, bad
 
 
@@ -114,7 +116,9 @@ def _little_room(folder: RunFolder, sound: list[str]) -> list[str]:
     """Whether the disk takes another checkpoint."""
     if not sound:
         return []
-    size = sum(p.stat().st_size for p in (folder.checkpoints / sound[-1]).iterdir())
+    size = 0
+    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+        size = sum(p.stat().st_size for p in (folder.checkpoints / sound[-1]).iterdir())
     free = shutil.disk_usage(folder.path).free
     if free > 2 * size:
         return []

@@ -13,7 +13,6 @@ KILLED_EXIT_CODE = 130
 
 Kind = Literal["finished", "stopped", "killed", "mistake", "disk", "OutOfMemory", "NotFinite",
                "NotFiniteAfterLoad", "CheckpointError", "hang", "lost", "error"]  # fmt: skip
-_KNOWN = ("OutOfMemory", "NotFinite", "NotFiniteAfterLoad", "CheckpointError")
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,15 @@ class Result:
         return replace(self, message=message)
 
 
-def judge(ranks: list[RankFiles], logs: Path, at_once: bool) -> Result:
+AGREED = {"NotFinite", "NotFiniteAfterLoad", "CheckpointError"}
+"""Kinds that every rank raises alike, in the same step."""
+
+
+def judge(ranks: list[RankFiles], logs: Path, at_once: bool, gone: list[int]) -> Result:
     """What the outcome files say; a rank's own error counts more than what it did to the others.
 
-    `at_once`: a second Ctrl-C has ended the ranks.
+    `at_once`: a second Ctrl-C has ended the ranks; `gone`: those that had ended without a word
+    before the supervisor ended the others.
     """
     outcomes = [(files.rank, files.outcome()) for files in ranks]
     step = steps_done(ranks)
@@ -60,7 +64,7 @@ def judge(ranks: list[RankFiles], logs: Path, at_once: bool) -> Result:
         rank, first = (own or failed)[0]
         return _failed_rank(rank, first, step)
     if missing or failed:
-        named = ", ".join(map(str, missing))
+        named = ", ".join(map(str, gone or missing))
         if at_once:
             message = "ended at once, without a new checkpoint"
             return Result.failure("killed", step, message, KILLED_EXIT_CODE)
@@ -89,10 +93,10 @@ def _failed_rank(rank: int, outcome: dict[str, Any], step: int) -> Result:
     kind, message = outcome["kind"], outcome["message"]
     if outcome["exit_code"] != RunError.exit_code:
         return Result.failure("mistake", step, message, outcome["exit_code"])
-    if kind in ("NotFinite", "NotFiniteAfterLoad", "CheckpointError"):  # all ranks say the same
+    if kind in AGREED:
         return replace(Result.failure(kind, step, message), suspect=outcome["suspect"])
     message = f"rank {rank}: {outcome['error']}: {message}"
-    return Result.failure(kind if kind in _KNOWN else "error", step, message)
+    return Result.failure("OutOfMemory" if kind == "OutOfMemory" else "error", step, message)
 
 
 def _last_words(logs: Path) -> str:

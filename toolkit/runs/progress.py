@@ -14,7 +14,7 @@ class Progress:
 
     def __init__(self, total: int, show: bool = True) -> None:
         self._total, self._show = total, show
-        self._offset = 0
+        self._offset: int | None = None
         self._first_step: int | None = None
         self._started = time.monotonic()
         self._evaluation = ""
@@ -24,10 +24,12 @@ class Progress:
 
     def __call__(self, folder: RunFolder) -> None:
         """Show what is new."""
+        if self._offset is None:  # what an earlier command has told is not news
+            self._offset = _size(folder)
         latest = None
         for line in self._new_lines(folder):
-            if error := line.get("checkpoint/error"):
-                self.say(f"step {line['step']:,}: not saved: {error}")
+            if "checkpoint/error" in line:
+                self.say(f"step {line['step']:,}: not saved: {line['checkpoint/error']}")
             elif "eval/loss" in line:
                 if latest and self._show:
                     self._tell(latest)
@@ -51,7 +53,7 @@ class Progress:
         try:
             with folder.metrics_file.open(encoding="utf-8") as file:
                 file.seek(0, 2)
-                self._offset = min(self._offset, file.tell())
+                self._offset = min(self._offset or 0, file.tell())
                 file.seek(self._offset)
                 text = file.read()
         except OSError:
@@ -62,7 +64,7 @@ class Progress:
 
     def _tell(self, line: dict[str, Any]) -> None:
         step = line["step"]
-        if self._first_step is None:
+        if self._first_step is None or step <= self._first_step:
             self._first_step, self._started = step, time.monotonic()
         done = step - self._first_step
         seconds = time.monotonic() - self._started
@@ -101,6 +103,13 @@ class Progress:
         bar.add_task("", total=self._total, words="starting", left="")
         bar.start()
         return bar
+
+
+def _size(folder: RunFolder) -> int:
+    try:
+        return folder.metrics_file.stat().st_size
+    except OSError:
+        return 0
 
 
 def _parsed(text: str) -> dict[str, Any] | None:

@@ -4,11 +4,11 @@ import signal
 from types import TracebackType
 from typing import Any, Self
 
-CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Signals:
-    """As a context: notes SIGINT, SIGTERM and SIGUSR1.
+    """As a context: notes SIGINT, SIGTERM, SIGUSR1 and SIGHUP (a terminal that is gone).
 
     A second Ctrl-C means now; a SIGTERM after a SIGUSR1 is only a scheduler that says it twice.
     """

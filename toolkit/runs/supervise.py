@@ -1,9 +1,10 @@
 """Attempt after attempt, until the run is finished, stopped, wrong, or makes no progress."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launchers.base import Command
+from toolkit.checkpoint.manifest import step_of
 from toolkit.checkpoint.shelf import find_checkpoints, set_aside
 from toolkit.plan.model import Plan
 from toolkit.rank_files import RankFiles
@@ -72,14 +73,18 @@ def _one_attempt(
     """One attempt, with its entry in the record; a full disk does not hide how it ended."""
     try:
         number = folder.add_attempt(plan, attempt_entry(plan, cause), is_restart)
-        if saved := find_checkpoints(folder.checkpoints):
-            around.say(f"attempt {number} goes on from {saved[-1].name}")
-        result = run_attempt(
-            folder, plan, number, around.render(plan, number), around.tick, signals
-        )
     except OSError as error:
         where = error.filename or folder.path
         return Result.failure("disk", 0, f"{where}: {error.strerror or error}")
+    try:
+        command = around.render(plan, number)
+        result = run_attempt(folder, plan, number, command, around.tick, around.say, signals)
+    except OSError as error:
+        where = error.filename or folder.path
+        result = Result.failure("disk", 0, f"{where}: {error.strerror or error}")
+    if result.outcome == "failed":
+        result = replace(result, step=max(result.step, _newest_step(folder)))
+    begun = RankFiles(folder.logs(number), 0).begun() or {}
     try:
         folder.end_attempt(
             number,
@@ -88,6 +93,7 @@ def _one_attempt(
             kind=result.kind,
             step=result.step,
             message=result.message,
+            **begun,
         )
     except OSError as error:
         around.say(f"{folder.record_file}: {error.strerror}; it lacks how this attempt ended")
@@ -112,6 +118,12 @@ def _close_lost_attempt(folder: RunFolder) -> None:
         step=steps_done(ranks),
         message="the supervisor was killed",
     )
+
+
+def _newest_step(folder: RunFolder) -> int:
+    """An attempt that fails while it loads has not lost the steps that are saved."""
+    saved = find_checkpoints(folder.checkpoints)
+    return (step_of(saved[-1]) or 0) if saved else 0
 
 
 def _set_aside_since(folder: RunFolder, suspect: str) -> str:

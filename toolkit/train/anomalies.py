@@ -41,16 +41,19 @@ class Judge:
     def __init__(self, spec: Anomalies, state: TrainState, suspect: str | None) -> None:
         self._spec, self._state, self._suspect = spec, state, suspect
         self._first, self._skipped_before = state.step + 1, state.skipped_in_a_row
+        self._not_finite = 0
 
     def judge(self, step: int, verdict: Verdict, scaler: LossScaler | None) -> Judgement:
         """Skip what is not finite, measure what is; counts in the state what was skipped."""
         found = self._look(verdict, scaler)
-        if scaler:
+        if scaler and (found.why == "overflow" or not found.skip):
             scaler.update(overflow=found.why == "overflow")
         if found.why == "overflow":
             return found
         state = self._state
         state.skipped_in_a_row = state.skipped_in_a_row + 1 if found.skip else 0
+        if found.why.endswith("not finite"):
+            self._not_finite += 1
         if found.skip:
             state.skipped_steps.append(step)
         else:
@@ -63,7 +66,8 @@ class Judge:
         in_a_row = self._state.skipped_in_a_row
         suspect_after = min(SUSPECT_STEPS, self._spec.max_skipped)
         since_load = step - self._first + 1
-        if self._suspect and not self._skipped_before and in_a_row == since_load == suspect_after:
+        all_since_load = self._not_finite == since_load == suspect_after
+        if self._suspect and not self._skipped_before and all_since_load:
             raise NotFiniteAfterLoad(
                 f"step {step}: not finite in all {since_load} steps since {self._suspect} was loaded",
                 self._suspect,

@@ -1,6 +1,7 @@
 """Loading: every rank checks its share of the newest checkpoint, then all read it, or fall back."""
 
 import contextlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,40 @@ from toolkit.errors import CheckpointError
 from toolkit.train.engines.base import Piece
 
 
-def choose(folder: Path) -> tuple[Path, TrainState, bool] | None:
-    """The newest sound checkpoint, its state, and whether another lies before it; None without one.
+@dataclass(frozen=True)
+class Choice:
+    """The checkpoint to load (None: begin anew), and the names under which bad ones were kept."""
 
-    Every rank calls it and gets the same. A checkpoint that is not sound is set aside, with a line.
+    path: Path | None
+    state: TrainState
+    has_older: bool
+    set_aside: list[str]
+
+
+def choose(folder: Path) -> Choice:
+    """The newest sound checkpoint; every rank calls it, verifies its share, and gets the same.
+
+    CheckpointError where there were checkpoints and none is sound, or the folder itself is gone: to
+    begin anew in silence would lose what metrics.jsonl still tells.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
+    set_aside: list[str] = []
     while True:
-        found = [path.name for path in shelf.find_checkpoints(folder)] if rank == 0 else []
-        shared: list[Any] = [found]
+        shared: list[Any] = [None, set_aside]
+        if rank == 0 and folder.is_dir():
+            shared[0] = [path.name for path in shelf.find_checkpoints(folder)]
         dist.broadcast_object_list(shared, src=0)
-        if not shared[0]:
-            return None
-        path = folder / shared[0][-1]
+        names, set_aside = shared
+        if names is None:
+            raise CheckpointError(f"{folder}: it is gone. Nearest: put it back, or run anew")
+        if not names:
+            if set_aside:
+                raise CheckpointError(
+                    f"{folder}: no checkpoint is sound; they are kept as {', '.join(set_aside)}. "
+                    "Nearest: put a sound copy in their place, or run anew"
+                )
+            return Choice(None, TrainState(), False, [])
+        path = folder / names[-1]
         state, error = TrainState(), ""
         try:
             ranks = read_manifest(path)["ranks"]
@@ -38,11 +60,11 @@ def choose(folder: Path) -> tuple[Path, TrainState, bool] | None:
         dist.all_gather_object(errors, error)
         problem_found = next(filter(None, errors), "")
         if not problem_found:
-            return path, state, len(shared[0]) > 1
+            return Choice(path, state, len(names) > 1, set_aside)
         if rank == 0:
             aside = shelf.set_aside(path).name
+            set_aside = [*set_aside, aside]
             print(f"{problem_found}; kept as {aside}, falling back to the one before", flush=True)
-        dist.barrier()
 
 
 def load(path: Path, pieces: dict[str, Piece]) -> None:

@@ -1,7 +1,7 @@
 """The training loop, one story from the first step to the last."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -53,21 +53,22 @@ def train(
     engine = build_engine(plan, rows.card, device)
     reader = StepReader(plan, rows, rank, pin=device.type == "cuda")
     watch.at("load")
-    state, suspect = _restore(engine, plan, run_folder / "checkpoints")
-    logbook = Logbook(plan, run_folder / "metrics.jsonl", device, resume_at=state.step)
+    state, suspect = _restore(engine, plan, run_folder / "checkpoints", watch)
+    logbook = Logbook(plan, run_folder / "metrics.jsonl", device, state)
     saver = _saver(plan, run_folder, attempt, state.step, logbook)
     evaluator = Evaluator(plan, engine)
     judge = Judge(recipe.anomalies, state, suspect)
     cadence = SaveCadence(recipe.checkpoint)
     clock = plan.clock()
-    course = _Course(stop=False)
+    course = _Course(stop=False, reason=_reason_to_stop(state, plan))
 
-    watch.step = watch.done = state.step
     watch.at("warm-up")
     engine.warm_up(reader.widest().tensors)
     with logbook, saver:
         if state.evaluation_due:
             _evaluate(evaluator, state, plan, watch, logbook, course)
+            if not course.stop:
+                saver.amend(state)
         first = plan.steps.total + 1 if course.is_over else state.step + 1
         for step in logbook.timed(read_ahead(reader, first, plan.steps.total)):
             watch.begin(step.number)
@@ -94,30 +95,30 @@ def train(
             if state.evaluation_due and not course.stop:
                 _evaluate(evaluator, state, plan, watch, logbook, course)
             if verdict.save_failed:
-                _hear_error(saver, state, logbook)
+                _hear_errors(saver, state, logbook, watch)
             if last or course.is_over or verdict.save_due or cadence.is_due(state):
                 watch.at("save")
                 logbook.flush()
-                _save(engine, saver, state, watch)
+                _hear_errors(saver, state, logbook, watch)
+                _save(engine, saver, state)
                 cadence.saved()
             if course.is_over:
                 break
         saver.wait(watch.wait)
         if saver.has_failed:
-            raise CheckpointError(f"the last save failed: {saver.take_error()}")
+            raise CheckpointError(f"the last save failed: {saver.take_errors()[-1]}")
 
     complete = state.step == plan.steps.total and not state.evaluation_due
     outcome = "finished" if complete or course.reason else "stopped"
-    return Outcome(outcome, state.step, state.loss, course.evaluation, course.reason)
+    return Outcome(outcome, state.step, state.loss, state.evaluation, course.reason)
 
 
 @dataclass
 class _Course:
-    """Whether the loop goes on: a signal, or the reason to stop early; and the last evaluation."""
+    """Whether the loop goes on: a signal, or the reason to stop early."""
 
     stop: bool
     reason: str = ""
-    evaluation: dict[str, float] | None = field(default=None)
 
     @property
     def is_over(self) -> bool:
@@ -160,8 +161,7 @@ def _evaluate(
     if found is None:
         course.stop = True
         return
-    state.evaluation_due = False
-    course.evaluation = found
+    state.evaluation_due, state.evaluation = False, found
     course.reason = _judge(state, found, plan)
     logbook.record_evaluation(state.step, found)
 
@@ -174,17 +174,17 @@ def _saver(plan: Plan, folder: Path, attempt: int, saved_step: int, logbook: Log
     return Saver(folder / "checkpoints", recipe.checkpoint, votes, rank, saved_step, logbook.sync)
 
 
-def _save(engine: Engine, saver: Saver, state: TrainState, watch: Watch) -> None:
+def _save(engine: Engine, saver: Saver, state: TrainState) -> None:
     if engine.scaler:
         state.loss_scale = vars(engine.scaler).copy()
-    saver.wait(watch.wait)
     saver.save(engine.pieces(), state)
 
 
-def _hear_error(saver: Saver, state: TrainState, logbook: Logbook) -> None:
-    """A save has failed on some rank: all wait for the verdict, then stop or go on alike."""
-    saver.wait()
-    logbook.record_event(state.step, **{"checkpoint/error": saver.take_error()})
+def _hear_errors(saver: Saver, state: TrainState, logbook: Logbook, watch: Watch) -> None:
+    """Wait for the save under way; where it failed, all ranks stop or go on alike, and it is told."""
+    saver.wait(watch.wait)
+    for error in saver.take_errors():
+        logbook.record_event(state.step, **{"checkpoint/error": error})
 
 
 def _judge(state: TrainState, evaluation: dict[str, float], plan: Plan) -> str:
@@ -204,12 +204,18 @@ def _judge(state: TrainState, evaluation: dict[str, float], plan: Plan) -> str:
         state.patience_metric, state.evaluations_without_gain = value, 0
     else:
         state.evaluations_without_gain += 1
-    if rule and state.evaluations_without_gain >= rule.patience:
-        return (
-            f"early stopping: {metric} has not improved on {state.patience_metric} by more than "
-            f"{rule.min_delta:g} for {rule.patience} evaluations"
-        )
-    return ""
+    return _reason_to_stop(state, plan)
+
+
+def _reason_to_stop(state: TrainState, plan: Plan) -> str:
+    """Why early stopping ends the run now, or nothing."""
+    rule = plan.recipe.early_stopping
+    if not rule or state.evaluations_without_gain < rule.patience:
+        return ""
+    return (
+        f"early stopping: {rule.metric} has not improved on {state.patience_metric} by more than "
+        f"{rule.min_delta:g} for {rule.patience} evaluations"
+    )
 
 
 def _gain(value: float, reference: float | None, mode: str) -> float:
@@ -221,7 +227,9 @@ def _gain(value: float, reference: float | None, mode: str) -> float:
     return reference - value if mode == "min" else value - reference
 
 
-def _restore(engine: Engine, plan: Plan, folder: Path) -> tuple[TrainState, str | None]:
+def _restore(
+    engine: Engine, plan: Plan, folder: Path, watch: Watch
+) -> tuple[TrainState, str | None]:
     """The state of the newest sound checkpoint, loaded; a fresh one where there is none.
 
     Also the checkpoint's name, where it can be doubted because there is one before it.
@@ -229,10 +237,11 @@ def _restore(engine: Engine, plan: Plan, folder: Path) -> tuple[TrainState, str 
     if dist.get_rank() == 0:
         remove_abandoned(folder)
     chosen = loader.choose(folder)
-    if chosen is None:
+    if chosen.path is None:
         fresh = TrainState(training_sha256=plan.training_sha256, fingerprint=plan.data.fingerprint)
         return fresh, None
-    path, state, has_older = chosen
+    path, state = chosen.path, chosen.state
+    watch.step = watch.done = state.step
     for what, saved, here in (
         ("training_sha256", state.training_sha256, plan.training_sha256),
         ("data fingerprint", state.fingerprint, plan.data.fingerprint),
@@ -243,7 +252,8 @@ def _restore(engine: Engine, plan: Plan, folder: Path) -> tuple[TrainState, str 
             )
     loader.load(path, engine.pieces())
     engine.loaded()
+    watch.begun({"from_step": state.step, "checkpoint": path.name, "set_aside": chosen.set_aside})
     print(f"going on from step {state.step}, loaded from {path}", flush=True)
     if state.loss_scale:
         engine.scaler = LossScaler(**state.loss_scale)
-    return state, path.name if has_older else None
+    return state, path.name if chosen.has_older else None

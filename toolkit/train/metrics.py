@@ -25,9 +25,11 @@ from toolkit.train.memory import MemoryGauge
 class Logbook:
     """What the loop has to tell of each step; only rank 0 writes."""
 
-    def __init__(self, plan: Plan, path: Path, device: torch.device, resume_at: int) -> None:
+    def __init__(self, plan: Plan, path: Path, device: torch.device, state: TrainState) -> None:
         self._plan, self._gauge = plan, MemoryGauge(device)
-        self._file = MetricsFile(path, resume_at) if dist.get_rank() == 0 else None
+        self._file = None
+        if dist.get_rank() == 0:
+            self._file = MetricsFile(path, state.step, state.evaluation_due)
         self._started = 0.0
 
     def timed(self, steps: Iterator[Step]) -> Iterator[Step]:
@@ -109,13 +111,13 @@ class MetricsFile:
     A line that the disk refuses is held on and written later; none stands there in part.
     """
 
-    def __init__(self, path: Path, resume_at: int) -> None:
+    def __init__(self, path: Path, resume_at: int, evaluation_due: bool = False) -> None:
         self._path = path
         self._waiting: list[str] = []
         self._lock = threading.Lock()
         self._told = False
         if path.exists():
-            _keep_until(path, resume_at)
+            _keep_until(path, resume_at, evaluation_due)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._size = os.fstat(self._descriptor).st_size
 
@@ -169,9 +171,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return result
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drop lines after the checkpoint that the run resumes from, and a torn last line."""
-    kept = [json.dumps(line) for line in read_metrics(path) if line["step"] <= step]
+def _keep_until(path: Path, step: int, evaluation_due: bool) -> None:
+    """Drop lines after the checkpoint that the run resumes from, and a torn last line.
+
+    Also an evaluation of that very step, where it is to be done again.
+    """
+
+    def is_kept(line: dict[str, Any]) -> bool:
+        again = evaluation_due and line["step"] == step and "eval/loss" in line
+        return bool(line["step"] <= step and not again)
+
+    kept = [json.dumps(line) for line in read_metrics(path) if is_kept(line)]
     write_text(path, "".join(f"{line}\n" for line in kept))
 
 

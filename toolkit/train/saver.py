@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
 from toolkit.checkpoint import manifest
 from toolkit.checkpoint.manifest import DIGEST_THREADS, MANIFEST, checkpoint_name, shard_name
 from toolkit.checkpoint.shelf import apply_retention, set_aside
-from toolkit.checkpoint.state import TrainState
+from toolkit.checkpoint.state import MOST_SCORES, TrainState, badness
 from toolkit.errors import CheckpointError, PeerLost
 from toolkit.files import fsync_folder
 from toolkit.recipe.schema import Checkpoint
@@ -31,6 +32,7 @@ DRAIN_S = 60.0
 """How long a rank that fails waits for its own save under way."""
 
 _NICE = 5
+_TICK_S = 0.5
 
 Pieces = dict[str, Piece]
 
@@ -62,7 +64,7 @@ class Saver:
 
     `save` copies the state to host memory before it returns, into buffers that are kept: one copy,
     however many saves. A save waits for the one before it. Every rank learns the same verdict; an
-    error is raised by `wait` on all of them or, with `on_error: continue`, told by `take_error`.
+    error is raised by `wait` on all of them or, with `on_error: continue`, told by `take_errors`.
     As a context it drains the save under way, also when the loop fails.
     """
 
@@ -80,7 +82,9 @@ class Saver:
         self._saved_step = saved_step
         self._host: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
-        self._error = self._lost = ""
+        self._errors: list[str] = []
+        self._lost = ""
+        self._under_way: Path | None = None
 
     def save(self, pieces: Pieces, state: TrainState) -> None:
         """Begin to save this state; every rank calls it at the same step."""
@@ -88,7 +92,7 @@ class Saver:
         if state.step == self._saved_step:  # nothing has moved since it was saved or loaded
             return
         self._saved_step = state.step
-        _keep_score(state, self._spec.keep_best)
+        _keep_score(state)
         owned = {name: piece for name, piece in pieces.items() if piece.owned}
         tensors = self._copied(owned) if self._spec.asynchronous else _on_host(owned)
         work = (tensors, owned, asdict(state))
@@ -100,27 +104,47 @@ class Saver:
     @property
     def has_failed(self) -> bool:
         """Whether a save was refused by some rank and nobody has been told."""
-        return bool(self._error)
+        return bool(self._errors)
 
     def wait(self, tick: Callable[[], None] = lambda: None) -> None:
         """Until the save under way is decided; raises its error where `on_error` is `stop`.
 
         PeerLost when the ranks can no longer agree.
         """
+        written = -1
         while self._thread:
-            self._thread.join(0.5)
+            self._thread.join(_TICK_S)
             if not self._thread.is_alive():
                 self._thread = None
-            tick()
+            elif (now := self._bytes_written()) != written:  # a disk that stalls is no sign of life
+                written = now
+                tick()
         if self._lost:
             raise PeerLost(self._lost)
-        if self._error and self._spec.on_error == "stop":
-            raise CheckpointError(self.take_error())
+        if self._errors and self._spec.on_error == "stop":
+            raise CheckpointError(self.take_errors()[0])
 
-    def take_error(self) -> str:
-        """What the last save failed with, once; empty when it did not."""
-        error, self._error = self._error, ""
-        return error
+    def take_errors(self) -> list[str]:
+        """What saves have failed with since last asked, in their order."""
+        errors, self._errors = self._errors, []
+        return errors
+
+    def amend(self, state: TrainState) -> None:
+        """After an evaluation that the saved state still lacked: rank 0 puts the whole state beside it.
+
+        Every rank calls it; CheckpointError on all where it cannot be written.
+        """
+        _keep_score(state)
+        error = [""]
+        if self._rank == 0:
+            path = self._folder / checkpoint_name(state.step)
+            try:
+                manifest.write_amendment(path, asdict(state))
+            except OSError as failure:
+                error = [f"{path}: rank 0 cannot write: {failure.strerror or failure}"]
+        dist.broadcast_object_list(error, src=0)
+        if error[0]:
+            raise CheckpointError(error[0])
 
     def __enter__(self) -> Self:
         return self
@@ -144,12 +168,20 @@ class Saver:
             torch.cuda.current_stream().synchronize()
         return self._host
 
+    def _bytes_written(self) -> int:
+        """By all ranks, to the save under way."""
+        total = 0
+        with contextlib.suppress(OSError):
+            for path in self._under_way.iterdir() if self._under_way else ():
+                total += path.stat().st_size
+        return total
+
     def _write(self, tensors: dict[str, Tensor], owned: Pieces, state: dict[str, Any]) -> None:
         if self._spec.asynchronous:  # the loop's threads come first
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         step = state["step"]
         final = self._folder / checkpoint_name(step)
-        temporary = final.with_name(f".{final.name}.tmp")
+        temporary = self._under_way = final.with_name(f".{final.name}.tmp")
         digest = failure = ""
         try:
             threads = 1 if self._spec.asynchronous else DIGEST_THREADS
@@ -165,15 +197,16 @@ class Saver:
             else:
                 self._votes.cast(step, digest)
             if self._rank == 0:
-                self._error = self._publish(temporary, final, state)
-                self._votes.decide(step, self._error)
+                refused = self._publish(temporary, final, state)
+                self._votes.decide(step, refused)
             else:
-                self._error = self._votes.verdict(step)
+                refused = self._votes.verdict(step)
         except RuntimeError as error:  # the store went with its process
             self._lost = f"{final}: the ranks cannot agree: {error}"
             return
-        if self._error:
-            print(self._error, flush=True)
+        if refused:
+            self._errors.append(refused)
+            print(refused, flush=True)
             with contextlib.suppress(OSError):
                 _remove_part(temporary, self._rank)
 
@@ -183,6 +216,9 @@ class Saver:
         if error:
             return error
         try:
+            for rank in range(len(digests)):
+                for name in (shard_name(rank), manifest.rank_manifest_name(rank)):
+                    os.stat(temporary / name)
             manifest.write_manifest(temporary, state, digests)
             fsync_folder(temporary)
             if final.exists():
@@ -242,10 +278,9 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(flat.numpy()).hexdigest()  # type: ignore[arg-type]
 
 
-def _keep_score(state: TrainState, keep_best: int) -> None:
-    """Note that this step is saved with its metric; the best n are remembered, less being better."""
+def _keep_score(state: TrainState) -> None:
+    """Note that this step is saved with its metric; retention picks the best of those that exist."""
     if state.metric is not None and math.isfinite(state.metric):
         state.scores[str(state.step)] = state.metric
-    sign = -1.0 if state.metric_mode == "max" else 1.0
-    best = sorted(state.scores.items(), key=lambda pair: sign * pair[1])[:keep_best]
-    state.scores = dict(best)
+    best = sorted(state.scores.items(), key=lambda pair: badness(state, pair[1]))
+    state.scores = dict(best[:MOST_SCORES])

@@ -4,6 +4,7 @@ Each rank votes once per save through torch's key-value store, from its saving t
 decides as soon as all have voted or one has failed, and every rank learns the same verdict.
 """
 
+import math
 import time
 from collections.abc import Callable
 
@@ -42,7 +43,7 @@ class Votes:
             return len(digests) == self._world
 
         try:
-            if not self._wait(all_are_in):
+            if not self._wait(all_are_in, self._timeout_s):
                 late = sorted(set(range(self._world)) - set(digests))
                 return [], f"rank {late} did not write its part within {self._timeout_s:g} s"
         except _Failed as error:
@@ -54,14 +55,16 @@ class Votes:
         self._set(step, "verdict", error.encode() or _SOUND)
 
     def verdict(self, step: int) -> str:
-        """Other ranks: why the save failed; empty when it is published."""
-        if not self._wait(lambda: self._has(step, "verdict")):
-            return f"rank 0 did not decide within {self._timeout_s:g} s"
+        """Other ranks: why the save failed; empty when it is published.
+
+        Without a deadline: only rank 0 decides, and where it is gone the store is gone with it.
+        """
+        self._wait(lambda: self._has(step, "verdict"), math.inf)
         found = self._get(step, "verdict")
         return "" if found == _SOUND else found.decode(errors="replace")
 
-    def _wait(self, ready: Callable[[], bool]) -> bool:
-        deadline, pause = time.monotonic() + self._timeout_s, _POLL_S[0]
+    def _wait(self, ready: Callable[[], bool], timeout_s: float) -> bool:
+        deadline, pause = time.monotonic() + timeout_s, _POLL_S[0]
         while not ready():
             if time.monotonic() > deadline:
                 return False

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass
@@ -9,12 +10,14 @@ class Watch:
     """`at` tells each place that the loop comes to; `stop_asked` says whether a signal has come.
 
     All ranks pass the same places in the same order, so the rank with the fewest is the late one.
-    `wait` tells that the rank lives while it waits, for a disk say; it is no place.
+    `wait` tells that the rank lives while it waits, for a disk say; it is no place. `begun` tells
+    which checkpoint was loaded.
     """
 
     beat: Callable[[int, int, str], None] = lambda done, step, place: None
     wait: Callable[[], None] = lambda: None
     stop_asked: Callable[[], bool] = lambda: False
+    begun: Callable[[dict[str, Any]], None] = lambda facts: None
     step: int = 0
     done: int = 0
 

@@ -7,7 +7,6 @@ A launcher's exit code does not tell the truth; the outcome file does.
 import argparse
 import contextlib
 import faulthandler
-import io
 import os
 import signal
 import sys
@@ -20,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import DrumlineError, LaunchError
+from toolkit.files import ForgivingOutput
 from toolkit.plan.model import Plan, read_plan
 from toolkit.processes import Process
 from toolkit.rank_files import RankFiles
 from toolkit.train.watch import Watch
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 STACKS_SIGNAL = signal.SIGUSR2
 _ORPHAN_POLL_S = 0.5
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     if not files.announce():
         return 1
     beat = files.open_beat()
-    watch = Watch(beat, beat.wait, lambda: bool(asked))
+    watch = Watch(beat, beat.wait, lambda: bool(asked), files.write_begun)
     try:
         outcome = _run(arguments, rank, watch)
     except BaseException as error:  # everything is told in the outcome file
@@ -184,22 +184,7 @@ def _send_output_to(path: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-    sys.stdout, sys.stderr = _Log(1), _Log(2)
-
-
-class _Log(io.TextIOBase):
-    """Text to a descriptor, unbuffered; what cannot be written is dropped."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            os.write(self._descriptor, text.encode(errors="replace"))
-        return len(text)
-
-    def fileno(self) -> int:
-        return self._descriptor
+    sys.stdout, sys.stderr = ForgivingOutput(1), ForgivingOutput(2)
 
 
 if __name__ == "__main__":

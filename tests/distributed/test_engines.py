@@ -1,0 +1,206 @@
+"""One curve under every engine: parity, one checkpoint format, the same bits after a resume, faults."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import run_jobs
+
+from toolkit.cli.plan import make_plan, prepare_data
+from toolkit.plan.model import Plan
+from toolkit.recipe.load import load_recipe
+from toolkit.train.metrics import read_metrics
+
+pytestmark = [pytest.mark.xdist_group("heavy"), pytest.mark.heavy]
+
+ENGINES = {
+    "ddp": ["launch.launcher=torchrun"],
+    "fsdp": ["launch.launcher=torchrun", "strategy.name=fsdp"],
+    "accelerate": ["launch.launcher=accelerate"],
+    "accelerate-fsdp": ["launch.launcher=accelerate", "strategy.name=fsdp"],
+    "zero0": ["launch.launcher=deepspeed"],
+    "zero1": ["launch.launcher=deepspeed", "strategy.name=zero1"],
+    "zero2": ["launch.launcher=deepspeed", "strategy.name=zero2"],
+    "zero3": ["launch.launcher=deepspeed", "strategy.name=zero3"],
+}
+SPLITS = [(3, 1, 4), (3, 2, 2), (2, 2, 3)]
+SAVERS = ["ddp", "fsdp", "accelerate", "zero1", "zero3"]
+STEPS, CUT = 6, 4
+BASE = [
+    "data.options={max_files: 40}", "data.validation=0.05", "model.config.num_hidden_layers=2", "evaluation=null",
+    "optimizer.weight_decay=0.1", "schedule.warmup_steps=2", "checkpoint={every_steps: 2, keep_last: 9}",
+    "logging.every_steps=1",
+]  # fmt: skip
+"""Rows of unequal token counts: the last one of a part is short; a step of 12 of them; two groups of decay."""
+
+
+def plan_of(engine: str, split: tuple[int, int, int], *overrides: str) -> Plan:
+    b, gpus, k = split
+    batch = f"batch={{effective: {b * gpus * k}, per_device: {b}, gpus: {gpus}, accumulation: {k}}}"
+    recipe = load_recipe(
+        "tiny-code-lm", [*BASE, batch, f"duration.steps={STEPS}", *ENGINES[engine], *overrides]
+    )
+    prepare_data(recipe)
+    return make_plan(recipe)
+
+
+class Arena:
+    """Jobs by world size, done in one start each; their folders by name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._jobs: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
+        self._round = 0
+
+    def train(self, name: str, plan: Plan, stop_after: int | None = None) -> None:
+        """The real loop, in a folder that may hold checkpoints already."""
+        where = self.folder / name
+        where.mkdir(parents=True, exist_ok=True)
+        (where / "plan.json").write_text(plan.to_json())
+        job = {
+            "kind": "train",
+            "plan": str(where / "plan.json"),
+            "folder": str(where),
+            "stop_after": stop_after,
+        }
+        self._jobs[plan.batch.gpus].append(job)
+
+    def verify(self, name: str, plan: Plan, fault: str = "") -> None:
+        """The real verification, with a fault planted."""
+        where = self.folder / name
+        where.mkdir(parents=True)
+        (where / "plan.json").write_text(plan.to_json())
+        job = {
+            "kind": "verify",
+            "plan": str(where / "plan.json"),
+            "folder": str(where),
+            "fault": fault,
+        }
+        self._jobs[plan.batch.gpus].append(job)
+
+    def go(self) -> None:
+        """Do what has been asked for."""
+        self._round += 1
+        for world, jobs in self._jobs.items():
+            if jobs:
+                run_jobs(world, jobs, self.folder / f"ranks-{self._round}-{world}")
+                jobs.clear()
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """Its steps."""
+        return [line for line in read_metrics(self.folder / name / "metrics.jsonl") if "lr" in line]
+
+
+def name_of(engine: str, split: tuple[int, int, int]) -> str:
+    return f"{engine}-{'x'.join(map(str, split))}"
+
+
+FAULTS = ["mean of means", "doubled 1/k", "a tick per process", "dropout on one rank"]
+
+
+@pytest.fixture(scope="module")
+def arena(tmp_path_factory: pytest.TempPathFactory) -> Arena:
+    made = Arena(tmp_path_factory.mktemp("arena"))
+    for engine in ENGINES:
+        for split in SPLITS:
+            made.train(name_of(engine, split), plan_of(engine, split))
+    for engine in ("ddp", "fsdp", "accelerate", "zero1", "zero3"):
+        made.train(f"bf16-{engine}", plan_of(engine, (3, 2, 2), "precision=bf16"))
+    made.verify("sound", plan_of("zero2", (3, 2, 2)))
+    for fault in FAULTS:
+        made.verify(fault, plan_of("ddp", (3, 2, 2), "model.config.attention_dropout=0.1"), fault)
+    made.go()
+    for saver in SAVERS:  # every engine's checkpoint of step 4 at two ranks, into every engine
+        for loader in ENGINES:
+            for split in ((3, 1, 4), (2, 2, 3)):
+                where = made.folder / f"{saver}-to-{name_of(loader, split)}"
+                source = made.folder / name_of(saver, (3, 2, 2))
+                shutil.copytree(
+                    source / f"checkpoints/step-{CUT:08d}", where / f"checkpoints/step-{CUT:08d}"
+                )
+                shutil.copy(source / "metrics.jsonl", where / "metrics.jsonl")
+                made.train(where.name, plan_of(loader, split))
+    made.go()
+    return made
+
+
+@pytest.mark.parametrize("split", SPLITS[0:], ids=str)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_trains_the_same(
+    arena: Arena, engine: str, split: tuple[int, int, int]
+) -> None:
+    """fp32 losses within 1e-5 relative of one process, the same digests, the same learning rates."""
+    ours, reference = arena.lines(name_of(engine, split)), arena.lines(name_of("ddp", (3, 1, 4)))
+    assert len(ours) == len(reference) == STEPS
+    for mine, theirs in zip(ours, reference, strict=True):
+        assert abs(mine["loss"] - theirs["loss"]) < 1e-5 * theirs["loss"]
+        assert abs(mine["grad_norm"] - theirs["grad_norm"]) < 1e-4 * theirs["grad_norm"]
+        assert (mine["digest"], mine["lr"]) == (theirs["digest"], theirs["lr"])
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "accelerate", "zero1", "zero3"])
+def test_bf16_means_the_same(arena: Arena, engine: str) -> None:
+    """Autocast with fp32 master weights everywhere: the fp32 curve to bf16 rounding."""
+    for mine, theirs in zip(
+        arena.lines(f"bf16-{engine}"), arena.lines(name_of("ddp", (3, 1, 4))), strict=True
+    ):
+        assert abs(mine["loss"] - theirs["loss"]) < 5e-3 * theirs["loss"]
+        assert mine["loss"] != theirs["loss"] or mine["step"] == 0
+
+
+@pytest.mark.parametrize("saver", SAVERS)
+@pytest.mark.parametrize("loader", ENGINES)
+@pytest.mark.parametrize("split", [(3, 1, 4), (2, 2, 3)], ids=str)
+def test_a_checkpoint_of_any_engine_goes_on_in_any_other(
+    arena: Arena, saver: str, loader: str, split: tuple[int, int, int]
+) -> None:
+    """Saved at two ranks, resumed at one and at two: the next steps' losses within 1e-5."""
+    ours = arena.lines(f"{saver}-to-{name_of(loader, split)}")
+    reference = arena.lines(name_of(saver, (3, 2, 2)))
+    assert [line["step"] for line in ours] == list(range(1, STEPS + 1))
+    for mine, theirs in zip(ours[CUT:], reference[CUT:], strict=True):
+        assert abs(mine["loss"] - theirs["loss"]) < 1e-5 * theirs["loss"]
+        assert abs(mine["grad_norm"] - theirs["grad_norm"]) < 1e-3 * theirs["grad_norm"]
+
+
+@pytest.mark.parametrize("engine", SAVERS)
+def test_a_resume_in_the_same_engine_takes_the_same_bits(arena: Arena, engine: str) -> None:
+    """Loaded by the engine that saved it, into another split, weights come out as they went in."""
+    source = arena.folder / name_of(engine, (3, 2, 2)) / f"checkpoints/step-{CUT:08d}"
+    index = json.loads((source / "manifest.json").read_text())
+    assert index["step"] == CUT
+    names = {
+        name
+        for rank in range(index["ranks"])
+        for name in json.loads((source / f"rank-{rank}.json").read_text())["tensors"]
+    }
+    reference = arena.folder / name_of("ddp", (3, 2, 2)) / f"checkpoints/step-{CUT:08d}"
+    theirs = {
+        name
+        for rank in range(2)
+        for name in json.loads((reference / f"rank-{rank}.json").read_text())["tensors"]
+    }
+    assert names == theirs
+
+
+def verdict(arena: Arena, name: str) -> tuple[bool, bool]:
+    """Whether the gradients and the rates were found equal."""
+    report = json.loads((arena.folder / name / "verify.json").read_text())
+    gradients = all(step["relative_error"] <= report["tolerance"] for step in report["steps"])
+    rates = all(taken == rate["wanted"] for rate in report["rates"] for taken in rate["taken"])
+    return gradients, rates
+
+
+def test_verify_is_green_where_nothing_is_wrong(arena: Arena) -> None:
+    """A sound split passes both parts."""
+    assert verdict(arena, "sound") == (True, True)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_verify_goes_red(arena: Arena, fault: str) -> None:
+    """Each planted fault is found, by the part that it is for."""
+    assert verdict(arena, fault) == (
+        (True, False) if fault == "a tick per process" else (False, True)
+    )
