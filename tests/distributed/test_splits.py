@@ -11,16 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_recipe
 from ranks import run_jobs
 from safetensors.torch import load_file
+from unequal import unequal_plan, write_pairs
 
-from toolkit.data.card import read_card
-from toolkit.data.prepare import prepare
 from toolkit.plan.model import Plan
-from toolkit.plan.resolve import World, resolve
-from toolkit.recipe.load import merge, validate
-from toolkit.recipe.schema import Recipe
 from toolkit.train.metrics import read_metrics
 
 pytestmark = [pytest.mark.xdist_group("heavy"), pytest.mark.heavy]
@@ -55,11 +50,6 @@ RESUMES = {
     2: [("ddp", (2, 2, 3)), ("fsdp", (3, 2, 2))],
     4: [("fsdp", (3, 4, 1))],
 }
-MODEL = {
-    "source": "config", "factory": None, "architecture": "gpt2",
-    "config": {"vocab_size": 257, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2,
-               "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
-}  # fmt: skip
 
 
 class Matrix:
@@ -69,25 +59,10 @@ class Matrix:
         self.folder = folder
         self.jobs: dict[int, list[dict[str, Any]]] = {1: [], 2: [], 4: []}
         self.starts = 0
-        self.data = folder / "pairs.jsonl"
-        pairs = [(f"prompt {n} " * (n % 3), "word " * (1 + n * n % 9)) for n in range(41)]
-        text = "".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs)
-        self.data.write_text(text)
+        self.data = write_pairs(folder)
 
     def plan(self, split: tuple[int, int, int], **changes: Any) -> Plan:
-        b, gpus, k = split
-        base = tiny_recipe(
-            model=MODEL,
-            data={"source": "files", "name": None, "path": str(self.data), "task": "sft",
-                  "sequence_length": 48, "samples": None, "validation": 0.0},
-            batch={"effective": 12, "per_device": b, "gpus": gpus, "accumulation": k, "weighting": "token"},
-            optimizer={"name": "adamw", "lr": 3e-3, "weight_decay": 0.1},
-            schedule={"name": "cosine", "warmup_steps": 4},
-            checkpoint={"keep_last": 3},
-        )  # fmt: skip
-        if "source" in changes.get("model", {}):
-            base["model"] = {}
-        return prepared_plan(validate(merge(base, changes), "r"))
+        return unequal_plan(self.data, split, **changes)
 
     def write_plan(self, name: str, plan: Plan) -> Path:
         path = self.folder / f"{name}.plan.json"
@@ -115,14 +90,6 @@ class Matrix:
 
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         return whole_weights(self.folder / name / "checkpoints" / "step-00000020")
-
-
-def prepared_plan(recipe: Recipe) -> Plan:
-    folder = prepare(recipe.data, recipe.project)
-    card = read_card(folder)
-    assert card
-    return resolve(recipe, World(samples=card.samples, fingerprint=card.fingerprint, cache=str(folder),
-                                 validation_samples=card.validation_samples))  # fmt: skip
 
 
 def whole_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
