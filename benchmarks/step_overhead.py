@@ -1,6 +1,6 @@
-"""What does drumline's loop cost per step, against a hand-written DDP loop?
+"""What does drumline's loop cost per step, under each engine, and what do peers cost?
 
-    python benchmarks/step_overhead.py [--rounds 5] [--steps 60]
+    python benchmarks/step_overhead.py [--rounds 5] [--steps 60] [--only small]
 
 The same model, data, optimizer and two gloo processes; each loop in processes of its own, in
 turns. Each prints the median time of its steps after ten; the table shows the medians over the
@@ -50,14 +50,14 @@ def recipe(model: str, steps: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def make_plan(model: str, steps: int) -> Any:
+def make_plan(model: str, steps: int, launcher: str) -> Any:
     """The plan of the benchmark's recipe, its data prepared."""
     from toolkit.data.card import read_card
     from toolkit.data.prepare import prepare
     from toolkit.plan.resolve import World, resolve
     from toolkit.recipe.load import validate
 
-    loaded = validate(recipe(model, steps), "benchmark")
+    loaded = validate({**recipe(model, steps), "launch": {"launcher": launcher}}, "benchmark")
     folder = prepare(loaded.data, None)
     card = read_card(folder)
     assert card
@@ -77,12 +77,10 @@ def ours(plan: Any, folder: Path) -> list[float]:
     return [line["seconds"] for line in lines]
 
 
-def by_hand(plan: Any, folder: Path) -> list[float]:
-    """Seconds of each step of a plain DDP loop over the same model and rows."""
+def _model_and_rows(plan: Any) -> tuple[Any, Any, Any]:
+    """The same model, and all rows that the steps take, in memory."""
+    import numpy as np
     import torch
-    import torch.distributed as dist
-    from torch.nn import functional
-    from torch.nn.parallel import DistributedDataParallel
 
     from toolkit.data.rows import Rows
     from toolkit.train.models import Skeleton
@@ -91,28 +89,125 @@ def by_hand(plan: Any, folder: Path) -> list[float]:
     skeleton = Skeleton(plan.recipe, rows.card)
     for _ in skeleton.blocks():
         pass
-    model = DistributedDataParallel(skeleton.finish(), gradient_as_bucket_view=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
-    per_step, rank = plan.batch.effective, dist.get_rank()
-    import numpy as np
+    everything = rows.collate(np.arange(plan.steps.total * plan.batch.effective))
+    ids, targets = (torch.from_numpy(everything[name]) for name in ("input_ids", "targets"))
+    return skeleton.finish(), ids, targets
 
-    everything = rows.collate(np.arange(plan.steps.total * per_step))
-    ids, targets = (
-        torch.from_numpy(everything["input_ids"]),
-        torch.from_numpy(everything["targets"]),
-    )
+
+def _slices(plan: Any, rank: int) -> Any:
+    """For each step, the rows of each of this rank's micro-batches."""
     b, k = plan.batch.per_device, plan.batch.accumulation
-    seconds = []
     for step in range(plan.steps.total):
+        firsts = [step * plan.batch.effective + m * b * WORLD + rank * b for m in range(k)]
+        yield [slice(first, first + b) for first in firsts]
+
+
+def accelerate_loop(plan: Any, folder: Path) -> list[float]:
+    """A plain accelerate loop, as its documentation has it: accumulate(), prepare(), backward()."""
+    import torch
+    from accelerate import Accelerator
+    from torch.nn import functional
+
+    model, ids, targets = _model_and_rows(plan)
+    k = plan.batch.accumulation
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=k)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    seconds = []
+    for chosen in _slices(plan, accelerator.process_index):
         started = time.perf_counter()
         total = torch.zeros(())
-        for micro in range(k):
-            first = step * per_step + micro * b * WORLD + rank * b
-            chosen = slice(first, first + b)
-            last = micro == k - 1
-            model.require_backward_grad_sync = last
-            logits = model(input_ids=ids[chosen]).logits
-            loss = functional.cross_entropy(logits.flatten(0, 1), targets[chosen].flatten()) / k
+        for rows in chosen:
+            with accelerator.accumulate(model):
+                logits = model(input_ids=ids[rows]).logits
+                loss = functional.cross_entropy(logits.flatten(0, 1), targets[rows].flatten())
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            total += loss.detach() / k
+        total.item()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def deepspeed_loop(plan: Any, folder: Path) -> list[float]:
+    """A plain DeepSpeed loop: ZeRO-0, engine(batch), engine.backward(), engine.step()."""
+    import deepspeed
+    import deepspeed.ops
+    import torch
+    from torch.nn import functional
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    model, ids, targets = _model_and_rows(plan)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
+    config = {"train_micro_batch_size_per_gpu": plan.batch.per_device,
+              "gradient_accumulation_steps": plan.batch.accumulation, "gradient_clipping": 1.0,
+              "zero_optimization": {"stage": 0}, "zero_allow_untested_optimizer": True}  # fmt: skip
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    seconds = []
+    for chosen in _slices(plan, engine.global_rank):
+        started = time.perf_counter()
+        total = torch.zeros(())
+        for rows in chosen:
+            logits = engine(input_ids=ids[rows]).logits
+            loss = functional.cross_entropy(logits.flatten(0, 1), targets[rows].flatten())
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach() / plan.batch.accumulation
+        total.item()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def trainer_loop(plan: Any, folder: Path) -> list[float]:
+    """transformers.Trainer over the same rows."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    model, ids, _ = _model_and_rows(plan)
+    rows = [{"input_ids": ids[n], "labels": ids[n]} for n in range(len(ids))]
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        """Notes when each optimizer step begins and ends."""
+
+        def on_step_begin(self, *rest: Any, **more: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *rest: Any, **more: Any) -> None:
+            seconds.append(time.perf_counter() - self.started)
+
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=plan.steps.total, use_cpu=True, report_to=[], learning_rate=1e-3,
+        per_device_train_batch_size=plan.batch.per_device,
+        gradient_accumulation_steps=plan.batch.accumulation,
+        save_strategy="no", logging_strategy="no", lr_scheduler_type="constant", disable_tqdm=True,
+        weight_decay=0.0, optim="adamw_torch_fused", ddp_backend="gloo",
+    )  # fmt: skip
+    Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Clock()]).train()
+    return seconds
+
+
+def by_hand(plan: Any, folder: Path) -> list[float]:
+    """Seconds of each step of a plain DDP loop over the same model and rows."""
+    import torch
+    import torch.distributed as dist
+    from torch.nn import functional
+    from torch.nn.parallel import DistributedDataParallel
+
+    built, ids, targets = _model_and_rows(plan)
+    model = DistributedDataParallel(built, gradient_as_bucket_view=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
+    seconds = []
+    for chosen in _slices(plan, dist.get_rank()):
+        started = time.perf_counter()
+        total = torch.zeros(())
+        for rows in chosen:
+            model.require_backward_grad_sync = rows is chosen[-1]
+            logits = model(input_ids=ids[rows]).logits
+            loss = functional.cross_entropy(logits.flatten(0, 1), targets[rows].flatten())
+            loss = loss / len(chosen)
             loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -123,7 +218,16 @@ def by_hand(plan: Any, folder: Path) -> list[float]:
     return seconds
 
 
-LOOPS = {"drumline": ours, "by hand": by_hand}
+LOOPS: dict[str, tuple[Any, str]] = {
+    "by hand": (by_hand, "torchrun"),
+    "drumline torch": (ours, "torchrun"),
+    "drumline accelerate": (ours, "accelerate"),
+    "drumline deepspeed": (ours, "deepspeed"),
+    "plain accelerate": (accelerate_loop, "torchrun"),
+    "plain deepspeed": (deepspeed_loop, "torchrun"),
+    "transformers.Trainer": (trainer_loop, "torchrun"),
+}
+"""Each with the launcher of the plan that it is given; the first is what ratios are taken to."""
 
 
 def rank_main(loop: str, model: str, steps: int, folder: Path) -> None:
@@ -134,7 +238,8 @@ def rank_main(loop: str, model: str, steps: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     (folder / "checkpoints").mkdir(exist_ok=True)
-    seconds = LOOPS[loop](make_plan(model, steps), folder)
+    run, launcher = LOOPS[loop]
+    seconds = run(make_plan(model, steps, launcher), folder)
     if dist.get_rank() == 0:
         print(statistics.median(seconds[SKIPPED:]))
     dist.barrier()
@@ -146,8 +251,8 @@ def start(loop: str, model: str, steps: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         processes = []
         for rank in range(WORLD):
-            env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": "29511", "OMP_NUM_THREADS": "1"}  # fmt: skip
+            env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "OMP_NUM_THREADS": "1"}  # fmt: skip
             command = [sys.executable, __file__, "--rank-of", loop, "--model", model, "--steps", str(steps),
                        "--folder", folder]  # fmt: skip
             processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
@@ -169,21 +274,20 @@ def main() -> None:
     if arguments.rank_of:
         return rank_main(arguments.rank_of, arguments.model, arguments.steps, arguments.folder)
     print(
-        f"{'model':<8} {'drumline ms':>12} {'by hand ms':>11} {'ratio':>7}   "
-        f"({arguments.rounds} rounds in turns)"
+        f"{'model':<8} {'loop':<22} {'ms':>7} {'ratio':>7}   ({arguments.rounds} rounds in turns)"
     )
     for model in [arguments.only] if arguments.only else MODELS:
-        make_plan(model, arguments.steps)
+        make_plan(model, arguments.steps, "torchrun")
         times: dict[str, list[float]] = {name: [] for name in LOOPS}
         for _ in range(arguments.rounds):
             for name in LOOPS:
                 times[name].append(start(name, model, arguments.steps))
-        a, b = (1000 * statistics.median(times[name]) for name in ("drumline", "by hand"))
-        pairs = zip(times["drumline"], times["by hand"], strict=True)
-        ratios = sorted(mine / theirs for mine, theirs in pairs)
-        spread = f"{ratios[0]:.3f} to {ratios[-1]:.3f}"
-        print(f"{model:<8} {a:>12.2f} {b:>11.2f} {statistics.median(ratios):>7.3f}   ({spread})")
-    return None
+        base = times["by hand"]
+        for name, found in times.items():
+            ratios = [mine / theirs for mine, theirs in zip(found, base, strict=True)]
+            spread = f"({min(ratios):.2f} to {max(ratios):.2f})"
+            print(f"{model:<8} {name:<22} {1e3 * statistics.median(found):>7.1f}"
+                  f" {statistics.median(ratios):>7.3f} {spread}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -104,6 +104,8 @@ def _check_strategy(recipe: Recipe) -> None:
             f"strategy.name: {recipe.strategy.name} does not go with launcher "
             f"{recipe.launch.launcher}. {table}"
         )
+    if recipe.launch.launcher == "deepspeed":
+        _check_deepspeed(recipe)
     sharded_sgd = recipe.optimizer.name == "sgd" and recipe.strategy.name == "fsdp"
     if sharded_sgd and recipe.optimizer.implementation == "fused":
         raise PlanError(
@@ -119,6 +121,20 @@ def _check_strategy(recipe: Recipe) -> None:
         raise PlanError(
             "model.sync_batchnorm: torch's SyncBatchNorm needs a GPU, and cluster.gpu is cpu. "
             "Nearest: sync_batchnorm false, or GroupNorm in the model"
+        )
+
+
+def _check_deepspeed(recipe: Recipe) -> None:
+    """What DeepSpeed would do otherwise than the others."""
+    if recipe.precision == "bf16-pure":
+        raise PlanError(
+            "precision: bf16-pure does not go with launcher deepspeed, which keeps an fp32 copy of "
+            "bf16 weights. Nearest: bf16, or strategy fsdp with launcher torchrun"
+        )
+    if recipe.model.sync_batchnorm:
+        raise PlanError(
+            "model.sync_batchnorm does not go with launcher deepspeed. "
+            "Nearest: launcher torchrun, or GroupNorm in the model"
         )
 
 
