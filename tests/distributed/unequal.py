@@ -25,12 +25,12 @@ def write_pairs(folder: Path) -> Path:
     return path
 
 
-def unequal_plan(data: Path, split: tuple[int, int, int], **changes: Any) -> Plan:
+def unequal_plan(pairs: Path, split: tuple[int, int, int], **changes: Any) -> Plan:
     """Twelve samples a step, prepared and resolved; sections are merged in."""
     b, gpus, k = split
     base = tiny_recipe(
         model=MODEL,
-        data={"source": "files", "name": None, "path": str(data), "task": "sft",
+        data={"source": "files", "name": None, "path": str(pairs), "task": "sft",
               "sequence_length": 48, "samples": None, "validation": 0.0},
         batch={"effective": 12, "per_device": b, "gpus": gpus, "accumulation": k, "weighting": "token"},
         optimizer={"name": "adamw", "lr": 3e-3, "weight_decay": 0.1},

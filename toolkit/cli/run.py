@@ -134,6 +134,12 @@ def _needs_data(recipe: Recipe) -> bool:
 
 def _show_command(plan: Plan, run_dir: Path | None, node: Node, as_json: bool) -> None:
     """What `--dry-run` prints: ready to paste, or as an object."""
+    if plan.data.cache is None:
+        print(
+            "the data are not prepared, so this would not train yet: `drumline prepare` first, and "
+            "print it again",
+            file=sys.stderr,
+        )
     folder = RunFolder((run_dir or Path("runs") / f"{plan.recipe.recipe}-N").absolute())
     command = _render(plan, folder, 0, node)
     if as_json:

@@ -18,7 +18,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed
 import deepspeed.ops
 from deepspeed.runtime.utils import combine_grad_norm_groups
-from deepspeed.utils import safe_get_full_grad
+from deepspeed.utils import logger, safe_get_full_grad
 
 from toolkit.data.card import Card
 from toolkit.errors import LaunchError
@@ -30,6 +30,7 @@ from toolkit.train.models import Skeleton, has_batchnorm
 from toolkit.train.optimizers import build_optimizer
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # two minutes of compiling on a CPU
+logger.addFilter(lambda record: "OVERFLOW!" not in record.getMessage())  # metrics.jsonl tells skips
 
 
 class DeepSpeedEngine(Engine):
@@ -62,11 +63,13 @@ class DeepSpeedEngine(Engine):
             config=self._config,
             dist_init_required=False,
         )
-        engine.torch_autocast_z0_gradscaler = None  # drumline's own looks at all ranks
         self.wrapped: Any = engine
         self._zero: Any = engine.optimizer if self._stage else None
+        for owner in filter(None, (engine, self._zero)):  # drumline's own scaler looks at all ranks
+            owner.torch_autocast_z0_gradscaler = owner.torch_autocast_gradscaler = None
         self.optimizer = self._zero.optimizer if self._zero else engine.optimizer
         self._norm: Any = None
+        self._scale = 1.0
         self._check(engine)
         self._allocate_optimizer_state()
 
@@ -97,9 +100,9 @@ class DeepSpeedEngine(Engine):
             self._norm = combine_grad_norm_groups(type(self._zero)._get_norm_groups(self._zero))
         else:
             self._norm = type(self._zero).scaled_global_norm(self._zero)
+        self._scale = self.scaler.scale if self.scaler else 1.0
         scaled = torch.as_tensor(self._norm, dtype=torch.float32, device=self.device).reshape(())
-        unscaled = scaled / self.scaler.scale if self.scaler else scaled
-        return torch.where(scaled < 0, torch.inf, unscaled)  # DeepSpeed's -1: not finite
+        return torch.where(scaled < 0, torch.inf, scaled / self._scale)  # its -1: not finite
 
     def step(self, rate: float) -> None:
         """One optimizer update at this learning rate; forgets the gradients."""
@@ -121,16 +124,21 @@ class DeepSpeedEngine(Engine):
         for name, parameter in self._parameters.items():
             gradient = parameter.grad if self._stage == 0 else safe_get_full_grad(parameter)
             if gradient is not None:
-                scale = self.scaler.scale if self.scaler and self._stage else 1.0
+                scale = self._scale if self._stage else 1.0
                 yield name, gradient.view(getattr(parameter, "ds_shape", parameter.shape)) / scale
 
     def _step_with_norm(self, norm: Any) -> None:
-        """DeepSpeed's step, with the norm given: once measured, or made up to be refused."""
+        """DeepSpeed's step, with the norm given: once measured, or made up to be refused.
+
+        It divides by the loss scale that the gradients have, which its own backward must not apply.
+        """
         if self._stage == 3:
             self._zero._get_norm_groups = lambda: [norm]
         else:
             self._zero.scaled_global_norm = lambda norm_type=2: norm
+        self._zero.loss_scaler.cur_scale = self._scale
         self.wrapped.step()
+        self._zero.loss_scaler.cur_scale = 1.0
 
     def _backward(self, loss: Tensor) -> None:
         self.wrapped.backward(loss, scale_wrt_gas=False)
