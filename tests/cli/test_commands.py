@@ -82,6 +82,8 @@ def test_gpus_resplits(drumline: Any) -> None:
         (["run", "{r}", "data.path=/none.txt", "data.source=files", "data.name=null", "data.samples=null"],
          "/none.txt does not exist"),
         (["run", "{r}", "--dry-run", "--rendezvous", "host"], "--rendezvous host: expected HOST:PORT"),
+        (["run", "{r}", "--dry-run", "--node-rank", "1"], "--node-rank 1: the plan has 1 nodes, counted from 0"),
+        (["run", "{r}", "--node-rank", "0"], "--node-rank and --rendezvous go with --dry-run"),
         (["run", "{r}", "--run-dir", "{r}/x"], "r.yaml is a file, not a folder"),
         (["resume", "{full}"], "is not a run folder (no record.json)"),
         (["resume", "{d}/none"], "does not exist"),
@@ -179,13 +181,13 @@ def test_a_launcher_that_is_not_installed_is_one_line(recipe_file: Path, launche
     program = (
         "import importlib.util as u, sys; real = u.find_spec\n"
         f"u.find_spec = lambda name, *rest: None if name == '{launcher}' else real(name, *rest)\n"
-        f"sys.argv = ['drumline', sys.argv[1], {str(recipe_file)!r}, 'launch.launcher={launcher}']\n"
+        f"sys.argv = ['drumline', *sys.argv[1:], {str(recipe_file)!r}, 'launch.launcher={launcher}']\n"
         "from toolkit.cli import main; main()"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for command, code in (("plan", 0), ("run", 2)):
+    for command, code in (("plan", 0), ("run --dry-run", 0), ("run", 2)):
         done = subprocess.run(
-            [sys.executable, "-c", program, command],
+            [sys.executable, "-c", program, *command.split()],
             env=env, cwd=recipe_file.parent, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == code, done.stderr

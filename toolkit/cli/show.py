@@ -1,6 +1,8 @@
 """A plan as a table that a person reads at a glance. Pure text; no rich, so a dry run stays quick."""
 
+import math
 import textwrap
+from pathlib import Path
 from typing import Any
 
 from toolkit.plan.model import Plan
@@ -115,3 +117,22 @@ def change_words(change: dict[str, Any]) -> str:
 
 def _plain(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def run_facts(
+    run: Path | None,
+    steps: int,
+    loss: float | None,
+    evaluation: dict[str, float] | None,
+    seconds: float,
+    outcome: str,
+) -> dict[str, Any]:
+    """The object of `--json`; a number that is not finite is null."""
+    return {
+        "run": str(run) if run else None,
+        "steps": steps,
+        "loss": loss if loss is not None and math.isfinite(loss) else None,
+        "eval": evaluation and {k: v if math.isfinite(v) else None for k, v in evaluation.items()},
+        "seconds": round(seconds, 3),
+        "outcome": outcome,
+    }

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from toolkit.cli.launch import check_offered, refuse_what_cannot_start, render_alone
 from toolkit.cli.plan import AsJson, Gpus, Overrides, RecipeArgument, make_plan, prepare_data
-from toolkit.cli.run import check_offered, refuse_what_cannot_start, render_alone
 from toolkit.errors import NOT_EQUAL_EXIT_CODE, PlanError, RunError
 from toolkit.plan.model import Plan
 from toolkit.recipe.load import load_recipe, override
