@@ -31,7 +31,8 @@ ENGINES: dict[str, dict[str, Any]] = {
 SPLITS = [(3, 1, 4), (3, 2, 2), (2, 2, 3)]
 PRECISIONS = ["bf16", "fp16"]
 LOWER = ["ddp", "fsdp", "accelerate", "zero0", "zero1", "zero3"]
-SAVERS = ["ddp", "fsdp", "accelerate", "zero1", "zero3"]
+SAVERS = list(ENGINES)
+CHECKPOINTED = ["accelerate", "zero2", "zero3"]
 STEPS, CUT = 8, 6
 """Two epochs; the fourth step of each has five samples, so that ranks and micro-batches stand empty."""
 
@@ -107,6 +108,9 @@ def arena(tmp_path_factory: pytest.TempPathFactory) -> Arena:
         for engine in LOWER:
             name = f"{precision}-{engine}"
             made.train(name, made.plan(engine, (3, 2, 2), precision=precision))
+    for engine in CHECKPOINTED:
+        plan = made.plan(engine, (2, 2, 3), model={"activation_checkpointing": "full"})
+        made.train(f"recomputed-{engine}", plan)
     made.verify("sound", made.plan("zero2", (3, 2, 2)))
     for fault in FAULTS:
         made.verify(
@@ -157,6 +161,15 @@ def test_lower_precisions_mean_the_same(arena: Arena, engine: str, precision: st
             assert abs(mine["loss"] - theirs["loss"]) < 5e-3 * theirs["loss"]
         assert (mine["digest"], mine["lr"]) == (theirs["digest"], theirs["lr"])
     assert any(mine["loss"] != theirs["loss"] for mine, theirs in zip(ours, reference, strict=True))
+
+
+@pytest.mark.parametrize("engine", CHECKPOINTED)
+def test_recomputed_activations_change_nothing(arena: Arena, engine: str) -> None:
+    """activation_checkpointing full: the same losses."""
+    pairs = zip(
+        arena.lines(f"recomputed-{engine}"), arena.lines(name_of("ddp", (3, 1, 4))), strict=True
+    )
+    assert all(abs(mine["loss"] - theirs["loss"]) < 1e-5 * theirs["loss"] for mine, theirs in pairs)
 
 
 @pytest.mark.parametrize("saver", SAVERS)
