@@ -86,12 +86,9 @@ def _model_and_rows(plan: Any) -> tuple[Any, Any, Any]:
     from toolkit.train.models import Skeleton
 
     rows = Rows(Path(plan.data.cache), "train")
-    skeleton = Skeleton(plan.recipe, rows.card)
-    for _ in skeleton.blocks():
-        pass
     everything = rows.collate(np.arange(plan.steps.total * plan.batch.effective))
     ids, targets = (torch.from_numpy(everything[name]) for name in ("input_ids", "targets"))
-    return skeleton.finish(), ids, targets
+    return Skeleton(plan.recipe, rows.card).whole(), ids, targets
 
 
 def _slices(plan: Any, rank: int) -> Any:

@@ -10,8 +10,6 @@ from typing import Any
 from launchers.base import WORKER_ENVIRONMENT, Command, Job, worker_arguments
 from toolkit.plan.model import Plan
 
-_PRECISION = {"bf16": "bf16", "fp16": "fp16"}
-
 
 def render(plan: Plan, job: Job) -> Command:
     """`python -m accelerate.commands.launch` of this node's ranks."""
@@ -35,6 +33,7 @@ def render(plan: Plan, job: Job) -> Command:
 
 def _config(plan: Plan, job: Job) -> dict[str, Any]:
     several = plan.batch.gpus > 1
+    lowered = plan.recipe.precision in ("bf16", "fp16") and not _on_cpu(plan)
     return {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": "MULTI_GPU" if several else "NO",
@@ -45,9 +44,7 @@ def _config(plan: Plan, job: Job) -> dict[str, Any]:
         "main_process_port": job.port,
         "rdzv_backend": "static",
         "same_network": True,
-        "mixed_precision": _PRECISION.get(plan.recipe.precision, "no")
-        if not _on_cpu(plan)
-        else "no",
+        "mixed_precision": plan.recipe.precision if lowered else "no",
         "use_cpu": False,
         "main_training_function": "main",
         "debug": False,

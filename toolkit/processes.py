@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""Finish the step, save, leave; the last is a terminal that is gone."""
+STACKS_SIGNAL = signal.SIGUSR2
+"""A rank answers it with the stacks of all its threads, in its log."""
+
 
 @dataclass(frozen=True)
 class Process:

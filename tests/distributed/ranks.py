@@ -106,6 +106,33 @@ def gradient_job(plan: str, out: str, step: int) -> None:
         torch.save(whole, out)
 
 
+def reload_job(plan: str, folder: str, source: str) -> None:
+    """Load a checkpoint and save it again, without a step between."""
+    import torch
+    import torch.distributed as dist
+
+    from toolkit.checkpoint.manifest import verify
+    from toolkit.data.rows import Rows
+    from toolkit.plan.model import read_plan
+    from toolkit.train import loader
+    from toolkit.train.engines import build_engine
+    from toolkit.train.saver import Saver
+    from toolkit.train.votes import Votes
+
+    the_plan = read_plan(Path(plan).read_text())
+    rows = Rows(Path(the_plan.data.cache or ""), "train")
+    engine = build_engine(the_plan, rows.card, torch.device("cpu"))
+    loader.load(Path(source), engine.pieces())
+    engine.loaded()
+    (Path(folder) / "checkpoints").mkdir(exist_ok=True)
+    dist.barrier()
+    store = dist.distributed_c10d._get_default_store()
+    votes = Votes(store, Path(folder).name, dist.get_rank(), dist.get_world_size(), 60.0)
+    saver = Saver(Path(folder) / "checkpoints", the_plan.recipe.checkpoint, votes, dist.get_rank())
+    saver.save(engine.pieces(), verify(Path(source)))
+    saver.wait()
+
+
 def verify_job(plan: str, folder: str, fault: str) -> None:
     """The real verification, with a fault planted in the engine."""
     import torch
@@ -155,7 +182,7 @@ def planted(fault: str) -> Iterator[None]:
         TorchEngine.accumulate, TorchEngine._set_rate, verify.silence_dropout = kept  # type: ignore
 
 
-JOBS = {"train": train_job, "gradient": gradient_job, "verify": verify_job}
+JOBS = {"train": train_job, "gradient": gradient_job, "verify": verify_job, "reload": reload_job}
 
 if __name__ == "__main__":
     main()

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, tiny_recipe
+from savers import save, try_to_save
 from zygote import Child, Zygote
 
 from toolkit.checkpoint.manifest import step_of, verify
@@ -62,6 +63,18 @@ def run(zygote: Zygote, folder: Path, faults: Any = None, **sections: Any) -> tu
         folder, "run", recipe(folder, **sections), "--run-dir", "r", "--json", faults=faults
     )
     return child.wait(), child
+
+
+def stop_at(step: int, place: str) -> dict[str, Any]:
+    """SIGTERM to rank 0 of the first attempt."""
+    return {
+        "what": "signal",
+        "rank": 0,
+        "attempt": 0,
+        "step": step,
+        "place": place,
+        "signal": signal.SIGTERM,
+    }
 
 
 def step_lines(folder: Path) -> list[dict[str, Any]]:
@@ -356,14 +369,7 @@ def test_too_many_skips_end_the_run_without_a_restart(zygote: Zygote, tmp_path: 
 
 def test_not_finite_after_a_load_falls_back(zygote: Zygote, straight: Path, tmp_path: Path) -> None:
     """Non-finite from the first step after a load: that checkpoint is set aside, the one before used."""
-    stop = {
-        "what": "signal",
-        "rank": 0,
-        "attempt": 0,
-        "step": 13,
-        "place": "forward",
-        "signal": signal.SIGTERM,
-    }
+    stop = stop_at(13, "forward")
     poison = [{"what": "nan", "rank": 1, "attempt": 1, "step": step} for step in (14, 15, 16)]
     code, _ = run(zygote, tmp_path, [stop])
     assert code == 75
@@ -478,6 +484,19 @@ def test_a_full_disk_can_be_lived_through(zygote: Zygote, tmp_path: Path) -> Non
         assert "No space left" in errors[0]
         assert verify(small / "r/checkpoints/step-00000200").step == 200
         assert not list((small / "r/checkpoints").glob(".*"))
+
+
+def test_a_disk_without_permission_is_every_ranks_error(tmp_path: Path) -> None:
+    """Read-only under the run: all ranks say the same, within seconds, and the older one stays sound."""
+    with small_disk(tmp_path / "small", "1m"):
+        save(tmp_path / "small", 1)
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "small")], check=True)
+        started = time.monotonic()
+        errors = {str(error) for error in try_to_save(tmp_path / "small", 2)}
+        assert time.monotonic() - started < 10
+        (words,) = errors
+        assert words.endswith("cannot write: Read-only file system")
+        assert [verify(path).step for path in find_checkpoints(tmp_path / "small")] == [1]
 
 
 def test_a_full_disk_does_not_silence_a_rank(tmp_path: Path) -> None:
@@ -617,14 +636,7 @@ def test_an_evaluation_made_up_for_counts_as_if_it_had_not_been_left(
     zygote: Zygote, bumpy: Path, tmp_path: Path, step: int
 ) -> None:
     """Signalled in it, then killed after it was done again: the same best, the same end, told once."""
-    stop = {
-        "what": "signal",
-        "rank": 0,
-        "attempt": 0,
-        "step": step,
-        "place": "evaluation",
-        "signal": signal.SIGTERM,
-    }
+    stop = stop_at(step, "evaluation")
     kill = {"what": "kill", "rank": 1, "attempt": 1, "step": step + 1, "place": "backward"}
     code, child = run(zygote, tmp_path, [stop], **BUMPY)
     assert (code, json.loads(child.out)["steps"]) == (75, step)
@@ -667,14 +679,7 @@ def test_a_reader_that_leaves_does_not_end_the_training(zygote: Zygote, tmp_path
 
 def test_where_nothing_sound_is_left_nothing_is_begun_anew(zygote: Zygote, tmp_path: Path) -> None:
     """Every checkpoint damaged, or their folder gone: exit 4, named, and the metrics stay."""
-    stop = {
-        "what": "signal",
-        "rank": 0,
-        "attempt": 0,
-        "step": 13,
-        "place": "forward",
-        "signal": signal.SIGTERM,
-    }
+    stop = stop_at(13, "forward")
     code, _ = run(zygote, tmp_path, [stop])
     assert code == 75
     folder = tmp_path / "r"
@@ -704,8 +709,3 @@ def test_a_record_that_is_none_is_told(zygote: Zygote, tmp_path: Path, text: str
         assert child.wait() == 4, child.err
         assert "r/record.json: " in child.err
         assert "Traceback" not in child.err
-
-
-def test_the_project_root_is_found() -> None:
-    """The recipes of these tests take their model from the shipped examples."""
-    assert (ROOT / "recipes/example_models.py").is_file()

@@ -163,11 +163,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_state(path: Path) -> TrainState:
-    """The state.json of a checkpoint; `verify` says whether it can be believed."""
-    return TrainState(**_parse(path / STATE, _read(path / STATE)))
-
-
 def read_entries(path: Path, rank: int) -> dict[str, Any]:
     """What a rank's shard holds: tensor name -> shape, start, dtype, bytes, sha256."""
     where = path / rank_manifest_name(rank)

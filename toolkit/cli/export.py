@@ -6,9 +6,11 @@ from typing import Annotated
 
 import typer
 
+from toolkit.checkpoint.manifest import step_of, verify
 from toolkit.checkpoint.shelf import find_checkpoints, newest_sound
+from toolkit.checkpoint.state import badness
 from toolkit.errors import CheckpointError, RunFolderError
-from toolkit.runs.folder import open_run
+from toolkit.runs.folder import RunFolder, open_run
 
 
 def export_command(
@@ -21,21 +23,7 @@ def export_command(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunFolderError(f"{target}: is not an empty folder. Nearest: another one")
     plan = folder.latest_plan()
-    found = newest_sound(folder.checkpoints, lambda line: print(line, file=sys.stderr))
-    if found is None:
-        raise CheckpointError(f"{run}: no sound checkpoint")
-    path, state = found
-    if best:
-        if not state.scores:
-            raise RunFolderError(
-                f"{run}: no saved step has been evaluated. Nearest: without --best"
-            )
-        sign = -1.0 if state.metric_mode == "max" else 1.0
-        step = min(state.scores, key=lambda step: sign * state.scores[step])
-        named = {
-            str(int(p.name.removeprefix("step-"))): p for p in find_checkpoints(folder.checkpoints)
-        }
-        path = named[step]
+    path = _best(folder) if best else _newest(folder)
     from toolkit.data.card import read_card
     from toolkit.train.export import check_finite, export
 
@@ -50,6 +38,31 @@ def export_command(
     for name in check_finite(target):
         print(f"warning: {name} holds values that are not finite", file=sys.stderr)
     print(f"{count:,} parameters of {path.name} in {target}")
+
+
+def _newest(folder: RunFolder) -> Path:
+    """The newest sound checkpoint; CheckpointError without one."""
+    found = newest_sound(folder.checkpoints, lambda line: print(line, file=sys.stderr))
+    if found is None:
+        raise CheckpointError(f"{folder.path}: no sound checkpoint")
+    return found[0]
+
+
+def _best(folder: RunFolder) -> Path:
+    """Of the evaluated checkpoints that there are, the best; CheckpointError where it is damaged."""
+    state = verify(_newest(folder))
+    scored = [
+        (badness(state, state.scores[str(step_of(path))]), path)
+        for path in find_checkpoints(folder.checkpoints)
+        if str(step_of(path)) in state.scores
+    ]
+    if not scored:
+        raise RunFolderError(
+            f"{folder.path}: no saved step has been evaluated. Nearest: without --best"
+        )
+    best = min(scored)[1]
+    verify(best)
+    return best
 
 
 def register(app: typer.Typer) -> None:

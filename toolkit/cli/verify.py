@@ -97,9 +97,7 @@ def _in_ranks(plan: Plan, task: str) -> dict[str, Any]:
         command = render_alone(plan, folder, number, task)
         print(f"{task}: {plan.batch.split}, {plan.recipe.launch.launcher}", file=sys.stderr)
         with Signals() as signals:
-            result = run_attempt(
-                folder, plan, number, command, lambda folder: None, lambda line: None, signals
-            )
+            result = run_attempt(folder, plan, number, command, _quiet, _quiet, signals)
         if result.kind != "finished":
             raise RunError(f"{task}: {result.message}")
         return json.loads((folder.path / "verify.json").read_text())  # type: ignore[no-any-return]

@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from launchers.base import Command
 from toolkit.checkpoint.manifest import rank_manifest_name
@@ -53,43 +53,12 @@ def run_attempt(
     logs = folder.logs(number)
     ranks = [RankFiles(logs, rank) for rank in range(plan.batch.gpus)]
     watchdog = Watchdog(ranks, plan.recipe.launch.hang_timeout_s)
-    hang, told_begun = "", False
     for path, text in command.files.items():
         write_text(Path(path), text)
     with (logs / "launcher.log").open("wb") as log:
-        process = subprocess.Popen(
-            command.argv,
-            env={
-                **os.environ,
-                **command.env,
-                "PYTHONPATH": _python_path(),
-                "DRUMLINE_SUPERVISOR": str(Process.current()),
-            },
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        told: set[Process] = set()
-        all_said: float | None = None
+        process = _start(command, log)
         try:
-            while process.poll() is None and not signals.at_once:
-                if signals.first:
-                    told |= _tell(ranks, signals.first, told)
-                tick(folder)
-                if not told_begun and (begun := ranks[0].begun()):
-                    told_begun = True
-                    say(_begun_words(begun))
-                if _has_failed(ranks):
-                    break
-                if late := watchdog.stuck():
-                    hang = watchdog.describe(late)
-                    break
-                if all(files.outcome() for files in ranks):
-                    all_said = all_said or time.monotonic()
-                    if time.monotonic() - all_said > _LEAVE_S:
-                        break
-                time.sleep(_POLL_S)
+            hang = _watch(process, ranks, watchdog, signals, lambda: tick(folder), say)
             gone = _gone_without_a_word(ranks)
             if not hang and not signals.at_once:
                 _let_settle(ranks, folder.checkpoints)
@@ -101,6 +70,49 @@ def run_attempt(
     if hang:
         return Result.failure("hang", steps_done(ranks), hang)
     return judge(ranks, logs, signals.at_once, gone)
+
+
+def _start(command: Command, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """The launcher, in a session of its own; its ranks know whom to die with."""
+    ours = {"PYTHONPATH": _python_path(), "DRUMLINE_SUPERVISOR": str(Process.current())}
+    return subprocess.Popen(
+        command.argv,
+        env={**os.environ, **command.env, **ours},
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def _watch(
+    process: subprocess.Popen[bytes],
+    ranks: list[RankFiles],
+    watchdog: Watchdog,
+    signals: Signals,
+    tick: Callable[[], None],
+    say: Callable[[str], None],
+) -> str:
+    """Until the launcher has left or the attempt must be ended; words where a hang is why."""
+    told: set[Process] = set()
+    begun_told, all_said = False, None
+    while process.poll() is None and not signals.at_once:
+        if signals.first:
+            told |= _tell(ranks, signals.first, told)
+        tick()
+        if not begun_told and (begun := ranks[0].begun()):
+            begun_told = True
+            say(_begun_words(begun))
+        if _has_failed(ranks):
+            return ""
+        if late := watchdog.stuck():
+            return watchdog.describe(late)
+        if all(files.outcome() for files in ranks):
+            all_said = all_said or time.monotonic()
+            if time.monotonic() - all_said > _LEAVE_S:
+                return ""
+        time.sleep(_POLL_S)
+    return ""
 
 
 def end_ranks(ranks: list[RankFiles]) -> None:

@@ -70,7 +70,7 @@ def examine(path: Path) -> Health:
             if p.name.startswith(".") or ".bad-" in p.name
         ),
         warnings=warnings,
-        next=_next(path, state, last, sound),
+        next=_next(path, state, last, sound, bool(bad)),
         message=last.get("message") or "",
     )
 
@@ -125,7 +125,7 @@ def _little_room(folder: RunFolder, sound: list[str]) -> list[str]:
     return [f"{format_bytes(free)} free on disk, a checkpoint takes {format_bytes(size)}"]
 
 
-def _next(path: Path, state: State, last: dict[str, Any], sound: list[str]) -> str:
+def _next(path: Path, state: State, last: dict[str, Any], sound: list[str], damaged: bool) -> str:
     shown = shlex.quote(str(path))
     if state == "running":
         return "nothing: it runs; a signal to it saves and stops"
@@ -133,6 +133,10 @@ def _next(path: Path, state: State, last: dict[str, Any], sound: list[str]) -> s
         return f"rm -r {shown}, and run the recipe again"
     if state == "finished":
         return f"drumline plan {shown}/recipe.yaml shows what ran"
+    if damaged and not sound:
+        return (
+            f"no checkpoint is sound: put a sound copy back into {shown}/checkpoints, or run anew"
+        )
     first = _NEXT.get(last.get("kind", ""), "")
     where = f"from {sound[-1]}" if sound else "from the beginning, since nothing sound is saved"
     return f"{first}drumline resume {shown} goes on {where}"

@@ -4,11 +4,11 @@ import signal
 from types import TracebackType
 from typing import Any, Self
 
-CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+from toolkit.processes import STOP_SIGNALS
 
 
 class Signals:
-    """As a context: notes SIGINT, SIGTERM, SIGUSR1 and SIGHUP (a terminal that is gone).
+    """As a context: notes the stop signals.
 
     A second Ctrl-C means now; a SIGTERM after a SIGUSR1 is only a scheduler that says it twice.
     """
@@ -30,7 +30,7 @@ class Signals:
     def __enter__(self) -> Self:
         self._before = {
             number: signal.signal(number, lambda got, frame: self._received.append(got))
-            for number in CAUGHT
+            for number in STOP_SIGNALS
         }
         return self
 

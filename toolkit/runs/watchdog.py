@@ -1,13 +1,10 @@
 """Finds ranks that have stopped moving, and says which one the others wait for."""
 
-import signal
 import time
 from collections.abc import Callable
 
+from toolkit.processes import STACKS_SIGNAL
 from toolkit.rank_files import Beat, RankFiles
-
-STACKS_SIGNAL = signal.SIGUSR2
-"""A worker answers it with the stacks of all its threads, in its log."""
 
 _STACKS_S = 1.0
 _STARTING = ("imports", "joining the others", "model", "load", "warm-up")

@@ -18,10 +18,7 @@ def export(plan: Plan, card: Card, checkpoint: Path, target: Path) -> int:
 
     Needs the whole model in host memory once.
     """
-    skeleton = Skeleton(plan.recipe, card)
-    for _ in skeleton.blocks():
-        pass
-    model: Any = skeleton.finish()
+    model: Any = Skeleton(plan.recipe, card).whole()
     if not hasattr(model, "save_pretrained"):
         raise CheckpointError(
             f"{plan.recipe.model.factory}: a factory's model is not one of transformers'. Nearest: "

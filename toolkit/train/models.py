@@ -50,6 +50,12 @@ class Skeleton:
             self.model.tie_weights()
         return self.model
 
+    def whole(self) -> nn.Module:
+        """All of it at once, for a rank that holds the model unsharded."""
+        for _ in self.blocks():
+            pass
+        return self.finish()
+
     def _materialise(self, name: str, modules: list[nn.Module]) -> None:
         if self._is_random:
             for module in modules:

@@ -138,10 +138,7 @@ def silence_dropout(module: nn.Module) -> None:
 
 def _plain_module(plan: Plan, rows: Rows, device: torch.device) -> nn.Module:
     """The same weights as the engine's, without a wrapper."""
-    skeleton = Skeleton(plan.recipe, rows.card)
-    for _ in skeleton.blocks():
-        pass
-    model = skeleton.finish().to(device)
+    model = Skeleton(plan.recipe, rows.card).whole().to(device)
     return LossModule(model, plan.recipe.data.task, plan.recipe.loss.chunked)
 
 

@@ -21,12 +21,10 @@ from typing import Any
 from toolkit.errors import DrumlineError, LaunchError
 from toolkit.files import ForgivingOutput
 from toolkit.plan.model import Plan, read_plan
-from toolkit.processes import Process
+from toolkit.processes import STACKS_SIGNAL, STOP_SIGNALS, Process
 from toolkit.rank_files import RankFiles
 from toolkit.train.watch import Watch
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-STACKS_SIGNAL = signal.SIGUSR2
 _ORPHAN_POLL_S = 0.5
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo",
@@ -49,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     files = RankFiles(logs, rank)
     _send_output_to(files.log)
     asked: list[int] = []
-    for number in SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda received, frame: asked.append(received))
     faulthandler.register(STACKS_SIGNAL, all_threads=True)
     _end_with_the_supervisor()

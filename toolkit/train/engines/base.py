@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from toolkit.plan.model import Plan
 from toolkit.train.models import BATCHNORM, derived_seed
@@ -44,6 +45,7 @@ class Engine:
     wrapped: Any
     optimizer: torch.optim.Optimizer
     has_batchnorm: bool
+    _parameters: dict[str, nn.Parameter]
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan, self.device = plan, device
@@ -148,6 +150,31 @@ class Engine:
     def _replicated(self, value: Tensor, number: int) -> Piece:
         """A tensor that every rank holds whole; the ranks take turns in writing."""
         return Piece(value, tuple(value.shape), 0, number % self.world == self.rank)
+
+    def _clip_gradients(self, max_norm: float | None) -> Tensor:
+        """`clip` for gradients that lie in the parameters, whole or as FSDP2's shards."""
+        parameters = self._parameters.values()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.scaler:
+            torch._foreach_mul_(gradients, 1.0 / self.scaler.scale)
+        norm = nn.utils.get_total_norm(gradients)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        if max_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm.detach().float()
+
+    @torch.no_grad()
+    def _allocate_optimizer_state(self) -> None:
+        """Make the optimizer's tensors exist, at zero, without moving a weight.
+
+        A checkpoint then has something to be loaded into, and memory runs out now or never.
+        """
+        with self._without_update():
+            for parameter in self._parameters.values():
+                parameter.grad = torch.zeros_like(parameter)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _set_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:

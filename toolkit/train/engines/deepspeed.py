@@ -68,6 +68,8 @@ class DeepSpeedEngine(Engine):
         for owner in filter(None, (engine, self._zero)):  # drumline's own scaler looks at all ranks
             owner.torch_autocast_z0_gradscaler = owner.torch_autocast_gradscaler = None
         self.optimizer = self._zero.optimizer if self._zero else engine.optimizer
+        groups = self._zero.bit16_groups if self._zero and self._stage < 3 else []
+        self._groups = {id(p): number for number, group in enumerate(groups) for p in group}
         self._norm: Any = None
         self._scale = 1.0
         self._check(engine)
@@ -89,13 +91,7 @@ class DeepSpeedEngine(Engine):
     def clip(self, max_norm: float | None) -> Tensor:
         """Measure the norm of the whole, unscaled gradient; ZeRO clips to it as it steps."""
         if self._zero is None:
-            gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-            if self.scaler:
-                torch._foreach_mul_(gradients, 1.0 / self.scaler.scale)
-            norm = nn.utils.get_total_norm(gradients)
-            if max_norm is not None:
-                nn.utils.clip_grads_with_norm_(self._parameters.values(), max_norm, norm)
-            return norm.detach().float()
+            return self._clip_gradients(max_norm)
         if self._stage == 3:
             self._norm = combine_grad_norm_groups(type(self._zero)._get_norm_groups(self._zero))
         else:
@@ -182,7 +178,7 @@ class DeepSpeedEngine(Engine):
             state = self.optimizer.state[flat]
         else:
             mapping = parameter._hp_mapping
-            group = self._group_of(parameter)
+            group = self._groups[id(parameter)]
             flat = self._zero.single_partition_of_fp32_groups[group]
             first = start = count = 0
             if mapping is not None:
@@ -192,10 +188,6 @@ class DeepSpeedEngine(Engine):
         views: dict[str | None, Tensor] = {None: flat.data.narrow(0, first, count)}
         views |= {k: v.narrow(0, first, count) for k, v in state.items() if v.ndim}
         return views, start, {k: v for k, v in state.items() if not v.ndim}
-
-    def _group_of(self, parameter: Any) -> int:
-        groups = self._zero.bit16_groups
-        return next(n for n, group in enumerate(groups) if any(p is parameter for p in group))
 
     @torch.no_grad()
     def loaded(self) -> None:
@@ -210,23 +202,19 @@ class DeepSpeedEngine(Engine):
 
     @torch.no_grad()
     def _allocate_optimizer_state(self) -> None:
-        """Make the optimizer's tensors exist, at zero, without moving a weight."""
+        """The same for ZeRO, whose optimizer steps on flat partitions."""
+        if self._stage == 0:
+            return super()._allocate_optimizer_state()
+        names = {3: "fp32_partitioned_groups_flat"}
+        flats = getattr(self._zero, names.get(self._stage, "single_partition_of_fp32_groups"))
+        kept = [flat.grad for flat in flats]
         with self._without_update():
-            if self._stage == 0:
-                for parameter in self._parameters.values():
-                    parameter.grad = torch.zeros_like(parameter)
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
-            elif self._stage == 3:
-                for number, flat in enumerate(self._zero.fp32_partitioned_groups_flat):
-                    kept, flat.grad = flat.grad, torch.zeros_like(flat)
+            for flat in flats:
+                flat.grad = torch.zeros_like(flat)
+            if self._stage == 3:  # a step of its own for each group
+                for number in range(len(flats)):
                     self._zero._optimizer_step(number)
-                    flat.grad = kept
             else:
-                flats = self._zero.single_partition_of_fp32_groups
-                kept_all = [flat.grad for flat in flats]
-                for flat in flats:
-                    flat.grad = torch.zeros_like(flat)
                 self.optimizer.step()
-                for flat, kept in zip(flats, kept_all, strict=True):
-                    flat.grad = kept
+        for flat, gradient in zip(flats, kept, strict=True):
+            flat.grad = gradient

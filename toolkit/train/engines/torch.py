@@ -33,7 +33,7 @@ class TorchEngine(Engine):
         recipe = plan.recipe
         self._sharded = recipe.strategy.name == "fsdp"
         skeleton = Skeleton(recipe, card, dtype)
-        model = self._shard(skeleton) if self._sharded else self._replicate(skeleton)
+        model = self._shard(skeleton) if self._sharded else skeleton.whole().to(device)
         self.module = LossModule(model, recipe.data.task, recipe.loss.chunked)
         self.has_batchnorm = has_batchnorm(model)
         self.wrapped = self._wrap()
@@ -43,11 +43,6 @@ class TorchEngine(Engine):
         }
         self.optimizer = build_optimizer(self.module, recipe.optimizer)
         self._allocate_optimizer_state()
-
-    def _replicate(self, skeleton: Skeleton) -> nn.Module:
-        for _ in skeleton.blocks():
-            pass
-        return skeleton.finish().to(self.device)
 
     def _shard(self, skeleton: Skeleton) -> nn.Module:
         for block in skeleton.blocks():
@@ -96,16 +91,7 @@ class TorchEngine(Engine):
 
     def clip(self, max_norm: float | None) -> Tensor:
         """Unscale, measure the norm of the whole gradient, clip to it: float32 [], equal on all ranks."""
-        parameters = self._parameters.values()
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if self.scaler:
-            torch._foreach_mul_(gradients, 1.0 / self.scaler.scale)
-        norm = nn.utils.get_total_norm(gradients)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        if max_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-        return norm.detach().float()
+        return self._clip_gradients(max_norm)
 
     def step(self, rate: float) -> None:
         """One optimizer update at this learning rate; forgets the gradients."""
@@ -156,18 +142,6 @@ class TorchEngine(Engine):
         local = value.to_local()
         row = math.prod(value.shape[1:])
         return Piece(local, tuple(value.shape), start * row, first_replica and local.numel() > 0)
-
-    @torch.no_grad()
-    def _allocate_optimizer_state(self) -> None:
-        """Make the optimizer's tensors exist, at zero, without moving a weight.
-
-        A checkpoint then has something to be loaded into, and memory runs out now or never.
-        """
-        with self._without_update():
-            for parameter in self._parameters.values():
-                parameter.grad = torch.zeros_like(parameter)
-            self.optimizer.step()
-        self.skip()
 
     @contextlib.contextmanager
     def _reduce_gradients(self, last: bool) -> Iterator[None]:
