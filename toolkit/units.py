@@ -1,5 +1,6 @@
 """Numbers as people read them, and back. Pure."""
 
+MIB = 1 << 20
 GIB = 1 << 30
 
 

@@ -5,17 +5,19 @@ from typing import Any
 
 import pytest
 
-from toolkit.memory.closed_form import CHUNK_TOKENS, Load, Peak, estimate
+from toolkit.memory.closed_form import Peak, estimate
+from toolkit.memory.load import Load
+from toolkit.plan.architectures import read_shape
 from toolkit.plan.gpus import find_gpu
-from toolkit.plan.shapes import find_shape
+from toolkit.plan.shapes import ModelShape
 
-LLAMA = find_shape("llama", {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12,
+LLAMA = read_shape("llama", {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12,
                              "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 32000})  # fmt: skip
-assert LLAMA
+assert isinstance(LLAMA, ModelShape)
 BASE = Load(
     shape=LLAMA, per_device=4, sequence_length=1024, ranks=8, nodes=1, shard_ranks=8, strategy="ddp",
     precision="bf16", optimizer="adamw", momentum=False, foreach=False, checkpointing=False,
-    eager_attention=False, chunked_loss=False,
+    attention="sdpa", chunked_loss=False,
 )  # fmt: skip
 P = LLAMA.parameters
 
@@ -31,27 +33,28 @@ def peak(**changes: Any) -> Peak:
         ({"precision": "bf16-pure"}, 2 * P, 2 * P, 4 * P),
         ({"precision": "fp32", "optimizer": "sgd"}, 4 * P, 4 * P, 0),
         ({"optimizer": "sgd", "momentum": True}, 4 * P, 4 * P, 4 * P),
-        ({"strategy": "fsdp"}, P / 2, P / 2, P),
-        ({"strategy": "zero1"}, 4 * P, 4 * P, P),
-        ({"strategy": "zero2"}, 4 * P, P / 2, P),
-        ({"strategy": "zero3"}, P / 2, P / 2, P),
-        ({"strategy": "fsdp", "shard_ranks": 4}, P, P, 2 * P),
+        ({"strategy": "fsdp", "accumulation": 2}, P / 2, P / 2, P),
+        ({"strategy": "zero1"}, 4 * P, 4 * P, 1.5 * P),
+        ({"strategy": "zero2"}, 4 * P, P / 2, 1.5 * P),
+        ({"strategy": "zero3"}, P / 2, P / 2, 1.5 * P),
+        ({"strategy": "fsdp", "shard_ranks": 4, "accumulation": 2}, P, P, 2 * P),
     ],
 )
 def test_states_by_hand(
     changes: dict[str, Any], parameters: float, gradients: float, optimizer: float
 ) -> None:
-    """Bytes of weights, gradients and Adam's moments, whole or over the shards."""
+    """Bytes of weights, gradients and Adam's moments, whole or over the shards (and ZeRO's copy)."""
     parts = peak(**changes).parts
-    assert parts["parameters"] == pytest.approx(parameters, rel=1e-6)
-    assert parts["gradients"] == pytest.approx(gradients, rel=1e-6)
-    assert parts["optimizer"] == pytest.approx(optimizer, rel=1e-6)
+    assert parts["parameters"] == pytest.approx(parameters, rel=1e-4)
+    assert parts["gradients"] == pytest.approx(gradients, rel=1e-4)
+    assert parts["optimizer"] == pytest.approx(optimizer, rel=1e-4)
 
 
 def test_the_loss_is_twelve_bytes_a_logit() -> None:
-    """12·V·T, or a chunk of it."""
-    assert peak().parts["loss"] == 12 * 32000 * 4096
-    assert peak(chunked_loss=True).parts.get("loss", 0) in (0, 12 * 32000 * CHUNK_TOKENS)
+    """At its backward: log-softmax, its gradient and that of the logits, in fp32; or a chunk of it."""
+    logits = {"per_device": 16, "checkpointing": True}
+    assert peak(**logits).totals.allocated.expected > 12 * 32000 * 16384
+    assert peak(**logits, chunked_loss=True).parts["loss"] < 13 * 32000 * 1024
 
 
 @pytest.mark.parametrize(
@@ -61,27 +64,34 @@ def test_the_loss_is_twelve_bytes_a_logit() -> None:
 )  # fmt: skip
 def test_what_saves_memory_does(cheaper: dict[str, Any]) -> None:
     """Checkpointing, chunks, smaller micro-batches, narrower types and sharding lower the peak."""
-    assert peak(**cheaper).device.high < peak().device.high
+    assert peak(**cheaper).totals.device.high < peak().totals.device.high
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-pure", "fp16"])
 def test_ranges_are_ordered_and_the_parts_add_up(precision: str) -> None:
     """low ≤ expected ≤ high; allocated ≤ reserved ≤ device; the parts are the expected allocation."""
     found = peak(precision=precision)
-    for three in (found.allocated, found.reserved, found.device):
+    for three in (found.totals.allocated, found.totals.reserved, found.totals.device):
         assert three.low <= three.expected <= three.high
-    assert found.allocated.expected <= found.reserved.expected <= found.device.expected
-    assert sum(found.parts.values()) == pytest.approx(found.allocated.expected, rel=1e-6)
+    assert (
+        found.totals.allocated.expected
+        <= found.totals.reserved.expected
+        <= found.totals.device.expected
+    )
+    assert sum(found.parts.values()) == pytest.approx(found.totals.allocated.expected, rel=1e-6)
 
 
 def test_memory_grows_with_per_device() -> None:
     """The solver's search relies on it."""
-    highs = [peak(per_device=b).device.high for b in range(1, 40)]
+    highs = [peak(per_device=b).totals.device.high for b in range(1, 40)]
     assert highs == sorted(highs)
 
 
 def test_foreach_needs_room_for_a_temporary() -> None:
     """At a tiny batch the optimizer step is the peak, and foreach makes it larger."""
-    tiny = {"per_device": 1, "sequence_length": 8}
-    assert peak(**tiny, foreach=True).phase == "optimizer step"
-    assert peak(**tiny, foreach=True).device.high > peak(**tiny).device.high
+    tiny = {"per_device": 1, "sequence_length": 8, "ranks": 1}
+    assert peak(**tiny, foreach=True).phase in ("load", "optimizer step")  # of the same size
+    more = (
+        peak(**tiny, foreach=True).phases["optimizer step"] - peak(**tiny).phases["optimizer step"]
+    )
+    assert more == pytest.approx(4 * P, rel=1e-4)

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from toolkit.plan.shapes import find_shape
+from toolkit.plan.architectures import read_shape
+from toolkit.plan.shapes import ModelShape
 
 SMALL = {
     "hidden_size": 64,
@@ -32,6 +33,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {**SMALL, "num_key_value_heads": 4}),
     ("qwen3", {**SMALL, "num_key_value_heads": 2}),
     ("qwen3", {**SMALL, "num_key_value_heads": 2, "head_dim": 32, "attention_bias": True}),
+    ("mixtral", {**SMALL, "num_local_experts": 4}),
+    ("qwen3_moe", {**SMALL, "num_experts": 8, "moe_intermediate_size": 40, "vocab_size": 99}),
 ]
 
 
@@ -44,8 +47,8 @@ def test_counts_are_those_of_the_real_model(architecture: str, config: dict[str,
     with torch.device("meta"):
         full = transformers.AutoConfig.for_model(architecture, **config)
         model = transformers.AutoModelForCausalLM.from_config(full)
-    shape = find_shape(architecture, config)
-    assert shape
+    shape = read_shape(architecture, config)
+    assert isinstance(shape, ModelShape)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     layers = model.transformer.h if architecture == "gpt2" else model.model.layers
     assert shape.layers == len(layers)
@@ -53,7 +56,40 @@ def test_counts_are_those_of_the_real_model(architecture: str, config: dict[str,
     assert (shape.hidden, shape.vocabulary) == (full.hidden_size, full.vocab_size)
 
 
-def test_other_architectures_are_unknown() -> None:
+@pytest.mark.parametrize(
+    ("architecture", "config", "kind"),
+    [
+        ("bert", {}, "SequenceClassification"),
+        ("bert", {**SMALL, "vocab_size": 99}, "SequenceClassification"),
+        ("vit", {}, "ImageClassification"),
+        ("vit", {**SMALL, "image_size": 64, "qkv_bias": False}, "ImageClassification"),
+        ("llama", {**SMALL, "vocab_size": 99}, "SequenceClassification"),
+    ],
+)
+def test_counts_of_classifiers(architecture: str, config: dict[str, Any], kind: str) -> None:
+    """All parameters equal those of the real classifier, its head with them."""
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        full = transformers.AutoConfig.for_model(architecture, num_labels=7, **config)
+        model = getattr(transformers, f"AutoModelFor{kind}").from_config(full)
+    shape = read_shape(architecture, config, classes=7)
+    assert isinstance(shape, ModelShape)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "words"),
+    [
+        ("mamba", {}, "no closed form for mamba"),
+        ("bert", {}, "as a language model"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act gelu"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "no experts"),
+    ],
+)
+def test_what_is_not_known_is_said(architecture: str, config: dict[str, Any], words: str) -> None:
     """No guess is made for what the closed form does not know."""
-    assert find_shape("mixtral", {}) is None
-    assert find_shape("bert", {}) is None
+    found = read_shape(architecture, config)
+    assert isinstance(found, str)
+    assert words in found

@@ -80,6 +80,9 @@ def _is_new(recipe: Recipe, change: dict[str, Any]) -> bool:
 
 
 def _replan(recipe: Recipe, change: dict[str, Any], why: str, world: World) -> Advice | None:
+    evaluation, b = recipe.evaluation, change.get("batch", {}).get("per_device")
+    if evaluation and b and (evaluation.per_device or b) > b:
+        change = {**change, "evaluation": {"per_device": b}}
     sections = {
         name: getattr(recipe, name).model_copy(update=values) for name, values in change.items()
     }

@@ -16,6 +16,7 @@ class Gpu:
     memory_bytes: int | None
     bf16_flops: float | None
     workspace_bytes: int
+    has_flash: bool = True
 
     @property
     def is_cpu(self) -> bool:
@@ -40,4 +41,5 @@ def find_gpu(name: str) -> Gpu:
         None if memory is None else int(memory * GIB),
         None if tflops is None else tflops * 1e12,
         row["workspace_mib"] << 20,
+        row.get("flash", True),
     )

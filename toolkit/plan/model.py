@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from toolkit.errors import PlanError
-from toolkit.memory.closed_form import ByteRange
+from toolkit.memory.ranges import ByteRange
 from toolkit.plan.batch import Split
 from toolkit.plan.schedule import Curve
 from toolkit.plan.steps import Clock
@@ -61,10 +61,14 @@ class StepFacts:
 
 @dataclass(frozen=True)
 class MemoryFacts:
-    """Peak memory of a rank; `fits` compares `device.high` with the capacity."""
+    """Peak memory of a rank; `fits` compares `device.high` with the capacity.
+
+    `parts` are what is allocated at the peak, `phases` the most that is in each phase.
+    """
 
     unit: str
     parts: dict[str, int]
+    phases: dict[str, int]
     allocated: ByteRange | None
     reserved: ByteRange | None
     device: ByteRange | None

@@ -7,25 +7,28 @@ from functools import partial
 from typing import Any
 
 from toolkit.errors import PlanError
-from toolkit.memory import closed_form
 from toolkit.plan import batch as batch_equation
 from toolkit.plan import identity, schedule
+from toolkit.plan.architectures import read_shape
 from toolkit.plan.batch import Split
-from toolkit.plan.gpus import Gpu, find_gpu
+from toolkit.plan.footprint import memory_function
+from toolkit.plan.gpus import find_gpu
 from toolkit.plan.invariance import batchnorm_warnings, split_invariance
-from toolkit.plan.layout import cluster_gpus, gpus_per_node, is_laid_out, layout
+from toolkit.plan.layout import cluster_gpus, is_laid_out, layout
 from toolkit.plan.model import (
     PLAN_VERSION,
     BatchFacts,
     Cost,
     DataFacts,
-    MemoryFacts,
     Plan,
     StepFacts,
 )
-from toolkit.plan.shapes import ModelShape, find_shape
+from toolkit.plan.shapes import ModelShape
 from toolkit.plan.steps import Clock
 from toolkit.recipe.schema import Recipe
+
+DEFAULT_CLASSES = 2
+"""Of a classifier whose data are not prepared; their number hardly changes its memory."""
 
 LAUNCHER_STRATEGIES = {
     "torchrun": ("ddp", "fsdp"),
@@ -43,6 +46,7 @@ class World:
     validation_samples: int | None = None
     fingerprint: str | None = None
     cache: str | None = None
+    classes: int | None = None
     host_memory_bytes: int | None = None
     factory_has_batchnorm: bool = False
     problems: Sequence[str] = ()
@@ -52,9 +56,10 @@ def resolve(recipe: Recipe, world: World = World()) -> Plan:
     """The Plan of a recipe, or a PlanError that names the nearest legal recipe."""
     gpu = find_gpu(recipe.cluster.gpu)
     _check_strategy(recipe)
-    shape = _shape(recipe, world)
+    found = _shape(recipe, world)
+    shape = None if isinstance(found, str) else found
     _check_positions(recipe, shape)
-    memory_of = _memory_function(recipe, shape, gpu, world)
+    memory_of = memory_function(recipe, found, gpu, world.host_memory_bytes)
     split, warnings = batch_equation.solve(
         recipe.batch,
         cluster_gpus(recipe),
@@ -280,78 +285,22 @@ def _check_positions(recipe: Recipe, shape: ModelShape | None) -> None:
         )
 
 
-def _shape(recipe: Recipe, world: World) -> ModelShape | None:
-    """The model's widths, when its architecture is known."""
+def _shape(recipe: Recipe, world: World) -> ModelShape | str:
+    """The model's widths where its architecture is known, else why they are not."""
     model = recipe.model
-    if model.source == "config":
-        assert model.architecture is not None
-        return find_shape(model.architecture, model.config)
-    if world.model_config is not None:
+    architecture, config = model.architecture, model.config
+    if model.source == "factory":
+        return f"no closed form for {model.factory}"
+    if model.source != "config":
+        if world.model_config is None:
+            return f"the config of {model.name or model.path} is not at hand"
         architecture = str(world.model_config.get("model_type", ""))
-        return find_shape(architecture, {**world.model_config, **model.config})
-    return None
-
-
-def _memory_function(recipe: Recipe, shape: ModelShape | None, gpu: Gpu, world: World) -> Any:
-    """Split -> MemoryFacts, with everything else of the recipe held fixed."""
-
-    def unknown(split: Split, why: str) -> MemoryFacts:
-        capacity = _capacity(gpu, split, world)
-        return MemoryFacts(
-            "bytes per rank", {}, None, None, None, capacity, None, "unknown", None, why
-        )
-
-    def memory(split: Split) -> MemoryFacts:
-        if shape is None:
-            name = recipe.model.architecture or recipe.model.factory or recipe.model.source
-            return unknown(split, f"no closed form for {name}")
-        length = recipe.data.sequence_length
-        if length is None:
-            return unknown(split, "data.sequence_length is not set")
-        capacity = _capacity(gpu, split, world)
-        peak = closed_form.estimate(_load(recipe, shape, split, length), gpu)
-        fits = None if capacity is None else peak.device.high <= capacity
-        return MemoryFacts(
-            unit="bytes per rank",
-            parts=peak.parts,
-            allocated=peak.allocated,
-            reserved=peak.reserved,
-            device=peak.device,
-            capacity=capacity,
-            fits=fits,
-            method="closed-form",
-            peak_phase=peak.phase,
-            why="closed form; states exact, activations 0.9 to 1.15 × the expected value",
-        )
-
-    return memory
-
-
-def _capacity(gpu: Gpu, split: Split, world: World) -> int | None:
-    if not gpu.is_cpu:
-        return gpu.memory_bytes
-    return None if world.host_memory_bytes is None else world.host_memory_bytes // split.gpus
-
-
-def _load(recipe: Recipe, shape: ModelShape, split: Split, length: int) -> closed_form.Load:
-    per_node = gpus_per_node(recipe, split.gpus)
-    node_only = recipe.strategy.shard == "node"
-    return closed_form.Load(
-        shape=shape,
-        per_device=split.per_device,
-        sequence_length=length,
-        ranks=split.gpus,
-        nodes=max(1, split.gpus // per_node),
-        shard_ranks=min(per_node, split.gpus) if node_only else split.gpus,
-        strategy=recipe.strategy.name,
-        precision=recipe.precision,
-        optimizer=recipe.optimizer.name,
-        momentum=recipe.optimizer.momentum > 0,
-        foreach=recipe.optimizer.implementation == "foreach",
-        checkpointing=recipe.model.activation_checkpointing == "full",
-        eager_attention=recipe.model.attention == "eager",
-        chunked_loss=recipe.loss.chunked,
-    )
+        config = {**world.model_config, **config}
+    assert architecture is not None
+    classes = None
+    if recipe.data.task == "classification":
+        classes = world.classes or int(config.get("num_labels", DEFAULT_CLASSES))
+    return read_shape(architecture, config, classes)
 
 
 def _cost(recipe: Recipe, split: Split, shape: ModelShape | None) -> Cost:
@@ -363,6 +312,6 @@ def _cost(recipe: Recipe, split: Split, shape: ModelShape | None) -> Cost:
     moments = {"sgd": int(recipe.optimizer.momentum > 0)}.get(recipe.optimizer.name, 2)
     return Cost(
         shape.parameters,
-        split.effective * shape.flops_per_sample(length) if length else None,
+        split.effective * shape.flops_per_sample(length) if length or shape.patches else None,
         shape.parameters * width * (1 + moments),
     )

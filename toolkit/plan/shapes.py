@@ -1,177 +1,147 @@
-"""The shape of a known dense decoder from its transformers config: widths and parameter counts.
+"""The shape of a known transformer: its widths, and every weight that it has. Pure."""
 
-Defaults are those of the config classes of transformers 5; a test holds every count against the
-real model built on the meta device.
-"""
-
-from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
-from toolkit.errors import PlanError
-
-GPT2_DROPOUTS = ("attn_pdrop", "resid_pdrop", "embd_pdrop")
+Tensors = dict[str, tuple[int, int]]
+"""Weights by name: rows, which is what sharding divides, and the product of the other dimensions."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Widths of a decoder; counts are numbers of parameters, not bytes.
+    """Widths of a transformer; counts are numbers of parameters, not bytes.
 
-    `positions` is how many positions the model learns, None where they are computed.
+    `family` is how its layers run. `ffn` is one expert's where there are `experts`, of which each
+    token goes through `top_k`. `positions` is how many positions the model learns, None where they
+    are computed. `classes` is what a classifier tells apart, None for a language model. `patches` are
+    an image's and `patch_inputs` the numbers of one, 0 for text. `window`: beyond so many tokens
+    attention is given a mask.
     """
 
     family: str
+    architecture: str
     hidden: int
     layers: int
     heads: int
+    head_dim: int
     kv_width: int
     ffn: int
     vocabulary: int
-    positions: int | None
     tied: bool
-    dropout: float
-    layer_parameters: int
-    linear_per_layer: int
-    embedding_parameters: int
-    parameters: int
+    dropout: float = 0.0
+    positions: int | None = None
+    classes: int | None = None
+    experts: int = 0
+    top_k: int = 0
+    patches: int = 0
+    patch_inputs: int = 0
+    window: int | None = None
+    has_qk_norm: bool = False
+    has_qkv_bias: bool = False
+    has_out_bias: bool = False
+    has_mlp_bias: bool = False
 
-    def flops_per_sample(self, sequence_length: int) -> int:
-        """FLOPs of forward and backward of one row.
+    @property
+    def query_width(self) -> int:
+        """Heads × head width."""
+        return self.heads * self.head_dim
 
-        Per token 6 × matrix weights + 12 × layers × hidden × sequence (Chowdhery et al. 2022,
-        PaLM, appendix B).
+    @cached_property
+    def layer_parameters(self) -> int:
+        """Parameters of one layer."""
+        return count(layer_tensors(self))
+
+    @cached_property
+    def parameters(self) -> int:
+        """Parameters of the whole model."""
+        return self.layers * self.layer_parameters + count(outer_tensors(self))
+
+    @cached_property
+    def active_per_layer(self) -> int:
+        """Matrix weights of one layer that a token is multiplied with: of the experts, `top_k`."""
+        matrices = {n: rows * cols for n, (rows, cols) in layer_tensors(self).items() if cols > 1}
+        for name in ("gate_up", "down") if self.experts else ():
+            matrices[name] = matrices[name] // self.experts * self.top_k
+        return sum(matrices.values())
+
+    def tokens(self, sequence_length: int | None) -> int:
+        """Tokens of one sample: an image's patches and its class token, or the text's length."""
+        if self.patches:
+            return self.patches + 1
+        assert sequence_length
+        return sequence_length
+
+    def flops_per_sample(self, sequence_length: int | None) -> int:
+        """FLOPs of forward and backward of one sample.
+
+        Per token 6 × active matrix weights + 12 × layers × query width × tokens (Chowdhery et al.
+        2022, PaLM, appendix B).
         """
-        matrices = self.layers * self.linear_per_layer + self.vocabulary * self.hidden
-        attention = 12 * self.layers * self.hidden * sequence_length
-        return (6 * matrices + attention) * sequence_length
+        tokens = self.tokens(sequence_length)
+        head = self.vocabulary * self.hidden if self.classes is None else 0
+        matrices = self.layers * self.active_per_layer + head
+        attention = 12 * self.layers * self.query_width * tokens
+        return (6 * matrices + attention) * tokens
 
 
-_LLAMA_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"vocab_size": 32000, "intermediate_size": 11008, "num_key_value_heads": None},
-    "mistral": {"vocab_size": 32000, "intermediate_size": 14336, "num_key_value_heads": 8},
-    "qwen2": {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32},
-    "qwen3": {
-        "vocab_size": 151936,
-        "intermediate_size": 22016,
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-    },
-}
+def layer_tensors(shape: ModelShape) -> Tensors:
+    """Every weight of one layer; vectors have one column."""
+    h, f, q, kv, e = shape.hidden, shape.ffn, shape.query_width, shape.kv_width, shape.experts
+    tensors: Tensors
+    if shape.family == "gpt2":  # Conv1D keeps its weights transposed
+        tensors = {"qkv": (h, 3 * h), "out": (h, h), "up": (h, f), "down": (f, h)}
+        return tensors | {"qkv_bias": (3 * h, 1), "up_bias": (f, 1)} | _vectors(h, 6)
+    tensors = {"q": (q, h), "k": (kv, h), "v": (kv, h), "out": (h, q)}
+    if shape.has_qkv_bias:
+        tensors |= {"q_bias": (q, 1), "k_bias": (kv, 1), "v_bias": (kv, 1)}
+    if shape.family in ("bert", "vit"):
+        return tensors | {"up": (f, h), "down": (h, f), "up_bias": (f, 1)} | _vectors(h, 6)
+    if shape.has_out_bias:
+        tensors |= {"out_bias": (h, 1)}
+    if shape.has_mlp_bias:
+        tensors |= {"gate_bias": (f, 1), "up_bias": (f, 1), "down_bias": (h, 1)}
+    if shape.has_qk_norm:
+        tensors |= {"q_norm": (shape.head_dim, 1), "k_norm": (shape.head_dim, 1)}
+    if e:
+        tensors |= {"router": (e, h), "gate_up": (e, 2 * f * h), "down": (e, f * h)}
+    else:
+        tensors |= {"gate": (f, h), "up": (f, h), "down": (h, f)}
+    return tensors | _vectors(h, 2)
 
 
-def find_shape(architecture: str, config: dict[str, Any]) -> ModelShape | None:
-    """The shape of a known architecture; None for any other (its memory is then unknown).
-
-    PlanError for a width that is not a positive whole number, or a key that is nearly a known one.
-    """
-    if architecture == "gpt2":
-        refuse_near_misses(config, _GPT2_KEYS)
-        return _gpt2(config)
-    if architecture in _LLAMA_DEFAULTS:
-        refuse_near_misses(config, _LLAMA_KEYS)
-        return _llama(architecture, config)
-    return None
-
-
-_COMMON_KEYS = ("vocab_size", "tie_word_embeddings", "hidden_size", "num_hidden_layers",
-                "num_attention_heads", "max_position_embeddings")  # fmt: skip
-_GPT2_KEYS = (
-    *_COMMON_KEYS,
-    *GPT2_DROPOUTS,
-    "n_embd",
-    "n_layer",
-    "n_head",
-    "n_positions",
-    "n_inner",
-)
-_LLAMA_KEYS = (*_COMMON_KEYS, "intermediate_size", "num_key_value_heads", "head_dim",
-               "attention_bias", "mlp_bias", "attention_dropout")  # fmt: skip
+def outer_tensors(shape: ModelShape) -> Tensors:
+    """Every weight outside the layers."""
+    h, classes = shape.hidden, shape.classes
+    tensors: Tensors
+    if shape.patches:
+        tensors = {"patch": (h, shape.patch_inputs), "class": (1, h)}
+        tensors |= {"positions": (1, (shape.patches + 1) * h)} | _vectors(h, 3)
+    else:
+        tensors = {"embedding": (shape.vocabulary, h)}
+        if shape.positions:
+            tensors |= {"positions": (shape.positions, h)}
+        tensors |= _vectors(h, 1 if shape.family == "llama" else 2)
+    if shape.family == "bert":
+        tensors |= {"types": (2, h), "pooler": (h, h), "pooler_bias": (h, 1)}
+    if classes is not None:
+        tensors |= {"head": (classes, h)}
+        if shape.family in ("bert", "vit"):
+            tensors |= {"head_bias": (classes, 1)}
+    elif not shape.tied:
+        tensors |= {"head": (shape.vocabulary, h)}
+    return tensors
 
 
-def refuse_near_misses(config: dict[str, Any], known: Collection[str]) -> None:
-    """Transformers ignores unknown keys; one that is nearly a known one is a slip."""
-    for key in config:
-        if key not in known:
-            from difflib import get_close_matches
-
-            close = get_close_matches(key, known, n=1, cutoff=0.88)
-            if close:
-                raise PlanError(f"model.config.{key}: unknown key. Did you mean {close[0]!r}?")
+def _vectors(length: int, number: int) -> Tensors:
+    """Norms' scales and shifts, and biases of that length."""
+    return {f"vector_{index}": (length, 1) for index in range(number)}
 
 
-def _whole(config: dict[str, Any], keys: tuple[str, ...], default: int | None) -> int:
-    """The first key that is set, a positive whole number, or the default."""
-    for key in keys:
-        value = config.get(key)
-        if value is not None:
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise PlanError(f"model.config.{key}: {value!r} is not a whole number above 0")
-            return value
-    assert default is not None
-    return default
+def count(tensors: Tensors) -> int:
+    """Elements of all of them."""
+    return sum(rows * columns for rows, columns in tensors.values())
 
 
-def _share(config: dict[str, Any], key: str, default: float) -> float:
-    value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise PlanError(f"model.config.{key}: {value!r} is not a number from 0 to below 1")
-    return float(value)
-
-
-def _gpt2(config: dict[str, Any]) -> ModelShape:
-    h = _whole(config, ("n_embd", "hidden_size"), 768)
-    layers = _whole(config, ("n_layer", "num_hidden_layers"), 12)
-    heads = _whole(config, ("n_head", "num_attention_heads"), 12)
-    positions = _whole(config, ("n_positions", "max_position_embeddings"), 1024)
-    ffn = _whole(config, ("n_inner",), 4 * h)
-    vocabulary = _whole(config, ("vocab_size",), 50257)
-    _refuse_remainder(h, heads)
-    tied = bool(config.get("tie_word_embeddings", True))
-    linear = 4 * h * h + 2 * h * ffn
-    per_layer = linear + 9 * h + ffn  # biases 3h + h + ffn + h, two layer norms of 2h
-    embedding = vocabulary * h
-    total = embedding * (1 if tied else 2) + positions * h + layers * per_layer + 2 * h
-    dropout = max(_share(config, key, 0.1) for key in GPT2_DROPOUTS)
-    return ModelShape(
-        "gpt2", h, layers, heads, h, ffn, vocabulary, positions, tied, dropout,
-        per_layer, linear, embedding, total,
-    )  # fmt: skip
-
-
-def _refuse_remainder(hidden: int, heads: int) -> None:
-    if hidden % heads:
-        raise PlanError(
-            f"model.config: {hidden} hidden / {heads} heads = {hidden / heads:.2f}, not a whole "
-            f"number. Nearest: {hidden // heads * heads or heads} or {(hidden // heads + 1) * heads}"
-        )
-
-
-def _llama(architecture: str, config: dict[str, Any]) -> ModelShape:
-    defaults = _LLAMA_DEFAULTS[architecture]
-    h = _whole(config, ("hidden_size",), 4096)
-    layers = _whole(config, ("num_hidden_layers",), 32)
-    heads = _whole(config, ("num_attention_heads",), 32)
-    kv_heads = _whole(config, ("num_key_value_heads",), defaults["num_key_value_heads"] or heads)
-    if "head_dim" not in defaults and config.get("head_dim") is None:
-        _refuse_remainder(h, heads)
-    head_dim = _whole(config, ("head_dim",), defaults.get("head_dim") or h // heads)
-    ffn = _whole(config, ("intermediate_size",), defaults["intermediate_size"])
-    vocabulary = _whole(config, ("vocab_size",), defaults["vocab_size"])
-    q, kv = heads * head_dim, kv_heads * head_dim
-    tied = bool(config.get("tie_word_embeddings", False))
-    linear = 2 * h * q + 2 * h * kv + 3 * h * ffn
-    extra = 2 * h
-    if architecture == "qwen2":
-        extra += q + 2 * kv
-    elif architecture == "qwen3":
-        extra += 2 * head_dim
-    if config.get("attention_bias") and architecture != "qwen2":
-        extra += q + 2 * kv + h
-    if config.get("mlp_bias"):
-        extra += 2 * ffn + h
-    embedding = vocabulary * h
-    total = embedding * (1 if tied else 2) + layers * (linear + extra) + h
-    return ModelShape(
-        "llama", h, layers, heads, kv, ffn, vocabulary, None, tied,
-        _share(config, "attention_dropout", 0.0), linear + extra, linear, embedding, total,
-    )  # fmt: skip
+def sharded(tensors: Tensors, ranks: int) -> int:
+    """Elements of the first rank's shards: rows are dealt in equal chunks, rounded up."""
+    return sum(-(-rows // ranks) * columns for rows, columns in tensors.values())

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from toolkit.data.rows import IGNORED
-from toolkit.memory.closed_form import CHUNK_TOKENS
+from toolkit.memory.load import CHUNK_TOKENS
 
 Batch = dict[str, Tensor]
 

@@ -14,7 +14,7 @@ from torch import nn
 from toolkit.data.card import Card
 from toolkit.data.factory import load_factory
 from toolkit.errors import PlanError
-from toolkit.plan.shapes import refuse_near_misses
+from toolkit.plan.architectures import refuse_near_misses
 from toolkit.recipe.schema import Recipe
 
 ATTENTION = {"sdpa": "sdpa", "eager": "eager", "flash": "flash_attention_2"}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -52,21 +52,21 @@ class TorchEngine(Engine):
     def _shard_options(self) -> dict[str, Any]:
         """The mesh and the precision policy of FSDP2, the same for every block and the root."""
         if not hasattr(self, "_mesh"):
-            nodes = self.plan.batch.nodes
-            if self.plan.recipe.strategy.shard == "node":
-                self._mesh = init_device_mesh(
-                    self.device.type,
-                    (nodes, self.world // nodes),
-                    mesh_dim_names=("node", "gpu"),
-                )
-            else:
-                self._mesh = init_device_mesh(self.device.type, (self.world,))
+            self._mesh = self._make_mesh()
         policy = MixedPrecisionPolicy()
         if self._autocast:
             policy = MixedPrecisionPolicy(
                 param_dtype=self._autocast, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
         return {"mesh": self._mesh, "mp_policy": policy}
+
+    def _make_mesh(self) -> DeviceMesh:
+        """All ranks in a row, or nodes × GPUs of a node."""
+        if self.plan.recipe.strategy.shard == "all":
+            return init_device_mesh(self.device.type, (self.world,))
+        nodes = self.plan.batch.nodes
+        shape = (nodes, self.world // nodes)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("node", "gpu"))
 
     def _wrap(self) -> Any:
         """The module whose call is a forward: compiled, then DDP or the FSDP2 root."""
@@ -100,8 +100,12 @@ class TorchEngine(Engine):
         self.skip()
 
     def skip(self) -> None:
-        """Forget the gradients without an update."""
-        self.optimizer.zero_grad(set_to_none=True)
+        """Forget the gradients without an update.
+
+        DDP's stay, at zero, as views of its buckets: new ones would be a second copy until the last
+        micro-batch.
+        """
+        self.optimizer.zero_grad(set_to_none=self._sharded or self.world == 1)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """What the optimizer is about to use, put together from the shards."""
@@ -145,9 +149,8 @@ class TorchEngine(Engine):
 
     @contextlib.contextmanager
     def _reduce_gradients(self, last: bool) -> Iterator[None]:
-        if self._sharded:
-            self.module.set_requires_gradient_sync(last)
-            self.module.set_is_last_backward(last)
+        if self._sharded:  # reduce-scatter every time: summed unsharded, gradients fill a rank
+            self.module.set_requires_all_reduce(last)
             yield
         elif self.world > 1 and not last:
             with self.wrapped.no_sync():

@@ -1,0 +1,87 @@
+"""What one rank is asked to hold, and the widths that follow from it. Pure."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from toolkit.memory.attention import Kernel, choose_kernel
+from toolkit.plan.shapes import ModelShape
+
+Precision = Literal["fp32", "bf16", "bf16-pure", "fp16"]
+
+CHUNK_TOKENS = 1024
+"""Tokens whose logits are alive at once when the loss is chunked (`train/loss.py`)."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """One rank's share of a plan; `shard_ranks` is how many ranks share a sharded tensor.
+
+    `evaluation` is the rows of an evaluation's micro-batch, None without one; `is_masked` says that
+    rows are padded, so that attention gets a mask; `attention` is the recipe's word.
+    """
+
+    shape: ModelShape
+    per_device: int
+    sequence_length: int
+    ranks: int
+    nodes: int
+    shard_ranks: int
+    strategy: str
+    precision: Precision
+    optimizer: str
+    momentum: bool
+    foreach: bool
+    checkpointing: bool
+    attention: str
+    chunked_loss: bool
+    accumulation: int = 1
+    evaluation: int | None = None
+    is_masked: bool = False
+    has_flash: bool = True
+    offload: bool = False
+
+    @property
+    def state_width(self) -> int:
+        """Bytes of a stored weight: 2 in bf16-pure, else 4 (the fp32 master)."""
+        return 2 if self.precision == "bf16-pure" else 4
+
+    @property
+    def low(self) -> int | None:
+        """Bytes of a matrix product's operands under autocast; None without it."""
+        return 2 if self.precision in ("bf16", "fp16") else None
+
+    @property
+    def forward_width(self) -> int:
+        """Bytes of a weight as the forward sees it: FSDP2 gathers a narrow copy in mixed precision."""
+        return 2 if self.strategy == "fsdp" and self.low else self.state_width
+
+    @property
+    def kernel(self) -> Kernel:
+        """Which attention runs."""
+        if self.attention == "eager":
+            return "eager"
+        if self.attention == "flash":
+            return "flash"
+        return choose_kernel(
+            is_narrow=(self.low or self.state_width) < 4,
+            is_masked=self.is_masked,
+            shares_heads=self.shape.kv_width != self.shape.query_width,
+            head_dim=self.shape.head_dim,
+            has_flash=self.has_flash,
+        )
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether DeepSpeed lays the states out."""
+        return self.strategy.startswith("zero")
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether gradients are there already while a micro-batch runs forward."""
+        in_buckets = self.strategy == "ddp" and self.ranks > 1
+        return self.accumulation > 1 or in_buckets or self.is_zero
+
+    @property
+    def moments(self) -> int:
+        """Optimizer tensors a parameter: Adam's two, momentum's one."""
+        return 2 if self.optimizer in ("adam", "adamw") else int(self.momentum)

@@ -1,0 +1,133 @@
+"""One rank's attempt, played on a ledger: load, micro-batches, optimizer step, evaluation."""
+
+from toolkit.memory.families import Rows
+from toolkit.memory.ledger import Block, Ledger
+from toolkit.memory.load import Load
+from toolkit.memory.network import Network
+from toolkit.memory.operators import INDEX
+from toolkit.plan.shapes import count, layer_tensors, outer_tensors, sharded
+
+ZERO_BUCKET_ELEMENTS = 500_000_000
+"""`reduce_bucket_size` of the configuration that DeepSpeed is given."""
+
+
+class Rank:
+    """What is alive from the first step to the last, and what comes and goes."""
+
+    def __init__(self, load: Load) -> None:
+        self.load, self.shape = load, load.shape
+        self.ledger = Ledger()
+        self.network = Network(self.ledger, load)
+        self._held: list[Block] = []
+
+    def play(self) -> Ledger:
+        """Everything from building to the last evaluation."""
+        ledger, load = self.ledger, self.load
+        self._build()
+        ledger.enter("forward + loss")
+        if load.keeps_gradients:
+            self._allocate_gradients()
+        self._micro_batch()
+        ledger.enter("optimizer step")
+        self._optimizer_temporaries()
+        self.network.forget_gradients()
+        if load.evaluation:
+            ledger.enter("evaluation")
+            self._evaluate()
+        return ledger
+
+    def _hold(self, elements: float, width: int, name: str) -> None:
+        self._held.append(self.ledger.block(elements, width, name))
+
+    def _own_elements(self) -> int:
+        """Elements of the weights that this rank's optimizer steps: all, or its shards."""
+        load, ranks = self.load, self.load.shard_ranks
+        if load.strategy == "fsdp":
+            outer, layer = (sharded(f(self.shape), ranks) for f in (outer_tensors, layer_tensors))
+            return outer + self.shape.layers * layer
+        return -(-self.shape.parameters // ranks) if load.is_zero else self.shape.parameters
+
+    @property
+    def _gradient_elements(self) -> int:
+        """ZeRO-1 keeps whole gradients; ZeRO-2 and 3 their part of them."""
+        return self.shape.parameters if self.load.strategy == "zero1" else self._own_elements()
+
+    @property
+    def _has_buckets(self) -> bool:
+        return self.load.strategy == "ddp" and self.load.ranks > 1
+
+    def _build(self) -> None:
+        """Weights, then the optimizer's state, made by a step on gradients of zero."""
+        ledger, load, own = self.ledger, self.load, self._own_elements()
+        ledger.enter("load")
+        whole = load.strategy in ("zero1", "zero2")
+        self._hold(self.shape.parameters if whole else own, load.state_width, "parameters")
+        if self._has_buckets:
+            self._hold(own, load.state_width, "gradients")
+        gradients = ledger.block(own, load.state_width, "gradients")
+        if not load.offload:
+            copies = load.moments + int(load.is_zero)  # ZeRO steps on a copy of its part
+            self._hold(copies * own, load.state_width, "optimizer")
+        self._optimizer_temporaries()
+        del gradients
+        if load.is_zero:
+            self._hold_zero_buffers()
+
+    def _hold_zero_buffers(self) -> None:
+        """Two buckets of gradients; ZeRO-3 also gathers: the layer at work and the next, and gradients.
+
+        Rajbhandari et al. 2020, and DeepSpeed's bucket sizes; none of this has been traced.
+        """
+        bucket = min(ZERO_BUCKET_ELEMENTS, self.shape.parameters)
+        self._hold(2 * bucket, self.load.state_width, "communication")
+        if self.load.strategy == "zero3":
+            largest = max(self.shape.layer_parameters, count(outer_tensors(self.shape)))
+            self._hold(2 * largest, self.load.state_width, "communication")
+
+    def _optimizer_temporaries(self) -> None:
+        """Foreach Adam takes a root of the second moments: a copy of the parameters it steps."""
+        load = self.load
+        if load.foreach and load.moments == 2:
+            self.ledger.block(self._own_elements(), load.state_width, "optimizer")
+
+    def _allocate_gradients(self) -> None:
+        """All of them, where they stay from micro-batch to micro-batch; DDP's lie in its buckets."""
+        if not self._has_buckets:
+            self._hold(self._gradient_elements, self.load.state_width, "gradients")
+        if self.load.strategy != "fsdp":
+            for parameter in self.network.parameters():
+                parameter.gradient = self.ledger.block(0, 1)
+
+    def _rows(self, samples: int) -> Rows:
+        load = self.load
+        length = self.shape.tokens(load.sequence_length)
+        return Rows(samples, length, load.kernel, load.is_masked)
+
+    def _micro_batch(self) -> None:
+        """Forward, loss and backward."""
+        rows = self._rows(self.load.per_device)
+        inputs = self._inputs(rows)
+        with self.network.run.autocast():
+            loss = self.network.forward(rows)
+        self.ledger.enter("backward")
+        self.network.backward(loss)
+        del inputs
+
+    def _evaluate(self) -> None:
+        assert self.load.evaluation
+        rows = self._rows(self.load.evaluation)
+        self.ledger.is_recording = False
+        inputs = self._inputs(rows)
+        with self.network.run.autocast():
+            self.network.forward(rows)
+        del inputs
+        self.ledger.is_recording = True
+
+    def _inputs(self, rows: Rows) -> Block | None:
+        """Token numbers and targets; an image's are counted where it is embedded."""
+        return None if self.shape.patches else self.ledger.block(2 * rows.tokens, INDEX)
+
+
+def play(load: Load) -> Ledger:
+    """The ledger after a whole attempt of this load."""
+    return Rank(load).play()

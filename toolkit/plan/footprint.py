@@ -1,0 +1,94 @@
+"""Memory of a plan: from a recipe and a split to the closed form's question, and its answer."""
+
+from collections.abc import Callable
+
+from toolkit.memory import closed_form
+from toolkit.memory.load import Load
+from toolkit.plan.batch import Split
+from toolkit.plan.gpus import Gpu
+from toolkit.plan.layout import gpus_per_node
+from toolkit.plan.model import MemoryFacts
+from toolkit.plan.shapes import ModelShape
+from toolkit.recipe.schema import Recipe
+
+
+def memory_function(
+    recipe: Recipe, shape: ModelShape | str, gpu: Gpu, host_bytes: int | None
+) -> Callable[[Split], MemoryFacts]:
+    """Split -> MemoryFacts, with everything else of the recipe held fixed.
+
+    `shape` is in words why it is not known, where it is not.
+    """
+
+    def memory(split: Split) -> MemoryFacts:
+        capacity = capacity_of(gpu, split, host_bytes)
+        if isinstance(shape, str):
+            return unknown(capacity, shape)
+        if recipe.data.sequence_length is None and not shape.patches:
+            return unknown(capacity, "data.sequence_length is not set")
+        peak = closed_form.estimate(load_of(recipe, shape, split, gpu), gpu)
+        totals = peak.totals
+        return MemoryFacts(
+            unit="bytes per rank",
+            parts=peak.parts,
+            phases=peak.phases,
+            allocated=totals.allocated,
+            reserved=totals.reserved,
+            device=totals.device,
+            capacity=capacity,
+            fits=None if capacity is None else totals.device.high <= capacity,
+            method="closed-form",
+            peak_phase=peak.phase,
+            why=totals.basis,
+        )
+
+    return memory
+
+
+def unknown(capacity: int | None, why: str) -> MemoryFacts:
+    """What is said of memory when nothing is known."""
+    return MemoryFacts(
+        "bytes per rank", {}, {}, None, None, None, capacity, None, "unknown", None, why
+    )
+
+
+def capacity_of(gpu: Gpu, split: Split, host_bytes: int | None) -> int | None:
+    """The device's memory; on CPU the machine's, shared by its processes."""
+    if not gpu.is_cpu:
+        return gpu.memory_bytes
+    return None if host_bytes is None else host_bytes // split.gpus
+
+
+def load_of(recipe: Recipe, shape: ModelShape, split: Split, gpu: Gpu) -> Load:
+    """What one rank of this split is asked to hold."""
+    per_node = gpus_per_node(recipe, split.gpus)
+    node_only = recipe.strategy.shard == "node"
+    length = shape.tokens(recipe.data.sequence_length)
+    evaluation = recipe.evaluation
+    return Load(
+        shape=shape,
+        per_device=split.per_device,
+        sequence_length=length,
+        ranks=split.gpus,
+        nodes=max(1, split.gpus // per_node),
+        shard_ranks=min(per_node, split.gpus) if node_only else split.gpus,
+        strategy=recipe.strategy.name,
+        precision=recipe.precision,
+        optimizer=recipe.optimizer.name,
+        momentum=recipe.optimizer.momentum > 0,
+        foreach=recipe.optimizer.implementation == "foreach",
+        checkpointing=recipe.model.activation_checkpointing == "full",
+        attention=recipe.model.attention,
+        chunked_loss=recipe.loss.chunked,
+        accumulation=split.accumulation,
+        evaluation=(evaluation.per_device or split.per_device) if evaluation else None,
+        is_masked=_is_masked(recipe, shape, length),
+        has_flash=gpu.has_flash,
+        offload=recipe.strategy.offload == "optimizer",
+    )
+
+
+def _is_masked(recipe: Recipe, shape: ModelShape, length: int) -> bool:
+    """Padded rows of a classifier of texts, or a window that is shorter than the rows."""
+    padded = recipe.data.task == "classification" and not shape.patches
+    return padded or (shape.window is not None and length > shape.window)

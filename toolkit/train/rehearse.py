@@ -1,0 +1,249 @@
+"""The real engine and the real training step on one rank of any world, without a device.
+
+Tensors are fake (shapes and types, no data), the other ranks are a process group that answers at
+once, and CUDA's kernels are stood in for; everything else is what a run executes. What comes out is
+a recording of every allocation.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.nn.parallel import distributed as ddp
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
+
+from toolkit.data.card import Card
+from toolkit.memory.kernels import cuda_kernels
+from toolkit.memory.trace import Recorder, Recording
+from toolkit.plan.model import Plan
+from toolkit.train.batches import MicroBatch, Step
+from toolkit.train.engines.torch import TorchEngine
+from toolkit.train.loop import forward_backward
+from toolkit.train.models import Skeleton
+from toolkit.train.watch import Watch
+
+DEFAULT_CLASSES = 2
+
+
+def rehearse(plan: Plan, card: Card | None = None, fake: bool = True) -> Recording:
+    """Everything rank 0 of the plan would allocate on its device, from building to saving.
+
+    `fake=False` computes on real CPU tensors, to show that both allocate the same.
+    """
+    _refuse_the_rest(plan)
+    recorder = Recorder()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_other_ranks(plan.batch.gpus))
+        stack.enter_context(_quiet_propagation(recorder))
+        stack.enter_context(_streams(recorder))
+        stack.enter_context(cuda_kernels())
+        if fake:
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(recorder)
+        _play(plan, card or blank_card(plan), recorder)
+    return recorder.recording
+
+
+def _play(plan: Plan, card: Card, recorder: Recorder) -> None:
+    """build, warm-up, one step, evaluation, save: as `train` does them."""
+    recipe = plan.recipe
+    recorder.phase("load")
+    engine = RehearsedEngine(plan, card, recorder)
+    _label(engine, recorder)
+    with recorder.paused():
+        tensors = rehearsal_batch(plan, card, plan.batch.per_device)
+    if (
+        engine.wrapped is not engine.module
+    ):  # from the second backward on, DDP's gradients are there
+        forward_backward(engine, _step(plan, tensors, 1), _Phases(recorder))
+        engine.skip()
+    step = _step(plan, tensors, min(plan.batch.accumulation, 2))
+    losses = forward_backward(engine, step, _Phases(recorder))
+    total = torch.stack(losses).sum() / step.weight
+    _label(engine, recorder)
+    recorder.phase("optimizer step")
+    norm = engine.clip(recipe.optimizer.max_grad_norm)
+    engine.step(recipe.optimizer.lr)
+    del losses, total, norm, step
+    if recipe.evaluation:
+        with recorder.paused():
+            tensors = rehearsal_batch(plan, card, recipe.evaluation.per_device or 1)
+        recorder.phase("evaluation")
+        engine.evaluate(tensors)
+    recorder.phase("save")
+    engine.pieces()
+
+
+class _Phases(Watch):
+    """Follows the loop's own words for where it is."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def at(self, place: str) -> None:
+        """`forward of micro-batch 1 of 2` is the phase forward + loss."""
+        name = "forward + loss" if place.startswith("forward") else "backward"
+        self._recorder.phase(name)
+
+
+class RehearsedEngine(TorchEngine):
+    """The torch engine, recorded from where its model is on the device.
+
+    DDP's C++ part is kept from looking at values and from waiting for other ranks.
+    """
+
+    def __init__(self, plan: Plan, card: Card, recorder: Recorder) -> None:
+        self._recorder = recorder
+        with (
+            recorder.paused(),
+            patch.object(Skeleton, "_materialise", _materialise),
+            patch.object(nn.Module, "to", lambda module, device: module),
+        ):
+            super().__init__(plan, card, torch.device("cpu"))
+
+    def _wrap(self) -> Any:
+        self._recorder.adopt(self.module.parameters(), "parameters")
+        self._recorder.adopt(self.module.buffers(), "buffers")
+        with self._recorder.paused(False):
+            return super()._wrap()
+
+    def _make_mesh(self) -> DeviceMesh:
+        with self._recorder.paused(), _disable_current_modes():  # a mesh is of real numbers
+            return super()._make_mesh()
+
+    def _allocate_optimizer_state(self) -> None:
+        with self._recorder.paused(False):
+            super()._allocate_optimizer_state()
+
+    def _replicated_module(self) -> Any:
+        with (
+            patch.object(ddp, "_verify_param_shape_across_processes", _nothing),
+            patch.object(ddp, "_sync_module_states", _nothing),
+        ):
+            wrapped = super()._replicated_module()
+        wrapped.register_comm_hook(None, _answer_at_once)
+        wrapped.reducer = _Reducer(wrapped.reducer)
+        return wrapped
+
+
+class _Reducer:
+    """DDP's reducer, whose buckets stay in their first order: agreeing on another needs values."""
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def _rebuild_buckets(self) -> bool:
+        return False
+
+
+def _answer_at_once(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+    future: Any = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+def _materialise(skeleton: Skeleton, name: str, modules: list[nn.Module]) -> None:
+    """Zeros in place of the meta device's weights: no time is spent on drawing them."""
+    for module in modules:
+        for parameter_name, parameter in module._parameters.items():
+            if parameter is not None:
+                dtype = skeleton._dtype or parameter.dtype
+                zeros = torch.zeros_like(parameter, device="cpu", dtype=dtype)
+                module._parameters[parameter_name] = nn.Parameter(zeros)
+        for buffer_name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[buffer_name] = torch.zeros_like(buffer, device="cpu")
+
+
+def _nothing(*arguments: Any, **options: Any) -> None:
+    return None
+
+
+def _label(engine: TorchEngine, recorder: Recorder) -> None:
+    parameters = list(engine._parameters.values())
+    recorder.label(parameters, "parameters")
+    recorder.label((p.grad for p in parameters), "gradients")
+    states = engine.optimizer.state.values()
+    recorder.label((v for s in states for v in s.values() if isinstance(v, Tensor)), "optimizer")
+
+
+def _step(plan: Plan, tensors: dict[str, Tensor], count: int) -> Step:
+    nothing = np.zeros(0, dtype=np.int64)
+    micro_batches = [MicroBatch(tensors, 0, False, nothing)] * count
+    return Step(1, 1, plan.batch.effective, 1, 1.0, "", nothing, micro_batches)
+
+
+def rehearsal_batch(plan: Plan, card: Card, rows: int) -> dict[str, Tensor]:
+    """Tensors as `StepReader` would give them, at the largest shape, all zero."""
+    data = plan.recipe.data
+    zeros = torch.zeros
+    weights = zeros(rows, dtype=torch.float32)
+    if data.task != "classification":
+        assert data.sequence_length
+        ids = zeros(rows, data.sequence_length, dtype=torch.int64)
+        return {"input_ids": ids, "targets": ids.clone(), "weights": weights}
+    targets = zeros(rows, dtype=torch.int64)
+    if card.feature_shape is not None:
+        features = zeros(rows, *card.feature_shape, dtype=torch.float32)
+        return {"features": features, "targets": targets, "weights": weights}
+    assert data.sequence_length
+    ids = zeros(rows, data.sequence_length, dtype=torch.int64)
+    mask = torch.ones_like(ids)
+    mask[:, -1] = 0  # as in a padded batch: a full one needs no mask and less memory
+    return {"input_ids": ids, "attention_mask": mask, "targets": targets, "weights": weights}
+
+
+def blank_card(plan: Plan) -> Card:
+    """What is needed of data that are not prepared yet."""
+    data = plan.recipe.data
+    return Card(0, data.task, "", 1, 1, data.sequence_length, None, None, None, DEFAULT_CLASSES,
+                1, 0, 0, {})  # fmt: skip
+
+
+def _refuse_the_rest(plan: Plan) -> None:
+    assert not dist.is_initialized(), "a rehearsal makes a process group of its own"
+
+
+@contextlib.contextmanager
+def _other_ranks(world: int) -> Iterator[None]:
+    hook = sys.excepthook  # torch puts its own there, once more for every group
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        sys.excepthook = hook
+
+
+@contextlib.contextmanager
+def _quiet_propagation(recorder: Recorder) -> Iterator[None]:
+    """DTensor finds shapes out by running operators on whole tensors; those are not the rank's."""
+    real = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def quiet(self: Any, *arguments: Any) -> Any:
+        with recorder.paused():
+            return real(self, *arguments)
+
+    with patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", quiet):
+        yield
+
+
+@contextlib.contextmanager
+def _streams(recorder: Recorder) -> Iterator[None]:
+    """What FSDP2 allocates on its side streams cannot be reused by the others."""
+    with patch.object(torch.cpu, "stream", lambda stream: recorder.on_stream(id(stream))):
+        yield
