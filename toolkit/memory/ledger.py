@@ -140,14 +140,15 @@ class Ledger:
             handed = [waiting.pop(id(node), None)]
             if handed[0] is None:
                 continue
-            results = list(node.rule(handed))
-            del handed
-            for place, (source, width) in enumerate(zip(node.sources, node.widths, strict=True)):
+            results = [
+                self._as_expected(result, width)
+                for result, width in zip(node.rule(handed), node.widths, strict=True)
+            ]
+            del handed  # the gradient that came in lives until those that go out have their types
+            for place, source in enumerate(node.sources):
                 result, results[place] = results[place], None
                 if source is None or result is None:
                     continue
-                if isinstance(result, Block) and result.width != width:
-                    result = self.block(result.elements, width, result.part)
                 if isinstance(source, Parameter):
                     self._accumulate(source, result)
                 else:
@@ -155,6 +156,12 @@ class Ledger:
                     waiting.setdefault(id(source), result)
                 del result
             node.keeps, node.rule = (), _spent
+
+    def _as_expected(self, gradient: Gradient, width: int) -> Gradient:
+        """In its input's type: a copy, where the rule made another."""
+        if isinstance(gradient, Block) and gradient.width != width:
+            return self.block(gradient.elements, width, gradient.part)
+        return gradient
 
     def _accumulate(self, parameter: Parameter, gradient: Block) -> None:
         """Keep a parameter's first gradient; add later ones to it in place."""

@@ -8,7 +8,7 @@ next group has filled its own.
 
 from toolkit.memory.ledger import Block, Gradient, Ledger, Parameter, Value
 from toolkit.memory.load import Load
-from toolkit.plan.shapes import Tensors, count, sharded
+from toolkit.plan.shapes import Tensors, sharded
 
 _PART = "communication"
 
@@ -28,7 +28,6 @@ class Group:
         self, ledger: Ledger, load: Load, stage: Stage, tensors: Tensors, weights: list[Parameter]
     ) -> None:
         self._ledger, self._load, self._stage, self.weights = ledger, load, stage, weights
-        self.elements = count(tensors)
         self.shard = sharded(tensors, load.shard_ranks)
         self._whole: Block | None = None
         self._buffer: Block | None = None
@@ -48,7 +47,8 @@ class Group:
             return
         if self._buffer is None:
             self.gather()
-        self._whole = self._ledger.block(self.elements, self._load.forward_width, _PART)
+        padded = self.shard * self._load.shard_ranks
+        self._whole = self._ledger.block(padded, self._load.forward_width, _PART)
         self._stage.gathered = None if in_backward else self._buffer
         self._buffer = None
 

@@ -1,0 +1,91 @@
+"""Small plans of every family, made from a few words, for the tests of memory."""
+
+import random
+from typing import Any
+
+from toolkit.plan.model import Plan
+from toolkit.plan.resolve import resolve
+from toolkit.recipe.load import merge, validate
+
+LLAMA = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 8,
+         "num_key_value_heads": 2, "vocab_size": 2048}  # fmt: skip
+GPT2 = {"n_embd": 256, "n_layer": 4, "n_head": 8, "vocab_size": 2000, "bos_token_id": 0, "eos_token_id": 0}
+BERT = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 1024,
+        "vocab_size": 2000}  # fmt: skip
+SMALL: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": {**LLAMA, "head_dim": 32},
+    "mixtral": {**LLAMA, "num_local_experts": 4},
+    "qwen3_moe": {**LLAMA, "moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2,
+                  "head_dim": 32},
+    "gpt2": GPT2,
+    "bert": BERT,
+}  # fmt: skip
+FULL = {"model": {"activation_checkpointing": "full"}}
+
+
+def small_plan(
+    architecture: str,
+    config: dict[str, Any] | None = None,
+    b: int = 2,
+    length: int = 128,
+    gpus: int = 1,
+    k: int = 1,
+    **sections: Any,
+) -> Plan:
+    """A plan of that architecture; sections replace the recipe's own key by key."""
+    plain: dict[str, Any] = {
+        "recipe": "memory",
+        "schema": 1,
+        "model": {"source": "config", "architecture": architecture,
+                  "config": config or SMALL[architecture]},
+        "data": {"source": "files", "path": "/x.txt", "task": "causal_lm", "sequence_length": length,
+                 "samples": 100000},
+        "batch": {"per_device": b, "gpus": gpus, "accumulation": k},
+        "cluster": {"gpu": "h100-80gb"},
+        "precision": "bf16",
+        "optimizer": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1},
+        "duration": {"steps": 10},
+    }  # fmt: skip
+    if architecture == "bert":
+        plain["data"]["task"] = "classification"
+    return resolve(validate(merge(plain, sections), "memory"))
+
+
+def random_plan(draw: random.Random) -> tuple[str, Plan]:
+    """Any family, shape, precision, strategy and loss; what it is, in words."""
+    architecture = draw.choice(list(SMALL))
+    precision = draw.choice(["bf16", "bf16", "bf16-pure", "fp32", "fp16"])
+    heads = draw.choice([4, 8, 16])
+    width = draw.choice([32, 48, 64])
+    ffn = draw.randrange(256, 3072, 32)
+    layers = draw.randrange(1, 8)
+    vocabulary = draw.randrange(500, 20000, 4)
+    config: dict[str, Any]
+    if architecture == "gpt2":
+        config = {**GPT2, "n_embd": heads * width, "n_head": heads, "n_inner": ffn, "n_layer": layers,
+                  "vocab_size": vocabulary}  # fmt: skip
+        if draw.random() < 0.5:
+            config |= {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    else:
+        config = {**SMALL[architecture], "hidden_size": heads * width, "num_attention_heads": heads,
+                  "intermediate_size": ffn, "num_hidden_layers": layers, "vocab_size": vocabulary}  # fmt: skip
+    if architecture not in ("gpt2", "bert"):
+        config |= {"num_key_value_heads": draw.choice([1, 2, 4]), "head_dim": width,
+                   "tie_word_embeddings": draw.random() < 0.5}  # fmt: skip
+    gpus, strategy = draw.choice([(1, "ddp"), (1, "ddp"), (2, "ddp"), (8, "fsdp"), (64, "fsdp")])
+    chunked = architecture != "bert" and draw.random() < 0.3
+    implementation = draw.choice(["fused", "foreach"])
+    b, length = draw.choice([1, 2, 4, 8]), draw.choice([64, 128, 256, 384])
+    k = draw.choice([1, 1, 2])
+    model = {
+        "activation_checkpointing": draw.choice(["none", "none", "full"]),
+        "attention": draw.choice(["sdpa", "sdpa", "sdpa", "eager"]),
+    }
+    plan = small_plan(architecture, config, b, length, gpus, k, model=model, precision=precision,
+                      strategy={"name": strategy}, loss={"chunked": chunked},
+                      optimizer={"implementation": implementation})  # fmt: skip
+    words = f"{architecture} {precision} {strategy}×{gpus} b={b} L={length} k={k} {model} {implementation}"
+    return f"{words}{' chunked' if chunked else ''}", plan

@@ -1,0 +1,58 @@
+"""The trace: fake tensors allocate what real ones do, and the closed form says the same."""
+
+import random
+import statistics
+from typing import Any
+
+import pytest
+from memory.plans import FULL, random_plan, small_plan
+
+from toolkit.plan.model import Plan
+from toolkit.train.rehearse import rehearse
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama bf16": ("llama", {}),
+    "llama fp32, shared heads": ("llama", {"precision": "fp32"}),
+    "llama bf16-pure, checkpointed": ("llama", {**FULL, "precision": "bf16-pure"}),
+    "qwen3 bf16, checkpointed": ("qwen3", FULL),
+    "gpt2 bf16 with dropout": ("gpt2", {}),
+    "gpt2 fp32, checkpointed": ("gpt2", {**FULL, "precision": "fp32"}),
+    "mixtral bf16-pure": ("mixtral", {"precision": "bf16-pure"}),
+    "qwen3_moe bf16, chunked": ("qwen3_moe", {"loss": {"chunked": True}}),
+    "bert bf16": ("bert", {}),
+    "llama eager, two micro-batches": ("llama", {"model": {"attention": "eager"}, "k": 2}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fake_tensors_allocate_what_real_ones_do(name: str) -> None:
+    """The same bytes at the same peak, and the same blocks of the same sizes, to the byte."""
+    architecture, changes = CASES[name]
+    plan = small_plan(architecture, **changes)
+    fake, real = rehearse(plan), rehearse(plan, fake=False)
+    assert fake.peak(1).bytes == real.peak(1).bytes > 0
+    assert fake.peaks_by_phase(1) == real.peaks_by_phase(1)
+    large = [[size for _, size, _ in r.events if size > 4096] for r in (fake, real)]
+    assert large[0] == large[1]
+
+
+def error_of(plan: Plan) -> float:
+    """Closed form over trace, less one; cuBLAS' workspace is in neither."""
+    found = plan.memory.phases
+    workspace = plan.memory.parts["workspace"]
+    traced = rehearse(plan).peak().bytes
+    return (max(found.values()) - workspace) / traced - 1
+
+
+def test_the_closed_form_is_the_trace_on_shapes_it_has_never_seen() -> None:
+    """Over 64 random shapes, precisions and strategies: median error ≤ 1 %, none above 4 %."""
+    draw = random.Random(20261124)
+    errors = {}
+    for _ in range(64):
+        words, plan = random_plan(draw)
+        errors[words] = error_of(plan)
+    worst = max(errors, key=lambda words: abs(errors[words]))
+    sizes = [abs(error) for error in errors.values()]
+    print(f"median {100 * statistics.median(sizes):.2f} %, worst {100 * errors[worst]:+.2f} %: {worst}")
+    assert statistics.median(sizes) <= 0.01
+    assert max(sizes) <= 0.04, f"{worst}: {100 * errors[worst]:+.2f} %"
