@@ -33,13 +33,19 @@ class Block:
 
 
 class Parameter:
-    """A weight of the forward: how many elements, bytes of each, and its gradient once there is one."""
+    """A weight of the forward: how many elements, bytes of each, and its gradient once there is one.
 
-    __slots__ = ("elements", "gradient", "width")
+    `uses` counts the gradients that are still to come in this backward: autograd adds them up in
+    `waiting` and only then to what is there.
+    """
+
+    __slots__ = ("elements", "gradient", "uses", "waiting", "width")
 
     def __init__(self, elements: float, width: int) -> None:
         self.elements, self.width = elements, width
         self.gradient: Block | None = None
+        self.waiting: Block | None = None
+        self.uses = 0
 
 
 class Node:
@@ -125,6 +131,9 @@ class Ledger:
         """The output of an operation, in a block that is there already (a view)."""
         source = None
         if self.is_recording and rule and any(value.source is not None for value in inputs):
+            for value in inputs:
+                if isinstance(value.source, Parameter):
+                    value.source.uses += 1
             widths = [value.width for value in inputs]
             source = Node([value.source for value in inputs], widths, keeps, rule)
             self.nodes.append(source)
@@ -165,11 +174,17 @@ class Ledger:
 
     def _accumulate(self, parameter: Parameter, gradient: Block) -> None:
         """Keep a parameter's first gradient; add later ones to it in place."""
+        parameter.uses -= 1
+        if parameter.waiting is None:
+            parameter.waiting = gradient
+        if parameter.uses > 0:
+            return
+        arrived, parameter.waiting = parameter.waiting, None
         if parameter.gradient is None:
-            self._parts[gradient.part] -= gradient.size
-            gradient.part = "gradients"
-            self._parts["gradients"] = self._parts.get("gradients", 0) + gradient.size
-            parameter.gradient = gradient
+            self._parts[arrived.part] -= arrived.size
+            arrived.part = "gradients"
+            self._parts["gradients"] = self._parts.get("gradients", 0) + arrived.size
+            parameter.gradient = arrived
 
 
 def _spent(gradient: list[Gradient]) -> Sequence[Gradient]:

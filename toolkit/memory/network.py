@@ -13,6 +13,7 @@ from toolkit.plan.shapes import Tensors, layer_tensors, outer_tensors
 
 PLAYED_LAYERS = 3
 PLAYED_CHUNKS = 3
+_EMBEDDINGS = ("embedding", "positions", "types", "patch", "class")
 
 
 class Network:
@@ -32,12 +33,20 @@ class Network:
         self.lumped = shape.layers - len(self.layers)
         self.stage = Stage()
         self.root: Group | None = None
+        self.embedded: Group | None = None
         self.groups: list[Group] = []
         if load.strategy == "fsdp":
-            self.root = self._group(outer_tensors(shape), list(self.outer.values()))
+            outer = outer_tensors(shape)
+            first = {name: outer.pop(name) for name in list(outer) if self._is_embedded(name)}
+            self.embedded = self._group(first, [self.outer[name] for name in first]) if first else None
+            self.root = self._group(outer, [self.outer[name] for name in outer])
             self.groups = [
                 self._group(layer_tensors(shape), layer.all_weights()) for layer in self.layers
             ]
+
+    def _is_embedded(self, name: str) -> bool:
+        """Encoders' embeddings are a block that is gathered by itself."""
+        return self.shape.family in ("bert", "vit") and name in _EMBEDDINGS
 
     def _group(self, tensors: Tensors, weights: list[Parameter]) -> Group:
         return Group(self.ledger, self.load, self.stage, tensors, weights)
@@ -63,13 +72,15 @@ class Network:
         self.ledger.backward(loss, self.ledger.block(1, FP32))
         if self.root:
             self.root.reduce()
+            if self.embedded:
+                self.embedded.reduce()
             self.stage.reduced = None
 
     def forget_gradients(self) -> None:
         """What `zero_grad` does."""
         for parameter in self.parameters():
             parameter.gradient = None
-        for group in (self.root, *self.groups):
+        for group in (self.root, self.embedded, *self.groups):
             if group:
                 group.gradient = None
 
@@ -82,8 +93,22 @@ class Network:
 
     def _model(self, rows: Rows) -> Value:
         """From tokens to what the head sees; what was embedded is referred to until the end."""
+        if self.embedded:
+            self.embedded.open()
         embedded = self._embed(rows)
-        return self._norm(self._all_layers(rows, embedded))
+        mask = self.ledger.block(*self._mask(rows, embedded.width))
+        if self.embedded:
+            self.embedded.close()
+            embedded = self.embedded.before_backward(embedded, None)
+        stream = self._norm(self._all_layers(rows, embedded))
+        del mask
+        return stream
+
+    def _mask(self, rows: Rows, width: int) -> tuple[int, int]:
+        """Elements and width of what all layers share: a float one for eager attention, else a bool."""
+        is_eager = rows.kernel == "eager"
+        square = rows.length * rows.length * (rows.samples if rows.is_masked else 1)
+        return (square if is_eager or rows.is_masked else 0), (width if is_eager else 1)
 
     def _embed(self, rows: Rows) -> Value:
         shape, run = self.shape, self.run
@@ -148,7 +173,8 @@ class Network:
             stream = forward(stream)
         if group:
             group.close()
-            stream = group.before_backward(stream, self.groups[number - 1] if number else None)
+            ahead = self.groups[number - 1] if number else self.embedded
+            stream = group.before_backward(stream, ahead)
         return stream
 
     def _touch(self, value: Value, rest: Parameter) -> Value:
@@ -169,8 +195,6 @@ class Network:
             self.run.hold(ledger.block(transient * self.lumped, 1))
         if not ledger.is_recording:
             return stream
-        if self.groups:
-            grown -= self._gathered_in_forward()
         kept = [ledger.block((grown - transient) * self.lumped, 1)]
         born = 0.0 if load.keeps_gradients else self.unplayed.elements
         if born and self.groups:
@@ -183,10 +207,6 @@ class Network:
 
         weights = Value(None, self.unplayed.elements, width, self.unplayed)
         return ledger.wrap(stream.block, stream.elements, stream.width, [stream, weights], rule)
-
-    def _gathered_in_forward(self) -> int:
-        """By how much the buffer that waits grew when the second layer replaced the first: nothing."""
-        return 0
 
     def _logits(self, hidden: Value) -> Value:
         with part(self.ledger, "loss"):
