@@ -9,7 +9,14 @@ from toolkit.recipe.load import merge, validate
 
 LLAMA = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 8,
          "num_key_value_heads": 2, "vocab_size": 2048}  # fmt: skip
-GPT2 = {"n_embd": 256, "n_layer": 4, "n_head": 8, "vocab_size": 2000, "bos_token_id": 0, "eos_token_id": 0}
+GPT2 = {
+    "n_embd": 256,
+    "n_layer": 4,
+    "n_head": 8,
+    "vocab_size": 2000,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 BERT = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 1024,
         "vocab_size": 2000}  # fmt: skip
 SMALL: dict[str, dict[str, Any]] = {

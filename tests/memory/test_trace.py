@@ -53,6 +53,8 @@ def test_the_closed_form_is_the_trace_on_shapes_it_has_never_seen() -> None:
         errors[words] = error_of(plan)
     worst = max(errors, key=lambda words: abs(errors[words]))
     sizes = [abs(error) for error in errors.values()]
-    print(f"median {100 * statistics.median(sizes):.2f} %, worst {100 * errors[worst]:+.2f} %: {worst}")
+    print(
+        f"median {100 * statistics.median(sizes):.2f} %, worst {100 * errors[worst]:+.2f} %: {worst}"
+    )
     assert statistics.median(sizes) <= 0.01
     assert max(sizes) <= 0.04, f"{worst}: {100 * errors[worst]:+.2f} %"

@@ -41,7 +41,9 @@ class Layer:
 
     def forward(self, run: Operators, rows: Rows, stream: Value, dropout: float) -> Value:
         """[T, h] -> [T, h]."""
-        return _LAYERS[self.shape.family](self, run, rows, stream, dropout)
+        out = _LAYERS[self.shape.family](self, run, rows, stream, dropout)
+        run.attention_weights = None
+        return out
 
     def all_weights(self) -> list[Parameter]:
         """Every parameter of the layer."""

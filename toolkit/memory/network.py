@@ -1,6 +1,6 @@
 """The forward of a whole model on a ledger: embedding, layers, head and loss.
 
-Layers are alike, so only the first, the second and the last are played; what the others keep is one
+Layers are alike, so only the first two and the last two are played; what the others keep is one
 block that grows and shrinks between them. The largest moment lies at one of the ends.
 """
 
@@ -11,7 +11,7 @@ from toolkit.memory.operators import FP32, Operators, part, token_loss
 from toolkit.memory.sharding import Group, Stage
 from toolkit.plan.shapes import Tensors, layer_tensors, outer_tensors
 
-PLAYED_LAYERS = 3
+PLAYED_LAYERS = 4
 PLAYED_CHUNKS = 3
 _EMBEDDINGS = ("embedding", "positions", "types", "patch", "class")
 
@@ -38,7 +38,9 @@ class Network:
         if load.strategy == "fsdp":
             outer = outer_tensors(shape)
             first = {name: outer.pop(name) for name in list(outer) if self._is_embedded(name)}
-            self.embedded = self._group(first, [self.outer[name] for name in first]) if first else None
+            self.embedded = (
+                self._group(first, [self.outer[name] for name in first]) if first else None
+            )
             self.root = self._group(outer, [self.outer[name] for name in outer])
             self.groups = [
                 self._group(layer_tensors(shape), layer.all_weights()) for layer in self.layers

@@ -20,6 +20,7 @@ class Operators:
         self.ledger, self.low = ledger, low
         self._copies: dict[int, Value] = {}
         self._shared: dict[int, Node] = {}
+        self.attention_weights: Value | None = None
 
     @contextmanager
     def autocast(self) -> Iterator[None]:

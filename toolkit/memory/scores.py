@@ -13,12 +13,14 @@ def eager_attention(run: Operators, shape: ModelShape, query: Value, key: Value,
     weights = _product(run, query, key, scores)
     weights = run.scale(weights)
     weights = run.shift_by_constant(weights, query.width)
-    weights = run.pointwise(weights, keeps_input=False, keeps_output=True, width=FP32)
+    asks_for_fp32 = shape.family in ("llama", "vit") or run.low  # else softmax keeps the type
+    width = FP32 if asks_for_fp32 else weights.width
+    weights = run.pointwise(weights, keeps_input=False, keeps_output=True, width=width)
     if shape.family != "bert":  # which drops some in fp32
         weights = run.cast(weights, query.width)
     weights = run.dropout(weights, shape.dropout)
     out = _product(run, weights, value, query.elements)
-    del weights
+    run.attention_weights = weights  # returned beside the output, and held until the layer is done
     return run.cast(out, low)
 
 
