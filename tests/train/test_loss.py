@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from toolkit.memory.closed_form import CHUNK_TOKENS
+from toolkit.memory.load import CHUNK_TOKENS
 from toolkit.train.loss import LossModule, token_loss_sum
 from toolkit.train.scaler import GROWTH_INTERVAL, LossScaler
 

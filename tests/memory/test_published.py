@@ -1,0 +1,92 @@
+"""Peaks that others measured on A100s, recomputed by the closed form.
+
+data/published_peaks.csv holds allocated peaks of full fine-tuning: foundation-model-stack's
+fms-acceleration benchmarks (Mistral-7B, transformers.Trainer, FSDP1) and torchtune's table (Llama-3.2
+3B). Their loops differ from ours; what is compared is what both must allocate.
+"""
+
+import csv
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from toolkit.memory.load import Load
+from toolkit.memory.rank import play
+from toolkit.plan.architectures import read_shape
+from toolkit.plan.shapes import ModelShape
+
+ROWS = list(csv.DictReader((Path(__file__).parent / "data/published_peaks.csv").open()))
+MISTRAL = read_shape("mistral", {})
+LLAMA_3B = read_shape("llama", {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24,
+                                "num_key_value_heads": 8, "intermediate_size": 8192, "vocab_size": 128256,
+                                "tie_word_embeddings": True})  # fmt: skip
+assert isinstance(MISTRAL, ModelShape)
+assert isinstance(LLAMA_3B, ModelShape)
+BASE = Load(
+    shape=MISTRAL, per_device=1, sequence_length=4096, ranks=1, nodes=1, shard_ranks=1, strategy="ddp",
+    precision="bf16-pure", optimizer="adamw", momentum=False, foreach=True, checkpointing=True,
+    attention="flash", chunked_loss=False,
+)  # fmt: skip
+
+INEXPRESSIBLE = {
+    "435": "rows of unknown, varying length; its peak is that of the longest",
+    "437": "rows of unknown, varying length; its peak is that of the longest",
+    "439": "rows of unknown, varying length; its peak is that of the longest",
+    "441": "rows of unknown, varying length; its peak is that of the longest",
+    "40": "compiled",
+    "41": "compiled",
+    "42": "compiled",
+    "43": "compiled, and the optimizer steps within the backward",
+    "56": "LoRA, after its initialisation",
+}
+"""Rows of the table that no recipe of ours can state, and why."""
+
+
+def load_of(row: dict[str, str]) -> Load:
+    """A row as one rank's load."""
+    gpus, rows = int(row["gpus"]), int(row["micro_batch"])
+    length = min(4096, int(row["seq"]))  # 4097 and 4098 are 4,096, derived from rounded rates
+    common = replace(BASE, per_device=rows, sequence_length=length, ranks=gpus, shard_ranks=gpus)
+    if row["model"] == "Llama-3.2-3B":
+        # Packed rows there have a mask of their documents, so attention has a bias in every layer.
+        return replace(common, shape=LLAMA_3B, checkpointing=False, foreach=False, attention="sdpa",
+                       is_masked=True)  # fmt: skip
+    common = replace(
+        common, chunked_loss="fast-kernels" in row["notes"]
+    )  # a fused loss, no fp32 logits
+    if gpus == 1:  # with one GPU the "mixed flag" leaves the bf16 weights as they are
+        return common
+    mixed = "mixed" in row["precision"]  # with FSDP it makes the stored shards fp32
+    return replace(common, strategy="fsdp", precision="bf16" if mixed else "bf16-pure")
+
+
+EXPRESSIBLE = [row for row in ROWS if row["id"] not in INEXPRESSIBLE]
+
+
+def errors() -> dict[str, float]:
+    """Predicted over measured, less one, by the row's number."""
+    return {
+        row["id"]: play(load_of(row)).peak / float(row["value_bytes"]) - 1 for row in EXPRESSIBLE
+    }
+
+
+def test_published_peaks_are_met() -> None:
+    """Over all rows that a recipe can state: median ≤ 3 %, none under-estimated by more than 3 %."""
+    found = errors()
+    for row in EXPRESSIBLE:
+        measured = float(row["value_bytes"])
+        print(f"{row['id']:>4} {row['model'][-15:]:<15} {row['gpus']} GPU b={row['micro_batch']:<2} L={row['seq']:<4} "
+              f"{row['precision'][:30]:<30} predicted {play(load_of(row)).peak / 1e9:6.2f} "
+              f"measured {measured / 1e9:6.2f} GB  {100 * found[row['id']]:+.2f} %")  # fmt: skip
+    assert len(found) == 28
+    assert statistics.median(abs(error) for error in found.values()) <= 0.03
+    assert min(found.values()) >= -0.03
+
+
+@pytest.mark.parametrize("number", sorted(INEXPRESSIBLE))
+def test_rows_that_are_left_out_are_in_the_table(number: str) -> None:
+    """What is left out is named, with a reason, and nothing else is."""
+    assert number in {row["id"] for row in ROWS}
+    assert len(ROWS) == len(EXPRESSIBLE) + len(INEXPRESSIBLE)
