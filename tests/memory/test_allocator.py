@@ -1,5 +1,6 @@
 """The model of CUDA's caching allocator: each rule by hand, and what must hold whatever happens."""
 
+import itertools
 import random
 from typing import Any
 
@@ -136,7 +137,7 @@ def test_whatever_happens_blocks_tile_their_segments(seed: int, expandable: bool
     assert sum(size for size, _ in blocks) == found.reserved
     assert sum(size for size, is_free in blocks if not is_free) == found.allocated
     for segment in segments:
-        for (_, one), (_, other) in zip(segment, segment[1:], strict=False):
+        for (_, one), (_, other) in itertools.pairwise(segment):
             assert not (one and other), "two free neighbours were not merged"
     for number in alive:
         found.free(number)

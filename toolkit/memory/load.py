@@ -65,7 +65,8 @@ class Load:
         return choose_kernel(
             is_narrow=(self.low or self.state_width) < 4,
             is_masked=self.is_masked,
-            shares_heads=self.shape.kv_width != self.shape.query_width,
+            # With a mask transformers writes shared heads out first.
+            shares_heads=self.shape.kv_width != self.shape.query_width and not self.is_masked,
             head_dim=self.shape.head_dim,
             has_flash=self.has_flash,
         )

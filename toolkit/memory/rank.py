@@ -1,14 +1,12 @@
 """One rank's attempt, played on a ledger: load, micro-batches, optimizer step, evaluation."""
 
+from toolkit.memory import zero
 from toolkit.memory.families import Rows
 from toolkit.memory.ledger import Block, Ledger
 from toolkit.memory.load import Load
 from toolkit.memory.network import Network
 from toolkit.memory.operators import INDEX
-from toolkit.plan.shapes import count, layer_tensors, outer_tensors, sharded
-
-ZERO_BUCKET_ELEMENTS = 500_000_000
-"""`reduce_bucket_size` of the configuration that DeepSpeed is given."""
+from toolkit.plan.shapes import layer_tensors, outer_tensors, sharded
 
 
 class Rank:
@@ -48,11 +46,6 @@ class Rank:
         return -(-self.shape.parameters // ranks) if load.is_zero else self.shape.parameters
 
     @property
-    def _gradient_elements(self) -> int:
-        """ZeRO-1 keeps whole gradients; ZeRO-2 and 3 their part of them."""
-        return self.shape.parameters if self.load.strategy == "zero1" else self._own_elements()
-
-    @property
     def _has_buckets(self) -> bool:
         return self.load.strategy == "ddp" and self.load.ranks > 1
 
@@ -70,19 +63,10 @@ class Rank:
             self._hold(copies * own, load.state_width, "optimizer")
         self._optimizer_temporaries()
         del gradients
-        if load.is_zero:
-            self._hold_zero_buffers()
-
-    def _hold_zero_buffers(self) -> None:
-        """Two buckets of gradients; ZeRO-3 also gathers: the layer at work and the next, and gradients.
-
-        Rajbhandari et al. 2020, and DeepSpeed's bucket sizes; none of this has been traced.
-        """
-        bucket = min(ZERO_BUCKET_ELEMENTS, self.shape.parameters)
-        self._hold(2 * bucket, self.load.state_width, "communication")
-        if self.load.strategy == "zero3":
-            largest = max(self.shape.layer_parameters, count(outer_tensors(self.shape)))
-            self._hold(2 * largest, self.load.state_width, "communication")
+        if load.strategy == "zero3":
+            self._hold(zero.gathered(load) + zero.buckets(load), 1, "communication")
+        elif load.strategy == "zero1" and load.accumulation > 1:
+            self._hold(zero.buckets(load), 1, "communication")
 
     def _optimizer_temporaries(self) -> None:
         """Foreach Adam takes a root of the second moments: a copy of the parameters it steps."""
@@ -93,7 +77,8 @@ class Rank:
     def _allocate_gradients(self) -> None:
         """All of them, where they stay from micro-batch to micro-batch; DDP's lie in its buckets."""
         if not self._has_buckets:
-            self._hold(self._gradient_elements, self.load.state_width, "gradients")
+            elements = zero.gradients(self.load) if self.load.is_zero else self._own_elements()
+            self._hold(elements, self.load.state_width, "gradients")
         if self.load.strategy != "fsdp":
             for parameter in self.network.parameters():
                 parameter.gradient = self.ledger.block(0, 1)
@@ -110,8 +95,10 @@ class Rank:
         with self.network.run.autocast():
             loss = self.network.forward(rows)
         self.ledger.enter("backward")
+        size = zero.buckets(self.load) if zero.buckets_come_and_go(self.load) else 0
+        buckets = self.ledger.block(size, 1, "communication")
         self.network.backward(loss)
-        del inputs
+        del inputs, buckets
 
     def _evaluate(self) -> None:
         assert self.load.evaluation

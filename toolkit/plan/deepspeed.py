@@ -11,7 +11,8 @@ def deepspeed_config(plan: Plan) -> dict[str, Any]:
     """The JSON that DeepSpeed is given.
 
     Batch sizes only satisfy its own check: drumline marks each step's last micro-batch itself,
-    weighs the loss itself, and passes its own optimizer. Communication is in fp32, as elsewhere.
+    weighs the loss itself, and passes its own optimizer. Gradients are reduced in fp32, but under
+    autocast those of matrices in the narrow type, whatever communication_data_type says.
     """
     recipe, batch = plan.recipe, plan.batch
     stage = STAGES[recipe.strategy.name]
