@@ -29,6 +29,7 @@ SMALL: dict[str, dict[str, Any]] = {
                   "head_dim": 32},
     "gpt2": GPT2,
     "bert": BERT,
+    "vit": {**{k: v for k, v in BERT.items() if k != "vocab_size"}, "image_size": 64, "patch_size": 8},
 }  # fmt: skip
 FULL = {"model": {"activation_checkpointing": "full"}}
 
@@ -56,8 +57,10 @@ def small_plan(
         "optimizer": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1},
         "duration": {"steps": 10},
     }  # fmt: skip
-    if architecture == "bert":
+    if architecture in ("bert", "vit"):
         plain["data"]["task"] = "classification"
+    if architecture == "vit":
+        plain["data"]["sequence_length"] = None
     return resolve(validate(merge(plain, sections), "memory"))
 
 
@@ -79,11 +82,13 @@ def random_plan(draw: random.Random) -> tuple[str, Plan]:
     else:
         config = {**SMALL[architecture], "hidden_size": heads * width, "num_attention_heads": heads,
                   "intermediate_size": ffn, "num_hidden_layers": layers, "vocab_size": vocabulary}  # fmt: skip
-    if architecture not in ("gpt2", "bert"):
+    if architecture == "vit":
+        del config["vocab_size"]
+    elif architecture not in ("gpt2", "bert"):
         config |= {"num_key_value_heads": draw.choice([1, 2, 4]), "head_dim": width,
                    "tie_word_embeddings": draw.random() < 0.5}  # fmt: skip
     gpus, strategy = draw.choice([(1, "ddp"), (1, "ddp"), (2, "ddp"), (8, "fsdp"), (64, "fsdp")])
-    chunked = architecture != "bert" and draw.random() < 0.3
+    chunked = architecture not in ("bert", "vit") and draw.random() < 0.3
     implementation = draw.choice(["fused", "foreach"])
     b, length = draw.choice([1, 2, 4, 8]), draw.choice([64, 128, 256, 384])
     k = draw.choice([1, 1, 2])
@@ -96,3 +101,28 @@ def random_plan(draw: random.Random) -> tuple[str, Plan]:
                       optimizer={"implementation": implementation})  # fmt: skip
     words = f"{architecture} {precision} {strategy}×{gpus} b={b} L={length} k={k} {model} {implementation}"
     return f"{words}{' chunked' if chunked else ''}", plan
+
+
+def large_plan(draw: random.Random) -> tuple[str, Plan]:
+    """A plan of a size that people train, with few layers, for `benchmarks/memory_ranges.py`."""
+    architecture = draw.choice(["llama", "llama", "qwen3", "mixtral", "gpt2"])
+    heads = draw.choice([16, 24, 32])
+    h, layers, vocabulary = heads * 128, draw.randrange(4, 9), draw.choice([32000, 50304, 128256])
+    config: dict[str, Any]
+    if architecture == "gpt2":
+        config = {**GPT2, "n_embd": h, "n_head": heads, "n_layer": layers, "vocab_size": vocabulary,
+                  "n_positions": 4096, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}  # fmt: skip
+    else:
+        config = {**SMALL[architecture], "hidden_size": h, "num_attention_heads": heads,
+                  "num_key_value_heads": 8, "intermediate_size": draw.randrange(2 * h, 4 * h, 256),
+                  "num_hidden_layers": layers, "vocab_size": vocabulary, "head_dim": 128}  # fmt: skip
+    gpus, strategy = draw.choice([(1, "ddp"), (8, "ddp"), (8, "fsdp"), (64, "fsdp")])
+    b, length, k = draw.choice([1, 2, 4]), draw.choice([1024, 2048, 4096]), draw.choice([1, 4])
+    checkpointing = draw.choice(["none", "full"])
+    precision = draw.choice(["bf16", "bf16", "bf16-pure"])
+    chunked = draw.random() < 0.4
+    plan = small_plan(architecture, config, b, length, gpus, k, precision=precision,
+                      strategy={"name": strategy}, loss={"chunked": chunked},
+                      model={"activation_checkpointing": checkpointing})  # fmt: skip
+    words = f"{architecture} h={h} layers={layers} V={vocabulary} {precision} {strategy}×{gpus} b={b} L={length} k={k}"
+    return f"{words} checkpointing={checkpointing}{' chunked' if chunked else ''}", plan

@@ -20,6 +20,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral bf16-pure": ("mixtral", {"precision": "bf16-pure"}),
     "qwen3_moe bf16, chunked": ("qwen3_moe", {"loss": {"chunked": True}}),
     "bert bf16": ("bert", {}),
+    "vit bf16": ("vit", {}),
     "llama eager, two micro-batches": ("llama", {"model": {"attention": "eager"}, "k": 2}),
 }
 

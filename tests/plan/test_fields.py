@@ -122,6 +122,8 @@ def _is_model(candidate: Any) -> bool:
 
 READ_BY_PEOPLE = {
     "checkpoint_bytes",
+    "basis",
+    "phases",
     "unit",
     "method",
     "low",

@@ -5,6 +5,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from toolkit.memory.ranges import ByteRange
 from toolkit.plan.model import Plan
 from toolkit.plan.schedule import rate_at
 from toolkit.units import format_bytes, format_count, format_flops
@@ -75,18 +76,26 @@ def _schedule(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> str:
     m = plan.memory
-    if m.device is None:
+    if m.device is None or m.allocated is None or m.reserved is None:
         return "unknown"
     verdict = {True: "fits", False: "DOES NOT FIT", None: "capacity unknown"}[m.fits]
     capacity = f" of {format_bytes(m.capacity)}" if m.capacity else ""
-    outside = m.device.expected - sum(m.parts.values())
-    sizes = {**m.parts, "fragmentation, context and NCCL": outside if outside > 1 << 20 else 0}
-    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items() if size)
-    return (
-        f"{verdict}: up to {format_bytes(m.device.high)}{capacity} per rank "
-        f"(expected {format_bytes(m.device.expected)}, low {format_bytes(m.device.low)})\n"
-        f"peak in {m.peak_phase}: {parts}"
-    )
+    rows = [
+        f"{verdict}: up to {format_bytes(m.device.high)}{capacity} per rank ({m.method})",
+        *(_range(name, getattr(m, name)) for name in ("allocated", "reserved", "device")),
+    ]
+    if m.allocated == m.device:  # on a CPU they are one
+        del rows[2:]
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in m.parts.items() if size)
+    rows.append(f"peak in {m.peak_phase}: {parts}")
+    if m.host_bytes:
+        rows.append(f"{format_bytes(m.host_bytes)} of the host's memory per rank")
+    return "\n".join(rows)
+
+
+def _range(name: str, three: ByteRange) -> str:
+    low, expected, high = (format_bytes(n) for n in (three.low, three.expected, three.high))
+    return f"{name:<10} {expected:>9}  ({low} to {high})"
 
 
 def _model(plan: Plan) -> str:

@@ -82,6 +82,7 @@ class Ledger:
         self.phase_peaks: dict[str, int] = {}
         self.nodes: list[Node] = []
         self.is_recording = True
+        self.frees_early = False  # what a checkpointed region computed again goes once it was used
         self._parts: dict[str, int] = {}
         self._waiting: dict[int, Gradient] = {}
 
@@ -149,10 +150,11 @@ class Ledger:
             handed = [waiting.pop(id(node), None)]
             if handed[0] is None:
                 continue
-            results = [
-                self._as_expected(result, width)
-                for result, width in zip(node.rule(handed), node.widths, strict=True)
-            ]
+            results = list(node.rule(handed))
+            if self.frees_early:
+                node.keeps = ()
+            for place, width in enumerate(node.widths):
+                results[place] = self._as_expected(results[place], width)
             del handed  # the gradient that came in lives until those that go out have their types
             for place, source in enumerate(node.sources):
                 result, results[place] = results[place], None

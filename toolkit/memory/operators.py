@@ -37,6 +37,7 @@ class Operators:
             copy = self.cast(plain, self.low)
             if copy.source is not None and id(parameter) in self._shared:
                 self.ledger.nodes.remove(copy.source)
+                parameter.uses -= 1
                 copy.source = self._shared[id(parameter)]
             self._copies[id(parameter)] = copy
         return self._copies[id(parameter)]
@@ -283,7 +284,9 @@ class Operators:
             with self.autocast():
                 root = run(Value(kept, elements, width, source))
             root.block = None
+            ledger.frees_early = True
             ledger.backward(root, gradient.pop(), since)
+            ledger.frees_early = False
             return [None]  # what there is for the input waits at its source
 
         return ledger.wrap(out.block, out.elements, out.width, [value], rule, (kept,))

@@ -1,8 +1,10 @@
 """Memory of a plan: from a recipe and a split to the closed form's question, and its answer."""
 
 from collections.abc import Callable
+from typing import Literal
 
 from toolkit.memory import closed_form
+from toolkit.memory.closed_form import Peak
 from toolkit.memory.load import Load
 from toolkit.plan.batch import Split
 from toolkit.plan.gpus import Gpu
@@ -27,28 +29,52 @@ def memory_function(
         if recipe.data.sequence_length is None and not shape.patches:
             return unknown(capacity, "data.sequence_length is not set")
         peak = closed_form.estimate(load_of(recipe, shape, split, gpu), gpu)
-        totals = peak.totals
-        return MemoryFacts(
-            unit="bytes per rank",
-            parts=peak.parts,
-            phases=peak.phases,
-            allocated=totals.allocated,
-            reserved=totals.reserved,
-            device=totals.device,
-            capacity=capacity,
-            fits=None if capacity is None else totals.device.high <= capacity,
-            method="closed-form",
-            peak_phase=peak.phase,
-            why=totals.basis,
-        )
+        host = host_bytes_of(recipe, shape, split)
+        return facts(peak, capacity, "closed-form", host)
 
     return memory
+
+
+def facts(
+    peak: Peak, capacity: int | None, method: Literal["closed-form", "traced"], host: int | None
+) -> MemoryFacts:
+    """An estimate against a capacity."""
+    totals = peak.totals
+    return MemoryFacts(
+        unit="bytes per rank",
+        parts=peak.parts,
+        phases=peak.phases,
+        allocated=totals.allocated,
+        reserved=totals.reserved,
+        device=totals.device,
+        capacity=capacity,
+        fits=None if capacity is None else totals.device.high <= capacity,
+        method=method,
+        peak_phase=peak.phase,
+        why="; ".join(totals.basis.values()),
+        basis=totals.basis,
+        host_bytes=host,
+    )
+
+
+def host_bytes_of(recipe: Recipe, shape: ModelShape, split: Split) -> int:
+    """What a rank keeps in the host's memory: its part of a checkpoint, and offloaded state.
+
+    Every tensor of weights and optimizer is written by one rank, so a part is 1 / gpus of them all
+    (`train/saver.py`); offload keeps the fp32 weights, their gradients and both moments.
+    """
+    width = 2 if recipe.precision == "bf16-pure" else 4
+    moments = {"sgd": int(recipe.optimizer.momentum > 0)}.get(recipe.optimizer.name, 2)
+    whole = shape.parameters * width * (1 + moments)
+    copy = whole // split.gpus if recipe.checkpoint.asynchronous else 0
+    offloaded = (whole + shape.parameters * width) // split.gpus
+    return copy + (offloaded if recipe.strategy.offload == "optimizer" else 0)
 
 
 def unknown(capacity: int | None, why: str) -> MemoryFacts:
     """What is said of memory when nothing is known."""
     return MemoryFacts(
-        "bytes per rank", {}, {}, None, None, None, capacity, None, "unknown", None, why
+        "bytes per rank", {}, {}, None, None, None, capacity, None, "unknown", None, why, {}, None
     )
 
 

@@ -63,7 +63,9 @@ class StepFacts:
 class MemoryFacts:
     """Peak memory of a rank; `fits` compares `device.high` with the capacity.
 
-    `parts` are what is allocated at the peak, `phases` the most that is in each phase.
+    `parts` are what is allocated at the peak, `phases` the most that is in each phase. `basis` says
+    of each range what it rests on. `host_bytes`: pinned memory of the node for a rank's part of an
+    asynchronous checkpoint, and for offloaded state.
     """
 
     unit: str
@@ -77,6 +79,8 @@ class MemoryFacts:
     method: Literal["closed-form", "traced", "measured", "unknown"]
     peak_phase: str | None
     why: str
+    basis: dict[str, str]
+    host_bytes: int | None
 
 
 @dataclass(frozen=True)

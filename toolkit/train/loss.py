@@ -41,7 +41,8 @@ class LossModule(nn.Module):
 
     def _classification(self, batch: Batch) -> Tensor:
         if "features" in batch:
-            logits = self.model(batch["features"])
+            output = self.model(batch["features"])
+            logits = output if isinstance(output, Tensor) else output.logits
         else:
             logits = self.model(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]

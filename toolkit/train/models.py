@@ -107,11 +107,6 @@ def _build(recipe: Recipe, card: Card) -> nn.Module:
         return model
     import transformers
 
-    kind = (
-        transformers.AutoModelForSequenceClassification
-        if recipe.data.task == "classification"
-        else transformers.AutoModelForCausalLM
-    )
     common: dict[str, Any] = {"attn_implementation": ATTENTION[spec.attention]}
     extra = dict(spec.config)
     if recipe.data.task == "classification":
@@ -119,6 +114,8 @@ def _build(recipe: Recipe, card: Card) -> nn.Module:
     else:
         extra.setdefault("use_cache", False)
     if spec.source == "config":
+        assert spec.architecture
+        kind = _kind(recipe.data.task, spec.architecture)
         try:
             known = transformers.AutoConfig.for_model(spec.architecture)
             refuse_near_misses(spec.config, set(known.to_dict()) | set(known.attribute_map))
@@ -130,17 +127,37 @@ def _build(recipe: Recipe, card: Card) -> nn.Module:
             return kind.from_config(config, dtype=torch.float32, **common)  # type: ignore[no-any-return]
     where = spec.name or spec.path
     try:
-        return kind.from_pretrained(  # type: ignore[no-any-return]
-            where,
-            trust_remote_code=False,
-            use_safetensors=True,
-            dtype=torch.float32,
-            **extra,
-            **common,
-        )
+        config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **extra)
+        kind = _kind(recipe.data.task, config.model_type)
+        return load_weights(kind, where, config, common)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0][:300]
         raise PlanError(f"model.{'name' if spec.name else 'path'}: {where}: {first}") from None
+
+
+def _kind(task: str, model_type: str) -> Any:
+    """The transformers class that has the task's head on a model of this type."""
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    if task != "classification":
+        return transformers.AutoModelForCausalLM
+    reads_text = model_type in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    if not reads_text and model_type in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        return transformers.AutoModelForImageClassification
+    return transformers.AutoModelForSequenceClassification
+
+
+def load_weights(kind: Any, where: Any, config: Any, common: dict[str, Any]) -> nn.Module:
+    """A pretrained model with its weights, from safetensors only."""
+    return kind.from_pretrained(  # type: ignore[no-any-return]
+        where,
+        config=config,
+        trust_remote_code=False,
+        use_safetensors=True,
+        dtype=torch.float32,
+        **common,
+    )
 
 
 def _own_tensors(module: nn.Module) -> list[torch.Tensor]:

@@ -15,7 +15,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.nn.parallel import distributed as ddp
@@ -23,16 +27,17 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
 from toolkit.data.card import Card
+from toolkit.errors import PlanError
 from toolkit.memory.kernels import cuda_kernels
 from toolkit.memory.trace import Recorder, Recording
 from toolkit.plan.model import Plan
+from toolkit.plan.resolve import DEFAULT_CLASSES
+from toolkit.train import models
 from toolkit.train.batches import MicroBatch, Step
 from toolkit.train.engines.torch import TorchEngine
 from toolkit.train.loop import forward_backward
 from toolkit.train.models import Skeleton
 from toolkit.train.watch import Watch
-
-DEFAULT_CLASSES = 2
 
 
 def rehearse(plan: Plan, card: Card | None = None, fake: bool = True) -> Recording:
@@ -40,7 +45,8 @@ def rehearse(plan: Plan, card: Card | None = None, fake: bool = True) -> Recordi
 
     `fake=False` computes on real CPU tensors, to show that both allocate the same.
     """
-    _refuse_the_rest(plan)
+    assert not dist.is_initialized(), "a rehearsal makes a process group of its own"
+    _refuse_what_cannot_be_rehearsed(plan)
     recorder = Recorder()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_other_ranks(plan.batch.gpus))
@@ -50,7 +56,12 @@ def rehearse(plan: Plan, card: Card | None = None, fake: bool = True) -> Recordi
         if fake:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(recorder)
-        _play(plan, card or blank_card(plan), recorder)
+        try:
+            _play(plan, card or blank_card(plan), recorder)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise PlanError(
+                f"--trace: this model's forward looks at values, which a trace has not: {error}"
+            ) from None
     return recorder.recording
 
 
@@ -60,8 +71,7 @@ def _play(plan: Plan, card: Card, recorder: Recorder) -> None:
     recorder.phase("load")
     engine = RehearsedEngine(plan, card, recorder)
     _label(engine, recorder)
-    with recorder.paused():
-        tensors = rehearsal_batch(plan, card, plan.batch.per_device)
+    tensors = rehearsal_batch(plan, card, plan.batch.per_device)
     if (
         engine.wrapped is not engine.module
     ):  # from the second backward on, DDP's gradients are there
@@ -76,9 +86,9 @@ def _play(plan: Plan, card: Card, recorder: Recorder) -> None:
     engine.step(recipe.optimizer.lr)
     del losses, total, norm, step
     if recipe.evaluation:
-        with recorder.paused():
-            tensors = rehearsal_batch(plan, card, recipe.evaluation.per_device or 1)
         recorder.phase("evaluation")
+        del tensors
+        tensors = rehearsal_batch(plan, card, recipe.evaluation.per_device or 1)
         engine.evaluate(tensors)
     recorder.phase("save")
     engine.pieces()
@@ -108,6 +118,7 @@ class RehearsedEngine(TorchEngine):
         with (
             recorder.paused(),
             patch.object(Skeleton, "_materialise", _materialise),
+            patch.object(models, "load_weights", _without_weights),
             patch.object(nn.Module, "to", lambda module, device: module),
         ):
             super().__init__(plan, card, torch.device("cpu"))
@@ -169,6 +180,11 @@ def _materialise(skeleton: Skeleton, name: str, modules: list[nn.Module]) -> Non
                 module._buffers[buffer_name] = torch.zeros_like(buffer, device="cpu")
 
 
+def _without_weights(kind: Any, where: Any, config: Any, common: dict[str, Any]) -> nn.Module:
+    with torch.device("meta"):
+        return kind.from_config(config, dtype=torch.float32, **common)  # type: ignore[no-any-return]
+
+
 def _nothing(*arguments: Any, **options: Any) -> None:
     return None
 
@@ -209,13 +225,24 @@ def rehearsal_batch(plan: Plan, card: Card, rows: int) -> dict[str, Tensor]:
 
 def blank_card(plan: Plan) -> Card:
     """What is needed of data that are not prepared yet."""
-    data = plan.recipe.data
-    return Card(0, data.task, "", 1, 1, data.sequence_length, None, None, None, DEFAULT_CLASSES,
+    data, model = plan.recipe.data, plan.recipe.model
+    features = None
+    if model.architecture == "vit":
+        side = model.config.get("image_size", 224)
+        features = [model.config.get("num_channels", 3), side, side]
+    return Card(0, data.task, "", 1, 1, data.sequence_length, None, None, features, DEFAULT_CLASSES,
                 1, 0, 0, {})  # fmt: skip
 
 
-def _refuse_the_rest(plan: Plan) -> None:
-    assert not dist.is_initialized(), "a rehearsal makes a process group of its own"
+def _refuse_what_cannot_be_rehearsed(plan: Plan) -> None:
+    recipe = plan.recipe
+    if recipe.strategy.name.startswith("zero") or recipe.launch.launcher == "deepspeed":
+        raise PlanError(
+            "--trace: DeepSpeed cannot be traced without a GPU. Nearest: the closed form (no --trace), "
+            "or launch.launcher=torchrun strategy.name=fsdp"
+        )
+    if recipe.model.sync_batchnorm:
+        raise PlanError("--trace: torch's SyncBatchNorm needs a GPU. Nearest: sync_batchnorm false")
 
 
 @contextlib.contextmanager

@@ -68,6 +68,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace, rank: int, watch: Watch) -> dict[str, Any]:
     plan = read_plan(arguments.plan.read_text())
     watch.at("imports")
+    # Far less fragmentation than segments of fixed size (benchmarks/memory_ranges.py).
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     import torch
 
     device = _device(plan)
