@@ -1,5 +1,6 @@
 """`drumline plan`, `drumline prepare`, `drumline schema`."""
 
+import gc
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +10,7 @@ import typer
 from toolkit.cli.world import read_world
 from toolkit.errors import DoesNotFit
 from toolkit.plan.model import Plan
-from toolkit.plan.resolve import resolve
+from toolkit.plan.resolve import UNKNOWN_MEMORY, resolve
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.schema import Recipe
 
@@ -22,6 +23,11 @@ Gpus = Annotated[
 ]
 GpuType = Annotated[str | None, typer.Option("--gpu", help="Re-split on this kind of GPU.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+Trace = Annotated[
+    bool, typer.Option("--trace", help="Memory from the real model and step, without a GPU.")
+]
 
 
 def make_plan(recipe: Recipe, gpus: int | None = None, gpu: str | None = None) -> Plan:
@@ -40,15 +46,42 @@ def make_plan(recipe: Recipe, gpus: int | None = None, gpu: str | None = None) -
     return plan
 
 
+def traced(plan: Plan) -> Plan:
+    """The same plan with its memory traced."""
+    import dataclasses
+    import warnings
+
+    from toolkit.data.card import read_card
+    from toolkit.plan.footprint import traced_facts
+    from toolkit.plan.gpus import find_gpu
+
+    gc.enable()
+    warnings.filterwarnings("ignore")
+    from toolkit.train.rehearse import rehearse
+
+    card = read_card(Path(plan.data.cache)) if plan.data.cache else None
+    memory = traced_facts(rehearse(plan, card), plan, find_gpu(plan.recipe.cluster.gpu))
+    told = [warning for warning in plan.warnings if not warning.startswith(UNKNOWN_MEMORY)]
+    if plan.recipe.model.compile:
+        told.append("traced without torch.compile, which fuses operations and keeps less alive")
+    return dataclasses.replace(plan, memory=memory, warnings=told, advice=[])
+
+
 def plan_command(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     gpus: Gpus = None,
     gpu: GpuType = None,
+    trace: Trace = False,
     as_json: AsJson = False,
 ) -> None:
-    """The dry run: batch equation, optimizer steps, schedule and memory; no GPU, no torch."""
+    """The dry run: batch equation, optimizer steps, schedule and memory; no GPU, no torch.
+
+    `--trace` does import torch: it runs the model's real training step on tensors without data.
+    """
     plan = make_plan(load_recipe(recipe, overrides), gpus, gpu)
+    if trace:
+        plan = traced(plan)
     if as_json:
         print(plan.to_json())
     else:

@@ -30,6 +30,8 @@ from toolkit.recipe.schema import Recipe
 DEFAULT_CLASSES = 2
 """Of a classifier whose data are not prepared; their number hardly changes its memory."""
 
+UNKNOWN_MEMORY = "memory is not known"
+
 LAUNCHER_STRATEGIES = {
     "torchrun": ("ddp", "fsdp"),
     "accelerate": ("ddp", "fsdp"),
@@ -73,7 +75,7 @@ def resolve(recipe: Recipe, world: World = World()) -> Plan:
     memory = memory_of(split)
     warnings += world.problems
     if memory.method == "unknown":
-        warnings.append(f"memory is not known: {memory.why}")
+        warnings.append(f"{UNKNOWN_MEMORY}: {memory.why}. Nearest: `drumline plan --trace`")
     return Plan(
         plan_version=PLAN_VERSION,
         recipe=resolved,

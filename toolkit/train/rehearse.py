@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.nn.parallel import distributed as ddp
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -29,7 +30,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from toolkit.data.card import Card
 from toolkit.errors import PlanError
 from toolkit.memory.kernels import cuda_kernels
-from toolkit.memory.trace import Recorder, Recording
+from toolkit.memory.recording import Recording
+from toolkit.memory.trace import Recorder
 from toolkit.plan.model import Plan
 from toolkit.plan.resolve import DEFAULT_CLASSES
 from toolkit.train import models
@@ -71,23 +73,28 @@ def _play(plan: Plan, card: Card, recorder: Recorder) -> None:
     recorder.phase("load")
     engine = RehearsedEngine(plan, card, recorder)
     _label(engine, recorder)
+    config = getattr(engine.module.model, "config", None)
+    recorder.recording.vocabulary = getattr(config, "vocab_size", None)
     tensors = rehearsal_batch(plan, card, plan.batch.per_device)
+    step, phases = _last_micro_batch(plan, tensors), _Phases(recorder)
     if (
         engine.wrapped is not engine.module
     ):  # from the second backward on, DDP's gradients are there
-        forward_backward(engine, _step(plan, tensors, 1), _Phases(recorder))
+        forward_backward(engine, step, phases)
         engine.skip()
-    step = _step(plan, tensors, min(plan.batch.accumulation, 2))
-    losses = forward_backward(engine, step, _Phases(recorder))
+    elif plan.batch.accumulation > 1:  # as they are from the second micro-batch on
+        recorder.phase("backward")
+        for parameter in engine._parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+    losses = forward_backward(engine, step, phases)
     total = torch.stack(losses).sum() / step.weight
     _label(engine, recorder)
     recorder.phase("optimizer step")
     norm = engine.clip(recipe.optimizer.max_grad_norm)
     engine.step(recipe.optimizer.lr)
-    del losses, total, norm, step
+    del losses, total, norm, step, tensors
     if recipe.evaluation:
         recorder.phase("evaluation")
-        del tensors
         tensors = rehearsal_batch(plan, card, recipe.evaluation.per_device or 1)
         engine.evaluate(tensors)
     recorder.phase("save")
@@ -119,6 +126,7 @@ class RehearsedEngine(TorchEngine):
             recorder.paused(),
             patch.object(Skeleton, "_materialise", _materialise),
             patch.object(models, "load_weights", _without_weights),
+            patch.object(_fsdp_param, "_chunk_with_empty", _Chunks),
             patch.object(nn.Module, "to", lambda module, device: module),
         ):
             super().__init__(plan, card, torch.device("cpu"))
@@ -146,6 +154,19 @@ class RehearsedEngine(TorchEngine):
         wrapped.register_comm_hook(None, _answer_at_once)
         wrapped.reducer = _Reducer(wrapped.reducer)
         return wrapped
+
+
+class _Chunks:
+    """A tensor's chunks, made when asked for: FSDP2 wants one or two of as many as there are ranks."""
+
+    def __init__(self, tensor: Tensor, count: int, dim: int) -> None:
+        self._tensor, self._dim = tensor, dim
+        self._size = -(-tensor.shape[dim] // count)
+
+    def __getitem__(self, number: int) -> Tensor:
+        whole = self._tensor.shape[self._dim]
+        start = min(whole, number * self._size)
+        return self._tensor.narrow(self._dim, start, min(self._size, whole - start))
 
 
 class _Reducer:
@@ -197,9 +218,10 @@ def _label(engine: TorchEngine, recorder: Recorder) -> None:
     recorder.label((v for s in states for v in s.values() if isinstance(v, Tensor)), "optimizer")
 
 
-def _step(plan: Plan, tensors: dict[str, Tensor], count: int) -> Step:
+def _last_micro_batch(plan: Plan, tensors: dict[str, Tensor]) -> Step:
+    """A step's last micro-batch; those before it need no more than it does."""
     nothing = np.zeros(0, dtype=np.int64)
-    micro_batches = [MicroBatch(tensors, 0, False, nothing)] * count
+    micro_batches = [MicroBatch(tensors, 0, False, nothing)]
     return Step(1, 1, plan.batch.effective, 1, 1.0, "", nothing, micro_batches)
 
 
@@ -216,7 +238,11 @@ def rehearsal_batch(plan: Plan, card: Card, rows: int) -> dict[str, Tensor]:
     if card.feature_shape is not None:
         features = zeros(rows, *card.feature_shape, dtype=torch.float32)
         return {"features": features, "targets": targets, "weights": weights}
-    assert data.sequence_length
+    if not data.sequence_length:
+        raise PlanError(
+            "--trace: the shape of a sample is not known until the data are prepared. "
+            "Nearest: `drumline prepare`, or data.sequence_length"
+        )
     ids = zeros(rows, data.sequence_length, dtype=torch.int64)
     mask = torch.ones_like(ids)
     mask[:, -1] = 0  # as in a padded batch: a full one needs no mask and less memory
