@@ -9,6 +9,7 @@ import typer
 
 from toolkit.cli.world import read_world
 from toolkit.errors import DoesNotFit
+from toolkit.plan.advise import with_advice
 from toolkit.plan.model import Plan
 from toolkit.plan.resolve import UNKNOWN_MEMORY, resolve
 from toolkit.recipe.load import load_recipe
@@ -38,12 +39,7 @@ def make_plan(recipe: Recipe, gpus: int | None = None, gpu: str | None = None) -
 
         recipe = on_gpus(recipe, gpus, gpu, world)
         world = read_world(recipe)
-    plan = resolve(recipe, world)
-    if plan.memory.fits is False:
-        from toolkit.plan.advise import with_advice
-
-        plan = with_advice(plan, world)
-    return plan
+    return with_advice(resolve(recipe, world), world)
 
 
 def traced(plan: Plan) -> Plan:
@@ -52,8 +48,8 @@ def traced(plan: Plan) -> Plan:
     import warnings
 
     from toolkit.data.card import read_card
-    from toolkit.plan.footprint import traced_facts
     from toolkit.plan.gpus import find_gpu
+    from toolkit.plan.traced import traced_facts
 
     gc.enable()
     warnings.filterwarnings("ignore")

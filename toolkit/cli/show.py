@@ -109,10 +109,16 @@ def _model(plan: Plan) -> str:
 
 
 def _advice(plan: Plan) -> str:
-    return "\n".join(
-        f"{change_words(item.change)}  -> {format_bytes(item.device_high)}: {item.why}"
+    head = "this would fit:" if plan.memory.fits is False else "room is left for:"
+    capacity = plan.memory.capacity or 0
+    if plan.memory.fits is False and all(a.device_high > capacity for a in plan.advice):
+        head = "nothing known fits; nearest:"
+    rows = [
+        f"{change_words(item.change)}\n  -> {format_bytes(item.device_high)}, about "
+        f"{item.cost:.2f} × the GPU time: {item.why}"
         for item in plan.advice
-    )
+    ]
+    return "\n".join([head, *rows])
 
 
 def change_words(change: dict[str, Any]) -> str:

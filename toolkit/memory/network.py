@@ -1,7 +1,8 @@
 """The forward of a whole model on a ledger: embedding, layers, head and loss.
 
-Layers are alike, so only the first two and the last two are played; what the others keep is one
-block that grows and shrinks between them. The largest moment lies at one of the ends.
+Layers are alike, so only the first two and the last are played (the last two where a layer's buffers
+wait for the next); what the others keep is one block that grows and shrinks between them. The largest
+moment lies at one of the ends.
 """
 
 from toolkit.memory.families import Layer, Rows
@@ -11,7 +12,8 @@ from toolkit.memory.operators import FP32, Operators, part, token_loss
 from toolkit.memory.sharding import Group, Stage
 from toolkit.plan.shapes import Tensors, layer_tensors, outer_tensors
 
-PLAYED_LAYERS = 4
+PLAYED_LAYERS = 3
+PLAYED_SHARDED_LAYERS = 4
 PLAYED_CHUNKS = 3
 _EMBEDDINGS = ("embedding", "positions", "types", "patch", "class")
 
@@ -28,9 +30,9 @@ class Network:
             for name, (rows, columns) in outer_tensors(shape).items()
         }
         self.head = self.outer.get("head") or self.outer["embedding"]
-        self.layers = [Layer(shape, width) for _ in range(min(PLAYED_LAYERS, shape.layers))]
+        played = PLAYED_SHARDED_LAYERS if load.strategy == "fsdp" else PLAYED_LAYERS
+        self.layers = [Layer(shape, width) for _ in range(min(played, shape.layers))]
         self.unplayed = Parameter((shape.layers - len(self.layers)) * shape.layer_parameters, width)
-        self.lumped = shape.layers - len(self.layers)
         self.stage = Stage()
         self.root: Group | None = None
         self.embedded: Group | None = None
@@ -153,11 +155,14 @@ class Network:
         return self.run.layer_norm(stream, self.shape.hidden)
 
     def _all_layers(self, rows: Rows, stream: Value) -> Value:
-        for number, layer in enumerate(self.layers):
+        played = self.layers if self.ledger.is_recording else self.layers[:2]
+        unplayed = self.shape.layers - len(played)
+        for number, layer in enumerate(played):
             before, copies = self.ledger.live, self.run.copies
             stream = self._layer(rows, number, layer, stream)
-            if number == 1 and self.lumped:
-                stream = self._lump(stream, self.ledger.live - before, self.run.copies - copies)
+            if number == 1 and unplayed:
+                grown = self.ledger.live - before
+                stream = self._lump(stream, unplayed, grown, self.run.copies - copies)
         return stream
 
     def _layer(self, rows: Rows, number: int, layer: Layer, stream: Value) -> Value:
@@ -186,7 +191,7 @@ class Network:
         return ledger.wrap(value.block, value.elements, value.width, [value, weights],
                            lambda g: [g.pop(), ledger.block(elements, width)])  # fmt: skip
 
-    def _lump(self, stream: Value, grown: int, copied: int) -> Value:
+    def _lump(self, stream: Value, unplayed: int, grown: int, copied: int) -> Value:
         """What the layers that are not played keep, and the gradients that their backward leaves.
 
         Copies of weights that nothing keeps go when autocast ends.
@@ -194,13 +199,13 @@ class Network:
         ledger, load = self.ledger, self.load
         transient = copied if load.checkpointing or not ledger.is_recording else 0
         if transient:
-            self.run.hold(ledger.block(transient * self.lumped, 1))
+            self.run.hold(ledger.block(transient * unplayed, 1))
         if not ledger.is_recording:
             return stream
-        kept = [ledger.block((grown - transient) * self.lumped, 1)]
+        kept = [ledger.block((grown - transient) * unplayed, 1)]
         born = 0.0 if load.keeps_gradients else self.unplayed.elements
         if born and self.groups:
-            born = self.groups[0].shard * self.lumped
+            born = self.groups[0].shard * unplayed
         width = load.forward_width if not self.groups else load.state_width
 
         def rule(gradient: list[Gradient]) -> list[Gradient]:

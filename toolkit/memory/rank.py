@@ -1,5 +1,7 @@
 """One rank's attempt, played on a ledger: load, micro-batches, optimizer step, evaluation."""
 
+from functools import cache
+
 from toolkit.memory import zero
 from toolkit.memory.families import Rows
 from toolkit.memory.ledger import Block, Ledger
@@ -115,6 +117,7 @@ class Rank:
         return None if self.shape.patches else self.ledger.block(2 * rows.tokens, INDEX)
 
 
+@cache
 def play(load: Load) -> Ledger:
-    """The ledger after a whole attempt of this load."""
+    """The ledger after a whole attempt of this load; the search for a split asks for some twice."""
     return Rank(load).play()

@@ -68,7 +68,8 @@ class Recording:
         if number in self.parts:
             return self.parts[number]
         birth = self.births[number]
-        if birth.operator == "resize_" or birth.operator.startswith(("fsdp.", "c10d.", "_c10d")):
+        flat_buffer = birth.operator == "aten.empty.memory_format" and len(birth.shape) == 1
+        if flat_buffer or birth.operator in ("resize_", "parameters"):  # FSDP2's, and DDP's buckets
             return "communication"
         if self.vocabulary and birth.shape[-1:] == (self.vocabulary,):
             return "loss"

@@ -1,90 +1,182 @@
-"""When a plan does not fit: changes that keep the effective batch, each one re-planned."""
+"""Changes that keep the effective batch, each one re-planned, with its new peak and its cost."""
 
 import dataclasses
+from collections.abc import Iterator
+from itertools import combinations
 from typing import Any
 
+from toolkit.errors import PlanError
+from toolkit.plan.cost import gpu_seconds
 from toolkit.plan.model import Advice, Plan
-from toolkit.plan.resolve import World, resolve
+from toolkit.plan.resolve import World, resolve, shape_of
+from toolkit.plan.shapes import ModelShape
 from toolkit.recipe.schema import Recipe
 from toolkit.units import divisors
 
-_CHANGES: tuple[tuple[dict[str, Any], str], ...] = (
-    ({"loss": {"chunked": True}}, "logits are never all alive; little extra time"),
-    (
-        {"model": {"activation_checkpointing": "full"}},
-        "activations are computed twice: about a third more time",
-    ),
-    ({"strategy": {"name": "fsdp"}}, "parameters and optimizer state are sharded over the GPUs"),
+UNUSED_SHARE = 1 / 3
+"""A plan that leaves more than this of the device unused is advised too."""
+
+MOST_SHOWN = 6
+
+Change = dict[str, Any]
+Candidate = tuple[Change, str]
+
+_CHUNKED = ({"loss": {"chunked": True}}, "logits are never all alive; the head runs forward twice")
+_CHECKPOINTED = (
+    {"model": {"activation_checkpointing": "full"}},
+    "activations are computed twice: about a third more compute",
 )
+_SHARDED = ({"strategy": {"name": "fsdp"}}, "weights and states are sharded; more is communicated")
+_OFFLOADED = ({"strategy": {"offload": "optimizer"}}, "the optimizer steps on the host")
 
 
 def with_advice(plan: Plan, world: World) -> Plan:
-    """A plan that does not fit, with what makes it fit (or the largest saving of each kind)."""
-    advice = []
-    smaller = _smaller_per_device(plan, world)
-    if smaller:
-        advice.append(smaller)
-    changes = [*_CHANGES]
-    merged: dict[str, Any] = {}
-    for change, why in changes:
-        if not _is_new(plan.recipe, change):
-            continue
-        merged |= change
-        for candidate, reason in ((change, why), (dict(merged), "all of the above together")):
-            found = _replan(plan.recipe, candidate, reason, world)
-            if found and all(found.change != item.change for item in advice):
-                advice.append(found)
-    advice += _more_gpus(plan, world)
-    fitting = [item for item in advice if item.device_high <= (plan.memory.capacity or 0)]
-    return dataclasses.replace(plan, advice=fitting or advice)
+    """The plan with what would make it fit or, where much is left unused, what would be faster."""
+    memory = plan.memory
+    shape = shape_of(plan.recipe, world)
+    if memory.device is None or memory.capacity is None or isinstance(shape, str):
+        return plan
+    adviser = _Adviser(plan, world, shape, memory.capacity)
+    if memory.fits is False:
+        return dataclasses.replace(plan, advice=adviser.to_fit())
+    if memory.device.high < (1 - UNUSED_SHARE) * memory.capacity:
+        return dataclasses.replace(plan, advice=adviser.to_use())
+    return plan
 
 
-def _smaller_per_device(plan: Plan, world: World) -> Advice | None:
-    """The largest smaller per_device that fits, else per_device 1."""
-    split = plan.batch.split
-    rest = split.per_device * split.accumulation
-    best = None
-    for b in [b for b in divisors(rest) if b < split.per_device]:
-        change = {"batch": {"per_device": b, "accumulation": rest // b}}
-        found = _replan(plan.recipe, change, "smaller micro-batches, more of them", world)
-        if found and (best is None or found.device_high <= (plan.memory.capacity or 0)):
-            best = found
-    return best
-
-
-def _more_gpus(plan: Plan, world: World) -> list[Advice]:
-    """Where state is sharded: the smallest number of GPUs that fits, if there is one."""
-    if plan.recipe.strategy.name == "ddp":
-        return []
-    split, per_node = plan.batch.split, plan.batch.gpus // plan.batch.nodes
-    for factor in divisors(split.effective // split.gpus)[1:]:
-        gpus = split.gpus * factor
-        per_device = max(b for b in divisors(split.effective // gpus) if b <= split.per_device)
-        accumulation = split.effective // gpus // per_device
-        change: dict[str, Any] = {
-            "batch": {"gpus": gpus, "per_device": per_device, "accumulation": accumulation},
-            "cluster": {"nodes": gpus // per_node, "gpus_per_node": per_node},
-        }
-        found = _replan(plan.recipe, change, "more ranks hold smaller shards", world)
-        if found and found.device_high <= (plan.memory.capacity or 0):
-            return [found]
-    return []
-
-
-def _is_new(recipe: Recipe, change: dict[str, Any]) -> bool:
-    if "strategy" in change:
-        return recipe.launch.launcher != "deepspeed" and recipe.strategy.name == "ddp"
-    if "loss" in change:
-        return not recipe.loss.chunked and recipe.data.task != "classification"
-    return recipe.model.activation_checkpointing == "none"
-
-
-def _replan(recipe: Recipe, change: dict[str, Any], why: str, world: World) -> Advice | None:
-    evaluation, b = recipe.evaluation, change.get("batch", {}).get("per_device")
-    if evaluation and b and (evaluation.per_device or b) > b:
-        change = {**change, "evaluation": {"per_device": b}}
-    sections = {
+def with_change(recipe: Recipe, change: Change) -> Recipe:
+    """The recipe with a change written in."""
+    update = {
         name: getattr(recipe, name).model_copy(update=values) for name, values in change.items()
     }
-    memory = resolve(recipe.model_copy(update=sections), world).memory
-    return Advice(change, memory.device.high, why) if memory.device else None
+    return recipe.model_copy(update=update)
+
+
+class _Adviser:
+    """Candidates for one plan; a change that cannot be planned is none."""
+
+    def __init__(self, plan: Plan, world: World, shape: ModelShape, capacity: int) -> None:
+        self._plan, self._world, self._shape, self._capacity = plan, world, shape, capacity
+        self._now = gpu_seconds(plan, shape)
+
+    def to_fit(self) -> list[Advice]:
+        """What fits, the cheapest first; where nothing does, what comes nearest."""
+        singles = [self._replanned(*candidate) for candidate in self._savings()]
+        found = [item for item in singles if item]
+        fitting = [item for item in found if self._fits(item)]
+        if not fitting:
+            found += self._together(found)
+            fitting = [item for item in found if self._fits(item)]
+        if not fitting:
+            return sorted(found, key=lambda item: item.device_high)[:MOST_SHOWN]
+        return sorted(fitting, key=lambda item: (item.cost, item.device_high))[:MOST_SHOWN]
+
+    def to_use(self) -> list[Advice]:
+        """What uses the room that is left, and is cheaper for it."""
+        found = [self._replanned(*candidate) for candidate in self._spendings()]
+        cheaper = [item for item in found if item and self._fits(item) and item.cost < 0.995]
+        return sorted(cheaper, key=lambda item: item.cost)[:MOST_SHOWN]
+
+    def _fits(self, advice: Advice) -> bool:
+        return advice.device_high <= self._capacity
+
+    def _savings(self) -> Iterator[Candidate]:
+        recipe, launcher = self._plan.recipe, self._plan.recipe.launch.launcher
+        yield from self._smaller_per_device()
+        if not recipe.loss.chunked and recipe.data.task != "classification":
+            yield _CHUNKED
+        if recipe.model.activation_checkpointing == "none":
+            yield _CHECKPOINTED
+        if launcher != "deepspeed" and recipe.strategy.name == "ddp" and self._plan.batch.gpus > 1:
+            yield _SHARDED
+        if launcher == "deepspeed":
+            stages = ("ddp", "zero1", "zero2", "zero3")
+            for name in stages[stages.index(recipe.strategy.name) + 1 :]:
+                yield {"strategy": {"name": name}}, "more of the states is sharded"
+            if recipe.strategy.name != "ddp" and recipe.strategy.offload == "none":
+                yield _OFFLOADED
+        yield from self._more_gpus()
+
+    def _smaller_per_device(self) -> Iterator[Candidate]:
+        """The largest smaller per_device that fits, else the smallest."""
+        split = self._plan.batch.split
+        rest = split.per_device * split.accumulation
+        smaller = [b for b in divisors(rest) if b < split.per_device]
+        for b in reversed(smaller):
+            candidate = (self._split_change(b, split.gpus), "smaller micro-batches, more of them")
+            advice = self._replanned(*candidate)
+            if b == smaller[0] or (advice and self._fits(advice)):
+                yield candidate
+                return
+
+    def _more_gpus(self) -> Iterator[Candidate]:
+        """Where state is sharded: the smallest number of GPUs that fits."""
+        batch = self._plan.batch
+        if self._plan.recipe.strategy.name == "ddp":
+            return
+        for factor in divisors(batch.effective // batch.gpus)[1:]:
+            gpus = batch.gpus * factor
+            b = max(b for b in divisors(batch.effective // gpus) if b <= batch.per_device)
+            candidate = (self._split_change(b, gpus), "more ranks hold smaller shards")
+            advice = self._replanned(*candidate)
+            if advice and self._fits(advice):
+                yield candidate
+                return
+
+    def _spendings(self) -> Iterator[Candidate]:
+        recipe, split = self._plan.recipe, self._plan.batch.split
+        rest = split.per_device * split.accumulation
+        why, best = "larger micro-batches, fewer of them", None
+        for b in [b for b in divisors(rest) if b > split.per_device]:
+            change = self._split_change(b, split.gpus)
+            advice = self._replanned(change, why)
+            if advice is None or not self._fits(advice):  # memory grows with per_device
+                break
+            best = change
+        if best:
+            yield best, why
+        if recipe.model.activation_checkpointing == "full":
+            yield {"model": {"activation_checkpointing": "none"}}, "activations are kept"
+        if recipe.loss.chunked:
+            yield {"loss": {"chunked": False}}, "the head runs forward once"
+        if recipe.strategy.name == "fsdp" and recipe.launch.launcher != "deepspeed":
+            yield {"strategy": {"name": "ddp", "shard": "all"}}, "nothing is gathered"
+
+    def _split_change(self, b: int, gpus: int) -> Change:
+        """Another split of the same batch; evaluation shrinks with it."""
+        batch, recipe = self._plan.batch, self._plan.recipe
+        change: Change = {"batch": {"per_device": b, "accumulation": batch.effective // gpus // b}}
+        if gpus != batch.gpus:
+            per_node = batch.gpus // batch.nodes
+            change["batch"]["gpus"] = gpus
+            change["cluster"] = {"nodes": gpus // per_node, "gpus_per_node": per_node}
+        evaluation = recipe.evaluation
+        if evaluation and (evaluation.per_device or b) > b:
+            change["evaluation"] = {"per_device": b}
+        return change
+
+    def _together(self, found: list[Advice]) -> list[Advice]:
+        """Two changes at once, then all that do not contradict each other."""
+        pairs = [_merged(pair) for pair in combinations([item.change for item in found], 2)]
+        every = _merged([item.change for item in found])
+        joined = [self._replanned(change, "together") for change in [*pairs, every] if change]
+        return [item for item in joined if item]
+
+    def _replanned(self, change: Change, why: str) -> Advice | None:
+        try:
+            plan = resolve(with_change(self._plan.recipe, change), self._world)
+        except PlanError:
+            return None
+        if plan.memory.device is None:
+            return None
+        cost = gpu_seconds(plan, self._shape) / self._now
+        return Advice(change, plan.memory.device.high, round(cost, 3), why)
+
+
+def _merged(changes: Any) -> Change:
+    """All of them in one, later ones winning."""
+    merged: Change = {}
+    for change in changes:
+        for section, values in change.items():
+            merged[section] = {**merged.get(section, {}), **values}
+    return merged

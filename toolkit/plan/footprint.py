@@ -4,15 +4,12 @@ from collections.abc import Callable
 from typing import Literal
 
 from toolkit.memory import closed_form
-from toolkit.memory.allocator import CachingAllocator
 from toolkit.memory.closed_form import Peak
 from toolkit.memory.load import Load
-from toolkit.memory.ranges import surround_replay
-from toolkit.memory.recording import Recording
 from toolkit.plan.batch import Split
 from toolkit.plan.gpus import Gpu
 from toolkit.plan.layout import gpus_per_node
-from toolkit.plan.model import MemoryFacts, Plan
+from toolkit.plan.model import MemoryFacts
 from toolkit.plan.shapes import ModelShape
 from toolkit.recipe.schema import Recipe
 
@@ -121,31 +118,3 @@ def _is_masked(recipe: Recipe, shape: ModelShape, length: int) -> bool:
     """Padded rows of a classifier of texts, or a window that is shorter than the rows."""
     padded = recipe.data.task == "classification" and not shape.patches
     return padded or (shape.window is not None and length > shape.window)
-
-
-def traced_facts(recording: Recording, plan: Plan, gpu: Gpu) -> MemoryFacts:
-    """A trace's answer: the allocator's model replays it with expandable segments and classic ones."""
-    expandable, classic = CachingAllocator(expandable=True), CachingAllocator()
-    expandable.replay(recording.events)
-    classic.replay(recording.events)
-    peak = recording.peak()
-    parts = dict.fromkeys(closed_form.PARTS, 0)
-    for number, size in peak.alive.items():
-        parts[recording.part_of(number)] += size
-    workspace = gpu.workspace_bytes
-    parts["workspace"] = workspace
-    totals = surround_replay(
-        peak.bytes + workspace,
-        classic.peak_reserved + workspace,
-        expandable.peak_reserved + workspace,
-        plan.batch.gpus,
-        plan.batch.nodes,
-        gpu,
-    )
-    phases = {name: size + workspace for name, size in recording.peaks_by_phase().items()}
-    return facts(
-        Peak(parts, totals, peak.phase, phases),
-        plan.memory.capacity,
-        "traced",
-        plan.memory.host_bytes,
-    )

@@ -1,6 +1,7 @@
 """The devices that a recipe may name: rows of gpus.yaml."""
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from toolkit.errors import PlanError
@@ -24,6 +25,7 @@ class Gpu:
         return self.name == "cpu"
 
 
+@cache
 def find_gpu(name: str) -> Gpu:
     """The row of that name; PlanError with the nearest one otherwise."""
     rows = yaml12.parse((Path(__file__).parent / "gpus.yaml").read_text(encoding="utf-8"))

@@ -94,10 +94,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Advice:
-    """One re-planned change at the same effective batch."""
+    """One re-planned change at the same effective batch.
+
+    `cost`: its GPU time over the plan's own, estimated (`plan/cost.py`); above 1 is dearer.
+    """
 
     change: dict[str, Any]
     device_high: int
+    cost: float
     why: str
 
 

@@ -58,7 +58,7 @@ def resolve(recipe: Recipe, world: World = World()) -> Plan:
     """The Plan of a recipe, or a PlanError that names the nearest legal recipe."""
     gpu = find_gpu(recipe.cluster.gpu)
     _check_strategy(recipe)
-    found = _shape(recipe, world)
+    found = shape_of(recipe, world)
     shape = None if isinstance(found, str) else found
     _check_positions(recipe, shape)
     memory_of = memory_function(recipe, found, gpu, world.host_memory_bytes)
@@ -287,7 +287,7 @@ def _check_positions(recipe: Recipe, shape: ModelShape | None) -> None:
         )
 
 
-def _shape(recipe: Recipe, world: World) -> ModelShape | str:
+def shape_of(recipe: Recipe, world: World) -> ModelShape | str:
     """The model's widths where its architecture is known, else why they are not."""
     model = recipe.model
     architecture, config = model.architecture, model.config
