@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from toolkit.cli.world import read_world
-from toolkit.errors import DoesNotFit
+from toolkit.errors import DoesNotFit, PlanError
 from toolkit.plan.advise import with_advice
 from toolkit.plan.model import Plan
 from toolkit.plan.resolve import UNKNOWN_MEMORY, resolve
@@ -28,6 +28,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.
 
 Trace = Annotated[
     bool, typer.Option("--trace", help="Memory from the real model and step, without a GPU.")
+]
+
+
+Fix = Annotated[
+    bool, typer.Option("--fix", help="If it does not fit: the cheapest change that makes it fit.")
+]
+Sweep = Annotated[
+    bool, typer.Option("--sweep", help="Memory of every split and strategy, as a table and a page.")
 ]
 
 
@@ -63,12 +71,51 @@ def traced(plan: Plan) -> Plan:
     return dataclasses.replace(plan, memory=memory, warnings=told, advice=[])
 
 
+def fixed(plan: Plan) -> Plan:
+    """A plan that does not fit, with the cheapest change that was found; told on stderr."""
+    if plan.memory.fits is not False:
+        print("--fix: nothing to do", file=sys.stderr)
+        return plan
+    from toolkit.cli.show import change_words
+    from toolkit.plan.advise import with_change
+
+    capacity = plan.memory.capacity or 0
+    best = next((item for item in plan.advice if item.device_high <= capacity), None)
+    if best is None:
+        raise DoesNotFit("--fix: no change that is known makes this fit; see `drumline plan`")
+    print(f"--fix: {change_words(best.change)}   {best.why}", file=sys.stderr)
+    return make_plan(with_change(plan.recipe, best.change))
+
+
+def _sweep(plan: Plan, as_json: bool) -> None:
+    """The table on stdout, the page beside it; or the cells as JSON."""
+    from toolkit.cli.sweep import sweep_page, sweep_table
+    from toolkit.files import write_text
+    from toolkit.plan.sweep import sweep
+
+    cells = sweep(plan, read_world(plan.recipe))
+    if not cells:
+        raise PlanError(f"--sweep: {plan.memory.why or 'the memory of this model is not known'}")
+    if as_json:
+        import dataclasses
+        import json
+
+        print(json.dumps({"cells": [dataclasses.asdict(cell) for cell in cells]}, indent=2))
+        return
+    print(sweep_table(cells))
+    page = Path(f"{plan.recipe.recipe}-memory.html")
+    write_text(page, sweep_page(plan, cells))
+    print(f"heat map in {page}", file=sys.stderr)
+
+
 def plan_command(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     gpus: Gpus = None,
     gpu: GpuType = None,
     trace: Trace = False,
+    fix: Fix = False,
+    sweep: Sweep = False,
     as_json: AsJson = False,
 ) -> None:
     """The dry run: batch equation, optimizer steps, schedule and memory; no GPU, no torch.
@@ -76,8 +123,12 @@ def plan_command(
     `--trace` does import torch: it runs the model's real training step on tensors without data.
     """
     plan = make_plan(load_recipe(recipe, overrides), gpus, gpu)
+    if fix:
+        plan = fixed(plan)
     if trace:
         plan = traced(plan)
+    if sweep:
+        return _sweep(plan, as_json)
     if as_json:
         print(plan.to_json())
     else:
