@@ -20,6 +20,7 @@ COMMANDS = {
     "verify": "verify",
     "export": "export",
     "doctor": "doctor",
+    "calibrate": "calibrate",
 }
 """Which file of this package holds a command; only that one is imported."""
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import DataError, PlanError
+from toolkit.memory.calibration import Calibration
 from toolkit.plan.resolve import World
 from toolkit.recipe.schema import Model, Recipe
 
@@ -25,7 +26,23 @@ def read_world(recipe: Recipe) -> World:
         facts["factory_has_batchnorm"] = mentions_batchnorm(recipe.model.factory, recipe.project)
     if recipe.cluster.gpu == "cpu":
         facts["host_memory_bytes"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    facts["calibration"] = _calibration()
     return World(**facts)
+
+
+def _calibration() -> Calibration | None:
+    """The table that the environment names, if it does."""
+    path = os.environ.get("DRUMLINE_CALIBRATION")
+    if not path:
+        return None
+    from toolkit.memory.calibration import from_plain
+    from toolkit.recipe import yaml12
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"DRUMLINE_CALIBRATION: {path}: {error.strerror}") from None
+    return from_plain(yaml12.parse(text), path)
 
 
 def _prepared(recipe: Recipe) -> dict[str, Any]:
@@ -41,6 +58,7 @@ def _prepared(recipe: Recipe) -> dict[str, Any]:
         return {}
     return {
         "samples": card.samples,
+        "classes": card.classes,
         "validation_samples": card.validation_samples,
         "fingerprint": card.fingerprint,
         "cache": str(folder),

@@ -1,9 +1,11 @@
 """Memory of a plan: from a recipe and a split to the closed form's question, and its answer."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 from toolkit.memory import closed_form
+from toolkit.memory.calibration import Calibration
 from toolkit.memory.closed_form import Peak
 from toolkit.memory.load import Load
 from toolkit.plan.batch import Split
@@ -15,7 +17,11 @@ from toolkit.recipe.schema import Recipe
 
 
 def memory_function(
-    recipe: Recipe, shape: ModelShape | str, gpu: Gpu, host_bytes: int | None
+    recipe: Recipe,
+    shape: ModelShape | str,
+    gpu: Gpu,
+    host_bytes: int | None,
+    calibration: Calibration | None = None,
 ) -> Callable[[Split], MemoryFacts]:
     """Split -> MemoryFacts, with everything else of the recipe held fixed.
 
@@ -29,6 +35,9 @@ def memory_function(
         if recipe.data.sequence_length is None and not shape.patches:
             return unknown(capacity, "data.sequence_length is not set")
         peak = closed_form.estimate(load_of(recipe, shape, split, gpu), gpu)
+        if calibration:
+            corrected = calibration.correct(peak.totals, gpu.name, recipe.strategy.name)
+            peak = replace(peak, totals=corrected)
         host = host_bytes_of(recipe, shape, split)
         return facts(peak, capacity, "closed-form", host)
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from toolkit.errors import PlanError
+from toolkit.memory.calibration import Calibration
 from toolkit.plan import batch as batch_equation
 from toolkit.plan import identity, schedule
 from toolkit.plan.architectures import read_shape
@@ -50,6 +51,7 @@ class World:
     cache: str | None = None
     classes: int | None = None
     host_memory_bytes: int | None = None
+    calibration: Calibration | None = None
     factory_has_batchnorm: bool = False
     problems: Sequence[str] = ()
 
@@ -61,7 +63,7 @@ def resolve(recipe: Recipe, world: World = World()) -> Plan:
     found = shape_of(recipe, world)
     shape = None if isinstance(found, str) else found
     _check_positions(recipe, shape)
-    memory_of = memory_function(recipe, found, gpu, world.host_memory_bytes)
+    memory_of = memory_function(recipe, found, gpu, world.host_memory_bytes, world.calibration)
     split, warnings = batch_equation.solve(
         recipe.batch,
         cluster_gpus(recipe),

@@ -11,6 +11,7 @@ from toolkit.rank_files import RankFiles
 from toolkit.runs.attempt import Tick, end_ranks, run_attempt
 from toolkit.runs.folder import RunFolder
 from toolkit.runs.outcome import Result, steps_done
+from toolkit.runs.peaks import memory_entry
 from toolkit.runs.record import attempt_entry, now
 from toolkit.runs.signals import Signals
 
@@ -84,7 +85,8 @@ def _one_attempt(
         result = Result.failure("disk", 0, f"{where}: {error.strerror or error}")
     if result.outcome == "failed":
         result = replace(result, step=max(result.step, _newest_step(folder)))
-    begun = RankFiles(folder.logs(number), 0).begun() or {}
+    ranks = [RankFiles(folder.logs(number), rank) for rank in range(plan.batch.gpus)]
+    begun = ranks[0].begun() or {}
     try:
         folder.end_attempt(
             number,
@@ -93,6 +95,7 @@ def _one_attempt(
             kind=result.kind,
             step=result.step,
             message=result.message,
+            memory=memory_entry(plan, ranks),
             **begun,
         )
     except OSError as error:

@@ -6,13 +6,29 @@ from toolkit.plan.gpus import find_gpu
 from toolkit.plan.model import Plan
 
 
+def device_peaks() -> dict[str, int] | None:
+    """Most bytes allocated, reserved, and used of the device by this process; None without a GPU.
+
+    What lies outside the allocator (context, NCCL, libraries) is what the device reports in use now
+    beyond this process's reserved bytes; other processes on the device would count as well.
+    """
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return None
+    free, total = torch.cuda.mem_get_info()
+    outside = total - free - torch.cuda.memory_reserved()
+    reserved = torch.cuda.max_memory_reserved()
+    return {
+        "allocated": torch.cuda.max_memory_allocated(),
+        "reserved": reserved,
+        "device": reserved + max(0, outside),
+    }
+
+
 class MemoryGauge:
     """Reads the CUDA allocator's counters; on CPU there are none and every value is None."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        if self._on_gpu:
-            torch.cuda.reset_peak_memory_stats()
 
     def read(self) -> dict[str, int | None]:
         """Peak allocated and reserved bytes of this rank since the attempt began."""

@@ -59,9 +59,9 @@ def main(argv: list[str] | None = None) -> int:
         outcome = _run(arguments, rank, watch)
     except BaseException as error:  # everything is told in the outcome file
         traceback.print_exc()
-        files.write_outcome(_failure(error, files.log))
+        files.write_outcome({**_failure(error, files.log), "memory": _peaks()})
         return 1
-    files.write_outcome(outcome)
+    files.write_outcome({**outcome, "memory": _peaks()})
     return 0
 
 
@@ -167,6 +167,15 @@ def _failure(error: BaseException, log: Path) -> dict[str, Any]:
         "exit_code": exit_code,
         "suspect": getattr(error, "checkpoint", ""),
     }
+
+
+def _peaks() -> dict[str, int] | None:
+    """What this rank's device really held at most; None where there was none."""
+    if "torch" not in sys.modules:
+        return None
+    from toolkit.train.memory import device_peaks
+
+    return device_peaks()
 
 
 def _keep_memory_summary(log: Path) -> None:
