@@ -1,0 +1,353 @@
+"""Is the predicted memory what a GPU really needs?
+
+    python benchmarks/memory_truth.py [--minutes 9] [--csv FILE]      on a GPU
+    python benchmarks/memory_truth.py --smoke                         without one: two tiny models on real
+                                                                      CPU tensors, to see the script run
+
+Trains three real steps of every model of a grid through `toolkit.train.loop.train`, one process, world
+size 1 (also with DDP's and FSDP2's wrappers around it), and writes predicted and measured bytes
+(allocated, reserved, device) and the phase of the peak to a CSV that names GPU, driver and versions.
+Models whose lowest estimate is above the device's memory are left out. At the end: errors by total, and
+how many configurations that were said to fit ran out of memory.
+"""
+
+import argparse
+import csv
+import gc
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as workers do
+os.environ.setdefault("DRUMLINE_CACHE", str(Path(tempfile.gettempdir()) / "drumline-truth"))
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from toolkit.cli.plan import make_plan
+from toolkit.data.prepare import prepare
+from toolkit.memory.closed_form import estimate
+from toolkit.memory.trace import Recorder
+from toolkit.plan.footprint import load_of
+from toolkit.plan.gpus import find_gpu
+from toolkit.plan.model import Plan
+from toolkit.plan.resolve import World, shape_of
+from toolkit.recipe.load import merge, validate
+from toolkit.train import loop
+from toolkit.train.engines.torch import TorchEngine
+from toolkit.train.memory import device_peaks
+from toolkit.train.watch import Watch
+
+STEPS = 3
+TOTALS = ("allocated", "reserved", "device")
+COLUMNS = ("model", "parameters", "per_device", "length", "accumulation", "precision", "wrapper", "checkpointing",
+           "implementation", "chunked", "compile", "fits", "outcome", "phase", "measured_phase",
+           *(f"{kind}_{name}" for name in TOTALS for kind in ("low", "expected", "high", "measured")), "seconds")  # fmt: skip
+
+NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+
+
+def gpt2(h: int, layers: int, heads: int) -> tuple[str, dict[str, Any]]:
+    """A GPT-2 of the published sizes."""
+    return "gpt2", {"n_embd": h, "n_layer": layers, "n_head": heads, "vocab_size": 50304,
+                    "n_positions": 4096, **NO_DROPOUT}  # fmt: skip
+
+
+def llama(h: int, ffn: int, layers: int, heads: int, tied: bool) -> tuple[str, dict[str, Any]]:
+    """A Llama-3 shape."""
+    return "llama", {"hidden_size": h, "intermediate_size": ffn, "num_hidden_layers": layers,
+                     "num_attention_heads": heads, "num_key_value_heads": 8, "vocab_size": 128256,
+                     "tie_word_embeddings": tied, "max_position_embeddings": 8192}  # fmt: skip
+
+
+MODELS = {
+    "gpt2-124m": gpt2(768, 12, 12),
+    "gpt2-355m": gpt2(1024, 24, 16),
+    "gpt2-774m": gpt2(1280, 36, 20),
+    "llama-1b": llama(2048, 8192, 16, 32, True),
+    "llama-3b": llama(3072, 8192, 28, 24, True),
+    "llama-8b": llama(4096, 14336, 32, 32, False),
+    "tiny-gpt2": ("gpt2", {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 512, **NO_DROPOUT}),
+    "tiny-llama": ("llama", {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+                             "num_attention_heads": 4, "vocab_size": 512}),
+}  # fmt: skip
+
+
+def grid() -> Iterator[dict[str, Any]]:
+    """Every configuration, the cheap ones first."""
+    for model, sizes in (("gpt2-124m", [(8, 1024), (32, 1024)]), ("gpt2-355m", [(8, 1024)]),
+                         ("gpt2-774m", [(8, 1024)]), ("llama-1b", [(2, 2048), (4, 2048), (1, 4096)]),
+                         ("llama-3b", [(1, 2048), (2, 4096)])):  # fmt: skip
+        for b, length in sizes:
+            for precision in ("bf16", "bf16-pure", "fp32"):
+                yield {"model": model, "b": b, "length": length, "precision": precision}
+    for model, b, length in (("gpt2-355m", 16, 1024), ("llama-1b", 8, 4096), ("llama-3b", 4, 4096)):
+        base = {
+            "model": model,
+            "b": b,
+            "length": length,
+            "precision": "bf16",
+            "checkpointing": "full",
+        }
+        yield base
+        yield {**base, "chunked": True}
+    base = {"model": "llama-1b", "b": 2, "length": 2048, "precision": "bf16"}
+    for change in ({"implementation": "foreach"}, {"chunked": True}, {"k": 4}, {"wrapper": "ddp"},
+                   {"wrapper": "ddp", "k": 4}, {"wrapper": "fsdp"}, {"wrapper": "fsdp", "k": 4},
+                   {"wrapper": "fsdp", "precision": "bf16-pure"}, {"compile": True},
+                   {"compile": True, "checkpointing": "full"}):  # fmt: skip
+        yield {**base, **change}
+    big = {
+        "model": "llama-8b",
+        "b": 1,
+        "length": 4096,
+        "precision": "bf16-pure",
+        "checkpointing": "full",
+    }
+    yield {**big, "chunked": True}
+    yield {**big, "chunked": True, "implementation": "foreach"}
+    yield {**big, "chunked": True, "b": 4, "wrapper": "fsdp"}
+
+
+def smoke_grid() -> Iterator[dict[str, Any]]:
+    """Two that run anywhere."""
+    yield {"model": "tiny-gpt2", "b": 2, "length": 64, "precision": "fp32"}
+    yield {
+        "model": "tiny-llama",
+        "b": 2,
+        "length": 64,
+        "precision": "fp32",
+        "checkpointing": "full",
+    }
+
+
+def plan_of(spec: dict[str, Any], gpu: str) -> Plan:
+    """The plan of one configuration, on data that every machine has."""
+    architecture, config = MODELS[spec["model"]]
+    k, wrapper = spec.get("k", 1), spec.get("wrapper", "none")
+    plain = {
+        "recipe": "truth",
+        "schema": 1,
+        "model": {"source": "config", "architecture": architecture, "config": config,
+                  "activation_checkpointing": spec.get("checkpointing", "none"),
+                  "compile": spec.get("compile", False)},
+        "data": {"source": "builtin", "name": "python-stdlib", "task": "causal_lm", "tokenizer": "bytes",
+                 "sequence_length": spec["length"]},
+        "batch": {"per_device": spec["b"], "gpus": 1, "accumulation": k},
+        "cluster": {"gpu": gpu},
+        "strategy": {"name": "fsdp" if wrapper == "fsdp" else "ddp"},
+        "precision": spec["precision"],
+        "optimizer": {"name": "adamw", "lr": 1e-5, "weight_decay": 0.1,
+                      "implementation": spec.get("implementation", "fused")},
+        "loss": {"chunked": spec.get("chunked", False)},
+        "duration": {"steps": STEPS},
+        "checkpoint": {"keep_best": 0, "async": False},
+    }  # fmt: skip
+    recipe = validate(merge(plain, {}), "truth")
+    prepare(recipe.data, recipe.project)
+    return make_plan(recipe)
+
+
+def predicted(plan: Plan, spec: dict[str, Any]) -> Any:
+    """The closed form's peak; DDP's buckets need a second rank to be there, so it is said to exist."""
+    gpu = find_gpu(plan.recipe.cluster.gpu)
+    shape = shape_of(plan.recipe, World())
+    assert not isinstance(shape, str)
+    load = load_of(plan.recipe, shape, plan.batch.split, gpu)
+    if spec.get("wrapper") == "ddp":
+        load = replace(load, ranks=2)
+    return estimate(load, gpu)
+
+
+class WrappedEngine(TorchEngine):
+    """DDP around a single rank, as the engine does it with several."""
+
+    def _wrap(self) -> Any:
+        self.module.compile() if self.plan.recipe.model.compile else None
+        return DistributedDataParallel(
+            self.module, device_ids=[self.device.index], gradient_as_bucket_view=True,
+            broadcast_buffers=False,
+        )  # fmt: skip
+
+    def skip(self) -> None:
+        """Keep the views of the buckets."""
+        self.optimizer.zero_grad(set_to_none=False)
+
+
+class Phases(Watch):
+    """The largest allocation of each of the loop's places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peaks: dict[str, dict[str, int]] = {}
+        self._place = "load"
+
+    def at(self, place: str) -> None:
+        """Close the phase before."""
+        self.close()
+        self._place = place
+
+    def close(self) -> None:
+        """Read the counters of the phase that ends, and begin them anew."""
+        found = device_peaks()
+        if found:
+            before = self.peaks.get(self._place, found)
+            self.peaks[self._place] = {name: max(found[name], before[name]) for name in TOTALS}
+            torch.cuda.reset_peak_memory_stats()
+
+
+def measure(
+    plan: Plan, spec: dict[str, Any], device: torch.device
+) -> tuple[str, dict[str, int], str]:
+    """Outcome, peak bytes by total, and the phase of the largest allocation."""
+    watch = Phases()
+    original = loop.build_engine
+    if spec.get("wrapper") == "ddp":
+        loop.build_engine = WrappedEngine  # type: ignore[assignment]
+    outcome = "trained"
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "checkpoints").mkdir()
+        try:
+            if device.type == "cpu":
+                with Recorder() as recorder:
+                    loop.train(plan, Path(folder), device, watch=watch)
+                peak = recorder.recording.peak()
+                return outcome, dict.fromkeys(TOTALS, peak.bytes), peak.phase or "not told"
+            loop.train(plan, Path(folder), device, watch=watch)
+        except (torch.cuda.OutOfMemoryError, RuntimeError) as error:
+            if "out of memory" not in str(error):
+                raise
+            outcome = "out of memory"
+        finally:
+            loop.build_engine = original
+            watch.close()
+    peaks = {name: max(found[name] for found in watch.peaks.values()) for name in TOTALS}
+    phase = max(watch.peaks, key=lambda place: watch.peaks[place]["allocated"])
+    return outcome, peaks, phase
+
+
+def row_of(spec: dict[str, Any], plan: Plan, device: torch.device) -> dict[str, Any]:
+    """One line of the CSV."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    started = time.monotonic()
+    peak = predicted(plan, spec)
+    outcome, measured, phase = measure(plan, spec, device)
+    capacity = plan.memory.capacity
+    row: dict[str, Any] = {
+        "model": spec["model"], "parameters": plan.cost.parameters, "per_device": spec["b"],
+        "length": spec["length"], "accumulation": spec.get("k", 1), "precision": spec["precision"],
+        "wrapper": spec.get("wrapper", "none"), "checkpointing": spec.get("checkpointing", "none"),
+        "implementation": spec.get("implementation", "fused"), "chunked": spec.get("chunked", False),
+        "compile": spec.get("compile", False),
+        "fits": None if capacity is None else peak.totals.device.high <= capacity,
+        "outcome": outcome, "phase": peak.phase, "measured_phase": phase,
+        "seconds": round(time.monotonic() - started, 1),
+    }  # fmt: skip
+    for name in TOTALS:
+        three = getattr(peak.totals, name)
+        row |= {f"low_{name}": three.low, f"expected_{name}": three.expected,
+                f"high_{name}": three.high, f"measured_{name}": measured[name]}  # fmt: skip
+    return row
+
+
+def machine() -> dict[str, str]:
+    """GPU, driver and versions."""
+    import transformers
+
+    facts = {"torch": torch.__version__, "transformers": transformers.__version__,
+             "python": sys.version.split()[0]}  # fmt: skip
+    if torch.cuda.is_available():
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda),
+                  "driver": driver[0] if driver else "unknown"}  # fmt: skip
+    return facts
+
+
+def known_gpu() -> str:
+    """The table's name for this machine's GPU."""
+    name = torch.cuda.get_device_name().lower()
+    for word, known in (("h200", "h200"), ("h100", "h100-80gb"), ("b200", "b200"), ("l40s", "l40s"),
+                        ("a100", "a100-80gb" if "80" in name else "a100-40gb"), ("a10g", "a10g"),
+                        ("l4", "l4"), ("4090", "rtx-4090"), ("3090", "rtx-3090"),
+                        ("5090", "rtx-5090"), ("mi300x", "mi300x"), ("v100", "v100-32gb")):  # fmt: skip
+        if word in name:
+            return known
+    raise SystemExit(f"{name}: not in the table of GPUs; add a row to toolkit/plan/gpus.yaml")
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """Errors by total over what trained, and whether anything was wrongly said to fit."""
+    trained = [row for row in rows if row["outcome"] == "trained"]
+    for name in TOTALS:
+        errors = [row[f"expected_{name}"] / row[f"measured_{name}"] - 1 for row in trained]
+        above = sum(row[f"measured_{name}"] > row[f"high_{name}"] for row in trained)
+        sizes = [abs(error) for error in errors]
+        print(f"{name:<10} median |error| {100 * statistics.median(sizes):5.2f} %  worst "
+              f"{100 * max(errors, key=abs):+6.2f} %  measured above high: {above} of {len(trained)}")  # fmt: skip
+    wrong = [row for row in rows if row["outcome"] != "trained" and row["fits"]]
+    print(f"said to fit and ran out of memory: {len(wrong)} of {len(rows)}")
+
+
+def main() -> None:
+    """Measure, write, compare."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--smoke", action="store_true")
+    arguments = parser.parse_args()
+    if not arguments.smoke and not torch.cuda.is_available():
+        raise SystemExit("no GPU here; --smoke shows that the script runs")
+    device = torch.device("cpu") if arguments.smoke else torch.device("cuda", 0)
+    gpu = "cpu" if arguments.smoke else known_gpu()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    facts = machine()
+    path = (
+        arguments.csv
+        or Path(__file__).parent / "truth" / f"{gpu}-torch{facts['torch'].split('+')[0]}.csv"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * arguments.minutes
+    rows: list[dict[str, Any]] = []
+    with path.open("w", newline="") as file:
+        file.write("# " + ", ".join(f"{name} {value}" for name, value in facts.items()) + "\n")
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for spec in smoke_grid() if arguments.smoke else grid():
+            if time.monotonic() > deadline:
+                print("out of time; the rest is left out")
+                break
+            plan = plan_of(spec, gpu)
+            memory = plan.memory
+            if memory.capacity and memory.device and memory.device.low > memory.capacity:
+                print(f"{spec}: left out, needs {memory.device.low / 2**30:.0f} GiB at least")
+                continue
+            rows.append(row_of(spec, plan, device))
+            writer.writerow(rows[-1])
+            file.flush()
+            shown = " ".join(
+                f"{name} {rows[-1][f'expected_{name}'] / 2**30:.2f}/{rows[-1][f'measured_{name}'] / 2**30:.2f}"
+                for name in TOTALS
+            )
+            print(f"{spec} {rows[-1]['outcome']}: expected/measured GiB {shown}", flush=True)
+    report(rows)
+    print(f"table in {path}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
