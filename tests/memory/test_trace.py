@@ -37,6 +37,42 @@ def test_fake_tensors_allocate_what_real_ones_do(name: str) -> None:
     assert large[0] == large[1]
 
 
+def traced_bytes(**changes: Any) -> int:
+    return rehearse(small_plan("llama", **changes)).peak().bytes
+
+
+def test_accumulating_under_fsdp_costs_a_shard_of_gradients() -> None:
+    """Gradients are scattered at every micro-batch: k = 4 needs an eighth of them more, not all."""
+    sharded = {"strategy": {"name": "fsdp"}, "gpus": 8}
+    plan = small_plan("llama", **sharded)
+    assert plan.cost.parameters
+    shard = 4 * plan.cost.parameters / 8
+    more = traced_bytes(**sharded, k=4) - traced_bytes(**sharded)
+    assert 0 <= more < 1.2 * shard
+
+
+def test_accumulating_under_ddp_costs_nothing() -> None:
+    """Gradients stay in the buckets, which are there anyway."""
+    once, often = traced_bytes(gpus=2), traced_bytes(gpus=2, k=4)
+    assert often == pytest.approx(once, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gpus": 2},
+        {"gpus": 8, "strategy": {"name": "fsdp"}},
+        {"gpus": 16, "strategy": {"name": "fsdp", "shard": "node"}},
+    ],
+)
+def test_the_last_micro_batch_needs_what_two_in_a_row_do(changes: dict[str, Any]) -> None:
+    """The trace plays one, with gradients as they are by then; the real engine's two agree with it."""
+    plan = small_plan("llama", **changes, k=2)
+    one, two = (rehearse(plan, micro_batches=count).peak().bytes for count in (1, 2))
+    assert two == pytest.approx(one, rel=5e-3)
+
+
 def error_of(plan: Plan) -> float:
     """Closed form over trace, less one; cuBLAS' workspace is in neither."""
     found = plan.memory.phases

@@ -331,3 +331,11 @@ def test_a_missing_file_is_told_before_an_unknown_number_of_steps() -> None:
     world = World(problems=["data.path: x.txt does not exist"])
     with pytest.raises(PlanError, match="x.txt does not exist"):
         plan_of(world, data={"samples": None}, duration={"steps": None, "epochs": 2})
+
+
+def test_options_that_the_estimate_does_not_know_are_said() -> None:
+    """torch.compile is a warning; flash attention on a GPU without it is refused."""
+    plan = resolve(load_recipe("llama-1b-8xh100", ["model.compile=true"]))
+    assert any("without torch.compile" in warning for warning in plan.warnings)
+    with pytest.raises(PlanError, match="flash needs compute capability 8.0"):
+        resolve(load_recipe("llama-1b-8xh100", ["model.attention=flash", "cluster.gpu=v100-32gb"]))

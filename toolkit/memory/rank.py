@@ -34,6 +34,7 @@ class Rank:
         if load.evaluation:
             ledger.enter("evaluation")
             self._evaluate()
+        ledger.enter("save")  # copies to the host: nothing more here
         return ledger
 
     def _hold(self, elements: float, width: int, name: str) -> None:

@@ -94,7 +94,10 @@ def _refuse_remainder(hidden: int, heads: int) -> None:
         )
 
 
-def _gpt2(architecture: str, config: dict[str, Any], classes: int | None) -> ModelShape:
+def _gpt2(architecture: str, config: dict[str, Any], classes: int | None) -> ModelShape | str:
+    for key in ("add_cross_attention", "reorder_and_upcast_attn"):
+        if config.get(key):
+            return f"no closed form for {architecture} with {key}"
     h = _whole(config, ("n_embd", "hidden_size"), 768)
     heads = _whole(config, ("n_head", "num_attention_heads"), 12)
     _refuse_remainder(h, heads)

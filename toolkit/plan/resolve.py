@@ -76,6 +76,8 @@ def resolve(recipe: Recipe, world: World = World()) -> Plan:
     curve = _curve(recipe, split, steps)
     memory = memory_of(split)
     warnings += world.problems
+    if recipe.model.compile and memory.method != "unknown":
+        warnings.append("memory is estimated without torch.compile, which keeps less alive")
     if memory.method == "unknown":
         warnings.append(f"{UNKNOWN_MEMORY}: {memory.why}. Nearest: `drumline plan --trace`")
     return Plan(
@@ -115,6 +117,11 @@ def _check_strategy(recipe: Recipe) -> None:
         )
     if recipe.launch.launcher == "deepspeed":
         _check_deepspeed(recipe)
+    if recipe.model.attention == "flash" and not find_gpu(recipe.cluster.gpu).has_flash:
+        raise PlanError(
+            f"model.attention: flash needs compute capability 8.0, and {recipe.cluster.gpu} is older. "
+            "Nearest: sdpa"
+        )
     sharded_sgd = recipe.optimizer.name == "sgd" and recipe.strategy.name == "fsdp"
     if sharded_sgd and recipe.optimizer.implementation == "fused":
         raise PlanError(

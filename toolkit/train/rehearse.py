@@ -42,10 +42,13 @@ from toolkit.train.models import Skeleton
 from toolkit.train.watch import Watch
 
 
-def rehearse(plan: Plan, card: Card | None = None, fake: bool = True) -> Recording:
+def rehearse(
+    plan: Plan, card: Card | None = None, fake: bool = True, micro_batches: int = 1
+) -> Recording:
     """Everything rank 0 of the plan would allocate on its device, from building to saving.
 
-    `fake=False` computes on real CPU tensors, to show that both allocate the same.
+    `fake=False` computes on real CPU tensors, to show that both allocate the same; `micro_batches`: how
+    many of a step's are played, 1 for its last, which needs what any of them does.
     """
     assert not dist.is_initialized(), "a rehearsal makes a process group of its own"
     _refuse_what_cannot_be_rehearsed(plan)
@@ -59,7 +62,7 @@ def rehearse(plan: Plan, card: Card | None = None, fake: bool = True) -> Recordi
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(recorder)
         try:
-            _play(plan, card or blank_card(plan), recorder)
+            _play(plan, card or blank_card(plan), recorder, micro_batches)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise PlanError(
                 f"--trace: this model's forward looks at values, which a trace has not: {error}"
@@ -67,7 +70,7 @@ def rehearse(plan: Plan, card: Card | None = None, fake: bool = True) -> Recordi
     return recorder.recording
 
 
-def _play(plan: Plan, card: Card, recorder: Recorder) -> None:
+def _play(plan: Plan, card: Card, recorder: Recorder, micro_batches: int) -> None:
     """build, warm-up, one step, evaluation, save: as `train` does them."""
     recipe = plan.recipe
     recorder.phase("load")
@@ -76,13 +79,15 @@ def _play(plan: Plan, card: Card, recorder: Recorder) -> None:
     config = getattr(engine.module.model, "config", None)
     recorder.recording.vocabulary = getattr(config, "vocab_size", None)
     tensors = rehearsal_batch(plan, card, plan.batch.per_device)
-    step, phases = _last_micro_batch(plan, tensors), _Phases(recorder)
+    step, phases = _step(plan, tensors, micro_batches), _Phases(recorder)
     if (
         engine.wrapped is not engine.module
     ):  # from the second backward on, DDP's gradients are there
         forward_backward(engine, step, phases)
         engine.skip()
-    elif plan.batch.accumulation > 1:  # as they are from the second micro-batch on
+    elif (
+        plan.batch.accumulation > 1 and micro_batches == 1
+    ):  # as they are from the second micro-batch on
         recorder.phase("backward")
         for parameter in engine._parameters.values():
             parameter.grad = torch.zeros_like(parameter)
@@ -218,10 +223,10 @@ def _label(engine: TorchEngine, recorder: Recorder) -> None:
     recorder.label((v for s in states for v in s.values() if isinstance(v, Tensor)), "optimizer")
 
 
-def _last_micro_batch(plan: Plan, tensors: dict[str, Tensor]) -> Step:
-    """A step's last micro-batch; those before it need no more than it does."""
+def _step(plan: Plan, tensors: dict[str, Tensor], count: int) -> Step:
+    """So many micro-batches of a step, the last one with them."""
     nothing = np.zeros(0, dtype=np.int64)
-    micro_batches = [MicroBatch(tensors, 0, False, nothing)]
+    micro_batches = [MicroBatch(tensors, 0, False, nothing)] * count
     return Step(1, 1, plan.batch.effective, 1, 1.0, "", nothing, micro_batches)
 
 
