@@ -80,14 +80,12 @@ def _play(plan: Plan, card: Card, recorder: Recorder, micro_batches: int) -> Non
     recorder.recording.vocabulary = getattr(config, "vocab_size", None)
     tensors = rehearsal_batch(plan, card, plan.batch.per_device)
     step, phases = _step(plan, tensors, micro_batches), _Phases(recorder)
-    if (
-        engine.wrapped is not engine.module
-    ):  # from the second backward on, DDP's gradients are there
-        forward_backward(engine, step, phases)
+    if engine.wrapped is not engine.module:
+        # After the warm-up, DDP's gradients are there.
+        forward_backward(engine, _step(plan, tensors, 1), phases)
         engine.skip()
-    elif (
-        plan.batch.accumulation > 1 and micro_batches == 1
-    ):  # as they are from the second micro-batch on
+    elif plan.batch.accumulation > 1 and micro_batches == 1:
+        # From the second micro-batch on, gradients are there.
         recorder.phase("backward")
         for parameter in engine._parameters.values():
             parameter.grad = torch.zeros_like(parameter)
