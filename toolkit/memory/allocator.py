@@ -15,9 +15,9 @@ import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from toolkit.memory.ledger import ROUND
 from toolkit.units import MIB
 
-ROUND = 512
 SMALL_REQUEST = 1 * MIB
 SMALL_SEGMENT = 2 * MIB
 LARGE_SEGMENT = 20 * MIB

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from toolkit.memory.allocator import FREE, ROUND, Event
+from toolkit.memory.allocator import FREE, Event
+from toolkit.memory.ledger import ROUND
 
 
 @dataclass(frozen=True)
