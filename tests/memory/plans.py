@@ -64,6 +64,13 @@ def small_plan(
     return resolve(validate(merge(plain, sections), "memory"))
 
 
+LAYOUTS = [(1, "ddp", "all"), (1, "ddp", "all"), (2, "ddp", "all"), (1, "fsdp", "all"), (3, "fsdp", "all"),
+           (8, "fsdp", "all"), (64, "fsdp", "all"), (16, "fsdp", "node")]  # fmt: skip
+OPTIMIZERS = [{"name": "adamw", "implementation": "fused"}, {"name": "adamw", "implementation": "foreach"},
+              {"name": "adam", "implementation": "foreach"},
+              {"name": "sgd", "momentum": 0.9, "implementation": "foreach"}]  # fmt: skip
+
+
 def random_plan(draw: random.Random) -> tuple[str, Plan]:
     """Any family, shape, precision, strategy and loss; what it is, in words."""
     architecture = draw.choice(list(SMALL))
@@ -87,19 +94,23 @@ def random_plan(draw: random.Random) -> tuple[str, Plan]:
     elif architecture not in ("gpt2", "bert"):
         config |= {"num_key_value_heads": draw.choice([1, 2, 4]), "head_dim": width,
                    "tie_word_embeddings": draw.random() < 0.5}  # fmt: skip
-    gpus, strategy = draw.choice([(1, "ddp"), (1, "ddp"), (2, "ddp"), (8, "fsdp"), (64, "fsdp")])
+    gpus, strategy, shard = draw.choice(LAYOUTS)
     chunked = architecture not in ("bert", "vit") and draw.random() < 0.3
-    implementation = draw.choice(["fused", "foreach"])
-    b, length = draw.choice([1, 2, 4, 8]), draw.choice([64, 128, 256, 384])
+    optimizer = draw.choice(OPTIMIZERS)
+    extra: dict[str, Any] = {}
+    if draw.random() < 0.3:
+        extra = {"evaluation": {"every_steps": 2, "per_device": draw.choice([1, 3, 16])},
+                 "data": {"validation": 0.1}}  # fmt: skip
+    b, length = draw.choice([1, 2, 3, 8]), draw.choice([64, 97, 256, 384])
     k = draw.choice([1, 1, 2])
     model = {
         "activation_checkpointing": draw.choice(["none", "none", "full"]),
         "attention": draw.choice(["sdpa", "sdpa", "sdpa", "eager"]),
     }
     plan = small_plan(architecture, config, b, length, gpus, k, model=model, precision=precision,
-                      strategy={"name": strategy}, loss={"chunked": chunked},
-                      optimizer={"implementation": implementation})  # fmt: skip
-    words = f"{architecture} {precision} {strategy}×{gpus} b={b} L={length} k={k} {model} {implementation}"
+                      strategy={"name": strategy, "shard": shard}, loss={"chunked": chunked},
+                      optimizer=optimizer, **extra)  # fmt: skip
+    words = f"{architecture} {precision} {strategy}/{shard}×{gpus} b={b} L={length} k={k} {model} {optimizer} {extra}"
     return f"{words}{' chunked' if chunked else ''}", plan
 
 

@@ -16,7 +16,7 @@ LLAMA = read_shape("llama", {"hidden_size": 1024, "intermediate_size": 2816, "nu
 assert isinstance(LLAMA, ModelShape)
 BASE = Load(
     shape=LLAMA, per_device=4, sequence_length=1024, ranks=8, nodes=1, shard_ranks=8, strategy="ddp",
-    precision="bf16", optimizer="adamw", momentum=False, foreach=False, checkpointing=False,
+    precision="bf16", optimizer="adamw", momentum=False, foreach=False, decays=True, checkpointing=False,
     attention="sdpa", chunked_loss=False,
 )  # fmt: skip
 P = LLAMA.parameters

@@ -26,7 +26,7 @@ assert isinstance(MISTRAL, ModelShape)
 assert isinstance(LLAMA_3B, ModelShape)
 BASE = Load(
     shape=MISTRAL, per_device=1, sequence_length=4096, ranks=1, nodes=1, shard_ranks=1, strategy="ddp",
-    precision="bf16-pure", optimizer="adamw", momentum=False, foreach=True, checkpointing=True,
+    precision="bf16-pure", optimizer="adamw", momentum=False, foreach=True, decays=False, checkpointing=True,
     attention="flash", chunked_loss=False,
 )  # fmt: skip
 

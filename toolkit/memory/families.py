@@ -57,7 +57,6 @@ def _gpt2(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: floa
     attended = _gpt2_attention(layer, run, rows, hidden)
     attended = run.dropout(attended, dropout)
     hidden = run.add(attended, residual)
-    del attended
     residual = hidden
     hidden = run.layer_norm(hidden, h)
     expanded = _gelu_new(run, run.linear(hidden, w["up"], layer.shape.ffn))
@@ -80,7 +79,9 @@ def _gelu_new(run: Operators, value: Value) -> Value:
     inner = run.scale(run.add(value, run.scale(run.power(value))))
     bent = run.pointwise(inner, keeps_input=False, keeps_output=True)
     del inner
-    return run.multiply(half, run.shift(bent))
+    one = run.shift(bent)
+    del bent
+    return run.multiply(half, one)
 
 
 def _llama(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: float) -> Value:

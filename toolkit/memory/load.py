@@ -31,6 +31,7 @@ class Load:
     optimizer: str
     momentum: bool
     foreach: bool
+    decays: bool
     checkpointing: bool
     attention: str
     chunked_loss: bool

@@ -79,6 +79,7 @@ class Network:
             if self.embedded:
                 self.embedded.reduce()
             self.stage.reduced = None
+            self.stage.all_reduced.clear()
 
     def forget_gradients(self) -> None:
         """What `zero_grad` does."""
@@ -134,9 +135,8 @@ class Network:
         """A convolution as wide as a patch; then the class token before it, positions added."""
         shape, run, ledger = self.shape, self.run, self.ledger
         pixels = rows.samples * shape.patches * shape.patch_inputs
-        image = Value(ledger.block(pixels, FP32), pixels, FP32, None)
+        image = Value(None, pixels, FP32, None)  # its block is the micro-batch's
         patches = run.linear(image, self.outer["patch"], shape.hidden)
-        del image
         elements, before = rows.tokens * shape.hidden, patches.elements
         width = max(patches.width, self.load.forward_width)
         narrow = patches.width
@@ -208,8 +208,12 @@ class Network:
             born = self.groups[0].shard * unplayed
         width = load.forward_width if not self.groups else load.state_width
 
+        waits = bool(self.groups) and load.keeps_gradients and load.shard_ranks < load.ranks
+
         def rule(gradient: list[Gradient]) -> list[Gradient]:
             kept.clear()
+            if waits:
+                self.groups[0].hold_all_reduced(unplayed)
             return [gradient.pop(), ledger.block(born, width, "gradients")]
 
         weights = Value(None, self.unplayed.elements, width, self.unplayed)

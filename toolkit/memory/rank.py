@@ -7,8 +7,8 @@ from toolkit.memory.families import Rows
 from toolkit.memory.ledger import Block, Ledger
 from toolkit.memory.load import Load
 from toolkit.memory.network import Network
-from toolkit.memory.operators import INDEX
-from toolkit.plan.shapes import layer_tensors, outer_tensors, sharded
+from toolkit.memory.operators import FP32, INDEX
+from toolkit.plan.shapes import count, layer_tensors, outer_tensors, sharded
 
 
 class Rank:
@@ -19,6 +19,7 @@ class Rank:
         self.ledger = Ledger()
         self.network = Network(self.ledger, load)
         self._held: list[Block] = []
+        self._gradients: list[Block] = []
 
     def play(self) -> Ledger:
         """Everything from building to the last evaluation."""
@@ -29,7 +30,8 @@ class Rank:
             self._allocate_gradients()
         self._micro_batch()
         ledger.enter("optimizer step")
-        self._optimizer_temporaries()
+        self._optimizer_temporaries(load.decays)
+        self._gradients.clear()
         self.network.forget_gradients()
         if load.evaluation:
             ledger.enter("evaluation")
@@ -60,28 +62,33 @@ class Rank:
         self._hold(self.shape.parameters if whole else own, load.state_width, "parameters")
         if self._has_buckets:
             self._hold(own, load.state_width, "gradients")
+        if load.strategy == "fsdp":  # what is outside the layers is whole before it is sharded
+            ledger.block(count(outer_tensors(self.shape)), load.state_width, "parameters")
         gradients = ledger.block(own, load.state_width, "gradients")
         if not load.offload:
             copies = load.moments + int(load.is_zero)  # ZeRO steps on a copy of its part
             self._hold(copies * own, load.state_width, "optimizer")
-        self._optimizer_temporaries()
+        self._optimizer_temporaries(decays=False)
         del gradients
         if load.strategy == "zero3":
             self._hold(zero.gathered(load) + zero.buckets(load), 1, "communication")
         elif load.strategy == "zero1" and load.accumulation > 1:
             self._hold(zero.buckets(load), 1, "communication")
 
-    def _optimizer_temporaries(self) -> None:
-        """Foreach Adam takes a root of the second moments: a copy of the parameters it steps."""
+    def _optimizer_temporaries(self, decays: bool) -> None:
+        """What foreach steps allocate, as large as the parameters.
+
+        Adam a root of the second moments, SGD with decay a copy of the gradients that it is added to.
+        """
         load = self.load
-        if load.foreach and load.moments == 2:
+        if load.foreach and (load.moments == 2 or (decays and load.optimizer == "sgd")):
             self.ledger.block(self._own_elements(), load.state_width, "optimizer")
 
     def _allocate_gradients(self) -> None:
         """All of them, where they stay from micro-batch to micro-batch; DDP's lie in its buckets."""
         if not self._has_buckets:
             elements = zero.gradients(self.load) if self.load.is_zero else self._own_elements()
-            self._hold(elements, self.load.state_width, "gradients")
+            self._gradients.append(self.ledger.block(elements, self.load.state_width, "gradients"))
         if self.load.strategy != "fsdp":
             for parameter in self.network.parameters():
                 parameter.gradient = self.ledger.block(0, 1)
@@ -113,9 +120,12 @@ class Rank:
         del inputs
         self.ledger.is_recording = True
 
-    def _inputs(self, rows: Rows) -> Block | None:
-        """Token numbers and targets; an image's are counted where it is embedded."""
-        return None if self.shape.patches else self.ledger.block(2 * rows.tokens, INDEX)
+    def _inputs(self, rows: Rows) -> Block:
+        """An image's numbers in fp32, or token numbers and targets."""
+        if self.shape.patches:
+            pixels = rows.samples * self.shape.patches * self.shape.patch_inputs
+            return self.ledger.block(pixels, FP32)
+        return self.ledger.block(2 * rows.tokens, INDEX)
 
 
 @cache

@@ -14,11 +14,12 @@ _PART = "communication"
 
 
 class Stage:
-    """What the groups share: buffers that wait for the next one."""
+    """What the groups share: buffers that wait for the next one, or for the end of the backward."""
 
     def __init__(self) -> None:
         self.gathered: Block | None = None
         self.reduced: Block | None = None
+        self.all_reduced: list[Block] = []
 
 
 class Group:
@@ -36,6 +37,8 @@ class Group:
     def gather(self) -> None:
         """Into one buffer; the shard is narrowed first where types differ."""
         ledger, load = self._ledger, self._load
+        if load.shard_ranks == 1:  # nobody to gather from
+            return
         narrow = load.forward_width != load.state_width
         sent = ledger.block(self.shard, load.forward_width, _PART) if narrow else None
         self._buffer = ledger.block(self.shard * load.shard_ranks, load.forward_width, _PART)
@@ -67,7 +70,14 @@ class Group:
             weight.gradient = None
         self.gradient = ledger.block(0 if load.keeps_gradients else self.shard, width, "gradients")
         if load.keeps_gradients:
-            ledger.block(self.shard, width, "gradients")
+            self.hold_all_reduced(1)
+
+    def hold_all_reduced(self, times: int) -> None:
+        """What is added to gradients that are there; reduced over nodes, it stays until the end."""
+        width = 4 if self._load.low else self._load.state_width
+        block = self._ledger.block(times * self.shard, width, _PART)
+        if self._load.shard_ranks < self._load.ranks:
+            self._stage.all_reduced.append(block)
 
     def before_backward(self, value: Value, ahead: "Group | None") -> Value:
         """Where this group's backward begins: it is opened, and the next one gathered ahead."""

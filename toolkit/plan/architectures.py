@@ -118,6 +118,14 @@ def _gpt2(architecture: str, config: dict[str, Any], classes: int | None) -> Mod
     )
 
 
+def _llama_or_why_not(
+    architecture: str, config: dict[str, Any], classes: int | None
+) -> ModelShape | str:
+    if architecture.startswith("qwen") and config.get("use_sliding_window"):
+        return f"no closed form for {architecture} with use_sliding_window"
+    return _llama(architecture, config, classes)
+
+
 def _llama(architecture: str, config: dict[str, Any], classes: int | None) -> ModelShape:
     defaults = _LLAMA_DEFAULTS[architecture]
     h = _whole(config, ("hidden_size",), defaults.get("hidden_size", 4096))
@@ -129,9 +137,9 @@ def _llama(architecture: str, config: dict[str, Any], classes: int | None) -> Mo
     is_qwen3 = architecture in ("qwen3", "qwen3_moe")
     can_have_bias = architecture in ("llama", "qwen3", "qwen3_moe")
     biased = bool(config.get("attention_bias")) and can_have_bias
-    window = config.get("sliding_window", 4096 if architecture == "mistral" else None)
-    if architecture.startswith("qwen") and not config.get("use_sliding_window"):
-        window = None
+    window = None
+    if architecture in ("mistral", "mixtral"):
+        window = config.get("sliding_window", 4096 if architecture == "mistral" else None)
     return ModelShape(
         family="llama",
         architecture=architecture,
@@ -156,6 +164,8 @@ def _llama(architecture: str, config: dict[str, Any], classes: int | None) -> Mo
 def _moe(architecture: str, config: dict[str, Any], classes: int | None) -> ModelShape | str:
     from dataclasses import replace
 
+    if architecture.startswith("qwen") and config.get("use_sliding_window"):
+        return f"no closed form for {architecture} with use_sliding_window"
     if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
         return f"no closed form for {architecture} with layers that have no experts"
     defaults = _LLAMA_DEFAULTS[architecture]
@@ -229,10 +239,10 @@ Reader = Callable[[str, dict[str, Any], int | None], ModelShape | str]
 
 _READERS: dict[str, tuple[tuple[str, ...], str, Reader]] = {
     "gpt2": (_GPT2_KEYS, "gelu_new", _gpt2),
-    "llama": (_LLAMA_KEYS, "silu", _llama),
-    "mistral": (_LLAMA_KEYS, "silu", _llama),
-    "qwen2": (_LLAMA_KEYS, "silu", _llama),
-    "qwen3": (_LLAMA_KEYS, "silu", _llama),
+    "llama": (_LLAMA_KEYS, "silu", _llama_or_why_not),
+    "mistral": (_LLAMA_KEYS, "silu", _llama_or_why_not),
+    "qwen2": (_LLAMA_KEYS, "silu", _llama_or_why_not),
+    "qwen3": (_LLAMA_KEYS, "silu", _llama_or_why_not),
     "mixtral": (_MOE_KEYS, "silu", _moe),
     "qwen3_moe": (_MOE_KEYS, "silu", _moe),
     "bert": (_BERT_KEYS, "gelu", _bert),

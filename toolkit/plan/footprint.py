@@ -111,6 +111,7 @@ def load_of(recipe: Recipe, shape: ModelShape, split: Split, gpu: Gpu) -> Load:
         precision=recipe.precision,
         optimizer=recipe.optimizer.name,
         momentum=recipe.optimizer.momentum > 0,
+        decays=recipe.optimizer.weight_decay > 0,
         foreach=recipe.optimizer.implementation == "foreach",
         checkpointing=recipe.model.activation_checkpointing == "full",
         attention=recipe.model.attention,

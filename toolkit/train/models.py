@@ -111,8 +111,9 @@ def _build(recipe: Recipe, card: Card) -> nn.Module:
     extra = dict(spec.config)
     if recipe.data.task == "classification":
         extra.setdefault("num_labels", card.classes)
-    else:
-        extra.setdefault("use_cache", False)
+    extra.setdefault(
+        "use_cache", False
+    )  # of keys and values: a copy of each that training never reads
     if spec.source == "config":
         assert spec.architecture
         kind = _kind(recipe.data.task, spec.architecture)
