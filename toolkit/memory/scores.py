@@ -13,10 +13,11 @@ def eager_attention(run: Operators, shape: ModelShape, query: Value, key: Value,
     weights = _product(run, query, key, scores)
     weights = run.scale(weights)
     weights = run.shift_by_constant(weights, query.width)
-    asks_for_fp32 = shape.family in ("llama", "vit") or run.low  # else softmax keeps the type
-    width = FP32 if asks_for_fp32 else weights.width
-    weights = run.pointwise(weights, keeps_input=False, keeps_output=True, width=width)
-    if shape.family != "bert":  # which drops some in fp32
+    if shape.family in ("llama", "vit"):  # softmax(…, fp32).to(…): what went in is held until then
+        weights = run.cast(_softmax(run, weights, FP32), query.width)
+    else:
+        weights = _softmax(run, weights, FP32 if run.low else weights.width)
+    if shape.family == "gpt2":  # BERT drops some in fp32
         weights = run.cast(weights, query.width)
     weights = run.dropout(weights, shape.dropout)
     out = _product(run, weights, value, query.elements)
@@ -34,6 +35,10 @@ def math_attention(run: Operators, shape: ModelShape, query: Value, key: Value, 
     weights = _product(run, query, key, scores)
     weights = run.pointwise(weights, keeps_input=False, keeps_output=True)
     return _product(run, weights, value, query.elements)
+
+
+def _softmax(run: Operators, scores: Value, width: int) -> Value:
+    return run.pointwise(scores, keeps_input=False, keeps_output=True, width=width)
 
 
 def _product(run: Operators, one: Value, other: Value, elements: float) -> Value:
