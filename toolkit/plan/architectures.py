@@ -182,16 +182,14 @@ def _moe(architecture: str, config: dict[str, Any], classes: int | None) -> Mode
     return replace(dense, ffn=ffn, experts=experts, top_k=top_k)
 
 
-def _bert(architecture: str, config: dict[str, Any], classes: int | None) -> ModelShape | str:
-    if classes is None:
-        return f"no closed form for {architecture} as a language model"
-    if config.get("type_vocab_size", 2) != 2:
-        return f"no closed form for {architecture} with type_vocab_size other than 2"
+def _encoder(family: str, architecture: str, config: dict[str, Any], classes: int,
+             dropout: float, **its_own: Any) -> ModelShape:  # fmt: skip
+    """What BERT and ViT name alike; `dropout` is their default."""
     h = _whole(config, ("hidden_size",), 768)
     heads = _whole(config, ("num_attention_heads",), 12)
     _refuse_remainder(h, heads)
     return ModelShape(
-        family="bert",
+        family=family,
         architecture=architecture,
         hidden=h,
         layers=_whole(config, ("num_hidden_layers",), 12),
@@ -199,11 +197,26 @@ def _bert(architecture: str, config: dict[str, Any], classes: int | None) -> Mod
         head_dim=h // heads,
         kv_width=h,
         ffn=_whole(config, ("intermediate_size",), 3072),
-        vocabulary=_whole(config, ("vocab_size",), 30522),
         tied=True,
-        dropout=max(_share(config, key, 0.1) for key in BERT_DROPOUTS),
-        positions=_whole(config, ("max_position_embeddings",), 512),
+        dropout=max(_share(config, key, dropout) for key in BERT_DROPOUTS),
         classes=classes,
+        **its_own,
+    )
+
+
+def _bert(architecture: str, config: dict[str, Any], classes: int | None) -> ModelShape | str:
+    if classes is None:
+        return f"no closed form for {architecture} as a language model"
+    if config.get("type_vocab_size", 2) != 2:
+        return f"no closed form for {architecture} with type_vocab_size other than 2"
+    return _encoder(
+        "bert",
+        architecture,
+        config,
+        classes,
+        dropout=0.1,
+        vocabulary=_whole(config, ("vocab_size",), 30522),
+        positions=_whole(config, ("max_position_embeddings",), 512),
         has_qkv_bias=True,
     )
 
@@ -211,24 +224,15 @@ def _bert(architecture: str, config: dict[str, Any], classes: int | None) -> Mod
 def _vit(architecture: str, config: dict[str, Any], classes: int | None) -> ModelShape | str:
     if classes is None:
         return f"no closed form for {architecture} as a language model"
-    h = _whole(config, ("hidden_size",), 768)
-    heads = _whole(config, ("num_attention_heads",), 12)
-    _refuse_remainder(h, heads)
     image = _whole(config, ("image_size",), 224)
     patch = _whole(config, ("patch_size",), 16)
-    return ModelShape(
-        family="vit",
-        architecture=architecture,
-        hidden=h,
-        layers=_whole(config, ("num_hidden_layers",), 12),
-        heads=heads,
-        head_dim=h // heads,
-        kv_width=h,
-        ffn=_whole(config, ("intermediate_size",), 3072),
+    return _encoder(
+        "vit",
+        architecture,
+        config,
+        classes,
+        dropout=0.0,
         vocabulary=0,
-        tied=True,
-        dropout=max(_share(config, key, 0.0) for key in BERT_DROPOUTS),
-        classes=classes,
         patches=(image // patch) ** 2,
         patch_inputs=patch * patch * _whole(config, ("num_channels",), 3),
         has_qkv_bias=bool(config.get("qkv_bias", True)),
