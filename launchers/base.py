@@ -13,7 +13,7 @@ class Job:
     """Where an attempt lies: the workers read `plan_file` and write below `run_folder`.
 
     `node_rank` is this node's number; `host` and `port` are where the ranks of all nodes meet; `task`
-    is what the workers do there, by a name that the worker knows.
+    is what the workers do there, by a name that the worker knows; `until` the step to stop after.
     """
 
     plan_file: Path
@@ -24,6 +24,7 @@ class Job:
     host: str = "127.0.0.1"
     port: int = 29500
     task: str = "train"
+    until: int | None = None
 
 
 @dataclass(frozen=True)
@@ -70,4 +71,5 @@ def worker_arguments(job: Job) -> list[str]:
         "--attempt",
         str(job.attempt),
         *(["--task", job.task] if job.task != "train" else []),
+        *(["--until", str(job.until)] if job.until else []),
     ]

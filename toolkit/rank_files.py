@@ -2,6 +2,7 @@
 
 rank-0.pid            the process; written first
 rank-0.beat           a count that grows at every place of the loop, the step, and the place
+rank-0.device.json    the device that it trains on, and what drives it
 rank-0.begun.json     which checkpoint was loaded, and which were set aside
 rank-0.outcome.json   how it ended; a launcher's exit code does not tell
 rank-0.log            everything it printed
@@ -47,6 +48,7 @@ class RankFiles:
         self._beat = logs / f"rank-{rank}.beat"
         self._outcome = logs / f"rank-{rank}.outcome.json"
         self._begun = logs / f"rank-{rank}.begun.json"
+        self._device = logs / f"rank-{rank}.device.json"
         self._ended = logs / "ended"
         self._process: Process | None = None
 
@@ -72,6 +74,10 @@ class RankFiles:
         """What the rank has loaded: from_step, checkpoint, set_aside; None as long as it has not."""
         return _object(self._begun)
 
+    def device(self) -> dict[str, Any] | None:
+        """Host, device, and the versions below torch; None as long as it has not said."""
+        return _object(self._device)
+
     def end_attempt(self) -> None:
         """Turn away ranks that come up from now on."""
         with contextlib.suppress(OSError):  # a folder that is gone turns them away too
@@ -91,6 +97,11 @@ class RankFiles:
         """In the rank: what it has loaded."""
         with contextlib.suppress(OSError):
             write_json(self._begun, facts)
+
+    def write_device(self, facts: dict[str, Any]) -> None:
+        """In the rank: what it trains on."""
+        with contextlib.suppress(OSError):
+            write_json(self._device, facts)
 
     def write_outcome(self, outcome: dict[str, Any]) -> None:
         """In the rank: into the reserved space, then renamed, so that it is whole or absent."""

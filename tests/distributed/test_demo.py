@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from test_runs import start
 
-from toolkit.train.metrics import read_metrics
+from toolkit.metrics_file import read_metrics
 
 pytestmark = [pytest.mark.xdist_group("heavy"), pytest.mark.heavy]
 

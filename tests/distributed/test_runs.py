@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from conftest import ROOT, tiny_recipe
 
+from toolkit.metrics_file import read_metrics
 from toolkit.recipe import yaml12
-from toolkit.train.metrics import read_metrics
 
 pytestmark = [pytest.mark.xdist_group("heavy"), pytest.mark.heavy]
 

@@ -22,10 +22,10 @@ from zygote import Child, Zygote
 
 from toolkit.checkpoint.manifest import step_of, verify
 from toolkit.checkpoint.shelf import find_checkpoints
+from toolkit.metrics_file import read_metrics
 from toolkit.processes import Process
 from toolkit.rank_files import RankFiles
 from toolkit.recipe import yaml12
-from toolkit.train.metrics import read_metrics
 
 pytestmark = [pytest.mark.xdist_group("survival")]
 

@@ -63,7 +63,8 @@ CHANGES: dict[str, Any] = {
                    {"keep_every": 4}, {"async": False}, {"on_error": "continue"}],
     "anomalies": [{"max_skipped": 5}, {"spike_sigma": 4.0}, {"spike_window": 50}, {"skip_spikes": True}],
     "launch": [{"launcher": "accelerate"}, {"max_restarts": 1}, {"hang_timeout_s": 5.0}],
-    "logging": [{"every_steps": 3}, {"wandb": {"project": "p"}}, {"wandb": {"project": "p", "mode": "online"}}],
+    "logging": [{"every_steps": 3}, {"wandb": {"project": "p"}}, {"wandb": {"project": "p", "mode": "online"}},
+                {"wandb": {"project": "p", "entity": "e"}}, {"tensorboard": True}],
 }  # fmt: skip
 NEEDS_TEXT = {"loss.chunked", "duration.tokens"}
 EXCEPTIONS = {"schema": "one legal value"}
@@ -93,7 +94,7 @@ def test_every_field_matters() -> None:
             if isinstance(change, dict) and "lr_scaling" in change:
                 covered |= {"optimizer.lr_scaling.rule", "optimizer.lr_scaling.reference_batch"}
             if isinstance(change, dict) and change.get("wandb"):
-                covered |= {"logging.wandb.project", "logging.wandb.mode"}
+                covered |= {"logging.wandb.project", "logging.wandb.mode", "logging.wandb.entity"}
             if isinstance(change, dict) and isinstance(change.get("nodes"), dict):
                 covered |= {"cluster.nodes.min", "cluster.nodes.max"}
     assert not set(_fields(Recipe)) - covered

@@ -12,7 +12,7 @@ from toolkit.errors import PlanError
 from toolkit.recipe.load import validate
 from toolkit.train.models import Skeleton, named_blocks
 
-CARD = Card(1, "causal_lm", "f", 9, 0, 16, "<u2", 257, None, None, 9, 0, 0, {})
+CARD = Card(1, "causal_lm", "f", 9, 0, 16, "bytes", "<u2", 257, None, None, 9, 0, 0, {})
 CONFIG = {"vocab_size": 257, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 16}
 GPT2 = {"source": "config", "factory": None, "architecture": "gpt2", "config": CONFIG}
 

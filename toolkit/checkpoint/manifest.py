@@ -29,7 +29,7 @@ from toolkit.checkpoint.state import TrainState
 from toolkit.errors import CheckpointError
 from toolkit.files import fsync_folder, write_durably
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 STATE = "state.json"
 AMENDMENT = "amendment.json"
@@ -167,6 +167,16 @@ def read_entries(path: Path, rank: int) -> dict[str, Any]:
     """What a rank's shard holds: tensor name -> shape, start, dtype, bytes, sha256."""
     where = path / rank_manifest_name(rank)
     return _parse(where, _read(where))["tensors"]  # type: ignore[no-any-return]
+
+
+def tensor_bytes(path: Path, rank: int, name: str) -> bytes:
+    """A tensor's raw bytes in a rank's shard, little-endian, as one dimension."""
+    where = path / shard_name(rank)
+    start = _data_start(where)
+    with where.open("rb") as file:
+        begin, end = _parse(where, file.read(start)[8:])[name]["data_offsets"]
+        file.seek(start + begin)
+        return file.read(end - begin)
 
 
 def _verify_shard(path: Path, rank: int, digest: str) -> None:

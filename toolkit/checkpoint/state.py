@@ -12,7 +12,7 @@ class TrainState:
 
     `scores` holds the metric of saved steps, the best of them; `recent_losses` the losses that a
     spike is measured against; `evaluation` the last one; `evaluation_due` that the evaluation of this
-    very step is still to come.
+    very step is still to come; `recipe` the resolved one, so that a checkpoint alone can be reproduced.
     """
 
     step: int = 0
@@ -34,7 +34,7 @@ class TrainState:
     skipped_in_a_row: int = 0
     recent_losses: list[float] = field(default_factory=list)
     loss_scale: dict[str, Any] | None = None
-    tracker_ids: dict[str, str] = field(default_factory=dict)
+    recipe: dict[str, Any] | None = None
 
     def advance(self, step: int, samples: int, tokens: int, loss: float) -> None:
         """One step further: samples consumed in all, label tokens of this step, its loss."""

@@ -21,6 +21,9 @@ COMMANDS = {
     "export": "export",
     "doctor": "doctor",
     "calibrate": "calibrate",
+    "reproduce": "reproduce",
+    "compare": "compare",
+    "runs": "runs",
 }
 """Which file of this package holds a command; only that one is imported."""
 

@@ -7,14 +7,17 @@ import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from launchers import LAUNCHERS, Command
 from launchers.base import Job
 from toolkit.cli.show import run_facts
-from toolkit.errors import DoesNotFit, LaunchError
+from toolkit.errors import DoesNotFit, LaunchError, RecipeError
 from toolkit.plan.model import Plan
 from toolkit.recipe.schema import Recipe
 from toolkit.runs.folder import RunFolder
+from toolkit.runs.trackers import wanted
+from toolkit.secrets import Secrets
 from toolkit.units import format_bytes
 
 Node = tuple[int, str, int]
@@ -29,11 +32,22 @@ def check_offered(recipe: Recipe) -> None:
             f"launch.launcher: {launcher} is not installed. "
             f"Nearest: pip install 'drumline[{launcher}]', or launch.launcher=torchrun"
         )
-    if recipe.logging.wandb:
-        raise LaunchError(
-            "logging.wandb: this release has no W&B tracker yet. Nearest: logging.wandb=null; "
-            "metrics.jsonl holds every step"
-        )
+    for tracker in wanted(recipe):
+        if find_spec(tracker) is None:
+            raise LaunchError(
+                f"logging.{tracker}: {tracker} is not installed. "
+                f"Nearest: pip install 'drumline[{tracker}]'; metrics.jsonl holds every step in any case"
+            )
+
+
+def refuse_secrets(recipe: Recipe, secrets: Secrets) -> None:
+    """RecipeError where the recipe holds a value that the environment holds under a secret's name."""
+    for name, value in recipe.model_dump(by_alias=True).items():
+        if secrets.hide_in(value) != value:
+            raise RecipeError(
+                f"recipe: {name}: it holds a secret of this environment, and recipes are written into "
+                "records. Nearest: read it from the environment where it is needed"
+            )
 
 
 def show_command(plan: Plan, run_dir: Path | None, node: Node, as_json: bool) -> None:
@@ -83,16 +97,14 @@ def refuse_what_does_not_fit(plan: Plan, force: bool, as_json: bool) -> None:
         )
 
 
-def _render(
-    plan: Plan, folder: RunFolder, attempt: int, node: Node, task: str = "train"
-) -> Command:
+def _render(plan: Plan, folder: RunFolder, attempt: int, node: Node, **what: Any) -> Command:
     where = folder.plan_file(attempt), folder.path, attempt, sys.executable
-    return LAUNCHERS[plan.recipe.launch.launcher](plan, Job(*where, *node, task))
+    return LAUNCHERS[plan.recipe.launch.launcher](plan, Job(*where, *node, **what))
 
 
-def render_alone(plan: Plan, folder: RunFolder, attempt: int, task: str = "train") -> Command:
-    """What starts an attempt on this machine, at a port that nobody has."""
-    return _render(plan, folder, attempt, _alone(), task)
+def render_alone(plan: Plan, folder: RunFolder, attempt: int, **what: Any) -> Command:
+    """What starts an attempt on this machine, at a port that nobody has; `what`: the Job's task, until."""
+    return _render(plan, folder, attempt, _alone(), **what)
 
 
 def this_node(plan: Plan, node_rank: int | None, rendezvous: str | None) -> Node:

@@ -1,9 +1,9 @@
 """`drumline run` and `drumline resume`."""
 
 import json
+import os
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -11,28 +11,25 @@ import typer
 
 from toolkit.cli.launch import (
     check_offered,
+    refuse_secrets,
     refuse_what_cannot_start,
     refuse_what_does_not_fit,
-    render_alone,
     show_command,
     this_node,
 )
 from toolkit.cli.plan import AsJson, Gpus, Overrides, RecipeArgument, make_plan, prepare_data
-from toolkit.cli.show import change_words, plan_table, run_facts
-from toolkit.cli.world import read_world
+from toolkit.cli.show import plan_table, run_facts
+from toolkit.cli.train_here import train_here
 from toolkit.errors import LaunchError, RunFolderError
 from toolkit.files import ForgivingOutput
-from toolkit.plan.advise import with_advice
 from toolkit.plan.model import Plan
-from toolkit.plan.resplit import with_smaller_per_device
 from toolkit.recipe.load import load_recipe, override
 from toolkit.recipe.schema import Recipe
 from toolkit.runs import folder as run_folder
 from toolkit.runs.folder import RunFolder
 from toolkit.runs.outcome import Result
-from toolkit.runs.progress import Progress
 from toolkit.runs.record import new_record
-from toolkit.runs.supervise import Surroundings, run_attempts
+from toolkit.secrets import Secrets
 from toolkit.units import format_duration
 
 Force = Annotated[bool, typer.Option("--force", help="Train although the plan does not fit.")]
@@ -58,6 +55,8 @@ def run_command(
         check_offered(loaded)
         if node_rank is not None or rendezvous is not None:
             raise LaunchError("--node-rank and --rendezvous go with --dry-run")
+    secrets = Secrets(os.environ)
+    refuse_secrets(loaded, secrets)
     if run_dir is not None:
         run_folder.check_new(run_dir)
     if dry_run or not _needs_data(loaded):
@@ -71,7 +70,7 @@ def run_command(
     sys.stderr = ForgivingOutput(sys.stderr.fileno())
     print(plan_table(plan), file=sys.stderr)
     folder = run_folder.create(plan.recipe, run_dir)
-    folder.write_record(new_record(plan))
+    folder.write_record(new_record(plan, sys.argv, secrets))
     _finish(folder, plan, "start", as_json)
 
 
@@ -121,23 +120,8 @@ def _needs_data(recipe: Recipe) -> bool:
 
 def _finish(folder: RunFolder, plan: Plan, cause: str, as_json: bool) -> None:
     """Run the attempts, say how it ended, and leave with the right code."""
-    print(f"\nrun folder {folder.path}", file=sys.stderr)
-    started = time.monotonic()
-    progress = Progress(plan.steps.total)
-    around = Surroundings(
-        render=lambda current, number: render_alone(current, folder, number),
-        shrink=_smaller_plan,
-        advice=_advice_words,
-        tick=progress,
-        say=progress.say,
-    )
-    try:
-        with folder.locked():
-            result = run_attempts(folder, plan, cause, around)
-    finally:
-        progress.close()
-    seconds = time.monotonic() - started
-    _report(folder, plan, result, seconds)
+    result, seconds = train_here(folder, plan, cause)
+    report_end(folder, plan, result, seconds)
     if as_json:
         facts = run_facts(
             folder.path, result.step, result.loss, result.evaluation, seconds, result.outcome
@@ -147,21 +131,8 @@ def _finish(folder: RunFolder, plan: Plan, cause: str, as_json: bool) -> None:
         raise typer.Exit(result.exit_code)
 
 
-def _smaller_plan(plan: Plan) -> Plan | None:
-    """What runs after an attempt that ran out of memory."""
-    smaller = with_smaller_per_device(plan.recipe, plan.batch.split)
-    return make_plan(smaller) if smaller else None
-
-
-def _advice_words(plan: Plan) -> str:
-    """What could make a plan fit that ran out of memory at per_device 1."""
-    changes = with_advice(plan, read_world(plan.recipe)).advice
-    head = "batch.per_device is 1 already, so a smaller micro-batch is no way out. Nearest:"
-    lines = [f"  {change_words(item.change)}   {item.why}" for item in changes]
-    return "\n".join([head, *lines]) if lines else f"{head} a GPU with more memory"
-
-
-def _report(folder: RunFolder, plan: Plan, result: Result, seconds: float) -> None:
+def report_end(folder: RunFolder, plan: Plan, result: Result, seconds: float) -> None:
+    """How a run ended, where it lies, and what to do next."""
     shown = shlex.quote(str(_shortest(folder.path)))
     words = f"{result.outcome} at step {result.step:,} after {format_duration(seconds)}"
     if result.loss is not None:

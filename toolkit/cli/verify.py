@@ -1,6 +1,7 @@
 """`drumline verify`: the gradient of a recipe's split is that of the undivided batch, or exit 5."""
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +18,7 @@ from toolkit.runs import folder as run_folder
 from toolkit.runs.attempt import run_attempt
 from toolkit.runs.record import attempt_entry, new_record
 from toolkit.runs.signals import Signals
+from toolkit.secrets import Secrets
 
 
 def verify_command(
@@ -92,9 +94,9 @@ def _in_ranks(plan: Plan, task: str) -> dict[str, Any]:
     """Run a task in the recipe's ranks, in a run folder of its own that is thrown away."""
     with tempfile.TemporaryDirectory(prefix="drumline-verify-") as name:
         folder = run_folder.create(plan.recipe, Path(name))
-        folder.write_record(new_record(plan))
+        folder.write_record(new_record(plan, sys.argv, Secrets(os.environ)))
         number = folder.add_attempt(plan, attempt_entry(plan, task))
-        command = render_alone(plan, folder, number, task)
+        command = render_alone(plan, folder, number, task=task)
         print(f"{task}: {plan.batch.split}, {plan.recipe.launch.launcher}", file=sys.stderr)
         with Signals() as signals:
             result = run_attempt(folder, plan, number, command, _quiet, _quiet, signals)

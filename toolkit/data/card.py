@@ -4,12 +4,12 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-CARD_VERSION = 2
+CARD_VERSION = 3
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a prepared folder holds; `fingerprint` depends on content alone, never on paths."""
+    """What a prepared folder holds; `fingerprint` and `tokenizer` depend on content alone, never on paths."""
 
     version: int
     task: str
@@ -17,6 +17,7 @@ class Card:
     samples: int
     validation_samples: int
     sequence_length: int | None
+    tokenizer: str | None
     token_dtype: str | None
     vocabulary: int | None
     feature_shape: list[int] | None

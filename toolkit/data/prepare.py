@@ -146,6 +146,7 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
         samples=train.rows,
         validation_samples=validation.rows,
         sequence_length=data.sequence_length,
+        tokenizer=tokenizer.fingerprint if tokenizer else None,
         token_dtype=dtype,
         vocabulary=tokenizer.vocabulary if tokenizer else None,
         feature_shape=facts["feature_shape"],

@@ -27,12 +27,17 @@ _NOT_TRAINING = {
 
 def recipe_sha256(recipe: Recipe) -> str:
     """SHA-256 of the resolved recipe without logging, description and absolute paths."""
+    return plain_sha256(recipe.model_dump(by_alias=True))
+
+
+def plain_sha256(recipe: dict[str, Any]) -> str:
+    """The same of a resolved recipe as it stands in a record, whatever keys this version knows."""
     return _sha256(_identity(recipe))
 
 
 def training_sha256(recipe: Recipe) -> str:
     """The same, also without the split, cluster, strategy and launcher."""
-    plain = _identity(recipe)
+    plain = _identity(recipe.model_dump(by_alias=True))
     for section, keys in _NOT_TRAINING.items():
         if keys is None:
             plain.pop(section, None)
@@ -41,8 +46,8 @@ def training_sha256(recipe: Recipe) -> str:
     return _sha256(plain)
 
 
-def _identity(recipe: Recipe) -> dict[str, Any]:
-    plain = recipe.model_dump(by_alias=True, exclude={"logging", "description"})
+def _identity(recipe: dict[str, Any]) -> dict[str, Any]:
+    plain = {k: v for k, v in recipe.items() if k not in ("logging", "description")}
     return _without_absolute_paths(plain)  # type: ignore[no-any-return]
 
 

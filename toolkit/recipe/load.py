@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from toolkit.errors import RecipeError
 from toolkit.recipe import catalogue, yaml12
 from toolkit.recipe.schema import Recipe
+from toolkit.secrets import secrets_in
 
 _UNION_BRANCH = re.compile(r"constrained-\w+|function-\w+\[.*\]|list\[.*\]|str|int")
 PATH_KEYS = (("data", "path"), ("data", "tokenizer"), ("model", "path"))
@@ -70,6 +71,12 @@ def validate(raw: dict[str, Any], origin: str) -> Recipe:
         raise RecipeError(
             f"{origin}: strategy.name: {raw['strategy']['name']!r}: drumline splits the batch only; "
             "tensor and pipeline parallelism are not offered. Nearest: fsdp"
+        )
+    found = list(secrets_in(raw))
+    if found:
+        raise RecipeError(
+            f"{origin}: {found[0]}: secrets do not belong in a recipe, which is written into records and "
+            "trackers. Nearest: an environment variable"
         )
     try:
         return Recipe.model_validate(raw)

@@ -299,7 +299,8 @@ class Launch(Section):
 class Wandb(Section):
     """Weights & Biases: project and mode; keys and tokens never stand in a recipe."""
 
-    project: str
+    project: Name
+    entity: Name | None = None
     mode: Literal["online", "offline"] = "offline"
 
 
@@ -308,6 +309,7 @@ class Logging(Section):
 
     every_steps: Count = 10
     wandb: Wandb | None = None
+    tensorboard: bool = False
 
 
 class Recipe(Section):

@@ -74,6 +74,10 @@ class RunFolder:
         """Replace record.json."""
         write_json(self.record_file, record)
 
+    def write_recipe(self, recipe: dict[str, Any], comment: str = "") -> None:
+        """Replace recipe.yaml: the resolved recipe, and lines that begin with #."""
+        write_text(self.recipe_file, yaml12.dump(recipe) + comment)
+
     def latest_plan(self) -> Plan:
         """The plan of the newest attempt; RunFolderError where the run never came to one."""
         attempts = len(self.read_record()["attempts"])
@@ -99,14 +103,18 @@ class RunFolder:
 
     def forget_restarts(self) -> None:
         """Somebody has looked and gone on: max_restarts counts anew."""
-        self.write_record({**self.read_record(), "restarts": 0})
+        self.note(restarts=0)
 
-    def end_attempt(self, number: int, **facts: Any) -> None:
-        """Add how an attempt ended to its entry."""
+    def note_attempt(self, number: int, **facts: Any) -> None:
+        """Add to an attempt's entry; its outcome is also the run's."""
         record = self.read_record()
         record["attempts"][number].update(facts)
         record["outcome"] = facts.get("outcome")
         self.write_record(record)
+
+    def note(self, **facts: Any) -> None:
+        """Add to the record itself."""
+        self.write_record({**self.read_record(), **facts})
 
 
 def _lock(descriptor: int, kind: int) -> bool:
@@ -140,7 +148,7 @@ def create(recipe: Recipe, run_dir: Path | None) -> RunFolder:
         path = _next_numbered(Path.cwd() / "runs", recipe.recipe)
     folder = RunFolder(path)
     folder.checkpoints.mkdir()
-    write_text(folder.recipe_file, yaml12.dump(recipe.model_dump(by_alias=True)))
+    folder.write_recipe(recipe.model_dump(by_alias=True))
     return folder
 
 

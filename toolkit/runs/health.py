@@ -1,7 +1,6 @@
 """What state a run folder is in, and what to do next; reads, changes nothing."""
 
 import contextlib
-import json
 import shlex
 import shutil
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any, Literal
 from toolkit.checkpoint.manifest import verify
 from toolkit.checkpoint.shelf import find_checkpoints
 from toolkit.errors import CheckpointError
+from toolkit.metrics_file import is_torn, last_line
 from toolkit.runs.folder import RunFolder
 from toolkit.units import format_bytes
 
@@ -50,7 +50,7 @@ def examine(path: Path) -> Health:
     folder = RunFolder(path)
     attempts = folder.read_record()["attempts"] if folder.record_file.is_file() else []
     sound, bad = _checkpoints(folder.checkpoints)
-    state = _state(folder, attempts)
+    state = state_of(folder, attempts)
     warnings = [f"{name}: {why}" for name, why in bad.items()]
     torn, step = _metrics(folder.metrics_file)
     if torn:
@@ -75,7 +75,8 @@ def examine(path: Path) -> Health:
     )
 
 
-def _state(folder: RunFolder, attempts: list[dict[str, Any]]) -> State:
+def state_of(folder: RunFolder, attempts: list[dict[str, Any]]) -> State:
+    """What a run does, or how its last attempt ended."""
     if folder.is_locked():
         return "running"
     if not attempts:
@@ -98,18 +99,8 @@ def _checkpoints(folder: Path) -> tuple[list[str], dict[str, str]]:
 
 def _metrics(path: Path) -> tuple[bool, int]:
     """Whether the last line is torn, and the last step that is told."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False, 0
-    step = 0
-    for line in reversed(text.split("\n")):
-        try:
-            step = json.loads(line)["step"]
-            break
-        except (ValueError, KeyError, TypeError):
-            continue
-    return bool(text) and not text.endswith("\n"), step
+    line = last_line(path, lambda line: True)
+    return is_torn(path), line["step"] if line else 0
 
 
 def _little_room(folder: RunFolder, sound: list[str]) -> list[str]:

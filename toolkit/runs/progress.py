@@ -1,10 +1,10 @@
 """What a person sees while a run goes on: a bar on a terminal, plain lines otherwise."""
 
-import json
 import sys
 import time
 from typing import Any
 
+from toolkit.metrics_file import parsed_line
 from toolkit.runs.folder import RunFolder
 from toolkit.units import format_duration
 
@@ -60,7 +60,7 @@ class Progress:
             return []
         whole, _, _ = text.rpartition("\n")
         self._offset += len(whole.encode()) + 1 if whole else 0
-        return [line for text in whole.split("\n") if (line := _parsed(text))]
+        return [line for text in whole.split("\n") if (line := parsed_line(text.encode()))]
 
     def _tell(self, line: dict[str, Any]) -> None:
         step = line["step"]
@@ -110,15 +110,6 @@ def _size(folder: RunFolder) -> int:
         return folder.metrics_file.stat().st_size
     except OSError:
         return 0
-
-
-def _parsed(text: str) -> dict[str, Any] | None:
-    """A line of metrics; None for one that a resume has cut."""
-    try:
-        line = json.loads(text)
-    except ValueError:
-        return None
-    return line if isinstance(line, dict) and "step" in line else None
 
 
 def _odd_words(line: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from launchers.base import Command
 from toolkit.checkpoint.manifest import step_of
@@ -9,6 +10,7 @@ from toolkit.checkpoint.shelf import find_checkpoints, set_aside
 from toolkit.plan.model import Plan
 from toolkit.rank_files import RankFiles
 from toolkit.runs.attempt import Tick, end_ranks, run_attempt
+from toolkit.runs.closing import close_run
 from toolkit.runs.folder import RunFolder
 from toolkit.runs.outcome import Result, steps_done
 from toolkit.runs.peaks import memory_entry
@@ -35,32 +37,41 @@ class Surroundings:
 
 def run_attempts(folder: RunFolder, plan: Plan, cause: str, around: Surroundings) -> Result:
     """Start, and start again as long as that can help; the truth about how the run ended."""
-    failed_at, is_restart = -1, False
     _close_lost_attempt(folder)
     with Signals() as signals:
-        while True:
-            result = _one_attempt(folder, plan, cause, is_restart, around, signals)
-            is_restart = result.kind != "OutOfMemory"
-            if result.kind in _FINAL:
-                return result
-            if signals.first:
-                return result.saying(f"failed while stopping on a signal: {result.message}")
-            if not is_restart:
-                smaller = around.shrink(plan)
-                if smaller is None:
-                    return result.saying(f"{result.message}\n{around.advice(plan)}")
-                cause = _resplit_words(plan, smaller, result)
-                plan = smaller
-            else:
-                if result.step == failed_at:
-                    return result.saying(f"no progress since step {failed_at}: {result.message}")
-                starts = 1 + folder.read_record()["restarts"]
-                if starts > plan.recipe.launch.max_restarts:
-                    return result.saying(f"gave up after {starts} failed starts: {result.message}")
-                failed_at, cause = result.step, f"restart: {result.message}"
-                if result.suspect:
-                    cause += _set_aside_since(folder, result.suspect)
-            around.say(cause)
+        result = _until_final(folder, plan, cause, around, signals)
+    if result.outcome == "finished":
+        close_run(folder, around.say)
+    return result
+
+
+def _until_final(
+    folder: RunFolder, plan: Plan, cause: str, around: Surroundings, signals: Signals
+) -> Result:
+    failed_at, is_restart = -1, False
+    while True:
+        result = _one_attempt(folder, plan, cause, is_restart, around, signals)
+        is_restart = result.kind != "OutOfMemory"
+        if result.kind in _FINAL:
+            return result
+        if signals.first:
+            return result.saying(f"failed while stopping on a signal: {result.message}")
+        if not is_restart:
+            smaller = around.shrink(plan)
+            if smaller is None:
+                return result.saying(f"{result.message}\n{around.advice(plan)}")
+            cause = _resplit_words(plan, smaller, result)
+            plan = smaller
+        else:
+            if result.step == failed_at:
+                return result.saying(f"no progress since step {failed_at}: {result.message}")
+            starts = 1 + folder.read_record()["restarts"]
+            if starts > plan.recipe.launch.max_restarts:
+                return result.saying(f"gave up after {starts} failed starts: {result.message}")
+            failed_at, cause = result.step, f"restart: {result.message}"
+            if result.suspect:
+                cause += _set_aside_since(folder, result.suspect)
+        around.say(cause)
 
 
 def _one_attempt(
@@ -79,6 +90,7 @@ def _one_attempt(
         return Result.failure("disk", 0, f"{where}: {error.strerror or error}")
     try:
         command = around.render(plan, number)
+        folder.note_attempt(number, command=command.argv)
         result = run_attempt(folder, plan, number, command, around.tick, around.say, signals)
     except OSError as error:
         where = error.filename or folder.path
@@ -88,7 +100,7 @@ def _one_attempt(
     ranks = [RankFiles(folder.logs(number), rank) for rank in range(plan.batch.gpus)]
     begun = ranks[0].begun() or {}
     try:
-        folder.end_attempt(
+        folder.note_attempt(
             number,
             ended=now(),
             outcome=result.outcome,
@@ -96,6 +108,7 @@ def _one_attempt(
             step=result.step,
             message=result.message,
             memory=memory_entry(plan, ranks),
+            devices=_devices(ranks),
             **begun,
         )
     except OSError as error:
@@ -113,14 +126,24 @@ def _close_lost_attempt(folder: RunFolder) -> None:
     ranks = [RankFiles(logs, rank) for rank in range(last["split"]["gpus"])]
     if logs.is_dir():
         end_ranks(ranks)
-    folder.end_attempt(
+    folder.note_attempt(
         last["number"],
         ended=now(),
         outcome="failed",
         kind="lost",
         step=steps_done(ranks),
         message="the supervisor was killed",
+        devices=_devices(ranks),
     )
+
+
+def _devices(ranks: list[RankFiles]) -> list[dict[str, Any]]:
+    """What the ranks trained on, each kind once."""
+    found: list[dict[str, Any]] = []
+    for facts in (files.device() for files in ranks):
+        if facts and facts not in found:
+            found.append(facts)
+    return found
 
 
 def _newest_step(folder: RunFolder) -> int:

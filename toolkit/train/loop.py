@@ -44,8 +44,12 @@ def train(
     device: torch.device,
     attempt: int = 0,
     watch: Watch | None = None,
+    until: int | None = None,
 ) -> Outcome:
-    """Train what the plan says, from the newest sound checkpoint if there is one, on this rank."""
+    """Train what the plan says, from the newest sound checkpoint if there is one, on this rank.
+
+    `until`: save and stop after this step, although the plan goes on.
+    """
     recipe, rank, watch = plan.recipe, dist.get_rank(), watch or Watch()
     assert plan.data.cache
     rows = Rows(Path(plan.data.cache), "train")
@@ -78,7 +82,7 @@ def train(
             agreement = Agreement(total, watch.stop_asked(), cadence.time_is_up(), saver.has_failed)
             norm = engine.clip(recipe.optimizer.max_grad_norm)
             verdict = agreement.reach(norm)
-            course.stop = verdict.stop
+            course.stop = verdict.stop or step.number == until
             watch.at("update")
             judgement = judge.judge(step.number, verdict, engine.scaler)
             rate = schedule.rate(plan.schedule, step.number, clock)
@@ -238,8 +242,7 @@ def _restore(
         remove_abandoned(folder)
     chosen = loader.choose(folder)
     if chosen.path is None:
-        fresh = TrainState(training_sha256=plan.training_sha256, fingerprint=plan.data.fingerprint)
-        return fresh, None
+        return _fresh_state(plan), None
     path, state = chosen.path, chosen.state
     watch.step = watch.done = state.step
     for what, saved, here in (
@@ -252,8 +255,17 @@ def _restore(
             )
     loader.load(path, engine.pieces())
     engine.loaded()
+    state.recipe = _fresh_state(plan).recipe
     watch.begun({"from_step": state.step, "checkpoint": path.name, "set_aside": chosen.set_aside})
     print(f"going on from step {state.step}, loaded from {path}", flush=True)
     if state.loss_scale:
         engine.scaler = LossScaler(**state.loss_scale)
     return state, path.name if chosen.has_older else None
+
+
+def _fresh_state(plan: Plan) -> TrainState:
+    return TrainState(
+        training_sha256=plan.training_sha256,
+        fingerprint=plan.data.fingerprint,
+        recipe=plan.recipe.model_dump(by_alias=True),
+    )

@@ -1,4 +1,7 @@
-"""What the device really used: peaks since the last step line, and model FLOP utilisation."""
+"""What the device is and really used: peaks since the last step line, model FLOP utilisation."""
+
+import socket
+from typing import Any
 
 import torch
 
@@ -22,6 +25,24 @@ def device_peaks() -> dict[str, int] | None:
         "reserved": reserved,
         "device": reserved + max(0, outside),
     }
+
+
+def device_facts(device: torch.device) -> dict[str, Any]:
+    """Host and device of this rank, and the libraries below torch; null where there is no GPU."""
+    facts: dict[str, Any] = {
+        "host": socket.gethostname(),
+        "device": device.type,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        "nccl": None,
+        "cudnn": None,
+    }
+    if device.type == "cuda":
+        facts["device"] = torch.cuda.get_device_name(device)
+        facts["cudnn"] = torch.backends.cudnn.version()
+        facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return facts
 
 
 class MemoryGauge:

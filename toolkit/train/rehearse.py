@@ -259,7 +259,7 @@ def blank_card(plan: Plan) -> Card:
     if model.architecture == "vit":
         side = model.config.get("image_size", 224)
         features = [model.config.get("num_channels", 3), side, side]
-    return Card(0, data.task, "", 1, 1, data.sequence_length, None, None, features, DEFAULT_CLASSES,
+    return Card(0, data.task, "", 1, 1, data.sequence_length, None, None, None, features, DEFAULT_CLASSES,
                 1, 0, 0, {})  # fmt: skip
 
 

@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--attempt", type=int, default=0)
     parser.add_argument("--task", choices=["train", "verify", "verify-bitwise"], default="train")
+    parser.add_argument("--until", type=int, help="Save and stop after this step.")
     arguments = parser.parse_args(argv)
     rank = int(os.environ.get("RANK", "0"))
     logs: Path = arguments.run_dir / "logs" / f"attempt-{arguments.attempt}"
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     beat = files.open_beat()
     watch = Watch(beat, beat.wait, lambda: bool(asked), files.write_begun)
     try:
-        outcome = _run(arguments, rank, watch)
+        outcome = _run(arguments, files, watch)
     except BaseException as error:  # everything is told in the outcome file
         traceback.print_exc()
         files.write_outcome({**_failure(error, files.log), "memory": _peaks()})
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _run(arguments: argparse.Namespace, rank: int, watch: Watch) -> dict[str, Any]:
+def _run(arguments: argparse.Namespace, files: RankFiles, watch: Watch) -> dict[str, Any]:
     plan = read_plan(arguments.plan.read_text())
     watch.at("imports")
     # Far less fragmentation than segments of fixed size (benchmarks/memory_ranges.py).
@@ -74,12 +75,16 @@ def _run(arguments: argparse.Namespace, rank: int, watch: Watch) -> dict[str, An
 
     device = _device(plan)
     torch.set_num_threads(_threads(plan))
+    from toolkit.train.memory import device_facts
+
+    files.write_device(device_facts(device))
     watch.at("joining the others")
-    with _process_group(plan, rank, device):
+    with _process_group(plan, files.rank, device):
         if arguments.task == "train":
             from toolkit.train.loop import train
 
-            return vars(train(plan, arguments.run_dir, device, arguments.attempt, watch))
+            where = arguments.run_dir, device, arguments.attempt
+            return vars(train(plan, *where, watch, arguments.until))
         from toolkit.train.verify import verify, verify_bitwise
 
         prove = verify if arguments.task == "verify" else verify_bitwise

@@ -1,0 +1,122 @@
+"""The recorded code: what is in it, what is left out, and that it comes back."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import tiny_recipe
+
+from toolkit.errors import RunError
+from toolkit.recipe.load import validate
+from toolkit.recipe.schema import Recipe
+from toolkit.runs.code import FILE_LIMIT, inside, read_code, restore_code
+from toolkit.secrets import Secrets
+
+NOTHING = Secrets({})
+
+
+def git(folder: Path, *arguments: str) -> str:
+    settings = ["-c", "user.name=t", "-c", "user.email=t@t", "-c", "init.defaultBranch=main"]
+    command = ["git", "-C", str(folder), *settings, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A repository with one commit, and the recipe's project in a folder of it."""
+    top = tmp_path / "repository"
+    (top / "recipes").mkdir(parents=True)
+    git(top, "init", "-q")
+    (top / ".gitignore").write_text("ignored.txt\nruns/\n")
+    (top / "recipes/example_models.py").write_text("def mlp():\n    return 1\n")
+    (top / "näme with space.txt").write_text("a\nb\n")
+    git(top, "add", ".")
+    git(top, "commit", "-qm", "first")
+    return top / "recipes"
+
+
+def recipe_in(project: Path) -> Recipe:
+    return validate(tiny_recipe(project=str(project)), "r")
+
+
+def test_commit_diff_and_untracked_files_come_back(project: Path, tmp_path: Path) -> None:
+    """An edited file, a deleted one, a binary one and a new one: the worktree equals the original."""
+    top = project.parent
+    (project / "example_models.py").write_text("def mlp():\n    return 2\n")
+    (top / "näme with space.txt").unlink()
+    (project / "new.py").write_text("x = 'é'\r\n")
+    code = read_code(recipe_in(project), tmp_path, NOTHING)
+    assert code["commit"] == git(top, "rev-parse", "HEAD").strip()
+    assert code["project"] == "recipes"
+    assert code["untracked"] == {"recipes/new.py": "x = 'é'\r\n"}
+    git(top, "checkout", "-q", ".")
+    (project / "new.py").unlink()
+    restored = restore_code(code, project, tmp_path / "restored")
+    assert restored == tmp_path / "restored/recipes"
+    assert (restored / "example_models.py").read_text() == "def mlp():\n    return 2\n"
+    assert (restored / "new.py").read_bytes() == "x = 'é'\r\n".encode()
+    assert not (tmp_path / "restored/näme with space.txt").exists()
+
+
+def test_secrets_ignored_binary_large_files_and_runs_are_left_out(
+    project: Path, tmp_path: Path
+) -> None:
+    """Each is named with the reason, ignored ones and other runs are not even named."""
+    top = project.parent
+    git(top, "remote", "add", "origin", "https://me:hunter2hunter2@example.org/r.git")
+    (top / "ignored.txt").write_text("ignored")
+    (top / ".env").write_text("A=1")
+    (top / "notes.txt").write_text("key hf_abcdefghijklmnopqrstuvwxyz0123")
+    (top / "weights.bin").write_bytes(b"\xff\xfe\x00\x01")
+    (top / "big.txt").write_text("x" * (FILE_LIMIT + 1))
+    (top / "link").symlink_to("/etc/passwd")
+    (top / "out/run-1").mkdir(parents=True)
+    (top / "out/run-1/record.json").write_text("{}")
+    (project / "example_models.py").write_text("TOKEN = 'planted-secret-value'\n")
+    secrets = Secrets({"MY_API_TOKEN": "planted-secret-value"})
+    code = read_code(recipe_in(project), tmp_path, secrets)
+    assert code["left_out"] == {
+        "recipes/example_models.py": "holds a secret",
+        ".env": "holds a secret",
+        "notes.txt": "holds a secret",
+        "weights.bin": "not text",
+        "big.txt": f"{FILE_LIMIT + 1:,} bytes, over {FILE_LIMIT:,}",
+        "link": "not a regular file",
+    }
+    assert code["untracked"] == {}
+    assert code["diff"] == ""
+    assert code["remote"] == "https://[secret]@example.org/r.git"
+
+
+def test_without_a_repository_the_factorys_file_is_kept(tmp_path: Path) -> None:
+    """Its text and its digest are in the record, and restored from it."""
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p/example_models.py").write_text("def mlp(): ...\n")
+    code = read_code(recipe_in(tmp_path / "p"), tmp_path, NOTHING)
+    assert code["commit"] is None
+    assert list(code["factories"]) == ["example_models.py"]
+    restored = restore_code(code, tmp_path, tmp_path / "restored")
+    assert (restored / "example_models.py").read_text() == "def mlp(): ...\n"
+
+
+def test_a_commit_that_is_not_here_is_said(project: Path, tmp_path: Path) -> None:
+    """The message names the commit and what to do."""
+    code = read_code(recipe_in(project), tmp_path, NOTHING)
+    with pytest.raises(RunError, match=r"commit 0123456789ab .*Nearest: git fetch"):
+        restore_code({**code, "commit": "0123456789ab" + "0" * 28}, project, tmp_path / "restored")
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/x", "a/../../x", ".git/hooks/post-checkout", "a/.git/config"]
+)
+def test_a_recorded_name_cannot_lead_out(tmp_path: Path, name: str) -> None:
+    """A record from elsewhere writes only into the folder that is made for it."""
+    with pytest.raises(RunError, match="outside"):
+        inside(tmp_path, name)
+
+
+def test_a_link_inside_is_not_followed(tmp_path: Path) -> None:
+    """A folder of the commit that is a link cannot carry a file elsewhere."""
+    (tmp_path / "out").symlink_to("/tmp")
+    with pytest.raises(RunError, match="link"):
+        inside(tmp_path, "out/x")

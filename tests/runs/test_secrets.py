@@ -1,0 +1,91 @@
+"""What counts as a secret, and that it is hidden wherever it stands."""
+
+import pytest
+from conftest import tiny_recipe
+from hypothesis import given
+from hypothesis import strategies as st
+
+from toolkit.errors import RecipeError
+from toolkit.recipe.load import validate
+from toolkit.recipe.schema import Recipe
+from toolkit.secrets import HIDDEN, Secrets, is_secret_file, is_secret_name, secrets_in
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["HF_TOKEN", "WANDB_API_KEY", "api-key", "apiKey", "db_password", "AWS_SECRET_ACCESS_KEY", "secrets",
+     "clientSecret", "AZURE_CLIENT_CREDENTIALS", "GITHUB_TOKEN", "passphrase"],
+)  # fmt: skip
+def test_names_of_secrets(name: str) -> None:
+    """Usual names are known, in every style of writing."""
+    assert is_secret_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer", "pad_token", "eos_token_id", "image_token", "max_new_tokens_limit", "keyboard", "sequence_length",
+     "key_value_heads", "secretary", "author"],
+)  # fmt: skip
+def test_names_that_are_none(name: str) -> None:
+    """Words of the field that only look like it are let through."""
+    assert not is_secret_name(name)
+
+
+def test_no_key_of_the_recipe_is_taken_for_a_secret() -> None:
+    """Every legal recipe's own keys pass."""
+    from plan.test_fields import _fields
+
+    assert not [name for name in _fields(Recipe) if is_secret_name(name.rpartition(".")[2])
+                if name != "duration.tokens"]  # fmt: skip
+    assert not list(secrets_in(tiny_recipe(duration={"steps": None, "tokens": 5})))
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"data": {"options": {"hf_token": "abc"}}},
+        {"model": {"config": {"nested": {"apiKey": "abc"}}}},
+        {"description": "with hf_abcdefghijklmnopqrstuvwxyz"},
+        {"data": {"path": "https://me:password1@example.org/x"}},
+    ],
+)
+def test_a_recipe_with_a_secret_is_refused(sections: dict) -> None:
+    """By name or by shape, with the key named, and the value not repeated."""
+    with pytest.raises(RecipeError, match="secrets do not belong in a recipe") as caught:
+        validate(tiny_recipe(**sections), "r.yaml")
+    assert "abc" not in str(caught.value)
+
+
+def test_arguments_lose_their_secrets() -> None:
+    """As an option's value, after an equals sign, and by the environment's own value."""
+    secrets = Secrets({"HF_TOKEN": "tok-1234567", "SHORT_KEY": "x", "PATH": "/usr/bin"})
+    argv = [
+        "drumline",
+        "run",
+        "--api-key",
+        "xyz",
+        "--token=xyz",
+        "a.b.password=xyz",
+        "p=tok-1234567/x",
+        "optimizer.lr=1",
+    ]
+    assert secrets.hide_arguments(argv) == [
+        "drumline", "run", "--api-key", HIDDEN, f"--token={HIDDEN}", f"a.b.password={HIDDEN}", f"p={HIDDEN}/x", "optimizer.lr=1",
+    ]  # fmt: skip
+
+
+@given(st.text(), st.text(min_size=8), st.text())
+def test_an_environments_secret_never_survives(before: str, value: str, after: str) -> None:
+    """Whatever stands around it, in any depth of a value."""
+    secrets = Secrets({"MY_TOKEN": value})
+    hidden = secrets.hide_in({"a": [{"b": before + value + after}]})["a"][0]["b"]
+    assert value not in hidden.replace(HIDDEN, "")
+
+
+@pytest.mark.parametrize(
+    "name", [".env", "a/.env.local", "id_rsa", "k.pem", ".aws/config", "my-secrets.yaml", ".netrc"]
+)
+def test_files_of_secrets(name: str) -> None:
+    """Known by their names."""
+    assert is_secret_file(name)
+    assert not is_secret_file("environment.py")

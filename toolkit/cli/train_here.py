@@ -1,0 +1,60 @@
+"""Attempt after attempt on this machine, with progress on stderr: what run, resume and reproduce share."""
+
+import sys
+import time
+
+from toolkit.cli.launch import render_alone
+from toolkit.cli.plan import make_plan
+from toolkit.cli.show import change_words
+from toolkit.cli.world import read_world
+from toolkit.files import ForgivingOutput
+from toolkit.plan.advise import with_advice
+from toolkit.plan.model import Plan
+from toolkit.plan.resplit import with_smaller_per_device
+from toolkit.runs.folder import RunFolder
+from toolkit.runs.outcome import Result
+from toolkit.runs.progress import Progress
+from toolkit.runs.supervise import Surroundings, run_attempts
+from toolkit.runs.trackers import Trackers
+
+
+def train_here(
+    folder: RunFolder, plan: Plan, cause: str, until: int | None = None
+) -> tuple[Result, float]:
+    """Run the attempts; how it ended, and the seconds that it took."""
+    sys.stderr = ForgivingOutput(sys.stderr.fileno())
+    print(f"\nrun folder {folder.path}", file=sys.stderr)
+    started = time.monotonic()
+    progress = Progress(until or plan.steps.total)
+
+    def tick(current: RunFolder) -> None:
+        progress(current)
+        trackers.look()
+
+    around = Surroundings(
+        render=lambda current, number: render_alone(current, folder, number, until=until),
+        shrink=_smaller_plan,
+        advice=_advice_words,
+        tick=tick,
+        say=progress.say,
+    )
+    try:
+        with folder.locked(), Trackers(folder, plan.recipe, progress.say) as trackers:
+            result = run_attempts(folder, plan, cause, around)
+    finally:
+        progress.close()
+    return result, time.monotonic() - started
+
+
+def _smaller_plan(plan: Plan) -> Plan | None:
+    """What runs after an attempt that ran out of memory."""
+    smaller = with_smaller_per_device(plan.recipe, plan.batch.split)
+    return make_plan(smaller) if smaller else None
+
+
+def _advice_words(plan: Plan) -> str:
+    """What could make a plan fit that ran out of memory at per_device 1."""
+    changes = with_advice(plan, read_world(plan.recipe)).advice
+    head = "batch.per_device is 1 already, so a smaller micro-batch is no way out. Nearest:"
+    lines = [f"  {change_words(item.change)}   {item.why}" for item in changes]
+    return "\n".join([head, *lines]) if lines else f"{head} a GPU with more memory"

@@ -1,0 +1,110 @@
+"""Tokens, keys and passwords: found by name, by shape, or because the environment holds them.
+
+They are refused in recipes and hidden in everything else that is written. Pure: the environment is
+given.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+HIDDEN = "[secret]"
+
+_NAME = re.compile(
+    r"(^|_)(api_?key|access_?key|auth_?key|private_?key|key_?id|secret|token|auth|password|passwd|passphrase|"
+    r"credential)s?$"
+)
+_SPECIAL_TOKEN = re.compile(
+    r"(^|_)(bos|eos|pad|unk|sep|cls|mask|start|end|image|audio|video|special|stop|extra)_tokens?$"
+)
+_SHAPES = re.compile(
+    r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
+    r"|glpat-[\w-]{20,}|AKIA[0-9A-Z]{16}|AIza[\w-]{35}|xox[abeprs]-[\w-]{10,}|wandb_v\d_\w{20,}"
+    r"|npm_[A-Za-z0-9]{30,}|pypi-[\w-]{30,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+)
+_USER_IN_URL = re.compile(r"(?<=://)[^/\s@:]+:[^/\s@]+(?=@)")
+_FILE = re.compile(
+    r"(^|/)(\.env(\..*)?|\.netrc|_netrc|\.npmrc|\.pypirc|\.pgpass|id_(rsa|dsa|ecdsa|ed25519)|.*\.(pem|key|p12|pfx"
+    r"|keystore|kdbx)|.*(secret|credential|password)[^/]*\.(ya?ml|json|toml|ini|txt|env|cfg)"
+    r"|\.(aws|ssh|gnupg|kube|docker)/.*)$",
+    re.IGNORECASE,
+)
+_SHORTEST = 8
+"""An environment's secret shorter than this would be found in innocent text."""
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a key, option or variable of this name holds a secret: `api_key`, `HF_TOKEN`, `dbPassword`."""
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).replace("-", "_").lower()
+    return bool(_NAME.search(snake)) and not _SPECIAL_TOKEN.search(snake)
+
+
+def is_secret_file(path: str) -> bool:
+    """Whether a file of this name usually holds secrets: `.env`, `id_rsa`, `*.pem`."""
+    return bool(_FILE.search(path))
+
+
+def secrets_in(value: Any, path: str = "") -> Iterator[str]:
+    """Dotted paths of a plain value's secrets: text under a secret's name, or of a secret's shape."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            where = f"{path}.{key}" if path else str(key)
+            if isinstance(item, str) and item and is_secret_name(str(key)):
+                yield where
+            else:
+                yield from secrets_in(item, where)
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from secrets_in(item, f"{path}[{number}]")
+    elif isinstance(value, str) and (_SHAPES.search(value) or _USER_IN_URL.search(value)):
+        yield path
+
+
+class Secrets:
+    """What must not be written: the environment's own secrets, and what looks like one."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._known = sorted(
+            {v for k, v in environment.items() if is_secret_name(k) and len(v) >= _SHORTEST},
+            key=len,
+            reverse=True,
+        )
+
+    def are_in(self, text: str) -> bool:
+        """Whether the text holds one."""
+        return self.hide(text) != text
+
+    def hide(self, text: str) -> str:
+        """The text with `[secret]` in their place."""
+        for value in self._known:
+            text = text.replace(value, HIDDEN)
+        return _USER_IN_URL.sub(HIDDEN, _SHAPES.sub(HIDDEN, text))
+
+    def hide_in(self, value: Any) -> Any:
+        """A plain value, with every secret in it hidden; under a secret's name, all text is one."""
+        if isinstance(value, dict):
+            return {
+                key: HIDDEN
+                if isinstance(item, str) and item and is_secret_name(str(key))
+                else self.hide_in(item)
+                for key, item in value.items()
+            }
+        if isinstance(value, list):
+            return [self.hide_in(item) for item in value]
+        return self.hide(value) if isinstance(value, str) else value
+
+    def hide_arguments(self, argv: list[str]) -> list[str]:
+        """A command line: `--token X`, `--token=X` and `data.options.api_key=X` lose their X."""
+        hidden, is_value = [], False
+        for argument in argv:
+            name, equals, _ = argument.partition("=")
+            names_secret = is_secret_name(name.lstrip("-").rpartition(".")[2])
+            if is_value and not argument.startswith("-"):
+                hidden.append(HIDDEN)
+            elif equals and names_secret:
+                hidden.append(f"{name}={HIDDEN}")
+            else:
+                hidden.append(self.hide(argument))
+            is_value = names_secret and not equals and argument.startswith("-")
+        return hidden
