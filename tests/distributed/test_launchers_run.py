@@ -190,3 +190,17 @@ def test_export_gives_what_transformers_loads(drumline: Any, tmp_path: Path) -> 
             for n in range(len(rows))
         )
     assert total / int(rows.counts.sum()) == pytest.approx(loss, rel=1e-5)
+
+
+def test_reproduced_through_another_launcher(drumline: Any, tmp_path: Path) -> None:
+    """Logged under torchrun, trained again under DeepSpeed's ZeRO-2 and under torchrun alone: the verdicts."""
+    done = drumline("run", "tiny-code-lm", *TINY, "duration.steps=8", "--run-dir", "r")
+    assert done.returncode == 0, done.stderr
+    zero = ["launch.launcher=deepspeed", "strategy.name=zero2"]
+    for arguments, verdict in (([], "identical"), (zero, "equal")):
+        done = drumline("reproduce", "r", *arguments, "--json")
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert (found["verdict"], found["steps"]) == (verdict, 8)
+        assert found["loss_error"] < 1e-5
+        assert found["weights_error"] < 1e-5

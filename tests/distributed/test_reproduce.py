@@ -124,6 +124,19 @@ def test_from_what_was_kept(zygote: Zygote, original: Path, tmp_path: Path) -> N
     )
 
 
+def test_from_the_wandb_file_alone(zygote: Zygote, tmp_path: Path) -> None:
+    """The run folder deleted: the offline file is enough, at the same split and at another."""
+    path = run(zygote, tmp_path, logging={"wandb": {"project": "p"}})
+    file = shutil.copy(next(path.rglob("*.wandb")), tmp_path)
+    shutil.rmtree(path)
+    found, _ = reproduce(zygote, tmp_path, file, TRUST)
+    assert found["words"] == f"identical: {STEPS} steps and the final weights, bit for bit"
+    assert not list(Path(found["run"]).glob("wandb"))  # nothing is logged into somebody's project
+    found, _ = reproduce(zygote, tmp_path, file, TRUST, "--gpus", "4")
+    assert (found["verdict"], found["steps"]) == ("equal", STEPS)
+    assert 0 < found["weights_error"] < 1e-5
+
+
 def test_what_is_refused(zygote: Zygote, original: Path, tmp_path: Path) -> None:
     """Foreign code, another training, an edited record, too many steps: exit 2, and nothing is left."""
     copy = tmp_path / "edited"

@@ -71,8 +71,8 @@ class Trackers:
 
     def finish(self) -> None:
         """Let them send the rest; whoever takes too long is dropped."""
-        for process, _, _ in self._running.values():
-            process.terminate()
+        for _, beat, _ in self._running.values():
+            over_file(beat).touch()
         deadline = time.monotonic() + LEAVE_S
         for name, (process, _, log) in list(self._running.items()):
             try:
@@ -89,6 +89,7 @@ class Trackers:
         place.mkdir(exist_ok=True)
         beat, log = place / f"{name}.beat", place / f"{name}.log"
         beat.touch()
+        over_file(beat).unlink(missing_ok=True)
         package = str(Path(__file__).resolve().parents[3])
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
         env = {
@@ -115,6 +116,11 @@ class Trackers:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         self._say(f"{name} is dropped: {why} (metrics.jsonl has every step; see {log})")
+
+
+def over_file(beat: Path) -> Path:
+    """Beside a tracker's beat: the run is over."""
+    return beat.with_suffix(".over")
 
 
 def _mtime(path: Path) -> float:

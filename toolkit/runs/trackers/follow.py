@@ -3,7 +3,8 @@
     python -m toolkit.runs.trackers.follow wandb RUN_FOLDER
 
 What was sent stands in `trackers/<name>.sent`, so that after a resume a step is sent again only where it came
-out otherwise. SIGTERM says that the run is over: the rest is sent, then it leaves.
+out otherwise. `trackers/<name>.over` says that the run is: the rest is sent, then it leaves. Signals to stop
+are for the ranks.
 """
 
 import os
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from toolkit.metrics_file import parsed_line
-from toolkit.processes import Process
+from toolkit.processes import STOP_SIGNALS, Process
 from toolkit.runs.folder import RunFolder
+from toolkit.runs.trackers import over_file
 
 _POLL_S = 0.5
 
@@ -88,21 +90,21 @@ class Sent:
 
 def follow(name: str, folder: RunFolder) -> None:
     """Until the run is over, or its supervisor gone."""
-    over: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: over.append(number))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     supervisor = Process.parse(os.environ.get("DRUMLINE_SUPERVISOR", ""))
     place = folder.path / "trackers"
+    beat = place / f"{name}.beat"
     tail, sent = MetricsTail(folder.metrics_file), Sent(place / f"{name}.sent")
     module, _, kind = TRACKERS[name].partition(":")
     tracker: Tracker = getattr(import_module(module), kind)(folder)
     while True:
-        is_last = bool(over) or (supervisor is not None and not supervisor.is_alive)
+        is_last = over_file(beat).exists() or (supervisor is not None and not supervisor.is_alive)
         for line in tail.new_lines():
             if sent.is_new(line):
                 tracker.log(line)
         sent.flush()
-        (place / f"{name}.beat").touch()
+        beat.touch()
         if is_last:
             break
         time.sleep(_POLL_S)
