@@ -24,6 +24,7 @@ COMMANDS = {
     "reproduce": "reproduce",
     "compare": "compare",
     "runs": "runs",
+    "report": "report",
 }
 """Which file of this package holds a command; only that one is imported."""
 

@@ -36,6 +36,7 @@ _MOST_STEPS = 64
 class Logged:
     """What is known of a run: its record (or a part of it) and its step lines, each step once.
 
+    `events` are lines beside the steps: saves, and saves that failed.
     `until`: compare up to this step only, where a checkpoint was named.
     """
 
@@ -43,6 +44,7 @@ class Logged:
     record: dict[str, Any]
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
     until: int | None = None
 
     @property
@@ -89,20 +91,26 @@ def read_logged(where: str) -> Logged:
 
 def read_folder(folder: RunFolder, until: int | None = None) -> Logged:
     """A run folder's record and metrics."""
-    steps, evaluations = split_lines(read_metrics(folder.metrics_file))
-    return Logged(str(folder.path), folder.read_record(), steps, evaluations, until)
+    lines = split_lines(read_metrics(folder.metrics_file))
+    return Logged(str(folder.path), folder.read_record(), *lines, until)
 
 
-def split_lines(lines: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Step lines and evaluation lines; of a step that stands there twice, the later one."""
+Lines = list[dict[str, Any]]
+
+
+def split_lines(lines: Lines) -> tuple[Lines, Lines, Lines]:
+    """Step lines, evaluations, events; of a step that stands there twice, the later one."""
     steps: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, dict[str, Any]] = {}
+    events = []
     for line in lines:
         if "lr" in line:
             steps[line["step"]] = line
         elif "eval/loss" in line:
             evaluations[line["step"]] = line
-    return [steps[n] for n in sorted(steps)], [evaluations[n] for n in sorted(evaluations)]
+        else:
+            events.append(line)
+    return [steps[n] for n in sorted(steps)], [evaluations[n] for n in sorted(evaluations)], events
 
 
 def facts_comment(record: dict[str, Any], steps: list[dict[str, Any]]) -> str:
@@ -159,4 +167,4 @@ def _read_checkpoint(path: Path) -> Logged:
             "training_sha256": state.training_sha256,
         }
     steps = [line for line in logged.steps if line["step"] <= state.step]
-    return Logged(str(path), record, steps, [], state.step)
+    return Logged(str(path), record, steps, until=state.step)

@@ -37,7 +37,7 @@ class Progress:
                 self._evaluation = f"validation {_number(line['eval/loss'], '.4f')}"
                 if self._show and self._bar is None:
                     print(f"step {line['step']:,}: {self._evaluation}", file=sys.stderr)
-            else:
+            elif "lr" in line:
                 latest = line
                 if line.get("why", "overflow") != "overflow":
                     self.say(_odd_words(line))

@@ -62,8 +62,7 @@ def _logged(
     record["weights"] = summary.get("weights")
     lines = [{k: v for k, v in row.items() if not k.startswith("_")} for row in history]
     lines = [_STEP_DEFAULTS | row if "lr" in row else row for row in lines if "step" in row]
-    steps, evaluations = split_lines(lines)
-    return Logged(name, record, steps, evaluations)
+    return Logged(name, record, *split_lines(lines))
 
 
 def _files_of(path: Path) -> list[Path]:

@@ -175,7 +175,8 @@ def _saver(plan: Plan, folder: Path, attempt: int, saved_step: int, logbook: Log
     store = dist.distributed_c10d._get_default_store()
     name = f"{folder.name}-{attempt}"
     votes = Votes(store, name, rank, plan.batch.gpus, recipe.launch.hang_timeout_s)
-    return Saver(folder / "checkpoints", recipe.checkpoint, votes, rank, saved_step, logbook.sync)
+    told = logbook.sync, logbook.record_save
+    return Saver(folder / "checkpoints", recipe.checkpoint, votes, rank, saved_step, *told)
 
 
 def _save(engine: Engine, saver: Saver, state: TrainState) -> None:

@@ -76,8 +76,12 @@ class Logbook:
             self._file.add(step=step, **evaluation)
             self.flush()
 
-    def record_event(self, step: int, **values: str) -> None:
-        """Something that happened beside the steps, such as a save that failed."""
+    def record_save(self, step: int) -> None:
+        """A checkpoint is published: when, in seconds since 1970."""
+        self.record_event(step, **{"checkpoint/saved": round(time.time(), 3)})
+
+    def record_event(self, step: int, **values: str | float) -> None:
+        """Something that happened beside the steps, such as a save, or one that failed."""
         if self._file:
             self._file.add(step=step, **values)
             self.flush()

@@ -76,9 +76,10 @@ class Saver:
         rank: int,
         saved_step: int = 0,
         before_publishing: Callable[[], None] = lambda: None,
+        published: Callable[[int], None] = lambda step: None,
     ) -> None:
         self._folder, self._spec, self._votes, self._rank = folder, spec, votes, rank
-        self._before_publishing = before_publishing
+        self._before_publishing, self._published = before_publishing, published
         self._saved_step = saved_step
         self._host: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -227,6 +228,7 @@ class Saver:
             fsync_folder(self._folder)
         except OSError as failure:
             return f"{final}: rank 0 cannot publish: {failure.strerror or failure}"
+        self._published(state["step"])
         apply_retention(self._folder, self._spec, TrainState(**state))
         return ""
 
