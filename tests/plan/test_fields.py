@@ -64,7 +64,7 @@ CHANGES: dict[str, Any] = {
     "anomalies": [{"max_skipped": 5}, {"spike_sigma": 4.0}, {"spike_window": 50}, {"skip_spikes": True}],
     "launch": [{"launcher": "accelerate"}, {"max_restarts": 1}, {"hang_timeout_s": 5.0}],
     "logging": [{"every_steps": 3}, {"wandb": {"project": "p"}}, {"wandb": {"project": "p", "mode": "online"}},
-                {"wandb": {"project": "p", "entity": "e"}}, {"tensorboard": True}],
+                {"wandb": {"project": "p", "entity": "e"}}, {"tensorboard": True}, {"noise_scale": True}],
 }  # fmt: skip
 NEEDS_TEXT = {"loss.chunked", "duration.tokens"}
 EXCEPTIONS = {"schema": "one legal value"}

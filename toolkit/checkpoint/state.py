@@ -11,8 +11,9 @@ class TrainState:
     """What a run needs besides tensors to go on as if it had never stopped.
 
     `scores` holds the metric of saved steps, the best of them; `recent_losses` the losses that a
-    spike is measured against; `evaluation` the last one; `evaluation_due` that the evaluation of this
-    very step is still to come; `recipe` the resolved one, so that a checkpoint alone can be reproduced.
+    spike is measured against; `noise` what the last steps tell of the gradient noise scale.
+    `evaluation` is the last one; `evaluation_due` says that the evaluation of this very step is still
+    to come; `recipe` is the resolved one, so that a checkpoint alone can be reproduced.
     """
 
     step: int = 0
@@ -33,6 +34,7 @@ class TrainState:
     skipped_steps: list[int] = field(default_factory=list)
     skipped_in_a_row: int = 0
     recent_losses: list[float] = field(default_factory=list)
+    noise: list[tuple[float, float]] = field(default_factory=list)
     loss_scale: dict[str, Any] | None = None
     recipe: dict[str, Any] | None = None
 

@@ -22,7 +22,9 @@ from toolkit.cli.show import plan_table, run_facts
 from toolkit.cli.train_here import train_here
 from toolkit.errors import LaunchError, RunFolderError
 from toolkit.files import ForgivingOutput
+from toolkit.metrics_file import last_line
 from toolkit.plan.model import Plan
+from toolkit.plan.noise import logged_noise, noise_words
 from toolkit.recipe.load import load_recipe, override
 from toolkit.recipe.schema import Recipe
 from toolkit.runs import folder as run_folder
@@ -142,6 +144,9 @@ def report_end(folder: RunFolder, plan: Plan, result: Result, seconds: float) ->
     print(f"\n{words}", file=sys.stderr)
     if result.message:
         print(result.message, file=sys.stderr)
+    line = last_line(folder.metrics_file, lambda line: "noise_scale" in line)
+    if noise := logged_noise(line or {}):
+        print(noise_words(noise, plan.batch.effective, plan.batch.accumulation), file=sys.stderr)
     print(f"run   {shown} (metrics.jsonl has a line for every step)", file=sys.stderr)
     if result.outcome == "finished":
         batch = plan.batch

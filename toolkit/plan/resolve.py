@@ -24,6 +24,7 @@ from toolkit.plan.model import (
     Plan,
     StepFacts,
 )
+from toolkit.plan.noise import is_measurable
 from toolkit.plan.shapes import ModelShape
 from toolkit.plan.steps import Clock
 from toolkit.recipe.schema import Recipe
@@ -103,7 +104,8 @@ def resolve(recipe: Recipe, world: World = World()) -> Plan:
         warnings=warnings
         + batchnorm_warnings(resolved, split, world.factory_has_batchnorm)
         + _step_warnings(split, clock)
-        + _rate_warnings(curve),
+        + _rate_warnings(curve)
+        + _noise_warnings(recipe, split),
     )
 
 
@@ -121,6 +123,11 @@ def _check_strategy(recipe: Recipe) -> None:
         raise PlanError(
             f"model.attention: flash needs compute capability 8.0, and {recipe.cluster.gpu} is older. "
             "Nearest: sdpa"
+        )
+    if recipe.logging.noise_scale and recipe.strategy.shard == "node":
+        raise PlanError(
+            "logging.noise_scale: with strategy.shard node no rank sees the gradient of a micro-batch. "
+            "Nearest: strategy.shard=all"
         )
     sharded_sgd = recipe.optimizer.name == "sgd" and recipe.strategy.name == "fsdp"
     if sharded_sgd and recipe.optimizer.implementation == "fused":
@@ -225,6 +232,13 @@ def _rate_warnings(curve: schedule.Curve) -> list[str]:
         return []
     what = "last epoch" if curve.unit == "epoch" else "only step"
     return [f"the {what} trains at rate 0: set schedule.min_lr_ratio above 0"]
+
+
+def _noise_warnings(recipe: Recipe, split: Split) -> list[str]:
+    is_sharded = recipe.strategy.name == "fsdp"
+    if not recipe.logging.noise_scale or is_measurable(is_sharded, split):
+        return []
+    return ["logging.noise_scale: a step of one micro-batch has nothing to compare; none is logged"]
 
 
 def _warmup(recipe: Recipe, total: int) -> int:

@@ -305,11 +305,15 @@ class Wandb(Section):
 
 
 class Logging(Section):
-    """How often metrics are flushed and shown, and which trackers get them."""
+    """How often metrics are flushed and shown, which trackers get them, what is measured beside.
+
+    `noise_scale` estimates the gradient noise scale, which says what a larger batch would buy.
+    """
 
     every_steps: Count = 10
     wandb: Wandb | None = None
     tensorboard: bool = False
+    noise_scale: bool = False
 
 
 class Recipe(Section):

@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment
 
+from toolkit.plan.noise import logged_noise, noise_words
 from toolkit.runs.differences import environment_differences, recipe_differences
 from toolkit.runs.environment import THAT_TRAIN
 from toolkit.runs.logged import Logged
@@ -79,6 +80,7 @@ def _page(run: Logged, number: int) -> dict[str, Any]:
         "environment": _environment(record),
         "verdict": (record.get("reproduced") or {}).get("words"),
         "parent": (record.get("parent") or {}).get("run"),
+        "noise": _noise(run),
         "shown": {key: len(points) for key, points in curves.items()},
         "steps": len(run.steps),
         "last": run.last_step or 1,
@@ -117,6 +119,13 @@ def _facts(run: Logged) -> list[tuple[str, str]]:
     if run.evaluations:
         facts.insert(2, ("last validation loss", _number(run.evaluations[-1]["eval/loss"])))
     return [(name, value) for name, value in facts if value]
+
+
+def _noise(run: Logged) -> str:
+    """What the last steps tell of a larger batch."""
+    batch = (run.record.get("plan") or {}).get("batch")
+    found = logged_noise(run.steps[-1]) if run.steps else None
+    return noise_words(found, batch["effective"], batch["accumulation"]) if found and batch else ""
 
 
 def _memory(record: dict[str, Any]) -> dict[str, Any] | None:

@@ -10,13 +10,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Verdict:
-    """The step's loss (weighted mean, nats) and gradient norm, and what any rank asks for."""
+    """The step's loss (weighted mean, nats) and gradient norm, and what any rank asks for.
+
+    `beside`: whatever else was summed over the ranks.
+    """
 
     loss: float
     grad_norm: float
     stop: bool
     save_due: bool
     save_failed: bool
+    beside: tuple[float, ...] = ()
 
     @property
     def loss_is_finite(self) -> bool:
@@ -35,17 +39,26 @@ class Agreement:
     Under way while the gradient is clipped; `reach` is the step's one wait for the device.
     """
 
-    def __init__(self, loss: Tensor, stop: bool, save_due: bool, save_failed: bool) -> None:
+    def __init__(
+        self,
+        loss: Tensor,
+        stop: bool,
+        save_due: bool,
+        save_failed: bool,
+        beside: Tensor | None = None,
+    ) -> None:
         save_due = save_due and dist.get_rank() == 0
         flags = torch.tensor([stop, save_due, save_failed], dtype=torch.float32, device=loss.device)
-        self._shared = torch.cat([loss.reshape(1), flags])
+        parts = [loss.reshape(1), flags] if beside is None else [loss.reshape(1), flags, beside]
+        self._shared = torch.cat(parts)
         self._work = dist.all_reduce(self._shared, async_op=True)
 
     def reach(self, norm: Tensor) -> Verdict:
         """The verdict on the step, equal on every rank."""
         self._work.wait()
-        loss, stops, due, failed, grad_norm = torch.cat([self._shared, norm.reshape(1)]).tolist()
-        return Verdict(loss, grad_norm, stops > 0, due > 0, failed > 0)
+        found = torch.cat([self._shared, norm.reshape(1)]).tolist()
+        loss, stops, due, failed, *beside, grad_norm = found
+        return Verdict(loss, grad_norm, stops > 0, due > 0, failed > 0, tuple(beside))
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

@@ -25,19 +25,23 @@ READ_AHEAD_STEPS = 2
 class MicroBatch:
     """One forward of one rank: tensors on the host, and the first slot, which seeds dropout.
 
-    `indices`: its samples. A rank without a sample gets a dummy row of the same step whose targets
-    do not count.
+    `indices`: its samples; `weight`: its part of W. A rank without a sample gets a dummy row of the
+    same step whose targets do not count.
     """
 
     tensors: dict[str, Tensor]
     first_slot: int
     is_dummy: bool
     indices: NDArray[np.int64]
+    weight: float = 0.0
 
 
 @dataclass(frozen=True)
 class Step:
-    """All that a rank needs for one optimizer step; `weight` is W of the whole effective batch."""
+    """All that a rank needs for one optimizer step; `weight` is W of the whole effective batch.
+
+    `first_weight`: the part of it that the first micro-batches of all ranks have.
+    """
 
     number: int
     epoch: int
@@ -47,6 +51,7 @@ class Step:
     digest: str
     indices: NDArray[np.int64]
     micro_batches: list[MicroBatch]
+    first_weight: float = 0.0
 
 
 class StepReader:
@@ -76,11 +81,16 @@ class StepReader:
             epoch=self._clock.epoch(number),
             samples=len(indices),
             tokens=int(counts.sum()),
-            weight=float(len(indices) if self._by_sample else counts.sum()),
+            weight=self._weight(indices),
             digest=order.digest(indices),
             indices=indices,
             micro_batches=micro_batches,
+            first_weight=self._weight(indices[: batch.per_device * batch.gpus]),
         )
+
+    def _weight(self, indices: NDArray[np.int64]) -> float:
+        """Samples, or label tokens."""
+        return float(len(indices) if self._by_sample else self._rows.counts[indices].sum())
 
     def widest(self) -> MicroBatch:
         """The largest micro-batch shape of the run, for warm-up passes; it carries no weight."""
@@ -100,7 +110,8 @@ class StepReader:
         tensors = micro_batch_tensors(self._rows, chosen, self._by_sample, dummy)
         if self._pin:
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        return MicroBatch(tensors, first_slot + start, dummy, indices[start:stop])
+        own = indices[start:stop]
+        return MicroBatch(tensors, first_slot + start, dummy, own, self._weight(own))
 
 
 def micro_batch_tensors(

@@ -12,15 +12,16 @@ from toolkit.checkpoint.shelf import remove_abandoned
 from toolkit.checkpoint.state import TrainState
 from toolkit.data.rows import Rows
 from toolkit.errors import CheckpointError
-from toolkit.plan import schedule
+from toolkit.plan import noise, schedule
 from toolkit.plan.model import Plan
 from toolkit.train import loader
-from toolkit.train.agreement import Agreement
+from toolkit.train.agreement import Agreement, Verdict
 from toolkit.train.anomalies import Judge, find_culprits
 from toolkit.train.batches import Step, StepReader, read_ahead
 from toolkit.train.engines import Engine, build_engine
 from toolkit.train.evaluate import Evaluator
 from toolkit.train.metrics import Logbook
+from toolkit.train.noise import NoiseMeter, NoMeter, build_meter
 from toolkit.train.saver import SaveCadence, Saver
 from toolkit.train.scaler import LossScaler
 from toolkit.train.votes import Votes
@@ -63,6 +64,7 @@ def train(
     evaluator = Evaluator(plan, engine)
     judge = Judge(recipe.anomalies, state, suspect)
     cadence = SaveCadence(recipe.checkpoint)
+    meter = build_meter(plan, engine)
     clock = plan.clock()
     course = _Course(stop=False, reason=_reason_to_stop(state, plan))
 
@@ -76,10 +78,11 @@ def train(
         first = plan.steps.total + 1 if course.is_over else state.step + 1
         for step in logbook.timed(read_ahead(reader, first, plan.steps.total)):
             watch.begin(step.number)
-            losses = forward_backward(engine, step, watch)
+            losses = forward_backward(engine, step, watch, meter)
             watch.at("agreement")
             total = torch.stack(losses).sum() / step.weight
-            agreement = Agreement(total, watch.stop_asked(), cadence.time_is_up(), saver.has_failed)
+            asked = watch.stop_asked(), cadence.time_is_up(), saver.has_failed
+            agreement = Agreement(total, *asked, meter.measured())
             norm = engine.clip(recipe.optimizer.max_grad_norm)
             verdict = agreement.reach(norm)
             course.stop = verdict.stop or step.number == until
@@ -88,6 +91,7 @@ def train(
             rate = schedule.rate(plan.schedule, step.number, clock)
             engine.skip() if judgement.skip else engine.step(rate)
             state.advance(step.number, clock.consumed(step.number), step.tokens, verdict.loss)
+            _add_noise(state, step, verdict)
             odd = judgement.why and judgement.why != "overflow"
             culprits = find_culprits(step, [float(loss) for loss in losses]) if odd else {}
             logbook.record(step, state, verdict, rate, judgement, culprits)
@@ -129,12 +133,15 @@ class _Course:
         return self.stop or bool(self.reason)
 
 
-def forward_backward(engine: Engine, step: Step, watch: Watch) -> list[Tensor]:
+def forward_backward(
+    engine: Engine, step: Step, watch: Watch, meter: NoiseMeter | None = None
+) -> list[Tensor]:
     """All micro-batches of one step on this rank; the undivided loss of each, on the device."""
-    losses = []
+    losses, meter = [], meter or NoMeter()
     count = len(step.micro_batches)
     for number, micro_batch in enumerate(step.micro_batches, start=1):
         watch.at(f"forward of micro-batch {number} of {count}")
+        meter.before(micro_batch, step)
 
         def before_backward(place: str = f"backward of micro-batch {number} of {count}") -> None:
             watch.at(place)
@@ -148,6 +155,7 @@ def forward_backward(engine: Engine, step: Step, watch: Watch) -> list[Tensor]:
             last=number == count,
             before_backward=before_backward,
         )
+        meter.after(number, step)
         losses.append(loss)
     return losses
 
@@ -168,6 +176,15 @@ def _evaluate(
     state.evaluation_due, state.evaluation = False, found
     course.reason = _judge(state, found, plan)
     logbook.record_evaluation(state.step, found)
+
+
+def _add_noise(state: TrainState, step: Step, verdict: Verdict) -> None:
+    """What this step tells of the noise scale, if it was measured, into the window of the last ones."""
+    if verdict.beside and verdict.finite:
+        whole = verdict.grad_norm**2
+        pair = noise.step_pair(verdict.beside, whole, step.weight, step.samples)
+        if pair:
+            state.noise = [*state.noise, pair][-noise.WINDOW :]
 
 
 def _saver(plan: Plan, folder: Path, attempt: int, saved_step: int, logbook: Logbook) -> Saver:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from toolkit.checkpoint.state import TrainState
 from toolkit.metrics_file import MetricsFile
 from toolkit.plan.model import Plan
+from toolkit.plan.noise import noise_scale
 from toolkit.train.agreement import Verdict
 from toolkit.train.anomalies import Judgement
 from toolkit.train.batches import Step
@@ -66,6 +67,7 @@ class Logbook:
             skipped=judgement.skip,
             **({"why": judgement.why, "sigma": judgement.sigma} if judgement.why else {}),
             **culprits,
+            **_noise_values(state),
         )
         if step.number % self._plan.recipe.logging.every_steps == 0:
             self.flush()
@@ -102,3 +104,15 @@ class Logbook:
     def __exit__(self, *error: object) -> None:
         if self._file:
             self._file.close()
+
+
+def _noise_values(state: TrainState) -> dict[str, float]:
+    """B_simple in samples with its interval, once enough steps were measured."""
+    found = noise_scale(state.noise)
+    if found is None:
+        return {}
+    return {
+        "noise_scale": found.value,
+        "noise_scale_low": found.low,
+        "noise_scale_high": found.high,
+    }
