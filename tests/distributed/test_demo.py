@@ -30,6 +30,10 @@ def test_the_demo_learns(tmp_path: Path) -> None:
     assert "32 = 8 per_device × 1 gpus × 4 accumulation" in again.communicate(timeout=60)[0]
     facts = json.loads(out)
     assert facts["eval"]["eval/loss"] < 2.6
+    again = start(tmp_path, "reproduce", "runs/tiny-code-lm-1", "--gpus", "1", "--steps", "20")
+    assert again.communicate(timeout=120)[0].startswith("equal within 1e-05: 20 steps")
+    again = start(tmp_path, "report", "runs/tiny-code-lm-1")
+    assert again.communicate(timeout=60)[0].strip().endswith("runs/tiny-code-lm-1/report.html")
     first = read_metrics(Path(facts["run"]) / "metrics.jsonl")[0]
     assert 5.3 < first["loss"] < 5.7
     assert "run   runs/tiny-code-lm-1" in err

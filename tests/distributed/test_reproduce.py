@@ -255,6 +255,23 @@ def test_another_version_is_shown_and_blamed(
     )
 
 
+def test_dropout(zygote: Zygote, tmp_path: Path) -> None:
+    """Masks follow from the step and the first slot: identical at the same split, others at another."""
+    model = {"source": "config", "factory": None, "architecture": "gpt2", "config": {
+        "vocab_size": 257, "n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}}  # fmt: skip
+    data = {"name": "python-stdlib", "task": "causal_lm", "samples": None, "validation": 0.0, "sequence_length": 32,
+            "options": {"max_files": 10}}  # fmt: skip
+    first = run(zygote, tmp_path, model=model, data=data, project=None,
+                batch={"effective": 24, "per_device": 4, "gpus": 2, "weighting": "token"})  # fmt: skip
+    found, child = reproduce(zygote, tmp_path, str(first))
+    assert found["verdict"] == "identical"
+    found, child = reproduce(
+        zygote, tmp_path, str(first), "batch.per_device=12", "batch.accumulation=1", code=5
+    )
+    assert found["words"].startswith("diverged at step 1 because batch.per_device 4 became 12")
+    assert "split      none: " in child.err
+
+
 def test_no_secret_is_ever_written(
     zygote: Zygote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
