@@ -1,5 +1,6 @@
 """The recorded code: what is in it, what is left out, and that it comes back."""
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,7 +10,14 @@ from conftest import tiny_recipe
 from toolkit.errors import RunError
 from toolkit.recipe.load import validate
 from toolkit.recipe.schema import Recipe
-from toolkit.runs.code import FILE_LIMIT, inside, read_code, restore_code
+from toolkit.runs.code import (
+    FILE_LIMIT,
+    MOST_LEFT_OUT,
+    TOTAL_LIMIT,
+    inside,
+    read_code,
+    restore_code,
+)
 from toolkit.secrets import Secrets
 
 NOTHING = Secrets({})
@@ -120,3 +128,28 @@ def test_a_link_inside_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to("/tmp")
     with pytest.raises(RunError, match="link"):
         inside(tmp_path, "out/x")
+
+
+def test_many_files_are_counted(project: Path, tmp_path: Path) -> None:
+    """The record stays small whatever lies beside the code; what is left out is told."""
+    for number in range(900):
+        (project / f"note-{number:03d}.txt").write_text("x" * 5000)
+    code = read_code(recipe_in(project), tmp_path, NOTHING)
+    kept = TOTAL_LIMIT // 5000
+    assert len(code["untracked"]) == kept
+    assert len(code["left_out"]) == MOST_LEFT_OUT + 1
+    assert code["left_out"]["…"] == f"{900 - kept - MOST_LEFT_OUT:,} more files"
+
+
+def test_a_slow_git_is_told(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repository that takes too long costs its diff, never the run."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/git").write_text(
+        f'#!/bin/sh\ncase "$*" in *diff*|*ls-files*) sleep 9;; *) {shutil.which("git")} "$@";; esac\n'
+    )
+    (tmp_path / "bin/git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    monkeypatch.setattr("toolkit.runs.code._GIT_S", 0.5)
+    code = read_code(recipe_in(project), tmp_path, NOTHING)
+    assert code["commit"]
+    assert set(code["left_out"]) == {"the diff", "untracked files"}

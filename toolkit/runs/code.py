@@ -17,7 +17,10 @@ from toolkit.secrets import Secrets, is_secret_file
 
 FILE_LIMIT = 256 << 10
 TOTAL_LIMIT = 1 << 20
+MOST_LEFT_OUT = 200
+"""More names than this are counted."""
 _GIT_S = 30.0
+_SLOW = f"git did not answer within {_GIT_S:.0f} s"
 _PLAIN_DIFF = ("-c", "core.quotepath=off", "diff", "--binary", "--no-renames", "--no-ext-diff",
                "--no-textconv", "--no-color")  # fmt: skip
 
@@ -30,11 +33,11 @@ def read_code(recipe: Recipe, folder: Path, secrets: Secrets) -> dict[str, Any]:
     base = Path(recipe.project) if recipe.project else folder
     found: dict[str, Any] = {"commit": None, "remote": None, "project": ".", "diff": "",
                              "untracked": {}, "left_out": {}}  # fmt: skip
-    root = _git(base, "rev-parse", "--show-toplevel").strip()
+    root = _said(base, "rev-parse", "--show-toplevel")
     if root:
         top = Path(root)
-        found["commit"] = _git(top, "rev-parse", "--verify", "-q", "HEAD").strip() or None
-        found["remote"] = secrets.hide(_git(top, "remote", "get-url", "origin").strip()) or None
+        found["commit"] = _said(top, "rev-parse", "--verify", "-q", "HEAD") or None
+        found["remote"] = secrets.hide(_said(top, "remote", "get-url", "origin")) or None
         found["project"] = os.path.relpath(base.resolve(), top.resolve())
         _add_diff(found, top, secrets)
         _add_untracked(found, top, secrets)
@@ -44,6 +47,7 @@ def read_code(recipe: Recipe, folder: Path, secrets: Secrets) -> dict[str, Any]:
             place = str(PurePosixPath(found["project"]) / name)
             if place not in found["untracked"]:
                 _add_file(found, base / name, place, secrets)
+    found["left_out"] = _counted(found["left_out"])
     return found
 
 
@@ -55,8 +59,8 @@ def restore_code(code: dict[str, Any], near: Path, target: Path) -> Path:
     """
     commit = code["commit"]
     if commit:
-        top = _git(near, "rev-parse", "--show-toplevel").strip()
-        if not top or not _git(Path(top), "rev-parse", "-q", "--verify", f"{commit}^{{commit}}"):
+        top = _said(near, "rev-parse", "--show-toplevel")
+        if not top or not _said(Path(top), "rev-parse", "-q", "--verify", f"{commit}^{{commit}}"):
             where = f" of {code['remote']}" if code["remote"] else ""
             raise RunError(
                 f"--code: commit {commit[:12]}{where} is not in {top or 'any repository here'}. Nearest: git "
@@ -113,6 +117,9 @@ def _add_diff(found: dict[str, Any], top: Path, secrets: Secrets) -> None:
     if not found["commit"]:
         return
     text = _git(top, *_PLAIN_DIFF, "HEAD")
+    if text is None:
+        found["left_out"]["the diff"] = _SLOW
+        return
     kept, size = [], 0
     for part in re.split(r"^(?=diff --git )", text, flags=re.MULTILINE):
         if not part:
@@ -128,8 +135,11 @@ def _add_diff(found: dict[str, Any], top: Path, secrets: Secrets) -> None:
 
 
 def _add_untracked(found: dict[str, Any], top: Path, secrets: Secrets) -> None:
-    listed = _git(top, "ls-files", "--others", "--exclude-standard", "-z").split("\0")
-    for name in sorted(filter(None, listed)):
+    listed = _git(top, "ls-files", "--others", "--exclude-standard", "-z")
+    if listed is None:
+        found["left_out"]["untracked files"] = _SLOW
+        return
+    for name in sorted(filter(None, listed.split("\0"))):
         path = top / name
         in_a_run = any((p / "record.json").exists() for p in path.parents if p.is_relative_to(top))
         if in_a_run or path.name.endswith(".part"):
@@ -143,8 +153,9 @@ def _add_file(found: dict[str, Any], path: Path, name: str, secrets: Secrets) ->
         return
     used = sum(map(len, found["untracked"].values()))
     size = path.stat().st_size
-    if size > FILE_LIMIT:
-        found["left_out"][name] = f"{size:,} bytes, over {FILE_LIMIT:,}"
+    if size > FILE_LIMIT or used + size > TOTAL_LIMIT:
+        most = f"{FILE_LIMIT:,}" if size > FILE_LIMIT else f"{TOTAL_LIMIT:,} in all"
+        found["left_out"][name] = f"{size:,} bytes, over {most}"
         return
     try:
         text = path.read_bytes().decode()
@@ -170,8 +181,21 @@ def _why_left_out(name: str, text: str, used: int, secrets: Secrets) -> str:
     return f"over {TOTAL_LIMIT:,} in all" if used + len(text) > TOTAL_LIMIT else ""
 
 
-def _git(folder: Path, *arguments: str) -> str:
-    """What git says; nothing where there is no git, no repository, or no answer."""
+def _counted(left_out: dict[str, str]) -> dict[str, str]:
+    """The first names, and how many more there are."""
+    more = len(left_out) - MOST_LEFT_OUT
+    if more <= 0:
+        return left_out
+    return {**dict(list(left_out.items())[:MOST_LEFT_OUT]), "…": f"{more:,} more files"}
+
+
+def _said(folder: Path, *arguments: str) -> str:
+    """One line of git's; nothing where there is none."""
+    return (_git(folder, *arguments) or "").strip()
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git says: nothing where there is no git or no repository; None where it takes too long."""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments],
@@ -180,8 +204,10 @@ def _git(folder: Path, *arguments: str) -> str:
             check=False,
             env={**os.environ, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"},
         )
-    except (OSError, subprocess.TimeoutExpired):
+    except OSError:
         return ""
+    except subprocess.TimeoutExpired:
+        return None
     return done.stdout.decode(errors="surrogateescape") if done.returncode == 0 else ""
 
 
