@@ -13,7 +13,8 @@ class Job:
     """Where an attempt lies: the workers read `plan_file` and write below `run_folder`.
 
     `node_rank` is this node's number; `host` and `port` are where the ranks of all nodes meet; `task`
-    is what the workers do there, by a name that the worker knows; `until` the step to stop after.
+    is what the workers do there, by a name that the worker knows; `until` the step to stop after;
+    `address` this node's own, where its name is not the one that it is reached by.
     """
 
     plan_file: Path
@@ -25,15 +26,20 @@ class Job:
     port: int = 29500
     task: str = "train"
     until: int | None = None
+    address: str | None = None
 
 
 @dataclass(frozen=True)
 class Command:
-    """Arguments for exec, environment variables on top of the caller's, and files to write first."""
+    """Arguments for exec, environment variables on top of the caller's, and files to write first.
+
+    `is_remote`: it starts processes on other hosts, and must be let go to end them.
+    """
 
     argv: list[str]
     env: dict[str, str]
     files: dict[str, str] = field(default_factory=dict)
+    is_remote: bool = False
 
     def to_shell(self) -> str:
         """The same as text that a shell can run; every value quoted."""

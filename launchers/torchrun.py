@@ -17,7 +17,16 @@ def render(plan: Plan, job: Job) -> Command:
         f"--rdzv-endpoint={job.host}:{job.port}",
         f"--rdzv-id={job.run_folder.name}-{job.attempt}",
         "--max-restarts=0",
+        *_place(job),
         "-m",
         *worker_arguments(job),
     ]
     return Command(argv, WORKER_ENVIRONMENT)
+
+
+def _place(job: Job) -> list[str]:
+    """Which node hosts the meeting, said outright where names alone cannot tell."""
+    if job.address is None:
+        return []
+    hosts = "true" if job.node_rank == 0 else "false"
+    return [f"--local-addr={job.address}", f"--rdzv-conf=is_host={hosts}"]

@@ -6,7 +6,8 @@ rank-0.device.json    the device that it trains on, and what drives it
 rank-0.begun.json     which checkpoint was loaded, and which were set aside
 rank-0.outcome.json   how it ended; a launcher's exit code does not tell
 rank-0.log            everything it printed
-ended                 written by the supervisor: a rank that starts after this leaves at once
+ended                 written by the supervisor: a rank that is there or starts after this leaves at once
+stop, stacks          the same, for ranks that no signal reaches: finish the step and leave; tell the stacks
 """
 
 import contextlib
@@ -50,6 +51,7 @@ class RankFiles:
         self._begun = logs / f"rank-{rank}.begun.json"
         self._device = logs / f"rank-{rank}.device.json"
         self._ended = logs / "ended"
+        self._stop, self._stacks = logs / "stop", logs / "stacks"
         self._process: Process | None = None
 
     def process(self) -> Process | None:
@@ -82,6 +84,20 @@ class RankFiles:
         """Turn away ranks that come up from now on."""
         with contextlib.suppress(OSError):  # a folder that is gone turns them away too
             self._ended.touch()
+
+    def ask_to_stop(self) -> None:
+        """Of all ranks of the attempt: what a signal asks of those on this host."""
+        with contextlib.suppress(OSError):
+            self._stop.touch()
+
+    def ask_for_stacks(self) -> None:
+        """Of all ranks of the attempt, into their logs."""
+        with contextlib.suppress(OSError):
+            self._stacks.touch()
+
+    def asked(self) -> tuple[bool, bool, bool]:
+        """In the rank: whether the attempt has ended, is to stop, wants stacks."""
+        return self._ended.exists(), self._stop.exists(), self._stacks.exists()
 
     def announce(self) -> bool:
         """In the rank: say who it is and reserve its files; false when the attempt has ended."""

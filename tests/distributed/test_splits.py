@@ -238,7 +238,10 @@ def test_batchnorm_resumes_bitwise_at_the_same_split(matrix: Matrix, strategy: s
     runs = [matrix.folder / name for name in (f"norm-{strategy}", f"norm-{strategy}-resumed")]
     lines = [read_metrics(run / "metrics.jsonl") for run in runs]
     keys = ("step", "loss", "digest", "eval/loss", "eval/accuracy")
-    told = [[{k: line.get(k) for k in keys} for line in run] for run in lines]
+    told = [
+        [{k: line.get(k) for k in keys} for line in run if "lr" in line or "eval/loss" in line]
+        for run in lines
+    ]
     assert told[0] == told[1]
     assert sum("eval/loss" in line for line in lines[0]) == 5
     states = [load_file(run / "checkpoints/step-00000010/rank-0.safetensors") for run in runs]

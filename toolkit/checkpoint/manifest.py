@@ -5,7 +5,8 @@
         rank-0.json          tensor, global shape, first element in row-major order, dtype, size,
                              SHA-256; size of the file and SHA-256 of its header
         state.json           step, samples, tokens, early stopping …
-        manifest.json        SHA-256 of the others and of itself; written last, deleted first
+        manifest.json        SHA-256 of the others and of itself, the resolved recipe; written last, deleted
+                             first
         amendment.json       state.json anew, where an evaluation was made up for after a resume; with
                              its own SHA-256
 
@@ -83,13 +84,21 @@ def write_rank_manifest(folder: Path, rank: int, tensors: dict[str, dict[str, An
     return sha256(raw)
 
 
-def write_manifest(folder: Path, state: dict[str, Any], rank_digests: list[str]) -> None:
-    """state.json, then manifest.json, which makes the folder a checkpoint."""
+def write_manifest(
+    folder: Path,
+    state: dict[str, Any],
+    rank_digests: list[str],
+    recipe: dict[str, Any] | None = None,
+) -> None:
+    """state.json, then manifest.json, which makes the folder a checkpoint.
+
+    `recipe`: the resolved one, so that a checkpoint alone can be reproduced.
+    """
     raw = _encode(state)
     write_durably(folder / STATE, raw)
     files = {rank_manifest_name(rank): digest for rank, digest in enumerate(rank_digests)}
     content = {"format": FORMAT_VERSION, "step": state["step"], "ranks": len(rank_digests),
-               "files": {**files, STATE: sha256(raw)}}  # fmt: skip
+               "files": {**files, STATE: sha256(raw)}, "recipe": recipe}  # fmt: skip
     write_durably(folder / MANIFEST, _encode(_with_digest(content)))
 
 

@@ -13,7 +13,7 @@ class TrainState:
     `scores` holds the metric of saved steps, the best of them; `recent_losses` the losses that a
     spike is measured against; `noise` what the last steps tell of the gradient noise scale.
     `evaluation` is the last one; `evaluation_due` says that the evaluation of this very step is still
-    to come; `recipe` is the resolved one, so that a checkpoint alone can be reproduced.
+    to come.
     """
 
     step: int = 0
@@ -36,7 +36,6 @@ class TrainState:
     recent_losses: list[float] = field(default_factory=list)
     noise: list[tuple[float, float]] = field(default_factory=list)
     loss_scale: dict[str, Any] | None = None
-    recipe: dict[str, Any] | None = None
 
     def advance(self, step: int, samples: int, tokens: int, loss: float) -> None:
         """One step further: samples consumed in all, label tokens of this step, its loss."""

@@ -25,6 +25,11 @@ COMMANDS = {
     "compare": "compare",
     "runs": "runs",
     "report": "report",
+    "submit": "submit",
+    "attend": "attend",
+    "status": "jobs",
+    "logs": "jobs",
+    "cancel": "jobs",
 }
 """Which file of this package holds a command; only that one is imported."""
 

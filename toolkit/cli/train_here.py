@@ -2,7 +2,9 @@
 
 import sys
 import time
+from collections.abc import Callable
 
+from launchers.base import Command
 from toolkit.cli.launch import render_alone
 from toolkit.cli.plan import make_plan
 from toolkit.cli.show import change_words
@@ -17,26 +19,40 @@ from toolkit.runs.progress import Progress
 from toolkit.runs.supervise import Surroundings, run_attempts
 from toolkit.runs.trackers import Trackers
 
+Render = Callable[[Plan, int, int | None], Command]
+"""From a plan, an attempt's number and the step to stop after to what starts its ranks."""
+
 
 def train_here(
-    folder: RunFolder, plan: Plan, cause: str, until: int | None = None
+    folder: RunFolder,
+    plan: Plan,
+    cause: str,
+    until: int | None = None,
+    render: Render | None = None,
 ) -> tuple[Result, float]:
-    """Run the attempts; how it ended, and the seconds that it took."""
+    """Run the attempts; how it ended, and the seconds that it took.
+
+    `render`: by default all ranks are on this machine.
+    """
     sys.stderr = ForgivingOutput(sys.stderr.fileno())
     print(f"\nrun folder {folder.path}", file=sys.stderr)
     started = time.monotonic()
     progress = Progress(until or plan.steps.total)
+
+    def alone(current: Plan, number: int, until: int | None) -> Command:
+        return render_alone(current, folder, number, until=until)
 
     def tick(current: RunFolder) -> None:
         progress(current)
         trackers.look()
 
     around = Surroundings(
-        render=lambda current, number: render_alone(current, folder, number, until=until),
+        render=lambda current, number: (render or alone)(current, number, until),
         shrink=_smaller_plan,
         advice=_advice_words,
         tick=tick,
         say=progress.say,
+        is_automatic=render is not None,
     )
     try:
         with folder.locked(), Trackers(folder, plan.recipe, progress.say) as trackers:

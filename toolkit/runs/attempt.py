@@ -33,6 +33,9 @@ _DRAIN_S = 60.0
 _LEAVE_S = 30.0
 """How long a launcher may take to leave after all its ranks have said how they ended."""
 
+_REMOTE_LEAVE_S = 10.0
+"""How long ranks on other hosts, and then what started them, may take to see that it is over."""
+
 _DEATH_S = 10.0
 """A killed process is gone once the system has let it go."""
 
@@ -63,9 +66,7 @@ def run_attempt(
             if not hang and not signals.at_once:
                 _let_settle(ranks, folder.checkpoints)
         finally:
-            process.kill()
-            process.wait()
-            end_ranks(ranks)
+            end_launcher(process, ranks, gently=command.is_remote)
     tick(folder)
     if hang:
         return Result.failure("hang", steps_done(ranks), hang)
@@ -113,6 +114,27 @@ def _watch(
                 return ""
         time.sleep(_POLL_S)
     return ""
+
+
+def end_launcher(process: subprocess.Popen[bytes], ranks: list[RankFiles], gently: bool) -> None:
+    """The launcher and every rank are gone afterwards; one that reaches other hosts is asked first."""
+    if gently:
+        ranks[0].end_attempt()
+        if not _leaves(process):
+            process.terminate()
+            _leaves(process)
+    process.kill()
+    process.wait()
+    end_ranks(ranks)
+
+
+def _leaves(process: subprocess.Popen[bytes]) -> bool:
+    """Whether what started ranks on other hosts ends by itself."""
+    try:
+        process.wait(_REMOTE_LEAVE_S)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def end_ranks(ranks: list[RankFiles]) -> None:
@@ -196,6 +218,8 @@ def _tell(ranks: list[RankFiles], number: int, told: set[Process]) -> set[Proces
     new = {process for files in ranks if (process := files.process()) and process not in told}
     for process in new:
         process.send(number)
+    if any(not process.is_here for process in new):
+        ranks[0].ask_to_stop()
     return new
 
 

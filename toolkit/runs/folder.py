@@ -11,6 +11,7 @@ from typing import Any
 from toolkit.errors import RunError, RunFolderError
 from toolkit.files import write_json, write_text
 from toolkit.plan.model import Plan, read_plan
+from toolkit.processes import Process
 from toolkit.recipe import yaml12
 from toolkit.recipe.schema import Recipe
 
@@ -31,7 +32,7 @@ class RunFolder:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run for one supervisor; RunFolderError where another one has it."""
-        with (self.path / ".lock").open("w") as file:
+        with (self.path / ".lock").open("a+") as file:
             deadline = time.monotonic() + _LOCK_S
             while not _lock(file.fileno(), fcntl.LOCK_EX):
                 if time.monotonic() > deadline:
@@ -39,6 +40,9 @@ class RunFolder:
                         f"{self.path}: another process is running it. Nearest: stop that one first"
                     )
                 time.sleep(0.05)
+            file.truncate(0)
+            file.write(str(Process.current()))
+            file.flush()
             yield
 
     def is_locked(self) -> bool:
@@ -48,6 +52,14 @@ class RunFolder:
                 return not _lock(file.fileno(), fcntl.LOCK_SH)
         except OSError:
             return False
+
+    def supervisor(self) -> Process | None:
+        """The process that has it now, where it is on this host; None otherwise."""
+        try:
+            process = Process.parse((self.path / ".lock").read_text())
+        except OSError:
+            return None
+        return process if process and process.is_alive else None
 
     def plan_file(self, attempt: int) -> Path:
         """The plan that the workers of an attempt read."""
@@ -138,14 +150,14 @@ def check_new(run_dir: Path) -> None:
         raise RunFolderError(f"--run-dir {run_dir}: {what}. Nearest: {resume}another --run-dir")
 
 
-def create(recipe: Recipe, run_dir: Path | None) -> RunFolder:
-    """A new run folder: `runs/<recipe>-<n>`, or run_dir, which must be new or empty."""
+def create(recipe: Recipe, run_dir: Path | None, runs: Path | None = None) -> RunFolder:
+    """A new run folder: `<recipe>-<n>` in `runs`, or run_dir, which must be new or empty."""
     if run_dir is not None:
         check_new(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir.resolve()
     else:
-        path = _next_numbered(Path.cwd() / "runs", recipe.recipe)
+        path = _next_numbered(runs or Path.cwd() / "runs", recipe.recipe)
     folder = RunFolder(path)
     folder.checkpoints.mkdir()
     folder.write_recipe(recipe.model_dump(by_alias=True))

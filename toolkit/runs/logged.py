@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from toolkit.checkpoint.manifest import MANIFEST, verify
+from toolkit.checkpoint.manifest import MANIFEST, read_manifest, verify
 from toolkit.checkpoint.weights import weight_facts
 from toolkit.errors import RecipeError, RunFolderError
 from toolkit.metrics_file import read_metrics
@@ -155,7 +155,8 @@ def _read_checkpoint(path: Path) -> Logged:
     """The run that the checkpoint lies in, up to its step; or what the checkpoint knows by itself."""
     state = verify(path)
     parent = path.parent.parent
-    logged = Logged(str(path), {"recipe": state.recipe}, [], until=state.step)
+    recipe = read_manifest(path)["recipe"]
+    logged = Logged(str(path), {"recipe": recipe}, [], until=state.step)
     if (parent / "record.json").is_file():
         logged = read_folder(RunFolder(parent), state.step)
     if logged.record["recipe"] is None:

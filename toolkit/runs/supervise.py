@@ -26,6 +26,7 @@ class Surroundings:
 
     `shrink` gives the plan with the next smaller per_device, or None; `advice` words for a plan
     that has run out of memory and cannot be split further; `say` tells the person one line.
+    `is_automatic`: a scheduler starts this, not a person, so that a start after a loss is a restart.
     """
 
     render: Callable[[Plan, int], Command]
@@ -33,22 +34,33 @@ class Surroundings:
     advice: Callable[[Plan], str]
     tick: Tick
     say: Callable[[str], None]
+    is_automatic: bool = False
 
 
 def run_attempts(folder: RunFolder, plan: Plan, cause: str, around: Surroundings) -> Result:
     """Start, and start again as long as that can help; the truth about how the run ended."""
-    _close_lost_attempt(folder)
+    lost_at = _close_lost_attempt(folder)
+    if around.is_automatic and lost_at is not None:
+        over = _hopeless(folder, plan, lost_at)
+        if over:
+            return over
     with Signals() as signals:
-        result = _until_final(folder, plan, cause, around, signals)
+        result = _until_final(folder, plan, cause, around, signals, lost_at)
     if result.outcome == "finished":
         close_run(folder, around.say)
     return result
 
 
 def _until_final(
-    folder: RunFolder, plan: Plan, cause: str, around: Surroundings, signals: Signals
+    folder: RunFolder,
+    plan: Plan,
+    cause: str,
+    around: Surroundings,
+    signals: Signals,
+    lost_at: int | None,
 ) -> Result:
-    failed_at, is_restart = -1, False
+    is_restart = around.is_automatic and lost_at is not None
+    failed_at = lost_at if is_restart and lost_at is not None else -1
     while True:
         result = _one_attempt(folder, plan, cause, is_restart, around, signals)
         is_restart = result.kind != "OutOfMemory"
@@ -116,25 +128,44 @@ def _one_attempt(
     return result
 
 
-def _close_lost_attempt(folder: RunFolder) -> None:
-    """An attempt whose supervisor was killed: its ranks are ended, its entry says what is known."""
+def _close_lost_attempt(folder: RunFolder) -> int | None:
+    """An attempt whose supervisor was killed: its ranks are ended, its entry says what is known.
+
+    The step that it came to; None where none was lost.
+    """
     attempts = folder.read_record()["attempts"]
     if not attempts or attempts[-1]["ended"] is not None:
-        return
+        return None
     last = attempts[-1]
     logs = folder.logs(last["number"])
     ranks = [RankFiles(logs, rank) for rank in range(last["split"]["gpus"])]
     if logs.is_dir():
         end_ranks(ranks)
+    step = max(steps_done(ranks), _newest_step(folder))
     folder.note_attempt(
         last["number"],
         ended=now(),
         outcome="failed",
         kind="lost",
-        step=steps_done(ranks),
+        step=step,
         message="the supervisor was killed",
         devices=_devices(ranks),
     )
+    return step
+
+
+def _hopeless(folder: RunFolder, plan: Plan, lost_at: int) -> Result | None:
+    """Why a scheduler's new start after a lost attempt is not worth it, by the same two rules."""
+    record = folder.read_record()
+    before = [a for a in record["attempts"][:-1] if a["outcome"] == "failed"][-1:]
+    message = record["attempts"][-1]["message"]
+    if before and before[0].get("step") == lost_at and before[0] is record["attempts"][-2]:
+        message = f"no progress since step {lost_at}: {message}"
+    elif record["restarts"] >= plan.recipe.launch.max_restarts:
+        message = f"gave up after {1 + record['restarts']} failed starts: {message}"
+    else:
+        return None
+    return Result.failure("lost", lost_at, message)
 
 
 def _devices(ranks: list[RankFiles]) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Finds ranks that have stopped moving, and says which one the others wait for."""
 
+import re
 import time
 from collections.abc import Callable
 
@@ -7,6 +8,8 @@ from toolkit.processes import STACKS_SIGNAL
 from toolkit.rank_files import Beat, RankFiles
 
 _STACKS_S = 1.0
+_REMOTE_STACKS_S = 4.0
+"""Ranks of other hosts look for what is asked of them once a second."""
 _STARTING = ("imports", "joining the others", "model", "load", "warm-up")
 _START_S = 600.0
 """Before the first step (imports, a large checkpoint, a compilation) at least so long is allowed."""
@@ -49,10 +52,12 @@ class Watchdog:
 
     def describe(self, late: list[RankFiles]) -> str:
         """Writes every rank's stacks to its log and names the late ones."""
+        self._ranks[0].ask_for_stacks()
         for files in self._ranks:
             if process := files.process():
                 process.send(STACKS_SIGNAL)
-        time.sleep(_STACKS_S)
+        is_here = all((p := files.process()) and p.is_here for files in self._ranks)
+        time.sleep(_STACKS_S if is_here else _REMOTE_STACKS_S)
         if len(late) == len(self._ranks) > 1:  # all at the same place: who is not in a collective?
             late = [files for files in late if not _waits_for_others(files)] or late
         words = [f"rank {files.rank} ({_place(files.beat())})" for files in late]
@@ -72,6 +77,6 @@ def _waits_for_others(files: RankFiles) -> bool:
         text = files.log.read_text(errors="replace")
     except OSError:
         return False
-    dumped = text.rpartition("Current thread ")[2] or text
+    dumped = re.split(r"^(?:Current thread|Thread) 0x", text, flags=re.MULTILINE)[-1]
     frames = [line for line in dumped.splitlines() if line.strip().startswith("File ")]
     return any(name in line for line in frames[:3] for name in _COLLECTIVES)

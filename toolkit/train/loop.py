@@ -192,7 +192,7 @@ def _saver(plan: Plan, folder: Path, attempt: int, saved_step: int, logbook: Log
     store = dist.distributed_c10d._get_default_store()
     name = f"{folder.name}-{attempt}"
     votes = Votes(store, name, rank, plan.batch.gpus, recipe.launch.hang_timeout_s)
-    told = logbook.sync, logbook.record_save
+    told = logbook.sync, logbook.record_save, recipe.model_dump(by_alias=True)
     return Saver(folder / "checkpoints", recipe.checkpoint, votes, rank, saved_step, *told)
 
 
@@ -260,7 +260,8 @@ def _restore(
         remove_abandoned(folder)
     chosen = loader.choose(folder)
     if chosen.path is None:
-        return _fresh_state(plan), None
+        fresh = TrainState(training_sha256=plan.training_sha256, fingerprint=plan.data.fingerprint)
+        return fresh, None
     path, state = chosen.path, chosen.state
     watch.step = watch.done = state.step
     for what, saved, here in (
@@ -273,17 +274,8 @@ def _restore(
             )
     loader.load(path, engine.pieces())
     engine.loaded()
-    state.recipe = _fresh_state(plan).recipe
     watch.begun({"from_step": state.step, "checkpoint": path.name, "set_aside": chosen.set_aside})
     print(f"going on from step {state.step}, loaded from {path}", flush=True)
     if state.loss_scale:
         engine.scaler = LossScaler(**state.loss_scale)
     return state, path.name if chosen.has_older else None
-
-
-def _fresh_state(plan: Plan) -> TrainState:
-    return TrainState(
-        training_sha256=plan.training_sha256,
-        fingerprint=plan.data.fingerprint,
-        recipe=plan.recipe.model_dump(by_alias=True),
-    )

@@ -77,9 +77,11 @@ class Saver:
         saved_step: int = 0,
         before_publishing: Callable[[], None] = lambda: None,
         published: Callable[[int], None] = lambda step: None,
+        recipe: dict[str, Any] | None = None,
     ) -> None:
         self._folder, self._spec, self._votes, self._rank = folder, spec, votes, rank
         self._before_publishing, self._published = before_publishing, published
+        self._recipe = recipe
         self._saved_step = saved_step
         self._host: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -220,7 +222,7 @@ class Saver:
             for rank in range(len(digests)):
                 for name in (shard_name(rank), manifest.rank_manifest_name(rank)):
                     os.stat(temporary / name)
-            manifest.write_manifest(temporary, state, digests)
+            manifest.write_manifest(temporary, state, digests, self._recipe)
             fsync_folder(temporary)
             if final.exists():
                 set_aside(final)

@@ -26,6 +26,7 @@ from toolkit.rank_files import RankFiles
 from toolkit.train.watch import Watch
 
 _ORPHAN_POLL_S = 0.5
+_FILES_POLL_S = 1.0
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo",
               "Timed out waiting", "DistNetworkError", "DistBackendError")  # fmt: skip
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     for number in STOP_SIGNALS:
         signal.signal(number, lambda received, frame: asked.append(received))
     faulthandler.register(STACKS_SIGNAL, all_threads=True)
-    _end_with_the_supervisor()
+    _heed_the_supervisor(files, asked)
     if not files.announce():
         return 1
     beat = files.open_beat()
@@ -91,19 +92,40 @@ def _run(arguments: argparse.Namespace, files: RankFiles, watch: Watch) -> dict[
         return vars(prove(plan, arguments.run_dir, device, watch))
 
 
-def _end_with_the_supervisor() -> None:
-    """Die within a second of the process that supervises this attempt, however it ended."""
+def _heed_the_supervisor(files: RankFiles, asked: list[int]) -> None:
+    """Die within a second or two of the process that supervises this attempt, however it ended.
+
+    On another host than the supervisor's no signal comes: there its files are looked at.
+    """
     supervisor = Process.parse(os.environ.get("DRUMLINE_SUPERVISOR", ""))
-    if supervisor is None or not supervisor.is_here:
+    if supervisor is None:
         return
 
-    def look() -> None:
+    def look_here() -> None:
         while supervisor.is_alive:
             time.sleep(_ORPHAN_POLL_S)
-        print("the supervisor is gone; so is this rank", flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
+        _die("the supervisor is gone; so is this rank")
 
-    threading.Thread(target=look, name="orphan", daemon=True).start()
+    def look_at_files() -> None:
+        told = False
+        while True:
+            time.sleep(_FILES_POLL_S)
+            ended, stop, stacks = files.asked()
+            if stop and not asked:
+                asked.append(signal.SIGTERM)
+            if stacks and not told:
+                faulthandler.dump_traceback(all_threads=True)
+                told = True
+            if ended:
+                _die("the attempt has ended; so has this rank")
+
+    look = look_here if supervisor.is_here else look_at_files
+    threading.Thread(target=look, name="supervisor", daemon=True).start()
+
+
+def _die(words: str) -> None:
+    print(words, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _device(plan: Plan) -> Any:

@@ -1,0 +1,127 @@
+"""Slurm: one batch script for people to read, and the srun that starts an attempt on its nodes. Pure."""
+
+import shlex
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined, Template
+
+from launchers.base import Command, Job
+from toolkit.plan.model import Plan
+from toolkit.site import Container, Site
+
+_TEMPLATE = Path(__file__).with_name("slurm.sh.j2")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the script needs beside plan and site: `fewest` to `most` nodes, where things lie."""
+
+    run_folder: Path
+    python: str
+    package: Path
+    fewest: int
+    most: int
+    after: str | None = None
+
+
+def render_script(plan: Plan, site: Site, batch: Batch) -> str:
+    """The sbatch script, every value quoted."""
+    per_node = plan.batch.gpus // plan.batch.nodes
+    return _template().render(
+        options=_options(plan, site, batch, per_node),
+        site=site,
+        run=batch.run_folder,
+        python=site.python or batch.python,
+        package=batch.package,
+        fabric=_fabric(site),
+        cache=site.cache,
+        recipe=plan.recipe.recipe,
+        split=str(plan.batch.split),
+        effective=plan.batch.effective,
+    )
+
+
+def step_command(plan: Plan, job: Job, site: Site) -> Command:
+    """Srun of one launcher per node, on the first nodes of the allocation."""
+    nodes, container = plan.batch.nodes, site.container
+    node = [container.python if container else job.python, "-m", "launchers.node",
+            "--plan", str(job.plan_file), "--run-dir", str(job.run_folder), "--attempt", str(job.attempt),
+            "--host", job.host, "--port", str(job.port),
+            *(["--until", str(job.until)] if job.until else [])]  # fmt: skip
+    argv = [
+        "srun",
+        f"--nodes={nodes}",
+        f"--ntasks={nodes}",
+        "--ntasks-per-node=1",
+        "--relative=0",
+        "--kill-on-bad-exit=1",
+        "--wait=30",
+        "--export=ALL",
+        *([f"--cpus-per-task={site.cpus_per_node}"] if site.cpus_per_node else []),
+        *(_pyxis(container, job) if container and container.kind == "pyxis" else []),
+        *(_apptainer(container, job) if container and container.kind == "apptainer" else []),
+        *node,
+    ]
+    return Command(argv, {}, is_remote=True)
+
+
+def _options(plan: Plan, site: Site, batch: Batch, per_node: int) -> list[str]:
+    """#SBATCH lines, in sbatch's own syntax: an unquoted line each, so values are checked beforehand."""
+    nodes = str(batch.most) if batch.fewest == batch.most else f"{batch.fewest}-{batch.most}"
+    gpus = None
+    if plan.recipe.cluster.gpu != "cpu":
+        kind = f"{site.gpu_type}:" if site.gpu_type else ""
+        gpus = f"--gpus-per-node={kind}{per_node}"
+    found = [
+        f"--job-name={plan.recipe.recipe}",
+        f"--nodes={nodes}",
+        "--ntasks-per-node=1",
+        gpus,
+        f"--cpus-per-task={site.cpus_per_node}" if site.cpus_per_node else None,
+        f"--mem={site.memory_per_node}" if site.memory_per_node else None,
+        f"--time={site.time_limit}" if site.time_limit else None,
+        f"--partition={site.partition}" if site.partition else None,
+        f"--account={site.account}" if site.account else None,
+        f"--qos={site.qos}" if site.qos else None,
+        f"--exclude={','.join(site.exclude)}" if site.exclude else None,
+        f"--dependency=afterany:{batch.after}" if batch.after else None,
+        f"--signal=B:USR1@{site.warning_s}",
+        "--requeue",
+        "--open-mode=append",
+        *site.sbatch,
+    ]
+    return [option for option in found if option]
+
+
+def _fabric(site: Site) -> dict[str, str]:
+    found: dict[str, str] = {}
+    if site.fabric.interface:
+        found |= dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), site.fabric.interface)
+    if site.fabric.infiniband:
+        found["NCCL_IB_HCA"] = site.fabric.infiniband
+    return found
+
+
+def _mounts(container: Container, job: Job) -> list[str]:
+    return [*container.mounts, str(job.run_folder)]
+
+
+def _pyxis(container: Container, job: Job) -> list[str]:
+    mounts = [m if ":" in m else f"{m}:{m}" for m in _mounts(container, job)]
+    return [f"--container-image={container.image}", f"--container-mounts={','.join(mounts)}"]
+
+
+def _apptainer(container: Container, job: Job) -> list[str]:
+    binds = [part for mount in _mounts(container, job) for part in ("--bind", mount)]
+    return ["apptainer", "exec", "--nv", *binds, container.image]
+
+
+@cache
+def _template() -> Template:
+    """Every value goes through `quoted`; a name that is not given is an error."""
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+                              keep_trailing_newline=True, autoescape=False)  # fmt: skip  # noqa: S701 - shell
+    environment.filters["quoted"] = lambda value: shlex.quote(str(value))
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))

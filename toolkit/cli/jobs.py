@@ -1,0 +1,156 @@
+"""`drumline status | logs | cancel RUN`: the same for runs on this machine and on a cluster."""
+
+import contextlib
+import dataclasses
+import json
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from toolkit.cli.plan import AsJson
+from toolkit.errors import RunFolderError
+from toolkit.metrics_file import last_line
+from toolkit.runs import slurm
+from toolkit.runs.folder import RunFolder, open_run
+from toolkit.runs.health import state_of
+
+RunFolderArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+
+_FOLLOW_S = 0.5
+_LAST_BYTES = 4000
+
+
+def status_command(run: RunFolderArgument, as_json: AsJson = False) -> None:
+    """State, step and loss of a run; of its jobs, what the scheduler says, with the reason."""
+    folder = open_run(run)
+    record = folder.read_record()
+    attempts = record["attempts"]
+    line = last_line(folder.metrics_file, lambda line: "lr" in line) or {}
+    jobs = [_job_facts(entry) for entry in record.get("jobs") or []]
+    facts = {
+        "run": str(folder.path),
+        "state": _state(folder, attempts, jobs),
+        "step": line.get("step", 0),
+        "total": record["plan"]["steps"]["total"],
+        "loss": line.get("loss"),
+        "attempts": len(attempts),
+        "restarts": record["restarts"],
+        "last": _shown(attempts[-1]) if attempts else None,
+        "jobs": jobs,
+    }
+    if as_json:
+        print(json.dumps(facts))
+        return
+    loss = "" if facts["loss"] is None else f", loss {facts['loss']:.4f}"
+    print(f"{facts['state']}  step {facts['step']:,}/{facts['total']:,}{loss}")
+    for attempt in attempts:
+        split = " × ".join(str(n) for n in attempt["split"].values())
+        print(
+            f"attempt {attempt['number']}  {split}  {attempt['cause']}; {attempt['outcome'] or 'goes on'}"
+        )
+    for job in jobs:
+        why = f" ({job['reason']})" if job["reason"] not in ("", "None") else ""
+        print(f"job {job['id']}  {job['state']}{why}  {job['nodes']}  (by {job['source']})")
+
+
+def logs_command(
+    run: RunFolderArgument,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the run ends.")] = False,
+    rank: Annotated[int, typer.Option("--rank", min=0, help="Whose.")] = 0,
+) -> None:
+    """The job's log and a rank's of the newest attempt."""
+    folder = open_run(run)
+    shown: dict[Path, int] = {}
+    for text in _new_texts(folder, rank, shown):
+        print(text, end="")
+    while follow and _goes_on(folder):
+        time.sleep(_FOLLOW_S)
+        for text in _new_texts(folder, rank, shown):
+            print(text, end="", flush=True)
+
+
+def cancel_command(
+    run: RunFolderArgument,
+    now: Annotated[bool, typer.Option("--now", help="Without saving.")] = False,
+) -> None:
+    """Stop a run: all ranks finish the step and save; jobs that wait are taken out of the queue."""
+    folder = open_run(run)
+    jobs = [
+        (entry["id"], slurm.job_state(entry["id"]))
+        for entry in folder.read_record().get("jobs") or []
+    ]
+    live = [(job, state) for job, state in jobs if state is None or not state.is_final]
+    supervisor = folder.supervisor()
+    if not live and supervisor is None:
+        raise RunFolderError(
+            f"{run}: nothing runs. Nearest: drumline status {shlex.quote(str(run))}"
+        )
+    for job, state in reversed(live):  # those that wait for others first
+        gently = not now and state is not None and state.state == "RUNNING"
+        slurm.cancel(job, gently)
+        print(f"job {job}: {'asked to save and stop' if gently else 'cancelled'}")
+    if not live and supervisor:
+        supervisor.send(signal.SIGTERM)
+        if now:
+            supervisor.send(signal.SIGINT)
+            supervisor.send(signal.SIGINT)
+        print("ended" if now else "asked to save and stop")
+
+
+def _shown(attempt: dict[str, Any]) -> dict[str, Any]:
+    return {key: attempt.get(key) for key in ("cause", "split", "outcome", "message")}
+
+
+def _job_facts(entry: dict[str, Any]) -> dict[str, Any]:
+    found = slurm.job_state(entry["id"])
+    if found is None:
+        found = slurm.JobState("unknown", "Slurm has forgotten it", "", "none")
+    return {**entry, **dataclasses.asdict(found)}
+
+
+def _state(folder: RunFolder, attempts: list[dict[str, Any]], jobs: list[dict[str, Any]]) -> str:
+    """The run's own state, or the job's where the run has not begun."""
+    waiting = [job["state"].lower() for job in jobs if job["state"] in ("PENDING", "CONFIGURING")]
+    if waiting and not folder.is_locked():
+        return str(waiting[0])
+    return state_of(folder, attempts)
+
+
+def _goes_on(folder: RunFolder) -> bool:
+    jobs = folder.read_record().get("jobs") or []
+    states = [slurm.job_state(entry["id"]) for entry in jobs]
+    return folder.is_locked() or any(state and not state.is_final for state in states)
+
+
+def _new_texts(folder: RunFolder, rank: int, shown: dict[Path, int]) -> Iterator[str]:
+    """What is new in each log since it was last shown; at first its last part."""
+    attempts = sorted(
+        folder.path.glob("logs/attempt-*"), key=lambda p: int(p.name.rpartition("-")[2])
+    )
+    newest = [attempts[-1] / "launcher.log", attempts[-1] / f"rank-{rank}.log"] if attempts else []
+    for path in [*sorted(folder.path.glob("logs/job-*.log")), *newest]:
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            size = path.stat().st_size
+            start = shown.get(path, max(0, size - _LAST_BYTES))
+            file.seek(start)
+            raw = file.read()
+            if not raw:
+                continue
+            if path not in shown and len(shown) + len(newest) > 0:
+                yield f"==> {path.relative_to(folder.path)} <==\n"
+            shown[path] = start + len(raw)
+            yield raw.decode(errors="replace")
+    sys.stdout.flush()
+
+
+def register(app: typer.Typer) -> None:
+    """Add this group's commands."""
+    app.command("status")(status_command)
+    app.command("logs")(logs_command)
+    app.command("cancel")(cancel_command)

@@ -1,0 +1,112 @@
+"""What pydantic found wrong, in the house's words: path, value, what is wrong, nearest legal fix."""
+
+import re
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+_UNION_BRANCH = re.compile(r"constrained-\w+|function-\w+\[.*\]|list\[.*\]|str|int")
+
+
+def explain(error: ValidationError, root: type[BaseModel], origin: str) -> str:
+    """Every problem of a mapping that was to be a `root`, a line each."""
+    items = _one_branch(error.errors(include_url=False))
+    lines = [_explain(item, root) for item in items]
+    meant = {line.partition("Did you mean '")[2].rstrip("'?") for line in lines}
+    kept = [
+        line
+        for item, line in zip(items, lines, strict=True)
+        if item["type"] != "missing" or _keys_of(item)[-1] not in meant
+    ]
+    return "\n".join(f"{origin}: {line}" for line in kept)
+
+
+def _one_branch(items: list[Any]) -> list[Any]:
+    """Of a union's branches, the errors of the one that the value was meant for."""
+    kept = []
+    for item in items:
+        others = [
+            o
+            for o in items
+            if o is not item and _keys_of(o)[: len(_keys_of(item))] == _keys_of(item)
+        ]
+        is_container = isinstance(item["input"], dict | list)
+        scalar_branch = item["type"] in ("int_type", "string_type") and is_container
+        container_branch = item["type"] in ("model_type", "list_type") and not is_container
+        if not (others and (scalar_branch or container_branch)):
+            kept.append(item)
+    return kept
+
+
+def _keys_of(item: Any) -> list[str]:
+    """An error's place as recipe keys, without pydantic's names for a union's branches."""
+    loc = [str(part) for part in item["loc"]]
+    own = 1 if item["type"] == "extra_forbidden" else 0  # the user's key, whatever it looks like
+    inner = [p for p in loc[: len(loc) - own] if not _UNION_BRANCH.fullmatch(p)]
+    return inner + loc[len(loc) - own :]
+
+
+def _explain(item: Any, root: type[BaseModel]) -> str:
+    """One pydantic error in the house's form: path, value, what is wrong, nearest legal fix."""
+    loc = _keys_of(item)
+    path = ".".join(loc)
+    value, kind = item["input"], item["type"]
+    if kind == "extra_forbidden":
+        section = _section_at(root, loc[:-1])
+        deeper = (
+            [k for k in _keys(root) if loc[-1] in _keys(_section_at(root, [k]))]
+            if len(loc) == 1
+            else []
+        )
+        if deeper:
+            return f"{path}: unknown key. Did you mean '{deeper[0]}.{path}'?"
+        return f"{path}: unknown key{_did_you_mean(loc[-1], _keys(section), 'keys here')}"
+    if kind == "missing":
+        return f"{path}: missing; the recipe needs it"
+    if kind == "literal_error":
+        legal = [str(choice) for choice in _literals(root, loc)] or [item["ctx"]["expected"]]
+        return (
+            f"{path}: {value!r} is not one of the choices{_did_you_mean(value, legal, 'choices')}"
+        )
+    message = item["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{path}: {message}" if path else message
+    return f"{path}: {value!r}: {message[0].lower()}{message[1:]}"
+
+
+def _section_at(root: type[BaseModel], loc: list[str]) -> type[BaseModel] | None:
+    section: Any = root
+    for part in loc:
+        field = next((f for n, f in section.model_fields.items() if (f.alias or n) == part), None)
+        candidates = [field.annotation, *get_args(field.annotation)] if field else []
+        section = next((c for c in candidates if _is_section(c)), None)
+        if section is None:
+            return None
+    return section  # type: ignore[no-any-return]
+
+
+def _is_section(candidate: Any) -> bool:
+    return isinstance(candidate, type) and issubclass(candidate, BaseModel)
+
+
+def _keys(section: type[BaseModel] | None) -> list[str]:
+    if section is None:
+        return []
+    keys = [field.alias or name for name, field in section.model_fields.items()]
+    return [*keys, "extends"] if "extends" not in keys and "recipe" in keys else keys
+
+
+def _literals(root: type[BaseModel], loc: list[str]) -> list[Any]:
+    section = _section_at(root, loc[:-1])
+    field = section.model_fields.get(loc[-1]) if section else None
+    return list(get_args(field.annotation)) if field else []
+
+
+def _did_you_mean(word: Any, legal: list[str], noun: str) -> str:
+    from difflib import get_close_matches
+
+    by_lower = {choice.lower(): choice for choice in legal}
+    close = get_close_matches(str(word).lower(), by_lower, n=1, cutoff=0.6)
+    if close:
+        return f". Did you mean {by_lower[close[0]]!r}?"
+    return f" ({noun}: {', '.join(legal)})" if legal else ""

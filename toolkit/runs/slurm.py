@@ -1,0 +1,145 @@
+"""Slurm's commands: submit, ask, signal, requeue, cancel. What they print is read here and nowhere else."""
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from toolkit.errors import LaunchError
+
+_SLURM_S = 60.0
+_HINTS = {
+    "invalid partition": "sinfo lists the partitions",
+    "Unable to contact slurm controller": "the controller is down, or SLURM_CONF names another one",
+    "Socket timed out": "the controller does not answer; was the job submitted after all? squeue --me tells",
+    "Invalid account": "sacctmgr show associations lists your accounts",
+    "Requested node configuration is not available": "sinfo -N -o '%N %c %m %G' lists what nodes have",
+    "Node count specification invalid": "the partition has fewer nodes than cluster.nodes asks for",
+    "Invalid qos": "sacctmgr show qos lists them",
+}
+_FINAL = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
+          "PREEMPTED", "TIMEOUT")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class JobState:
+    """As Slurm tells it; `source` is the command that did."""
+
+    state: str
+    reason: str
+    nodes: str
+    source: str
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the job will not run any more."""
+        return self.state.startswith(_FINAL)
+
+
+def submit(script: Path) -> str:
+    """The job's id; LaunchError in sbatch's words with the nearest fix, and nothing submitted."""
+    if shutil.which("sbatch") is None:
+        raise LaunchError(
+            "sbatch is not on this machine's PATH. Nearest: submit from a login node of the cluster, or "
+            "--dry-run and take the script there"
+        )
+    done = _run("sbatch", "--parsable", str(script))
+    job = done.stdout.strip().partition(";")[0]
+    if done.returncode or not job.isdigit():
+        raise LaunchError(f"sbatch: {_words(done)}")
+    return job
+
+
+def job_state(job: str) -> JobState | None:
+    """From scontrol while Slurm remembers the job, then sacct, then its job completion log; or None."""
+    for ask in (_from_scontrol, _from_sacct, _from_completions):
+        found = ask(job)
+        if found:
+            return found
+    return None
+
+
+def cancel(job: str, gently: bool) -> None:
+    """End the job: by SIGTERM to its script, which lets all ranks save; or at once."""
+    arguments = ["--signal=TERM", "--batch", job] if gently else [job]
+    done = _run("scancel", *arguments)
+    if done.returncode:
+        raise LaunchError(f"scancel: {_words(done)}")
+
+
+def _from_scontrol(job: str) -> JobState | None:
+    done = _run("scontrol", "show", "job", "--oneliner", job)
+    if done.returncode:
+        return None
+    fields = dict(re.findall(r"(\w+)=(\S*)", done.stdout.splitlines()[0]))
+    return JobState(
+        fields.get("JobState", "?"),
+        fields.get("Reason", ""),
+        fields.get("NodeList", ""),
+        "scontrol",
+    )
+
+
+def _from_sacct(job: str) -> JobState | None:
+    fields = "State,Reason,NodeList"
+    done = _run(
+        "sacct", "--noheader", "--parsable2", "--allocations", f"--format={fields}", "--jobs", job
+    )
+    return _first_row(done, "sacct")
+
+
+def _from_completions(job: str) -> JobState | None:
+    done = _run(
+        "sacct",
+        "--completion",
+        "--noheader",
+        "--parsable2",
+        "--format=State,NodeList",
+        "--jobs",
+        job,
+    )
+    row = done.stdout.strip().splitlines()
+    if done.returncode or not row or "|" not in row[-1]:
+        return None
+    state, nodes = row[-1].split("|")[:2]
+    return JobState(state, "", nodes, "sacct --completion")
+
+
+def _first_row(done: subprocess.CompletedProcess[str], source: str) -> JobState | None:
+    rows = done.stdout.strip().splitlines()
+    if done.returncode or not rows or rows[0].count("|") != 2:
+        return None
+    state, reason, nodes = rows[0].split("|")
+    return JobState(state, reason, nodes, source)
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    """One of Slurm's commands; one that is missing or never answers counts as failed."""
+    try:
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_SLURM_S,
+            check=False,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+    except FileNotFoundError:
+        return subprocess.CompletedProcess(command, 127, "", f"{command[0]}: not found")
+    except subprocess.TimeoutExpired:
+        words = f"{command[0]} did not answer within {_SLURM_S:.0f} s"
+        return subprocess.CompletedProcess(command, 124, "", words)
+
+
+def _words(done: subprocess.CompletedProcess[str]) -> str:
+    """The command's own last words, and what to do about them."""
+    lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or [
+        "no word of why"
+    ]
+    text = lines[-1].partition("error: ")[2] or lines[-1]
+    hint = next(
+        (hint for words, hint in _HINTS.items() if words.lower() in done.stderr.lower()), ""
+    )
+    return f"{text}. Nearest: {hint}" if hint else text

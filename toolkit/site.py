@@ -1,0 +1,94 @@
+"""A site: what a cluster is like, in a YAML file that is validated like a recipe and never part of one."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from toolkit.errors import RecipeError
+from toolkit.recipe import yaml12
+from toolkit.recipe.problems import explain
+from toolkit.recipe.schema import Count, Name, Section, Slug
+from toolkit.secrets import is_secret_name, secrets_in
+
+Line = Annotated[str, Field(pattern=r"^[^\n\r]*$")]
+Option = Annotated[str, Field(pattern=r"^--[a-z][a-z0-9-]*(=[^\n\r]*)?$")]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+SlurmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:+-]*$")]
+TimeLimit = Annotated[str, Field(pattern=r"^(\d+-)?\d{1,3}:\d{2}(:\d{2})?$")]
+Memory = Annotated[str, Field(pattern=r"^(0|\d+[KMGT])$")]
+
+
+class Container(Section):
+    """The image that the ranks run in; `python` is the interpreter inside it."""
+
+    kind: Literal["apptainer", "pyxis"]
+    image: Name
+    python: Name = "python"
+    mounts: list[Line] = Field(default_factory=list)
+
+
+class Fabric(Section):
+    """Which network NCCL and gloo use: interface names, InfiniBand adapters."""
+
+    interface: SlurmName | None = None
+    infiniband: SlurmName | None = None
+
+
+class Site(Section):
+    """Partition, hardware, limits and set-up of a cluster.
+
+    `environment` names variables of the submitter to pass on, by name only; `setup` are shell lines before
+    anything starts; `sbatch` further options, one each. `warning_s` before the time limit the run saves.
+    """
+
+    site: Slug
+    partition: SlurmName | None = None
+    account: SlurmName | None = None
+    qos: SlurmName | None = None
+    gpu: str | None = None
+    gpu_type: SlurmName | None = None
+    gpus_per_node: Count | None = None
+    cpus_per_node: Count | None = None
+    memory_per_node: Memory | None = None
+    time_limit: TimeLimit | None = None
+    warning_s: Count = 120
+    setup: list[Line] = Field(default_factory=list)
+    python: Name | None = None
+    container: Container | None = None
+    environment: list[Variable] = Field(default_factory=list)
+    fabric: Fabric = Fabric.model_construct()
+    exclude: list[SlurmName] = Field(default_factory=list)
+    runs: str | None = None
+    cache: str | None = None
+    sbatch: list[Option] = Field(default_factory=list)
+
+
+def load_site(path: Path) -> Site:
+    """The site of a file; RecipeError with every problem, each with its key and value."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"--site {path}: cannot be read: {error}") from None
+    raw = yaml12.parse(text)
+    if not isinstance(raw, dict):
+        raise RecipeError(f"--site {path}: a site is a mapping that begins with `site:`")
+    return validate_site(raw, f"--site {path}")
+
+
+def validate_site(raw: dict[str, Any], origin: str) -> Site:
+    """The Site of a plain mapping; secrets are refused."""
+    found = list(secrets_in(raw))
+    lines = [line for line in raw.get("setup") or [] if isinstance(line, str)]
+    exported = [m[1] for line in lines if (m := re.match(r"\s*export\s+(\w+)=", line))]
+    found += [f"setup: {name}" for name in exported if is_secret_name(name)]
+    if found:
+        raise RecipeError(
+            f"{origin}: {found[0]}: secrets do not belong in a site. "
+            "Nearest: name the variable under `environment`"
+        )
+    try:
+        return Site.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(explain(error, Site, origin)) from None
