@@ -79,3 +79,9 @@ def worker_arguments(job: Job) -> list[str]:
         *(["--task", job.task] if job.task != "train" else []),
         *(["--until", str(job.until)] if job.until else []),
     ]
+
+
+def attend_command(run: str, nodes: int, configuration: str) -> list[str]:
+    """What every node of a cluster without srun starts: the first supervises, the others follow."""
+    start = ["python", "-m", "toolkit.cli", "attend", run]
+    return [*start, "--nodes", str(nodes), "--from", configuration]

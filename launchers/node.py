@@ -20,17 +20,21 @@ from toolkit.plan.model import Plan, read_plan
 _NODE_NUMBER = ("SLURM_NODEID", "JOB_COMPLETION_INDEX", "NODE_RANK")
 
 
+def node_number(environment: Mapping[str, str]) -> int:
+    """Which node this is, from 0."""
+    return int(next((environment[name] for name in _NODE_NUMBER if name in environment), "0"))
+
+
 def node_command(
     plan: Plan, arguments: argparse.Namespace, environment: Mapping[str, str]
 ) -> Command:
     """What this node runs."""
-    number = next((environment[name] for name in _NODE_NUMBER if name in environment), "0")
     job = Job(
         plan_file=arguments.plan,
         run_folder=arguments.run_dir,
         attempt=arguments.attempt,
         python=sys.executable,
-        node_rank=int(number),
+        node_rank=node_number(environment),
         host=arguments.host,
         port=arguments.port,
         until=arguments.until,

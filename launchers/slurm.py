@@ -11,14 +11,20 @@ from launchers.base import Command, Job
 from toolkit.plan.model import Plan
 from toolkit.site import Container, Site
 
+_ALWAYS = ("PATH", "HOME", "USER", "SHELL", "LANG", "SLURM_CONF", "DRUMLINE_CACHE")
+"""Passed on beside what the site names, where it names any."""
+
 _TEMPLATE = Path(__file__).with_name("slurm.sh.j2")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What the script needs beside plan and site: `fewest` to `most` nodes, where things lie."""
+    """What the script needs beside plan and site: `fewest` to `most` nodes, where things lie.
 
-    run_folder: Path
+    Several run folders make a job array, one task each.
+    """
+
+    run_folders: list[Path]
     python: str
     package: Path
     fewest: int
@@ -32,7 +38,7 @@ def render_script(plan: Plan, site: Site, batch: Batch) -> str:
     return _template().render(
         options=_options(plan, site, batch, per_node),
         site=site,
-        run=batch.run_folder,
+        runs=batch.run_folders,
         python=site.python or batch.python,
         package=batch.package,
         fabric=_fabric(site),
@@ -87,6 +93,8 @@ def _options(plan: Plan, site: Site, batch: Batch, per_node: int) -> list[str]:
         f"--qos={site.qos}" if site.qos else None,
         f"--exclude={','.join(site.exclude)}" if site.exclude else None,
         f"--dependency=afterany:{batch.after}" if batch.after else None,
+        f"--array=0-{len(batch.run_folders) - 1}" if len(batch.run_folders) > 1 else None,
+        f"--export={','.join([*_ALWAYS, *site.environment])}" if site.environment else None,
         f"--signal=B:USR1@{site.warning_s}",
         "--requeue",
         "--open-mode=append",

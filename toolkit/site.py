@@ -36,6 +36,33 @@ class Fabric(Section):
     infiniband: SlurmName | None = None
 
 
+class SecretReference(Section):
+    """A key of a Kubernetes Secret, by name."""
+
+    name: Name
+    key: Name
+
+
+class Kubernetes(Section):
+    """Namespace, image and volumes of a Kubernetes cluster; `secrets` maps variables to keys of Secrets.
+
+    `kind`: a Kubeflow TrainJob (of `runtime`), a JobSet, or an Indexed Job. `claim` is the volume claim that
+    holds run folders, mounted at `mount`.
+    """
+
+    kind: Literal["trainjob", "jobset", "job"] = "trainjob"
+    namespace: Name = "default"
+    image: Name
+    runtime: Name = "torch-distributed"
+    claim: Name
+    mount: Annotated[str, Field(pattern=r"^/[^\n\r:]*$")] = "/runs"
+    shared_memory: Annotated[str, Field(pattern=r"^\d+(Mi|Gi)$")] = "16Gi"
+    gpu_resource: Name = "nvidia.com/gpu"
+    service_account: Name | None = None
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    secrets: dict[Variable, SecretReference] = Field(default_factory=dict)
+
+
 class Site(Section):
     """Partition, hardware, limits and set-up of a cluster.
 
@@ -57,6 +84,7 @@ class Site(Section):
     setup: list[Line] = Field(default_factory=list)
     python: Name | None = None
     container: Container | None = None
+    kubernetes: Kubernetes | None = None
     environment: list[Variable] = Field(default_factory=list)
     fabric: Fabric = Fabric.model_construct()
     exclude: list[SlurmName] = Field(default_factory=list)
@@ -79,7 +107,11 @@ def load_site(path: Path) -> Site:
 
 def validate_site(raw: dict[str, Any], origin: str) -> Site:
     """The Site of a plain mapping; secrets are refused."""
-    found = list(secrets_in(raw))
+    plain = {key: value for key, value in raw.items() if key != "kubernetes"}
+    kubernetes = raw.get("kubernetes")
+    if isinstance(kubernetes, dict):  # its secrets are names of Kubernetes Secrets
+        plain["kubernetes"] = {k: v for k, v in kubernetes.items() if k != "secrets"}
+    found = list(secrets_in(plain))
     lines = [line for line in raw.get("setup") or [] if isinstance(line, str)]
     exported = [m[1] for line in lines if (m := re.match(r"\s*export\s+(\w+)=", line))]
     found += [f"setup: {name}" for name in exported if is_secret_name(name)]

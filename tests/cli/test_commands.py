@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 from conftest import ROOT, tiny_recipe
 
+from toolkit.errors import RecipeError
 from toolkit.recipe import catalogue, yaml12
 
 SMALL = ["data.name=synthetic-classification"]
@@ -197,3 +198,42 @@ def test_a_launcher_that_is_not_installed_is_one_line(recipe_file: Path, launche
                 in done.stderr
             )
             assert len(done.stderr.splitlines()) == 1
+
+
+def test_sweep_combines_and_plans_all_before_the_first(drumline: Any, tmp_path: Path) -> None:
+    """Commas in brackets do not separate; a bad value in any combination is exit 2, and nothing is made."""
+    from toolkit.cli.sweep_runs import combine
+
+    assert combine(["a.b=1,[2,3],{c: 4, d: 5}", "e=x"]) == [
+        ["a.b=1", "e=x"],
+        ["a.b=[2,3]", "e=x"],
+        ["a.b={c: 4, d: 5}", "e=x"],
+    ]
+    with pytest.raises(RecipeError, match="40 × 40 = 1,600 runs, over 1,000"):
+        combine([f"a={','.join(map(str, range(40)))}", f"b={','.join(map(str, range(40)))}"])
+    done = drumline("sweep", "tiny-code-lm", "optimizer.lr=1e-3,oops", "--folder", "s")
+    assert done.returncode == 2
+    assert "optimizer.lr" in done.stderr
+    assert not (tmp_path / "s").exists()
+
+
+def test_sweep_trains_each_and_reports_all(drumline: Any, tmp_path: Path) -> None:
+    """Two runs here, one after the other, in one folder with one page."""
+    values = [
+        "optimizer.lr=1e-3,2e-3",
+        "duration.epochs=null",
+        "duration.steps=3",
+        "evaluation=null",
+        "early_stopping=null",
+    ]
+    done = drumline("sweep", "worked-example", *values, "--folder", "s", "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert [Path(run).name for run in facts["runs"]] == ["000", "001"]
+    rates = [
+        json.loads((tmp_path / f"s/{n}/record.json").read_text())["recipe"]["optimizer"]["lr"]
+        for n in ("000", "001")
+    ]
+    assert rates == [1e-3, 2e-3]
+    assert "000 and 001" in (tmp_path / "s/report.html").read_text()
+    assert len(json.loads(drumline("runs", "s", "--json").stdout)["runs"]) == 2

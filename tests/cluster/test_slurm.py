@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, tiny_recipe
 from lab import Lab, wait, why_not
 
 from toolkit.metrics_file import read_metrics
+from toolkit.rank_files import RankFiles
 from toolkit.recipe import yaml12
+from toolkit.runs.folder import RunFolder
 
 pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.heavy]
 
@@ -168,3 +172,275 @@ def test_warned_before_the_time_limit_it_goes_on_and_is_bitwise_the_same(
     assert desk.lab.job(job)["Restarts"] == "1"
     assert desk.record()["weights"] == straight.record()["weights"]
     assert desk.numbers() == straight.numbers()
+
+
+def test_a_rank_that_is_killed(straight: Desk, desk: Desk) -> None:
+    """SIGKILL of a rank on the second node: another attempt in the same job, the same numbers to the last bit."""
+    job = desk.submit("duration.steps=40", "checkpoint.every_steps=10")
+    desk.wait_for_step(14)
+    process = RankFiles(desk.folder / "r/logs/attempt-0", 3).process()
+    assert process
+    process.send(signal.SIGKILL)
+    desk.wait_for_job(job)
+    assert [a["kind"] for a in desk.attempts()] == ["lost", "finished"]
+    assert desk.record()["restarts"] == 1
+    assert desk.record()["weights"] == straight.record()["weights"]
+    assert desk.numbers() == straight.numbers()
+
+
+def test_a_node_that_is_lost_leaves_a_run_on_fewer(desk: Desk) -> None:
+    """Four nodes, one dies: Slurm gives three, the batch splits over two, one idles; the same training."""
+    desk.drumline("run", "tiny-code-lm", *TEXT[:-1], "batch.effective=16", "batch.per_device=2", "batch.gpus=4",
+                  "batch.accumulation=2", "duration.steps=40", "--run-dir", "here")  # fmt: skip
+    job = desk.submit("batch.effective=16", "batch.per_device=2", "batch.gpus=8", "cluster.nodes={min: 1, max: 4}",
+                      "duration.steps=40", "checkpoint.every_steps=5")  # fmt: skip
+    desk.wait_for_step(8)
+    lost = "node3"
+    try:
+        desk.lab.kill_node(lost)
+        wait(lambda: len(desk.attempts()) >= 2 and desk.attempts()[-1]["split"]["gpus"] == 4, 150)
+        desk.wait_for_job(job)
+    finally:
+        desk.lab.start_node(lost)
+        wait(
+            lambda: "idle" in desk.lab.ask("sinfo", "-h", "-n", lost, "-p", "batch", "-o", "%t"), 60
+        )
+    last = desk.attempts()[-1]
+    assert last["split"] == {"per_device": 2, "gpus": 4, "accumulation": 2}
+    assert "1 of its 3 nodes idle" in last["cause"]
+    ours, theirs = desk.numbers(), desk.numbers("here")
+    assert [line[3] for line in ours] == [line[3] for line in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine[1] == pytest.approx(other[1], rel=1e-5)
+
+
+def test_preempted_by_an_urgent_job(straight: Desk, desk: Desk) -> None:
+    """Slurm takes the nodes: saved within its grace, requeued by Slurm, finished afterwards, bitwise."""
+    job = desk.submit("duration.steps=40", "checkpoint.every_steps=10")
+    desk.wait_for_step(5)
+    urgent = desk.lab.ask("sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--time=1",
+                          "--output=/dev/null", "--wrap=sleep 3").strip()  # fmt: skip
+    wait(lambda: desk.lab.job(urgent).get("JobState") == "COMPLETED", 90)
+    desk.wait_for_job(job)
+    first, second = desk.attempts()
+    assert (first["outcome"], second["outcome"]) == ("stopped", "finished")
+    assert desk.record()["weights"] == straight.record()["weights"]
+
+
+def write_slow(folder: Path, body: str) -> str:
+    """A recipe whose model does something at its forward; the factory lies beside it."""
+    shutil.copy(ROOT / "recipes/example_models.py", folder / "plain.py")
+    (folder / "strange.py").write_text(
+        "import os, time\nfrom pathlib import Path\nfrom torch import nn\n\n\nclass Strange(nn.Sequential):\n"
+        f"    seen = 0\n\n    def forward(self, x):\n        self.seen += 1\n{body}\n        return super().forward(x)\n\n\n"
+        "def make(features, hidden, classes):\n"
+        "    return Strange(nn.Linear(features, hidden), nn.GELU(), nn.Linear(hidden, classes))\n"
+    )
+    recipe = tiny_recipe(project=".", model={"factory": "strange:make"}, duration={"steps": 30},
+                         batch={"effective": 12, "per_device": 3, "gpus": 4}, cluster={"gpus_per_node": 2},
+                         checkpoint={"every_steps": 5}, logging={"every_steps": 1})  # fmt: skip
+    (folder / "r.yaml").write_text(yaml12.dump(recipe))
+    return "r.yaml"
+
+
+def test_a_rank_that_sleeps(desk: Desk) -> None:
+    """Found within twice the timeout, named, the stacks of all ranks in their logs, restarted, finished."""
+    body = (
+        "        flag = Path(__file__).with_name('slept')\n"
+        "        if self.seen == 20 and os.environ['RANK'] == '2' and not flag.exists():\n"
+        "            flag.touch()\n            time.sleep(3600)"
+    )
+    recipe = write_slow(desk.folder, body)
+    done = desk.drumline(
+        "submit",
+        recipe,
+        "--site",
+        "site.yaml",
+        "--run-dir",
+        "r",
+        "--json",
+        "launch.hang_timeout_s=5.0",
+    )
+    desk.wait_for_job(json.loads(done.stdout)["jobs"][0])
+    first, second = desk.attempts()
+    assert (first["kind"], second["outcome"]) == ("hang", "finished")
+    assert "rank 2" in first["message"]
+    log = desk.folder / "r/logs/attempt-0"
+    assert "strange.py" in (log / "rank-2.log").read_text()
+    assert all(
+        "most recent call first" in (log / f"rank-{rank}.log").read_text() for rank in range(4)
+    )
+    slept = os.stat(log / "ended").st_mtime - os.stat(log / "rank-2.beat").st_mtime
+    assert 5.0 <= slept < 10.0
+
+
+def test_a_crash_loop_is_stopped(desk: Desk) -> None:
+    """The same step fails twice: no progress, said in the job's log and in the record; nothing requeued."""
+    body = "        assert self.seen < 12, 'planted crash'"
+    recipe = write_slow(desk.folder, body)
+    done = desk.drumline(
+        "submit",
+        recipe,
+        "--site",
+        "site.yaml",
+        "--run-dir",
+        "r",
+        "--json",
+        "checkpoint.every_steps=100",
+    )
+    job = json.loads(done.stdout)["jobs"][0]
+    desk.wait_for_job(job, "FAILED")
+    assert len(desk.attempts()) == 2
+    assert "no progress since step" in desk.drumline("logs", "r").stdout
+    assert "planted crash" in desk.attempts()[-1]["message"]
+    assert desk.lab.job(job)["Restarts"] == "0"
+    assert desk.lab.job(job)["ExitCode"] == "4:0"
+
+
+def test_whoever_attends_is_killed(straight: Desk, desk: Desk) -> None:
+    """SIGKILL of the supervisor in the job: the script asks for another start, which goes on, bitwise."""
+    job = desk.submit("duration.steps=40", "checkpoint.every_steps=10")
+    desk.wait_for_step(12)
+    process = RunFolder(desk.folder / "r").supervisor()
+    assert process
+    process.send(signal.SIGKILL)
+    wait(lambda: len(desk.attempts()) == 2, 120)
+    desk.wait_for_job(job)
+    assert [a["kind"] for a in desk.attempts()] == ["lost", "finished"]
+    assert desk.record()["restarts"] == 1
+    assert desk.record()["weights"] == straight.record()["weights"]
+
+
+def test_cancelled_it_has_saved_and_is_not_requeued(desk: Desk) -> None:
+    """`drumline cancel`: exit 75 in the job, a checkpoint, and `resume` goes on from it without Slurm."""
+    job = desk.submit("duration.steps=200")
+    desk.wait_for_step(3)
+    assert "asked to save and stop" in desk.drumline("cancel", "r").stdout
+    desk.wait_for_job(job, "FAILED", "CANCELLED")
+    (attempt,) = desk.attempts()
+    assert attempt["outcome"] == "stopped"
+    assert (desk.folder / f"r/checkpoints/step-{attempt['step']:08d}").is_dir()
+    assert "nothing runs" in desk.drumline("cancel", "r", code=2).stderr
+
+
+def test_a_chain_is_one_training(straight: Desk, desk: Desk) -> None:
+    """Two jobs, the second after the first, which is cancelled halfway: finished by the second, bitwise."""
+    desk.submit("duration.steps=40", "checkpoint.every_steps=10", options=["--chain", "2"])
+    first, second = (entry["id"] for entry in desk.record()["jobs"])
+    assert "Dependency" in desk.drumline("status", "r").stdout
+    desk.wait_for_step(5)
+    desk.lab.ask("scancel", "--signal=TERM", "--batch", first)
+    desk.wait_for_job(second)
+    assert [a["outcome"] for a in desk.attempts()] == ["stopped", "finished"]
+    assert desk.record()["weights"] == straight.record()["weights"]
+
+
+def test_ten_jobs_at_once_keep_apart(slurm: Lab, tmp_path: Path) -> None:
+    """Submitted together, several on each node: ten folders, ten ids, ten trainings that are the same."""
+    desk = Desk(slurm, tmp_path)
+    desk.site(cpus_per_node=1)
+    recipe = write_slow(tmp_path, "        pass")
+    few = ["batch.gpus=2", "batch.per_device=6", "cluster.gpus_per_node=1", "duration.steps=5"]
+    command = [
+        sys.executable,
+        "-m",
+        "toolkit.cli",
+        "submit",
+        recipe,
+        *few,
+        "--site",
+        "site.yaml",
+        "--json",
+    ]
+    env = {**os.environ, **slurm.environment, "PYTHONPATH": str(ROOT)}
+    started = [subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+               for _ in range(10)]  # fmt: skip
+    found = []
+    for process in started:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        found.append(json.loads(out))
+    assert (
+        len({facts["run"] for facts in found}) == len({facts["jobs"][0] for facts in found}) == 10
+    )
+    for facts in found:
+        desk.wait_for_job(facts["jobs"][0], seconds=240)
+    weights = {
+        json.loads((Path(f["run"]) / "record.json").read_text())["weights"]["sha256"] for f in found
+    }
+    assert len(weights) == 1
+
+
+def test_what_slurm_refuses_is_one_message_and_nothing_stays(
+    slurm: Lab, desk: Desk, tmp_path: Path
+) -> None:
+    """Unknown partition or account, too many nodes, no sbatch, a controller that is down: exit 2, no folder, no job."""
+    before = slurm.ask("squeue", "-h", "-o", "%A")
+    for site, words in (
+        ({"partition": "nowhere"}, "invalid partition specified: nowhere"),
+        ({"sbatch": ["--nodelist=node99"]}, "Invalid node name specified"),
+        ({"sbatch": ["--no-such-option"]}, "unrecognized option '--no-such-option'"),
+    ):
+        desk.site(**site)
+        message = desk.submit(code=2)
+        assert words in message.splitlines()[-1], message
+        assert not (tmp_path / "r").exists()
+    desk.site()
+    message = desk.submit("batch.gpus=12", "batch.per_device=1", "batch.accumulation=1", code=2)
+    assert "Node count specification invalid" in message or "not available" in message
+    done = desk.drumline("submit", "tiny-code-lm", *TEXT, "--run-dir", "r", code=2, PATH="/nowhere")
+    assert "sbatch is not on this machine's PATH" in done.stderr
+    broken = tmp_path / "slurm.conf"
+    text = Path(slurm.environment["SLURM_CONF"]).read_text()
+    port = next(line for line in text.splitlines() if line.startswith("SlurmctldPort="))
+    broken.write_text(
+        text.replace(port, "SlurmctldPort=1").replace("MessageTimeout=10", "MessageTimeout=2")
+    )
+    done = desk.drumline(
+        "submit", "tiny-code-lm", *TEXT, "--run-dir", "r", code=2, SLURM_CONF=str(broken)
+    )
+    assert "the controller is down, or SLURM_CONF names another one" in done.stderr
+    assert not (tmp_path / "r").exists()
+    assert slurm.ask("squeue", "-h", "-o", "%A") == before
+
+
+def test_a_partition_that_is_full_or_down_is_told_by_status(desk: Desk) -> None:
+    """The job waits; status gives Slurm's reason; cancel takes it out of the queue."""
+    desk.site(partition="closed")
+    job = desk.submit()
+    wait(lambda: desk.lab.job(job).get("Reason") == "PartitionDown", 20)
+    status = desk.drumline("status", "r").stdout
+    assert status.startswith("pending  step 0/")
+    assert f"job {job}  PENDING (PartitionDown)" in status
+    assert f"job {job}: cancelled" in desk.drumline("cancel", "r").stdout
+    desk.wait_for_job(job, "CANCELLED")
+
+
+def test_a_run_folder_that_the_nodes_do_not_see(desk: Desk) -> None:
+    """On another file system: exit 2 in the job, no restart, and `status` says which node does not see it."""
+    job = desk.submit("duration.steps=4", options=["--hold"])
+    moved = desk.folder / "elsewhere"
+    (desk.folder / "r").rename(moved)
+    desk.lab.ask("scontrol", "release", job)
+    desk.wait_for_job(job, "FAILED")
+    assert desk.lab.job(job)["ExitCode"] == "2:0"
+    assert not (desk.folder / "r").exists()
+    status = desk.drumline("status", "elsewhere").stdout
+    assert f"job {job}  FAILED (the run folder is not visible on node" in status
+
+
+def test_what_does_not_fit_is_not_submitted(desk: Desk) -> None:
+    """Exit 3, no folder, no job."""
+    desk.site(gpu="h100-80gb", gpus_per_node=8)
+    done = desk.drumline(
+        "submit",
+        "llama-8b-8xh100",
+        "strategy={name: ddp, shard: all}",
+        "--site",
+        "site.yaml",
+        "--run-dir",
+        "r",
+        code=3,
+    )
+    assert "memory: " in done.stderr
+    assert not (desk.folder / "r").exists()

@@ -26,6 +26,7 @@ COMMANDS = {
     "runs": "runs",
     "report": "report",
     "submit": "submit",
+    "sweep": "sweep_runs",
     "attend": "attend",
     "status": "jobs",
     "logs": "jobs",

@@ -13,11 +13,13 @@ from typing import Annotated
 import typer
 
 from launchers.base import Command, Job
+from launchers.node import node_number
 from launchers.slurm import step_command
+from toolkit.cli import members
 from toolkit.cli.plan import make_plan, prepare_data
 from toolkit.cli.run import report_end
 from toolkit.cli.submit import SITE
-from toolkit.cli.train_here import train_here
+from toolkit.cli.train_here import Render, train_here
 from toolkit.errors import LaunchError, PlanError, RunFolderError
 from toolkit.plan.model import Plan
 from toolkit.recipe.load import load_recipe
@@ -38,28 +40,71 @@ class Allocation:
 
 def attend_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", min=1, help="Without Slurm: how many nodes attend.")
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", help="Where to take the run from, if it is not there yet."),
+    ] = None,
 ) -> None:
-    """Inside a Slurm job: start the run or go on with it, on the nodes that there are."""
-    folder = open_run(run)
+    """Inside a job: start the run or go on with it, on the nodes that there are."""
+    folder = RunFolder(run.absolute())
+    number = node_number(os.environ) if nodes else 0
+    if number:
+        raise typer.Exit(members.follow(folder, number))
+    if source:
+        members.adopt(source.expanduser(), folder)
+    open_run(run)
     if folder.read_record()["outcome"] == "finished":
         print(f"{run}: this run is finished")
+        if nodes:
+            members.end(folder, 0)
         return
+    exit_code = _supervise_members(folder, nodes) if nodes else _supervise_in_slurm(folder)
+    raise typer.Exit(exit_code)
+
+
+def _supervise_in_slurm(folder: RunFolder) -> int:
     place = load_site(folder.path / SITE)
     allocation = _allocation()
-    plan, idle = plan_for(folder, allocation.nodes)
+    where = f"in job {allocation.job} on {allocation.node_list}"
+    return _supervise(
+        folder,
+        allocation.nodes,
+        where,
+        lambda p, n, until: _render(p, n, until, folder, place, allocation),
+    )
+
+
+def _supervise_members(folder: RunFolder, nodes: int) -> int:
+    members.begin(folder)
+    exit_code = LaunchError.exit_code
+    try:
+        exit_code = _supervise(
+            folder,
+            nodes,
+            f"on {nodes} nodes",
+            lambda p, n, until: members.render_first(p, n, folder, until),
+        )
+    finally:
+        members.end(folder, exit_code)
+    return exit_code
+
+
+def _supervise(folder: RunFolder, nodes: int, where: str, render: Render) -> int:
+    """Plan for these nodes, train, report; the exit code."""
+    plan, idle = plan_for(folder, nodes)
     prepare_data(plan.recipe)
     plan = make_plan(plan.recipe)
     _refuse_another_training(folder, plan)
-    cause = "start" if not folder.read_record()["attempts"] else "resume"
-    cause += f" in job {allocation.job} on {allocation.node_list}"
+    cause = f"{'resume' if folder.read_record()['attempts'] else 'start'} {where}"
     if idle:
-        cause += f"; {idle} of its {allocation.nodes} nodes idle, no split for more"
+        cause += f"; {idle} of its {nodes} nodes idle, no split for more"
     print(cause, file=sys.stderr)
-    result, seconds = train_here(
-        folder, plan, cause, render=lambda p, n, until: _render(p, n, folder, place, allocation)
-    )
+    result, seconds = train_here(folder, plan, cause, render=render)
     report_end(folder, plan, result, seconds)
-    raise typer.Exit(result.exit_code)
+    return result.exit_code
 
 
 def plan_for(folder: RunFolder, nodes: int) -> tuple[Plan, int]:
@@ -107,14 +152,19 @@ def _allocation() -> Allocation:
 
 
 def _render(
-    plan: Plan, number: int, folder: RunFolder, site: Site, allocation: Allocation
+    plan: Plan,
+    number: int,
+    until: int | None,
+    folder: RunFolder,
+    site: Site,
+    allocation: Allocation,
 ) -> Command:
     """Srun of the attempt; the ranks meet on this node, at a port that is free now."""
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
     where = folder.plan_file(number), folder.path, number, sys.executable
-    return step_command(plan, Job(*where, host=allocation.host, port=port), site)
+    return step_command(plan, Job(*where, host=allocation.host, port=port, until=until), site)
 
 
 def register(app: typer.Typer) -> None:

@@ -89,7 +89,7 @@ def fixed(plan: Plan) -> Plan:
 
 def _sweep(plan: Plan, as_json: bool) -> None:
     """The table on stdout, the page beside it; or the cells as JSON."""
-    from toolkit.cli.sweep import sweep_page, sweep_table
+    from toolkit.cli.sweep_memory import sweep_page, sweep_table
     from toolkit.files import write_text
     from toolkit.plan.sweep import sweep
 

@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from launchers.kubernetes import check_manifests, render_manifests
+from launchers.skypilot import render_task
 from launchers.slurm import Batch, render_script
 from toolkit.cli.launch import check_offered, refuse_secrets, refuse_what_does_not_fit
 from toolkit.cli.plan import AsJson, Overrides, RecipeArgument, make_plan, prepare_data
@@ -35,12 +39,15 @@ SITE = "site.yaml"
 def submit_command(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    to: Annotated[str, typer.Option("--to", help="slurm")] = "slurm",
+    to: Annotated[
+        str, typer.Option("--to", help="slurm, kubernetes, or skypilot (--dry-run only).")
+    ] = "slurm",
     site: Annotated[Path | None, typer.Option("--site", help="A file about the cluster.")] = None,
     run_dir: Annotated[Path | None, typer.Option("--run-dir", help="New or empty.")] = None,
     chain: Annotated[
         int, typer.Option("--chain", min=1, help="So many jobs, each after the one before.")
     ] = 1,
+    hold: Annotated[bool, typer.Option("--hold", help="Submitted, but not started yet.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the script, submit nothing.")
     ] = False,
@@ -48,24 +55,23 @@ def submit_command(
     as_json: AsJson = False,
 ) -> None:
     """Plan, then submit to a cluster; a recipe that does not fit is not submitted (exit 3)."""
-    if to != "slurm":
-        raise LaunchError(f"--to {to}: this release submits to slurm")
+    if to not in ("slurm", "kubernetes", "skypilot"):
+        raise LaunchError(f"--to {to}: choose from slurm, kubernetes, skypilot")
+    if to == "skypilot" and not dry_run:
+        raise LaunchError("--to skypilot: only with --dry-run; give its output to `sky launch`")
     place = load_site(site) if site else validate_site({"site": "default"}, "default site")
-    loaded = _on_site(load_recipe(recipe, overrides), place)
+    loaded = on_site(load_recipe(recipe, overrides), place)
     secrets = Secrets(os.environ)
     refuse_secrets(loaded, secrets)
     if run_dir is not None:
         run_folder.check_new(run_dir)
     if not dry_run:
-        check_offered(loaded)
-        if shutil.which("sbatch") is None:
-            slurm.submit(Path(SCRIPT))  # which says so, before anything is prepared or written
+        refuse_without(to, loaded)
         prepare_data(loaded)
     plan = make_plan(loaded)
     refuse_what_does_not_fit(plan, force, as_json)
     if dry_run:
-        folder = RunFolder((run_dir or _runs(place) / f"{plan.recipe.recipe}-N").absolute())
-        print(render_script(plan, place, _batch(plan, folder, None)), end="")
+        print(_dry_text(to, plan, place, run_dir, secrets), end="")
         return
     print(plan_table(plan), file=sys.stderr)
     folder = run_folder.create(plan.recipe, run_dir, _runs(place))
@@ -73,28 +79,83 @@ def submit_command(
     try:
         folder.write_record({**new_record(plan, sys.argv, secrets), "jobs": []})
         write_text(folder.path / SITE, yaml12.dump(place.model_dump()))
-        for _ in range(chain):
-            jobs.append(_submit_one(plan, place, folder, jobs))
+        if to == "kubernetes":
+            jobs.append(_apply(plan, place, folder))
+        for _ in range(chain if to == "slurm" else 0):
+            jobs.append(_submit_one(plan, place, folder, jobs, hold))
     except BaseException:  # all of the chain or nothing
-        for job in jobs:
+        for job in jobs if to == "slurm" else []:
             slurm.cancel(job, gently=False)
         shutil.rmtree(folder.path, ignore_errors=True)
         raise
     _tell(folder, jobs, as_json)
 
 
-def _submit_one(plan: Plan, site: Site, folder: RunFolder, before: list[str]) -> str:
+def refuse_without(to: str, recipe: Recipe) -> None:
+    """LaunchError before anything is prepared or written, where what submits is not here."""
+    check_offered(recipe)
+    program = {"slurm": "sbatch", "kubernetes": "kubectl"}[to]
+    if shutil.which(program) is None:
+        raise LaunchError(
+            f"{program} is not on this machine's PATH. Nearest: submit from a login node of the cluster, or "
+            "--dry-run and take what it prints there"
+        )
+
+
+def _dry_text(to: str, plan: Plan, site: Site, run_dir: Path | None, secrets: Secrets) -> str:
+    """What would be submitted."""
+    folder = RunFolder((run_dir or _runs(site) / f"{plan.recipe.recipe}-N").absolute())
+    if to == "slurm":
+        return render_script(plan, site, batch_of(plan, [folder]))
+    if to == "skypilot":
+        return yaml12.dump(render_task(plan, site, folder.recipe_file))
+    record = new_record(plan, sys.argv, secrets)
+    return _manifest_text(_manifests(plan, site, plan.recipe.recipe, record))
+
+
+def _manifests(plan: Plan, site: Site, name: str, record: dict[str, Any]) -> list[dict[str, Any]]:
+    files = {
+        "recipe.yaml": yaml12.dump(plan.recipe.model_dump(by_alias=True)),
+        "record.json": json.dumps(record),
+        SITE: yaml12.dump(site.model_dump()),
+    }
+    found = render_manifests(plan, site, re.sub(r"[^a-z0-9-]+", "-", name).strip("-"), files)
+    check_manifests(found)
+    return found
+
+
+def _manifest_text(manifests: list[dict[str, Any]]) -> str:
+    return "---\n".join(yaml12.dump(manifest) for manifest in manifests)
+
+
+def _apply(plan: Plan, site: Site, folder: RunFolder) -> str:
+    """`kubectl apply` of the manifests, which stay in the run folder; the object's name."""
+    name = folder.path.name
+    manifests = _manifests(plan, site, name, folder.read_record())
+    text = _manifest_text(manifests)
+    write_text(folder.path / "manifests.yaml", text)
+    command = ["kubectl", "apply", "-f", "-"]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise LaunchError(f"kubectl apply: {done.stderr.strip().splitlines()[-1]}")
+    kind, meta = manifests[-1]["kind"].lower(), manifests[-1]["metadata"]
+    entry = {"target": "kubernetes", "id": f"{kind}/{meta['name']}", "namespace": meta["namespace"]}
+    folder.note(jobs=[{**entry, "submitted": now()}])
+    return str(entry["id"])
+
+
+def _submit_one(plan: Plan, site: Site, folder: RunFolder, before: list[str], hold: bool) -> str:
     """A job that waits for the last of those before it; in the record as soon as it is submitted."""
     path = folder.path / (f"job-{len(before)}.sh" if before else SCRIPT)
     after = before[-1] if before else None
-    write_text(path, render_script(plan, site, _batch(plan, folder, after)))
-    job = slurm.submit(path)
+    write_text(path, render_script(plan, site, batch_of(plan, [folder], after)))
+    job = slurm.submit(path, hold)
     entries = folder.read_record()["jobs"]
     folder.note(jobs=[*entries, {"target": "slurm", "id": job, "submitted": now()}])
     return job
 
 
-def _on_site(recipe: Recipe, site: Site) -> Recipe:
+def on_site(recipe: Recipe, site: Site) -> Recipe:
     """The recipe with the site's hardware where it names none; PlanError where the two disagree."""
     cluster = recipe.cluster
     update: dict[str, str | int] = {}
@@ -115,11 +176,12 @@ def _on_site(recipe: Recipe, site: Site) -> Recipe:
     return recipe.model_copy(update={"cluster": cluster.model_copy(update=update)})
 
 
-def _batch(plan: Plan, folder: RunFolder, after: str | None) -> Batch:
+def batch_of(plan: Plan, folders: list[RunFolder], after: str | None = None) -> Batch:
+    """What the script needs beside plan and site."""
     nodes = plan.recipe.cluster.nodes
     is_range = isinstance(nodes, NodeRange)
     return Batch(
-        run_folder=folder.path,
+        run_folders=[folder.path for folder in folders],
         python=sys.executable,
         package=Path(__file__).resolve().parents[2],
         fewest=nodes.min if is_range else plan.batch.nodes,  # type: ignore[union-attr]

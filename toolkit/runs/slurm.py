@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ _FINAL = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAI
 
 @dataclass(frozen=True)
 class JobState:
-    """As Slurm tells it; `source` is the command that did."""
+    """As Slurm tells it; `source` is the command that did, `reason` also what our script said of it."""
 
     state: str
     reason: str
@@ -38,14 +37,9 @@ class JobState:
         return self.state.startswith(_FINAL)
 
 
-def submit(script: Path) -> str:
+def submit(script: Path, hold: bool = False) -> str:
     """The job's id; LaunchError in sbatch's words with the nearest fix, and nothing submitted."""
-    if shutil.which("sbatch") is None:
-        raise LaunchError(
-            "sbatch is not on this machine's PATH. Nearest: submit from a login node of the cluster, or "
-            "--dry-run and take the script there"
-        )
-    done = _run("sbatch", "--parsable", str(script))
+    done = _run("sbatch", "--parsable", *(["--hold"] if hold else []), str(script))
     job = done.stdout.strip().partition(";")[0]
     if done.returncode or not job.isdigit():
         raise LaunchError(f"sbatch: {_words(done)}")
@@ -73,7 +67,7 @@ def _from_scontrol(job: str) -> JobState | None:
     done = _run("scontrol", "show", "job", "--oneliner", job)
     if done.returncode:
         return None
-    fields = dict(re.findall(r"(\w+)=(\S*)", done.stdout.splitlines()[0]))
+    fields = dict(re.findall(r"(\w+)=(.*?)(?= \w+=|$)", done.stdout.splitlines()[0]))
     return JobState(
         fields.get("JobState", "?"),
         fields.get("Reason", ""),

@@ -1,0 +1,140 @@
+"""Two nodes without srun, as pods have it: one attends, the other follows, through the run folder alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, tiny_recipe
+from lab import wait
+
+from toolkit.metrics_file import read_metrics
+from toolkit.rank_files import RankFiles
+from toolkit.recipe import yaml12
+
+pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.heavy]
+
+SLOW = "import time\nfrom torch import nn\n\n\nclass Slow(nn.Sequential):\n    def forward(self, x):\n        time.sleep(0.05)\n        return super().forward(x)\n\n\ndef make(features, hidden, classes):\n    return Slow(nn.Linear(features, hidden), nn.Linear(hidden, classes))\n"
+
+
+def start_nodes(folder: Path, **environment: str) -> list[subprocess.Popen[str]]:
+    """`drumline attend r --nodes 2` as node 0 and as node 1."""
+    command = [
+        sys.executable,
+        "-m",
+        "toolkit.cli",
+        "attend",
+        "r",
+        "--nodes",
+        "2",
+        "--from",
+        "config",
+    ]
+    return [
+        subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                         env={**os.environ, "PYTHONPATH": str(ROOT), "JOB_COMPLETION_INDEX": str(node),
+                              "POD_IP": "127.0.0.1", **environment})
+        for node in (0, 1)
+    ]  # fmt: skip
+
+
+def recipe(folder: Path, **sections: Any) -> None:
+    """Four ranks on two nodes; only a recipe.yaml is given."""
+    (folder / "config").mkdir()
+    (folder / "slow.py").write_text(SLOW)
+    plain = tiny_recipe(project=str(folder), model={"factory": "slow:make"}, duration={"steps": 20},
+                        batch={"effective": 12, "per_device": 3, "gpus": 4}, cluster={"gpus_per_node": 2},
+                        checkpoint={"every_steps": 5}, logging={"every_steps": 1}, **sections)  # fmt: skip
+    (folder / "config/recipe.yaml").write_text(yaml12.dump(plain))
+
+
+def steps(folder: Path) -> list[int]:
+    return [line["step"] for line in read_metrics(folder / "r/metrics.jsonl") if "lr" in line]
+
+
+def test_two_nodes_meet_and_both_leave_with_the_outcome(tmp_path: Path) -> None:
+    """Finished by four ranks; a rank killed on the other node costs an attempt, not the run; exit 0 twice."""
+    recipe(tmp_path)
+    nodes = start_nodes(tmp_path)
+    wait(lambda: len(steps(tmp_path)) >= 7, 120)
+    process = RankFiles(tmp_path / "r/logs/attempt-0", 3).process()
+    assert process
+    process.send(signal.SIGKILL)
+    outs = [node.communicate(timeout=180)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outs
+    assert steps(tmp_path) == list(range(1, 21))
+    record = json.loads((tmp_path / "r/record.json").read_text())
+    assert [a["kind"] for a in record["attempts"]] == ["lost", "finished"]
+    assert record["attempts"][0]["cause"] == "start on 2 nodes"
+    assert record["data"]["fingerprint"]
+
+
+def test_stopped_on_a_signal_both_leave_with_75(tmp_path: Path) -> None:
+    """SIGTERM to the first node alone, as a pod's deletion: all four ranks save."""
+    recipe(tmp_path, launch={"max_restarts": 0})
+    nodes = start_nodes(tmp_path)
+    wait(lambda: len(steps(tmp_path)) >= 3, 120)
+    nodes[0].send_signal(signal.SIGTERM)
+    outs = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [75, 75], outs
+    assert list((tmp_path / "r/checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("flag", ["stop", "ended", "stacks"])
+def test_ranks_that_no_signal_reaches_look_at_files(tmp_path: Path, flag: str) -> None:
+    """A rank whose supervisor is on another host stops, ends or tells its stacks by a file beside its log."""
+    from toolkit.cli.plan import make_plan, prepare_data
+    from toolkit.recipe.load import load_recipe
+
+    recipe(tmp_path, launch={"max_restarts": 0})
+    loaded = load_recipe(
+        str(tmp_path / "config/recipe.yaml"),
+        [
+            "batch.gpus=1",
+            "batch.accumulation=null",
+            "cluster.gpus_per_node=1",
+            "duration.steps=2000",
+        ],
+    )
+    prepare_data(loaded)
+    logs = tmp_path / "r/logs/attempt-0"
+    logs.mkdir(parents=True)
+    (tmp_path / "r/checkpoints").mkdir()
+    (tmp_path / "r/plan-0.json").write_text(make_plan(loaded).to_json())
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "DRUMLINE_SUPERVISOR": "1 1 another-host",
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "toolkit.train.worker",
+        "--plan",
+        "r/plan-0.json",
+        "--run-dir",
+        "r",
+    ]
+    rank = subprocess.Popen(command, cwd=tmp_path, env=env)
+    try:
+        wait(lambda: len(steps(tmp_path)) >= 3, 120)
+        (logs / flag).touch()
+        began = time.monotonic()
+        if flag == "stacks":
+            wait(lambda: "most recent call first" in (logs / "rank-0.log").read_text(), 10)
+            assert rank.poll() is None
+        else:
+            rank.wait(20)
+            assert time.monotonic() - began < 10
+            outcome = RankFiles(logs, 0).outcome()
+            assert (outcome and outcome["outcome"]) == ("stopped" if flag == "stop" else None)
+    finally:
+        rank.kill()
+        rank.wait()

@@ -1,0 +1,50 @@
+#!/bin/bash
+#SBATCH --job-name=llama-8b-8xh100
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --dependency=afterany:17
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=/dev/null
+
+# llama-8b-8xh100: effective 4096 = 1 per_device × 8 gpus × 512 accumulation.
+# Everything that this job needs lies in its run folder. It can be edited and given to sbatch by hand; a job
+# that starts again goes on from the newest checkpoint.
+
+set -u
+run=/shared/runs/a
+if [ ! -f "$run/record.json" ]; then
+  scontrol update "JobId=$SLURM_JOB_ID" Comment="the run folder is not visible on $SLURMD_NODENAME"
+  exit 2
+fi
+mkdir -p "$run/logs"
+exec >> "$run/logs/job-$SLURM_JOB_ID.log" 2>&1
+echo "$(date -Is) job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start ${SLURM_RESTART_COUNT:-0}"
+cd "$run" || exit 2
+
+export PYTHONPATH=/sw/drumline"${PYTHONPATH:+:$PYTHONPATH}"
+
+# Before the time limit Slurm sends USR1 here, before a preemption or a cancellation TERM: all ranks finish the
+# step and save. Only after USR1 the job asks to be started again; Slurm requeues a preempted one by itself.
+warned=''
+attend=''
+trap 'warned=1; interrupted=1; kill -USR1 "$attend" 2> /dev/null' USR1
+trap 'interrupted=1; kill -TERM "$attend" 2> /dev/null' TERM
+
+/usr/bin/python3 -m toolkit.cli attend "$run" &
+attend=$!
+while :; do
+  interrupted=''
+  wait "$attend"
+  code=$?
+  [ -n "$interrupted" ] || break
+done
+
+# 75: saved and stopped. Above 128: whoever attended was killed itself.
+if { [ "$code" -eq 75 ] && [ -n "$warned" ]; } || [ "$code" -gt 128 ]; then
+  echo "$(date -Is) code $code: asking Slurm to start this job again"
+  scontrol requeue "$SLURM_JOB_ID" && sleep 60
+fi
+exit "$code"

@@ -1,0 +1,179 @@
+"""`drumline sweep RECIPE key=a,b other=c,d`: every combination, here in turn or as a Slurm array."""
+
+import itertools
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launchers.slurm import render_script
+from toolkit.cli.launch import refuse_secrets, refuse_what_does_not_fit
+from toolkit.cli.plan import AsJson, RecipeArgument, make_plan, prepare_data
+from toolkit.cli.submit import SCRIPT, SITE, batch_of, on_site, refuse_without
+from toolkit.errors import LaunchError, PlanError, RecipeError, RunError
+from toolkit.files import write_json, write_text
+from toolkit.plan.model import Plan
+from toolkit.recipe import yaml12
+from toolkit.recipe.load import load_recipe
+from toolkit.runs import folder as run_folder
+from toolkit.runs import slurm
+from toolkit.runs.logged import read_logged
+from toolkit.runs.record import new_record, now
+from toolkit.runs.report import write_report
+from toolkit.secrets import Secrets
+from toolkit.site import Site, load_site, validate_site
+
+_MOST = 1000
+_OPENING, _CLOSING = "[{", "]}"
+
+
+def sweep_command(
+    recipe: RecipeArgument,
+    values: Annotated[
+        list[str],
+        typer.Argument(metavar="key=a,b…", help="optimizer.lr=1e-4,3e-4 batch.effective=64,128"),
+    ],
+    to: Annotated[str, typer.Option("--to", help="local or slurm")] = "local",
+    site: Annotated[Path | None, typer.Option("--site", help="A file about the cluster.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--folder", help="Of its runs: new or empty.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the combinations.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train every combination of the listed values; each is planned before the first starts."""
+    combinations = combine(values)
+    if to not in ("local", "slurm"):
+        raise LaunchError(f"--to {to}: choose from local, slurm")
+    place = load_site(site) if site else validate_site({"site": "default"}, "default site")
+    plans = [_planned(recipe, overrides, place, to, dry_run) for overrides in combinations]
+    if dry_run:
+        for overrides, plan in zip(combinations, plans, strict=True):
+            print(f"{shlex.join(overrides)}   {plan.batch.split}, {plan.steps.total:,} steps")
+        return
+    base = (folder or _next_folder(plans[0].recipe.recipe)).absolute()
+    run_folder.check_new(base)
+    base.mkdir(parents=True, exist_ok=True)
+    names = [f"{number:03d}" for number in range(len(plans))]
+    write_json(base / "sweep.json", dict(zip(names, combinations, strict=True)))
+    if to == "slurm":
+        facts = _as_array(base, names, plans, place)
+    else:
+        facts = _one_after_the_other(base, names, recipe, combinations)
+    if as_json:
+        print(json.dumps({"sweep": str(base), **facts}))
+    print(f"next  drumline runs {shlex.quote(str(base))}", file=sys.stderr)
+    if facts.get("failed"):
+        raise RunError(
+            f"{len(facts['failed'])} of {len(names)} runs failed: {', '.join(facts['failed'])}"
+        )
+
+
+def combine(values: list[str]) -> list[list[str]]:
+    """Every combination as a list of overrides; commas inside brackets do not separate."""
+    choices = []
+    for text in values:
+        key, equals, rest = text.partition("=")
+        if not equals:
+            raise RecipeError(f"{text!r}: expected key=a,b, such as optimizer.lr=1e-4,3e-4")
+        choices.append([f"{key}={value}" for value in split_outside_brackets(rest)])
+    found = [list(one) for one in itertools.product(*choices)]
+    if len(found) > _MOST:
+        sizes = " × ".join(str(len(one)) for one in choices)
+        raise RecipeError(
+            f"sweep: {sizes} = {len(found):,} runs, over {_MOST:,}. Nearest: fewer values"
+        )
+    return found
+
+
+def split_outside_brackets(text: str) -> list[str]:
+    """`1,[2,3],{a: 4, b: 5}` as three values."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in _OPENING) - (letter in _CLOSING)
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def _planned(recipe: str, overrides: list[str], site: Site, to: str, dry_run: bool) -> Plan:
+    loaded = load_recipe(recipe, overrides)
+    if to == "slurm":
+        loaded = on_site(loaded, site)
+    refuse_secrets(loaded, Secrets(os.environ))
+    if not dry_run:
+        if to == "slurm":
+            refuse_without("slurm", loaded)
+        prepare_data(loaded)
+    plan = make_plan(loaded)
+    refuse_what_does_not_fit(plan, force=False, as_json=False)
+    return plan
+
+
+def _one_after_the_other(
+    base: Path, names: list[str], recipe: str, combinations: list[list[str]]
+) -> dict[str, list[str]]:
+    """`drumline run` of each; one that fails does not stop the others; a report of all at the end."""
+    failed = []
+    for name, overrides in zip(names, combinations, strict=True):
+        print(f"\n{name}  {shlex.join(overrides)}", file=sys.stderr)
+        command = [
+            sys.executable,
+            "-m",
+            "toolkit.cli",
+            "run",
+            recipe,
+            *overrides,
+            "--run-dir",
+            str(base / name),
+        ]
+        done = subprocess.run(command, check=False)
+        if done.returncode:
+            failed.append(name)
+    logged = [read_logged(str(base / n)) for n in names if (base / n / "record.json").is_file()]
+    if logged:
+        write_text(base / "report.html", write_report(logged))
+    return {"runs": [str(base / name) for name in names], "failed": failed}
+
+
+def _as_array(base: Path, names: list[str], plans: list[Plan], site: Site) -> dict[str, list[str]]:
+    """One job array; every run folder is there before it starts."""
+    nodes = {plan.batch.nodes for plan in plans}
+    if len(nodes) > 1:
+        raise PlanError(
+            f"sweep: its runs want {', '.join(map(str, sorted(nodes)))} nodes, and an array has one size. "
+            "Nearest: the same batch.gpus in all, or --to local"
+        )
+    folders = []
+    for name, plan in zip(names, plans, strict=True):
+        made = run_folder.create(plan.recipe, base / name)
+        made.write_record({**new_record(plan, sys.argv, Secrets(os.environ)), "jobs": []})
+        write_text(made.path / SITE, yaml12.dump(site.model_dump()))
+        folders.append(made)
+    write_text(base / SCRIPT, render_script(plans[0], site, batch_of(plans[0], folders)))
+    job = slurm.submit(base / SCRIPT)
+    jobs = [f"{job}_{number}" for number in range(len(folders))]
+    for made, one in zip(folders, jobs, strict=True):
+        made.note(
+            jobs=[{"target": "slurm", "id": one if len(jobs) > 1 else job, "submitted": now()}]
+        )
+    return {"runs": [str(made.path) for made in folders], "jobs": [job]}
+
+
+def _next_folder(name: str) -> Path:
+    number = 1
+    while (Path("runs") / f"{name}-sweep-{number}").exists():
+        number += 1
+    return Path("runs") / f"{name}-sweep-{number}"
+
+
+def register(app: typer.Typer) -> None:
+    """Add this group's commands."""
+    app.command("sweep")(sweep_command)
