@@ -21,7 +21,8 @@ _TEMPLATE = Path(__file__).with_name("slurm.sh.j2")
 class Batch:
     """What the script needs beside plan and site: `fewest` to `most` nodes, where things lie.
 
-    Several run folders make a job array, one task each.
+    Several run folders make a job array, one task each. `after` is the job that this one waits for,
+    `is_followed` that another waits for this one, which then does not start itself again.
     """
 
     run_folders: list[Path]
@@ -30,6 +31,7 @@ class Batch:
     fewest: int
     most: int
     after: str | None = None
+    is_followed: bool = False
 
 
 def render_script(plan: Plan, site: Site, batch: Batch) -> str:
@@ -43,6 +45,7 @@ def render_script(plan: Plan, site: Site, batch: Batch) -> str:
         package=batch.package,
         fabric=_fabric(site),
         cache=site.cache,
+        is_followed=batch.is_followed,
         recipe=plan.recipe.recipe,
         split=str(plan.batch.split),
         effective=plan.batch.effective,
@@ -82,8 +85,7 @@ def _options(plan: Plan, site: Site, batch: Batch, per_node: int) -> list[str]:
         gpus = f"--gpus-per-node={kind}{per_node}"
     found = [
         f"--job-name={plan.recipe.recipe}",
-        f"--nodes={nodes}",
-        "--ntasks-per-node=1",
+        f"--nodes={nodes}",  # with --ntasks-per-node Slurm would give the fewest of a range
         gpus,
         f"--cpus-per-task={site.cpus_per_node}" if site.cpus_per_node else None,
         f"--mem={site.memory_per_node}" if site.memory_per_node else None,

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,9 +20,6 @@ from toolkit.runs.folder import RunFolder
 
 pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.heavy]
 
-TEXT = ["data.options={max_files: 40}", "data.validation=0.0", "evaluation=null", "schedule.warmup_steps=2",
-        "batch.effective=12", "batch.per_device=3", "batch.gpus=4", "batch.accumulation=1", "logging.every_steps=1",
-        "cluster.gpus_per_node=2"]  # fmt: skip
 SITE = {
     "site": "lab",
     "partition": "batch",
@@ -33,12 +29,29 @@ SITE = {
 }
 
 
+def write_recipe(folder: Path, body: str = "        time.sleep(0.15)") -> str:
+    """A recipe whose model does something at each forward, by default takes its time; the factory beside it."""
+    (folder / "strange.py").write_text(
+        "import os, time\nfrom pathlib import Path\nfrom torch import nn\n\n\nclass Strange(nn.Sequential):\n"
+        f"    seen = 0\n\n    def forward(self, x):\n        self.seen += 1\n{body}\n        return super().forward(x)\n\n\n"
+        "def make(features, hidden, classes):\n"
+        "    return Strange(nn.Linear(features, hidden), nn.GELU(), nn.Linear(hidden, classes))\n"
+    )
+    recipe = tiny_recipe(project=".", model={"factory": "strange:make"}, duration={"steps": 40},
+                         batch={"effective": 12, "per_device": 3, "gpus": 4}, cluster={"gpus_per_node": 2},
+                         checkpoint={"every_steps": 10}, logging={"every_steps": 1},
+                         schedule={"name": "cosine", "warmup_steps": 3})  # fmt: skip
+    (folder / "r.yaml").write_text(yaml12.dump(recipe))
+    return "r.yaml"
+
+
 class Desk:
     """A user's folder on a login node of the lab."""
 
     def __init__(self, lab: Lab, folder: Path) -> None:
         self.lab, self.folder = lab, folder
         self.site()
+        write_recipe(folder)
 
     def site(self, **changes: Any) -> None:
         """Write site.yaml."""
@@ -66,11 +79,10 @@ class Desk:
         *overrides: str,
         name: str = "r",
         code: int = 0,
-        recipe: str = "tiny-code-lm",
         options: Any = (),
     ) -> str:
         """The job's id."""
-        done = self.drumline("submit", recipe, *TEXT, *overrides, "--to", "slurm", "--site", "site.yaml", "--run-dir", name,
+        done = self.drumline("submit", "r.yaml", *overrides, "--to", "slurm", "--site", "site.yaml", "--run-dir", name,
                              "--json", *options, code=code)  # fmt: skip
         return json.loads(done.stdout)["jobs"][-1] if code == 0 else done.stderr
 
@@ -124,7 +136,7 @@ def desk(slurm: Lab, tmp_path: Path) -> Desk:
 def straight(slurm: Lab, tmp_path_factory: pytest.TempPathFactory) -> Desk:
     """Forty steps on two nodes of two ranks, undisturbed."""
     made = Desk(slurm, tmp_path_factory.mktemp("straight"))
-    job = made.submit("duration.steps=40", "checkpoint.every_steps=10")
+    job = made.submit()
     made.wait_for_job(job)
     return made
 
@@ -136,15 +148,7 @@ def test_two_nodes_of_two_ranks(straight: Desk) -> None:
     assert "start in job" in attempt["cause"]
     assert attempt["command"][0] == "srun"
     assert attempt["split"] == {"per_device": 3, "gpus": 4, "accumulation": 1}
-    straight.drumline(
-        "run",
-        "tiny-code-lm",
-        *TEXT[:-1],
-        "duration.steps=40",
-        "checkpoint.every_steps=10",
-        "--run-dir",
-        "here",
-    )
+    straight.drumline("run", "r.yaml", "cluster.gpus_per_node=4", "--run-dir", "here")
     assert straight.numbers() == straight.numbers("here")
     assert straight.record()["weights"] == straight.record("here")["weights"]
     status = json.loads(straight.drumline("status", "r", "--json").stdout)
@@ -160,7 +164,7 @@ def test_warned_before_the_time_limit_it_goes_on_and_is_bitwise_the_same(
     straight: Desk, desk: Desk
 ) -> None:
     """USR1 to the script: saved on all ranks, requeued once, finished in the same folder."""
-    job = desk.submit("duration.steps=40", "checkpoint.every_steps=10")
+    job = desk.submit()
     desk.wait_for_step(5)
     desk.lab.ask("scancel", "--signal=USR1", "--batch", job)
     wait(lambda: len(desk.attempts()) == 2, 120)
@@ -176,7 +180,7 @@ def test_warned_before_the_time_limit_it_goes_on_and_is_bitwise_the_same(
 
 def test_a_rank_that_is_killed(straight: Desk, desk: Desk) -> None:
     """SIGKILL of a rank on the second node: another attempt in the same job, the same numbers to the last bit."""
-    job = desk.submit("duration.steps=40", "checkpoint.every_steps=10")
+    job = desk.submit()
     desk.wait_for_step(14)
     process = RankFiles(desk.folder / "r/logs/attempt-0", 3).process()
     assert process
@@ -190,10 +194,12 @@ def test_a_rank_that_is_killed(straight: Desk, desk: Desk) -> None:
 
 def test_a_node_that_is_lost_leaves_a_run_on_fewer(desk: Desk) -> None:
     """Four nodes, one dies: Slurm gives three, the batch splits over two, one idles; the same training."""
-    desk.drumline("run", "tiny-code-lm", *TEXT[:-1], "batch.effective=16", "batch.per_device=2", "batch.gpus=4",
-                  "batch.accumulation=2", "duration.steps=40", "--run-dir", "here")  # fmt: skip
-    job = desk.submit("batch.effective=16", "batch.per_device=2", "batch.gpus=8", "cluster.nodes={min: 1, max: 4}",
-                      "duration.steps=40", "checkpoint.every_steps=5")  # fmt: skip
+    split = ["batch.effective=16", "batch.per_device=2"]
+    here = ["batch.gpus=4", "batch.accumulation=2", "cluster.gpus_per_node=4"]
+    desk.drumline("run", "r.yaml", *split, *here, "--run-dir", "here")
+    job = desk.submit(
+        *split, "batch.gpus=8", "cluster.nodes={min: 1, max: 4}", "checkpoint.every_steps=5"
+    )
     desk.wait_for_step(8)
     lost = "node3"
     try:
@@ -216,7 +222,7 @@ def test_a_node_that_is_lost_leaves_a_run_on_fewer(desk: Desk) -> None:
 
 def test_preempted_by_an_urgent_job(straight: Desk, desk: Desk) -> None:
     """Slurm takes the nodes: saved within its grace, requeued by Slurm, finished afterwards, bitwise."""
-    job = desk.submit("duration.steps=40", "checkpoint.every_steps=10")
+    job = desk.submit()
     desk.wait_for_step(5)
     urgent = desk.lab.ask("sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--time=1",
                           "--output=/dev/null", "--wrap=sleep 3").strip()  # fmt: skip
@@ -227,22 +233,6 @@ def test_preempted_by_an_urgent_job(straight: Desk, desk: Desk) -> None:
     assert desk.record()["weights"] == straight.record()["weights"]
 
 
-def write_slow(folder: Path, body: str) -> str:
-    """A recipe whose model does something at its forward; the factory lies beside it."""
-    shutil.copy(ROOT / "recipes/example_models.py", folder / "plain.py")
-    (folder / "strange.py").write_text(
-        "import os, time\nfrom pathlib import Path\nfrom torch import nn\n\n\nclass Strange(nn.Sequential):\n"
-        f"    seen = 0\n\n    def forward(self, x):\n        self.seen += 1\n{body}\n        return super().forward(x)\n\n\n"
-        "def make(features, hidden, classes):\n"
-        "    return Strange(nn.Linear(features, hidden), nn.GELU(), nn.Linear(hidden, classes))\n"
-    )
-    recipe = tiny_recipe(project=".", model={"factory": "strange:make"}, duration={"steps": 30},
-                         batch={"effective": 12, "per_device": 3, "gpus": 4}, cluster={"gpus_per_node": 2},
-                         checkpoint={"every_steps": 5}, logging={"every_steps": 1})  # fmt: skip
-    (folder / "r.yaml").write_text(yaml12.dump(recipe))
-    return "r.yaml"
-
-
 def test_a_rank_that_sleeps(desk: Desk) -> None:
     """Found within twice the timeout, named, the stacks of all ranks in their logs, restarted, finished."""
     body = (
@@ -250,18 +240,8 @@ def test_a_rank_that_sleeps(desk: Desk) -> None:
         "        if self.seen == 20 and os.environ['RANK'] == '2' and not flag.exists():\n"
         "            flag.touch()\n            time.sleep(3600)"
     )
-    recipe = write_slow(desk.folder, body)
-    done = desk.drumline(
-        "submit",
-        recipe,
-        "--site",
-        "site.yaml",
-        "--run-dir",
-        "r",
-        "--json",
-        "launch.hang_timeout_s=5.0",
-    )
-    desk.wait_for_job(json.loads(done.stdout)["jobs"][0])
+    write_recipe(desk.folder, body)
+    desk.wait_for_job(desk.submit("launch.hang_timeout_s=5.0"))
     first, second = desk.attempts()
     assert (first["kind"], second["outcome"]) == ("hang", "finished")
     assert "rank 2" in first["message"]
@@ -277,18 +257,8 @@ def test_a_rank_that_sleeps(desk: Desk) -> None:
 def test_a_crash_loop_is_stopped(desk: Desk) -> None:
     """The same step fails twice: no progress, said in the job's log and in the record; nothing requeued."""
     body = "        assert self.seen < 12, 'planted crash'"
-    recipe = write_slow(desk.folder, body)
-    done = desk.drumline(
-        "submit",
-        recipe,
-        "--site",
-        "site.yaml",
-        "--run-dir",
-        "r",
-        "--json",
-        "checkpoint.every_steps=100",
-    )
-    job = json.loads(done.stdout)["jobs"][0]
+    write_recipe(desk.folder, body)
+    job = desk.submit("checkpoint.every_steps=100")
     desk.wait_for_job(job, "FAILED")
     assert len(desk.attempts()) == 2
     assert "no progress since step" in desk.drumline("logs", "r").stdout
@@ -299,7 +269,7 @@ def test_a_crash_loop_is_stopped(desk: Desk) -> None:
 
 def test_whoever_attends_is_killed(straight: Desk, desk: Desk) -> None:
     """SIGKILL of the supervisor in the job: the script asks for another start, which goes on, bitwise."""
-    job = desk.submit("duration.steps=40", "checkpoint.every_steps=10")
+    job = desk.submit()
     desk.wait_for_step(12)
     process = RunFolder(desk.folder / "r").supervisor()
     assert process
@@ -324,12 +294,12 @@ def test_cancelled_it_has_saved_and_is_not_requeued(desk: Desk) -> None:
 
 
 def test_a_chain_is_one_training(straight: Desk, desk: Desk) -> None:
-    """Two jobs, the second after the first, which is cancelled halfway: finished by the second, bitwise."""
-    desk.submit("duration.steps=40", "checkpoint.every_steps=10", options=["--chain", "2"])
+    """Two jobs, the second after the first, which its time limit ends halfway: finished by the second, bitwise."""
+    desk.submit(options=["--chain", "2"])
     first, second = (entry["id"] for entry in desk.record()["jobs"])
     assert "Dependency" in desk.drumline("status", "r").stdout
     desk.wait_for_step(5)
-    desk.lab.ask("scancel", "--signal=TERM", "--batch", first)
+    desk.lab.ask("scancel", "--signal=USR1", "--batch", first)
     desk.wait_for_job(second)
     assert [a["outcome"] for a in desk.attempts()] == ["stopped", "finished"]
     assert desk.record()["weights"] == straight.record()["weights"]
@@ -339,14 +309,14 @@ def test_ten_jobs_at_once_keep_apart(slurm: Lab, tmp_path: Path) -> None:
     """Submitted together, several on each node: ten folders, ten ids, ten trainings that are the same."""
     desk = Desk(slurm, tmp_path)
     desk.site(cpus_per_node=1)
-    recipe = write_slow(tmp_path, "        pass")
+    write_recipe(tmp_path, "        pass")
     few = ["batch.gpus=2", "batch.per_device=6", "cluster.gpus_per_node=1", "duration.steps=5"]
     command = [
         sys.executable,
         "-m",
         "toolkit.cli",
         "submit",
-        recipe,
+        "r.yaml",
         *few,
         "--site",
         "site.yaml",
@@ -377,7 +347,7 @@ def test_what_slurm_refuses_is_one_message_and_nothing_stays(
     """Unknown partition or account, too many nodes, no sbatch, a controller that is down: exit 2, no folder, no job."""
     before = slurm.ask("squeue", "-h", "-o", "%A")
     for site, words in (
-        ({"partition": "nowhere"}, "invalid partition specified: nowhere"),
+        ({"partition": "nowhere"}, "Invalid partition name specified. Nearest: sinfo lists"),
         ({"sbatch": ["--nodelist=node99"]}, "Invalid node name specified"),
         ({"sbatch": ["--no-such-option"]}, "unrecognized option '--no-such-option'"),
     ):
@@ -388,7 +358,7 @@ def test_what_slurm_refuses_is_one_message_and_nothing_stays(
     desk.site()
     message = desk.submit("batch.gpus=12", "batch.per_device=1", "batch.accumulation=1", code=2)
     assert "Node count specification invalid" in message or "not available" in message
-    done = desk.drumline("submit", "tiny-code-lm", *TEXT, "--run-dir", "r", code=2, PATH="/nowhere")
+    done = desk.drumline("submit", "r.yaml", "--run-dir", "r", code=2, PATH="/nowhere")
     assert "sbatch is not on this machine's PATH" in done.stderr
     broken = tmp_path / "slurm.conf"
     text = Path(slurm.environment["SLURM_CONF"]).read_text()
@@ -396,9 +366,7 @@ def test_what_slurm_refuses_is_one_message_and_nothing_stays(
     broken.write_text(
         text.replace(port, "SlurmctldPort=1").replace("MessageTimeout=10", "MessageTimeout=2")
     )
-    done = desk.drumline(
-        "submit", "tiny-code-lm", *TEXT, "--run-dir", "r", code=2, SLURM_CONF=str(broken)
-    )
+    done = desk.drumline("submit", "r.yaml", "--run-dir", "r", code=2, SLURM_CONF=str(broken))
     assert "the controller is down, or SLURM_CONF names another one" in done.stderr
     assert not (tmp_path / "r").exists()
     assert slurm.ask("squeue", "-h", "-o", "%A") == before

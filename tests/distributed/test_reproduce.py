@@ -310,12 +310,16 @@ def test_fifty_kills(zygote: Zygote, tmp_path: Path) -> None:
         "duration": {"steps": 100},
         "checkpoint": {"every_steps": 4, "keep_last": 2},
     }
+    began = time.monotonic()
     straight = run(zygote, tmp_path, "straight", **sections)
+    whole_s = time.monotonic() - began
     draw, halfway, path = random.Random(3), 0, tmp_path / "r"
     first = ("run", write_recipe(tmp_path, **sections), "--run-dir", "r")
     child = zygote.drumline(tmp_path, *first)
     for _ in range(50):
-        while not wait_or_kill(child, draw.uniform(0.02, 1.2)):  # it came to its end before
+        while not wait_or_kill(
+            child, draw.uniform(0.02, 0.9 * whole_s)
+        ):  # it came to its end before
             assert child.wait() == 0, child.err
             assert_as_if_never_killed(path, straight)
             shutil.rmtree(path)

@@ -93,6 +93,8 @@ def cancel_command(
         )
     for job, state in reversed(live):  # those that wait for others first
         gently = not now and state is not None and state.state == "RUNNING"
+        (folder.path / "logs").mkdir(exist_ok=True)
+        (folder.path / "logs" / f"cancelled-{job}").touch()  # its script does not start it again
         slurm.cancel(job, gently)
         print(f"job {job}: {'asked to save and stop' if gently else 'cancelled'}")
     if not live and supervisor:

@@ -61,7 +61,7 @@ def run_command(
     refuse_secrets(loaded, secrets)
     if run_dir is not None:
         run_folder.check_new(run_dir)
-    if dry_run or not _needs_data(loaded):
+    if dry_run or not needs_data(loaded):
         plan = make_plan(loaded)
         refuse_what_does_not_fit(plan, force, as_json)
         if dry_run:
@@ -114,7 +114,7 @@ def resume_command(
     _finish(folder, plan, "resume", as_json)
 
 
-def _needs_data(recipe: Recipe) -> bool:
+def needs_data(recipe: Recipe) -> bool:
     """Whether the number of steps is known only once the data are prepared."""
     counted = recipe.duration.steps is None or recipe.schedule.unit == "epoch"
     return counted and recipe.data.samples is None

@@ -17,7 +17,7 @@ from launchers.skypilot import render_task
 from launchers.slurm import Batch, render_script
 from toolkit.cli.launch import check_offered, refuse_secrets, refuse_what_does_not_fit
 from toolkit.cli.plan import AsJson, Overrides, RecipeArgument, make_plan, prepare_data
-from toolkit.cli.run import Force
+from toolkit.cli.run import Force, needs_data
 from toolkit.cli.show import plan_table
 from toolkit.errors import LaunchError, PlanError
 from toolkit.files import write_text
@@ -67,6 +67,8 @@ def submit_command(
         run_folder.check_new(run_dir)
     if not dry_run:
         refuse_without(to, loaded)
+        if not needs_data(loaded):
+            refuse_what_does_not_fit(make_plan(loaded), force, as_json)
         prepare_data(loaded)
     plan = make_plan(loaded)
     refuse_what_does_not_fit(plan, force, as_json)
@@ -82,7 +84,7 @@ def submit_command(
         if to == "kubernetes":
             jobs.append(_apply(plan, place, folder))
         for _ in range(chain if to == "slurm" else 0):
-            jobs.append(_submit_one(plan, place, folder, jobs, hold))
+            jobs.append(_submit_one(plan, place, folder, jobs, hold, chain))
     except BaseException:  # all of the chain or nothing
         for job in jobs if to == "slurm" else []:
             slurm.cancel(job, gently=False)
@@ -144,11 +146,14 @@ def _apply(plan: Plan, site: Site, folder: RunFolder) -> str:
     return str(entry["id"])
 
 
-def _submit_one(plan: Plan, site: Site, folder: RunFolder, before: list[str], hold: bool) -> str:
+def _submit_one(
+    plan: Plan, site: Site, folder: RunFolder, before: list[str], hold: bool, chain: int
+) -> str:
     """A job that waits for the last of those before it; in the record as soon as it is submitted."""
     path = folder.path / (f"job-{len(before)}.sh" if before else SCRIPT)
     after = before[-1] if before else None
-    write_text(path, render_script(plan, site, batch_of(plan, [folder], after)))
+    batch = batch_of(plan, [folder], after, is_followed=len(before) + 1 < chain)
+    write_text(path, render_script(plan, site, batch))
     job = slurm.submit(path, hold)
     entries = folder.read_record()["jobs"]
     folder.note(jobs=[*entries, {"target": "slurm", "id": job, "submitted": now()}])
@@ -176,7 +181,9 @@ def on_site(recipe: Recipe, site: Site) -> Recipe:
     return recipe.model_copy(update={"cluster": cluster.model_copy(update=update)})
 
 
-def batch_of(plan: Plan, folders: list[RunFolder], after: str | None = None) -> Batch:
+def batch_of(
+    plan: Plan, folders: list[RunFolder], after: str | None = None, is_followed: bool = False
+) -> Batch:
     """What the script needs beside plan and site."""
     nodes = plan.recipe.cluster.nodes
     is_range = isinstance(nodes, NodeRange)
@@ -187,6 +194,7 @@ def batch_of(plan: Plan, folders: list[RunFolder], after: str | None = None) -> 
         fewest=nodes.min if is_range else plan.batch.nodes,  # type: ignore[union-attr]
         most=nodes.max if is_range else plan.batch.nodes,  # type: ignore[union-attr]
         after=after,
+        is_followed=is_followed,
     )
 
 

@@ -70,7 +70,7 @@ def _from_scontrol(job: str) -> JobState | None:
     fields = dict(re.findall(r"(\w+)=(.*?)(?= \w+=|$)", done.stdout.splitlines()[0]))
     return JobState(
         fields.get("JobState", "?"),
-        fields.get("Reason", ""),
+        fields.get("Comment", "").strip() or fields.get("Reason", ""),
         fields.get("NodeList", ""),
         "scontrol",
     )
@@ -132,7 +132,8 @@ def _words(done: subprocess.CompletedProcess[str]) -> str:
     lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or [
         "no word of why"
     ]
-    text = lines[-1].partition("error: ")[2] or lines[-1]
+    errors = [line.partition("error: ")[2] for line in lines if "error: " in line]
+    text = errors[-1] if errors else lines[0].partition(": ")[2] or lines[0]
     hint = next(
         (hint for words, hint in _HINTS.items() if words.lower() in done.stderr.lower()), ""
     )

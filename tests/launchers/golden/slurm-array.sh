@@ -1,7 +1,6 @@
 #!/bin/bash
 #SBATCH --job-name=llama-8b-8xh100
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=h100:8
 #SBATCH --cpus-per-task=96
 #SBATCH --mem=1000G
@@ -49,10 +48,9 @@ module load cuda/12.8
 source /sw/venv/bin/activate
 
 # Before the time limit Slurm sends USR1 here, before a preemption or a cancellation TERM: all ranks finish the
-# step and save. Only after USR1 the job asks to be started again; Slurm requeues a preempted one by itself.
-warned=''
+# step and save.
 attend=''
-trap 'warned=1; interrupted=1; kill -USR1 "$attend" 2> /dev/null' USR1
+trap 'interrupted=1; kill -USR1 "$attend" 2> /dev/null' USR1
 trap 'interrupted=1; kill -TERM "$attend" 2> /dev/null' TERM
 
 /sw/venv/bin/python -m toolkit.cli attend "$run" &
@@ -64,8 +62,16 @@ while :; do
   [ -n "$interrupted" ] || break
 done
 
-# 75: saved and stopped. Above 128: whoever attended was killed itself.
-if { [ "$code" -eq 75 ] && [ -n "$warned" ]; } || [ "$code" -gt 128 ]; then
+# Above 128: whoever attended was killed itself; 75: saved and stopped. Then the job asks to be started again,
+# unless somebody has cancelled it.
+case $code in
+  75) again=1 ;;
+  129 | 13? | 14? | 15?) again=1 ;;
+  *) again='' ;;
+esac
+me="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}"
+if [ -e "$run/logs/cancelled-${me:-$SLURM_JOB_ID}" ]; then again=''; fi
+if [ -n "$again" ] && scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then
   echo "$(date -Is) code $code: asking Slurm to start this job again"
   scontrol requeue "$SLURM_JOB_ID" && sleep 60
 fi
