@@ -82,8 +82,9 @@ class RankFiles:
 
     def end_attempt(self) -> None:
         """Turn away ranks that come up from now on."""
-        with contextlib.suppress(OSError):  # a folder that is gone turns them away too
-            self._ended.touch()
+        if not self._ended.exists():  # its time is when that was first said
+            with contextlib.suppress(OSError):  # a folder that is gone turns them away too
+                self._ended.touch()
 
     def ask_to_stop(self) -> None:
         """Of all ranks of the attempt: what a signal asks of those on this host."""

@@ -344,7 +344,7 @@ def test_ten_jobs_at_once_keep_apart(slurm: Lab, tmp_path: Path) -> None:
 def test_what_slurm_refuses_is_one_message_and_nothing_stays(
     slurm: Lab, desk: Desk, tmp_path: Path
 ) -> None:
-    """Unknown partition or account, too many nodes, no sbatch, a controller that is down: exit 2, no folder, no job."""
+    """Unknown partition, node or option, no sbatch, a controller that is down: exit 2, no folder, no job."""
     before = slurm.ask("squeue", "-h", "-o", "%A")
     for site, words in (
         ({"partition": "nowhere"}, "Invalid partition name specified. Nearest: sinfo lists"),
@@ -356,8 +356,6 @@ def test_what_slurm_refuses_is_one_message_and_nothing_stays(
         assert words in message.splitlines()[-1], message
         assert not (tmp_path / "r").exists()
     desk.site()
-    message = desk.submit("batch.gpus=12", "batch.per_device=1", "batch.accumulation=1", code=2)
-    assert "Node count specification invalid" in message or "not available" in message
     done = desk.drumline("submit", "r.yaml", "--run-dir", "r", code=2, PATH="/nowhere")
     assert "sbatch is not on this machine's PATH" in done.stderr
     broken = tmp_path / "slurm.conf"

@@ -119,7 +119,7 @@ def _watch(
 def end_launcher(process: subprocess.Popen[bytes], ranks: list[RankFiles], gently: bool) -> None:
     """The launcher and every rank are gone afterwards; one that reaches other hosts is asked first."""
     if gently:
-        ranks[0].end_attempt()
+        end_ranks(ranks)
         if not _leaves(process):
             process.terminate()
             _leaves(process)
