@@ -65,6 +65,7 @@ def step_command(plan: Plan, job: Job, site: Site) -> Command:
         f"--ntasks={nodes}",
         "--ntasks-per-node=1",
         "--relative=0",
+        "--overlap",  # a step that is still being cleared away must not hold up the next attempt
         "--kill-on-bad-exit=1",
         "--wait=30",
         "--export=ALL",

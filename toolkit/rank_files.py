@@ -1,7 +1,7 @@
 """What a rank leaves in its attempt's log folder for the supervisor to read.
 
 rank-0.pid            the process; written first
-rank-0.beat           a count that grows at every place of the loop, the step, and the place
+rank-0.beat           a count that grows at every place of the loop, the step, time in forwards, the place
 rank-0.device.json    the device that it trains on, and what drives it
 rank-0.begun.json     which checkpoint was loaded, and which were set aside
 rank-0.outcome.json   how it ended; a launcher's exit code does not tell
@@ -29,13 +29,15 @@ _OUTCOME_BYTES = 1 << 14
 class Beat:
     """Where a rank is: `count` is comparable between ranks, which all pass the same places.
 
-    `waits` counts signs of life at one place; `done` the steps that are finished.
+    `waits` counts signs of life at one place; `done` the steps that are finished; `busy_ms` the time spent
+    in forwards, where no rank waits for another.
     """
 
     count: int
     waits: int
     done: int
     step: int
+    busy_ms: int
     place: str
 
 
@@ -62,11 +64,11 @@ class RankFiles:
 
     def beat(self) -> Beat | None:
         """The last place that the rank came to."""
-        *numbers, place = _text(self._beat).strip().split(" ", 4)
-        if len(numbers) != 4 or not all(number.isdigit() for number in numbers):
+        *numbers, place = _text(self._beat).strip().split(" ", 5)
+        if len(numbers) != 5 or not all(number.isdigit() for number in numbers):
             return None
-        count, waits, done, step = map(int, numbers)
-        return Beat(count, waits, done, step, place)
+        count, waits, done, step, busy_ms = map(int, numbers)
+        return Beat(count, waits, done, step, busy_ms, place)
 
     def outcome(self) -> dict[str, Any] | None:
         """How the rank ended; None as long as it has not said."""
@@ -138,13 +140,13 @@ class BeatWriter:
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
-        self._count = self._waits = self._done = self._step = 0
+        self._count = self._waits = self._done = self._step = self._busy_ms = 0
         self._place = "start"
 
-    def __call__(self, done: int, step: int, place: str) -> None:
-        """The rank has come to `place` in `step`, and has finished `done` steps."""
+    def __call__(self, done: int, step: int, place: str, busy_ms: int = 0) -> None:
+        """The rank has come to `place` in `step`, has finished `done` steps, was busy for so long."""
         self._count += 1
-        self._done, self._step, self._place = done, step, place
+        self._done, self._step, self._busy_ms, self._place = done, step, busy_ms, place
         self._write()
 
     def wait(self) -> None:
@@ -153,7 +155,9 @@ class BeatWriter:
         self._write()
 
     def _write(self) -> None:
-        text = f"{self._count} {self._waits} {self._done} {self._step} {self._place}"
+        text = (
+            f"{self._count} {self._waits} {self._done} {self._step} {self._busy_ms} {self._place}"
+        )
         line = text.encode()[:_BEAT_BYTES].ljust(_BEAT_BYTES)
         with contextlib.suppress(OSError):
             os.pwrite(self._descriptor, line, 0)

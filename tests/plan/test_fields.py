@@ -62,7 +62,7 @@ CHANGES: dict[str, Any] = {
     "checkpoint": [{"every_steps": 11}, {"every_minutes": 5.0}, {"keep_last": 3}, {"keep_best": 0},
                    {"keep_every": 4}, {"async": False}, {"on_error": "continue"}],
     "anomalies": [{"max_skipped": 5}, {"spike_sigma": 4.0}, {"spike_window": 50}, {"skip_spikes": True}],
-    "launch": [{"launcher": "accelerate"}, {"max_restarts": 1}, {"hang_timeout_s": 5.0}],
+    "launch": [{"launcher": "accelerate"}, {"max_restarts": 1}, {"hang_timeout_s": 5.0}, {"hang_factor": 5.0}, {"straggler_ratio": None}],
     "logging": [{"every_steps": 3}, {"wandb": {"project": "p"}}, {"wandb": {"project": "p", "mode": "online"}},
                 {"wandb": {"project": "p", "entity": "e"}}, {"tensorboard": True}, {"noise_scale": True}],
 }  # fmt: skip

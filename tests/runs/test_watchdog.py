@@ -9,6 +9,7 @@ import pytest
 from toolkit.processes import Process
 from toolkit.rank_files import RankFiles
 from toolkit.runs.signals import Signals
+from toolkit.runs.stragglers import STEPS, Stragglers
 from toolkit.runs.watchdog import Watchdog
 
 
@@ -102,3 +103,51 @@ def test_a_process_is_told_from_another_with_its_number() -> None:
     other.send(signal.SIGKILL)
     assert not Process(here.pid, here.started, "elsewhere").is_alive
     assert Process.parse("12 x host") is None
+
+
+def test_a_step_many_times_the_median_is_a_hang(tmp_path: Path) -> None:
+    """After ten steps of 2 s, a factor of 4 means 8 s in a step, and changes nothing in a save."""
+    ranks, clock = two_ranks(tmp_path), Clock()
+    beats = [files.open_beat() for files in ranks]
+    watchdog = Watchdog(ranks, 600.0, clock, factor=4.0)
+    for step in range(1, 13):
+        clock.now = 2.0 * step
+        for beat in beats:
+            beat(step - 1, step, "forward of micro-batch 1 of 1")
+        assert not watchdog.stuck()
+    for beat in beats:
+        beat(11, 12, "save")
+    assert not watchdog.stuck()
+    clock.now += 100.0
+    assert not watchdog.stuck()
+    for beat in beats:
+        beat(11, 13, "forward of micro-batch 1 of 1")
+    assert not watchdog.stuck()
+    clock.now += 7.9
+    assert not watchdog.stuck()
+    clock.now += 0.2
+    late = watchdog.stuck()
+    assert [files.rank for files in late] == [0, 1]
+    assert "did not move for 8 s (launch.hang_factor)" in watchdog.describe(late)
+
+
+@pytest.mark.parametrize(("slow_ms", "is_named"), [(50, True), (19, False)])
+def test_a_rank_that_computes_more_slowly_is_named_once(
+    tmp_path: Path, slow_ms: int, is_named: bool
+) -> None:
+    """By its forwards, against the median of all, with its host; again only after it had recovered."""
+    ranks = [RankFiles(tmp_path, rank) for rank in range(4)]
+    beats = [files.open_beat() for files in ranks]
+    ranks[2].write_device({"host": "node-7"})
+    stragglers = Stragglers(ranks, 2.0)
+    said, busy = [], [0, 0, 0, 0]
+    for step in range(4 * STEPS + 1):
+        recovered = 2 * STEPS < step <= 3 * STEPS
+        for rank, beat in enumerate(beats):
+            ms = slow_ms if rank == 2 and not recovered else 10
+            busy[rank] += ms if step else 0
+            beat(step, step + 1, "begin", busy[rank])
+        if words := stragglers.look():
+            said.append(words)
+    expected = "straggler: rank 2 on node-7: its forwards take 50 ms a step, the median is 10"
+    assert [words.partition(" (")[0] for words in said] == ([expected] * 2 if is_named else [])

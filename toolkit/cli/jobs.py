@@ -16,9 +16,10 @@ import typer
 from toolkit.cli.plan import AsJson
 from toolkit.errors import RunFolderError
 from toolkit.metrics_file import last_line
-from toolkit.runs import slurm
 from toolkit.runs.folder import RunFolder, open_run
 from toolkit.runs.health import state_of
+from toolkit.runs.jobs import cancel_job, job_state
+from toolkit.runs.slurm import JobState
 
 RunFolderArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 
@@ -81,22 +82,21 @@ def cancel_command(
 ) -> None:
     """Stop a run: all ranks finish the step and save; jobs that wait are taken out of the queue."""
     folder = open_run(run)
-    jobs = [
-        (entry["id"], slurm.job_state(entry["id"]))
-        for entry in folder.read_record().get("jobs") or []
-    ]
-    live = [(job, state) for job, state in jobs if state is None or not state.is_final]
+    jobs = [(entry, job_state(entry)) for entry in folder.read_record().get("jobs") or []]
+    live = [(entry, state) for entry, state in jobs if state is None or not state.is_final]
     supervisor = folder.supervisor()
     if not live and supervisor is None:
         raise RunFolderError(
             f"{run}: nothing runs. Nearest: drumline status {shlex.quote(str(run))}"
         )
-    for job, state in reversed(live):  # those that wait for others first
+    for entry, state in reversed(live):  # those that wait for others first
         gently = not now and state is not None and state.state == "RUNNING"
         (folder.path / "logs").mkdir(exist_ok=True)
-        (folder.path / "logs" / f"cancelled-{job}").touch()  # its script does not start it again
-        slurm.cancel(job, gently)
-        print(f"job {job}: {'asked to save and stop' if gently else 'cancelled'}")
+        (
+            folder.path / "logs" / f"cancelled-{entry['id'].replace('/', '-')}"
+        ).touch()  # no new start
+        cancel_job(entry, gently)
+        print(f"job {entry['id']}: {'asked to save and stop' if gently else 'cancelled'}")
     if not live and supervisor:
         supervisor.send(signal.SIGTERM)
         if now:
@@ -110,9 +110,9 @@ def _shown(attempt: dict[str, Any]) -> dict[str, Any]:
 
 
 def _job_facts(entry: dict[str, Any]) -> dict[str, Any]:
-    found = slurm.job_state(entry["id"])
+    found = job_state(entry)
     if found is None:
-        found = slurm.JobState("unknown", "Slurm has forgotten it", "", "none")
+        found = JobState("unknown", "its scheduler has forgotten it, or is not here", "", "none")
     return {**entry, **dataclasses.asdict(found)}
 
 
@@ -126,7 +126,7 @@ def _state(folder: RunFolder, attempts: list[dict[str, Any]], jobs: list[dict[st
 
 def _goes_on(folder: RunFolder) -> bool:
     jobs = folder.read_record().get("jobs") or []
-    states = [slurm.job_state(entry["id"]) for entry in jobs]
+    states = [job_state(entry) for entry in jobs]
     return folder.is_locked() or any(state and not state.is_final for state in states)
 
 

@@ -289,11 +289,17 @@ class Anomalies(Section):
 
 
 class Launch(Section):
-    """Who starts the processes and how stubborn the supervisor is."""
+    """Who starts the processes and how stubborn the supervisor is.
+
+    `hang_factor`: a step that takes so many times the median is a hang too, if that is shorter.
+    `straggler_ratio`: a rank whose forwards take so many times the median of all is named.
+    """
 
     launcher: Literal["torchrun", "accelerate", "deepspeed"] = "torchrun"
     max_restarts: Annotated[int, Field(ge=0)] = 3
     hang_timeout_s: Positive = 600.0
+    hang_factor: Annotated[float, Field(ge=2)] | None = None
+    straggler_ratio: Annotated[float, Field(gt=1)] | None = 2.0
 
 
 class Wandb(Section):

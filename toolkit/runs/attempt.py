@@ -21,6 +21,7 @@ from toolkit.rank_files import RankFiles
 from toolkit.runs.folder import RunFolder
 from toolkit.runs.outcome import AGREED, Result, judge, steps_done
 from toolkit.runs.signals import Signals
+from toolkit.runs.stragglers import Stragglers
 from toolkit.runs.watchdog import Watchdog
 
 _POLL_S = 0.1
@@ -55,13 +56,21 @@ def run_attempt(
     """One start of the processes; returns when none of them is left."""
     logs = folder.logs(number)
     ranks = [RankFiles(logs, rank) for rank in range(plan.batch.gpus)]
-    watchdog = Watchdog(ranks, plan.recipe.launch.hang_timeout_s)
+    launch = plan.recipe.launch
+    watchdog = Watchdog(ranks, launch.hang_timeout_s, factor=launch.hang_factor)
+    stragglers = Stragglers(ranks, launch.straggler_ratio)
     for path, text in command.files.items():
         write_text(Path(path), text)
     with (logs / "launcher.log").open("wb") as log:
         process = _start(command, log)
         try:
-            hang = _watch(process, ranks, watchdog, signals, lambda: tick(folder), say)
+
+            def look() -> None:
+                tick(folder)
+                if words := stragglers.look():
+                    say(words)
+
+            hang = _watch(process, ranks, watchdog, signals, look, say)
             gone = _gone_without_a_word(ranks)
             if not hang and not signals.at_once:
                 _let_settle(ranks, folder.checkpoints)

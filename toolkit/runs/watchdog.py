@@ -1,7 +1,9 @@
 """Finds ranks that have stopped moving, and says which one the others wait for."""
 
 import re
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 
 from toolkit.processes import STACKS_SIGNAL
@@ -13,6 +15,10 @@ _REMOTE_STACKS_S = 4.0
 _STARTING = ("imports", "joining the others", "model", "load", "warm-up")
 _START_S = 600.0
 """Before the first step (imports, a large checkpoint, a compilation) at least so long is allowed."""
+_IN_A_STEP = ("begin", "forward", "backward", "agreement", "update")
+_FEWEST_STEPS = 10
+_SHORTEST_S = 5.0
+"""A factor needs a median to multiply, and never makes the watchdog more nervous than this."""
 _COLLECTIVES = ("torch/distributed/", "torch/nn/parallel/distributed.py", "agreement.py")
 
 
@@ -24,8 +30,11 @@ class Watchdog:
         ranks: list[RankFiles],
         timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
+        factor: float | None = None,
     ) -> None:
-        self._ranks, self._timeout_s, self._clock = ranks, timeout_s, clock
+        self._ranks, self._timeout_s, self._clock, self._factor = ranks, timeout_s, clock, factor
+        self._steps_s: deque[float] = deque(maxlen=64)
+        self._done: tuple[int, float] | None = None
         self._moved: dict[int, tuple[Beat | None, float]] = {
             files.rank: (None, clock()) for files in ranks
         }
@@ -37,6 +46,7 @@ class Watchdog:
             beats[files.rank] = beat = files.beat()
             if beat != self._moved[files.rank][0] or files.outcome() is not None:
                 self._moved[files.rank] = (beat, now)
+        self._time_steps(now, list(beats.values()))
         if all(now - when < self._limit(beat) for beat, when in self._moved.values()):
             return []
         least = min(beat.count if beat else 0 for beat in beats.values())
@@ -47,8 +57,24 @@ class Watchdog:
         ]
 
     def _limit(self, beat: Beat | None) -> float:
-        starting = beat is None or beat.place in _STARTING
-        return max(self._timeout_s, _START_S) if starting else self._timeout_s
+        if beat is None or beat.place in _STARTING:
+            return max(self._timeout_s, _START_S)
+        if (
+            self._factor
+            and len(self._steps_s) >= _FEWEST_STEPS
+            and beat.place.startswith(_IN_A_STEP)
+        ):
+            by_factor = max(_SHORTEST_S, self._factor * statistics.median(self._steps_s))
+            return min(self._timeout_s, by_factor)
+        return self._timeout_s
+
+    def _time_steps(self, now: float, beats: list[Beat | None]) -> None:
+        """How long the last steps took, by the slowest rank."""
+        done = min(beat.done if beat else 0 for beat in beats)
+        if self._done and done > self._done[0]:
+            self._steps_s.append((now - self._done[1]) / (done - self._done[0]))
+        if not self._done or done != self._done[0]:
+            self._done = (done, now)
 
     def describe(self, late: list[RankFiles]) -> str:
         """Writes every rank's stacks to its log and names the late ones."""
@@ -63,8 +89,12 @@ class Watchdog:
         words = [f"rank {files.rank} ({_place(files.beat())})" for files in late]
         return (
             f"hang: {', '.join(words)} did not move for {self._limit(late[0].beat()):g} s "
-            "(launch.hang_timeout_s); the stacks of all ranks are in their logs"
+            f"({self._rule(late[0].beat())}); the stacks of all ranks are in their logs"
         )
+
+    def _rule(self, beat: Beat | None) -> str:
+        by_factor = self._factor and self._limit(beat) < self._timeout_s
+        return "launch.hang_factor" if by_factor else "launch.hang_timeout_s"
 
 
 def _place(beat: Beat | None) -> str:

@@ -18,6 +18,7 @@ from toolkit.train import loader
 from toolkit.train.agreement import Agreement, Verdict
 from toolkit.train.anomalies import Judge, find_culprits
 from toolkit.train.batches import Step, StepReader, read_ahead
+from toolkit.train.busy import BusyClock
 from toolkit.train.engines import Engine, build_engine
 from toolkit.train.evaluate import Evaluator
 from toolkit.train.metrics import Logbook
@@ -64,7 +65,7 @@ def train(
     evaluator = Evaluator(plan, engine)
     judge = Judge(recipe.anomalies, state, suspect)
     cadence = SaveCadence(recipe.checkpoint)
-    meter = build_meter(plan, engine)
+    meter, busy = build_meter(plan, engine), BusyClock(device)
     clock = plan.clock()
     course = _Course(stop=False, reason=_reason_to_stop(state, plan))
 
@@ -78,13 +79,14 @@ def train(
         first = plan.steps.total + 1 if course.is_over else state.step + 1
         for step in logbook.timed(read_ahead(reader, first, plan.steps.total)):
             watch.begin(step.number)
-            losses = forward_backward(engine, step, watch, meter)
+            losses = forward_backward(engine, step, watch, meter, busy)
             watch.at("agreement")
             total = torch.stack(losses).sum() / step.weight
             asked = watch.stop_asked(), cadence.time_is_up(), saver.has_failed
             agreement = Agreement(total, *asked, meter.measured())
             norm = engine.clip(recipe.optimizer.max_grad_norm)
             verdict = agreement.reach(norm)
+            watch.busy_s = busy.total()
             course.stop = verdict.stop or step.number == until
             watch.at("update")
             judgement = judge.judge(step.number, verdict, engine.scaler)
@@ -134,16 +136,22 @@ class _Course:
 
 
 def forward_backward(
-    engine: Engine, step: Step, watch: Watch, meter: NoiseMeter | None = None
+    engine: Engine,
+    step: Step,
+    watch: Watch,
+    meter: NoiseMeter | None = None,
+    busy: BusyClock | None = None,
 ) -> list[Tensor]:
     """All micro-batches of one step on this rank; the undivided loss of each, on the device."""
-    losses, meter = [], meter or NoMeter()
+    losses, meter, busy = [], meter or NoMeter(), busy or BusyClock(engine.device)
     count = len(step.micro_batches)
     for number, micro_batch in enumerate(step.micro_batches, start=1):
         watch.at(f"forward of micro-batch {number} of {count}")
         meter.before(micro_batch, step)
+        busy.start()
 
         def before_backward(place: str = f"backward of micro-batch {number} of {count}") -> None:
+            busy.stop()
             watch.at(place)
 
         loss = engine.accumulate(
