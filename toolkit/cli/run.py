@@ -28,6 +28,7 @@ from toolkit.plan.noise import logged_noise, noise_words
 from toolkit.recipe.load import load_recipe, override
 from toolkit.recipe.schema import Recipe
 from toolkit.runs import folder as run_folder
+from toolkit.runs.closing import close_run
 from toolkit.runs.folder import RunFolder
 from toolkit.runs.outcome import Result
 from toolkit.runs.record import new_record
@@ -86,6 +87,11 @@ def resume_command(
     """Go on from the newest sound checkpoint; another split or strategy, the same training."""
     folder = run_folder.open_run(run)
     record = folder.read_record()
+    if record["outcome"] == "finished" and record.get("weights") is None:
+        with folder.locked():  # killed after its last step, before the record was complete
+            close_run(folder, lambda line: print(line, file=sys.stderr))
+        print(f"{run}: this run is finished; its record is complete now", file=sys.stderr)
+        return
     if record["outcome"] == "finished":
         raise RunFolderError(
             f"{run}: this run is finished; there is nothing to resume. "

@@ -13,8 +13,10 @@ def close_run(folder: RunFolder, say: Callable[[str], None]) -> None:
     from toolkit.runs.logged import facts_comment, read_folder
 
     try:
-        folder.note(weights=weight_facts(find_checkpoints(folder.checkpoints)[-1]))
+        weights = weight_facts(find_checkpoints(folder.checkpoints)[-1])
         logged = read_folder(folder)
-        folder.write_recipe(logged.recipe, facts_comment(logged.record, logged.steps))
+        record = {**logged.record, "weights": weights}
+        folder.write_recipe(logged.recipe, facts_comment(record, logged.steps))
+        folder.note(weights=weights)  # last: a record that has them is complete
     except (OSError, IndexError, CheckpointError) as error:
         say(f"{folder.path}: its record lacks the final weights: {error}")
