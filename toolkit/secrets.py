@@ -10,39 +10,88 @@ from typing import Any
 
 HIDDEN = "[secret]"
 
-_NAME = re.compile(
-    r"(^|_)(api_?key|access_?key|auth_?key|private_?key|key_?id|secret|token|auth|password|passwd|passphrase|"
-    r"credential)s?$"
+_NAMES = (
+    "api_key",
+    "apikey",
+    "access_key",
+    "accesskey",
+    "auth_key",
+    "private_key",
+    "key_id",
+    "secret",
+    "token",
+    "auth",
+    "password",
+    "passwd",
+    "passphrase",
+    "credential",
 )
-_SPECIAL_TOKEN = re.compile(
-    r"(^|_)(bos|eos|pad|unk|sep|cls|mask|start|end|image|audio|video|special|stop|extra)_tokens?$"
-)
-_SHAPES = re.compile(
+_SPECIAL_TOKENS = {
+    "bos",
+    "eos",
+    "pad",
+    "unk",
+    "sep",
+    "cls",
+    "mask",
+    "start",
+    "end",
+    "image",
+    "audio",
+    "video",
+    "special",
+    "stop",
+    "extra",
+}
+_SHAPES = (
     r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
     r"|glpat-[\w-]{20,}|AKIA[0-9A-Z]{16}|AIza[\w-]{35}|xox[abeprs]-[\w-]{10,}|wandb_v\d_\w{20,}"
     r"|npm_[A-Za-z0-9]{30,}|pypi-[\w-]{30,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
-_USER_IN_URL = re.compile(r"(?<=://)[^/\s@:]+:[^/\s@]+(?=@)")
-_FILE = re.compile(
-    r"(^|/)(\.env(\..*)?|\.netrc|_netrc|\.npmrc|\.pypirc|\.pgpass|id_(rsa|dsa|ecdsa|ed25519)|.*\.(pem|key|p12|pfx"
+_USER_IN_URL = r"(?<=://)[^/\s@:]+:[^/\s@]+(?=@)"
+_FILE = (
+    r"(?i)(^|/)(\.env(\..*)?|\.netrc|_netrc|\.npmrc|\.pypirc|\.pgpass|id_(rsa|dsa|ecdsa|ed25519)|.*\.(pem|key|p12|pfx"
     r"|keystore|kdbx)|.*(secret|credential|password)[^/]*\.(ya?ml|json|toml|ini|txt|env|cfg)"
-    r"|\.(aws|ssh|gnupg|kube|docker)/.*)$",
-    re.IGNORECASE,
+    r"|\.(aws|ssh|gnupg|kube|docker)/.*)$"
 )
+_SIGNS = (
+    "hf_",
+    "sk-",
+    "ghp_",
+    "gho_",
+    "ghu_",
+    "ghs_",
+    "ghr_",
+    "github_pat_",
+    "glpat-",
+    "AKIA",
+    "AIza",
+    "xox",
+    "wandb_v",
+    "npm_",
+    "pypi-",
+    "eyJ",
+    "PRIVATE KEY",
+)
+"""No shape without one of them: a dry run need not build the expression."""
 _SHORTEST = 8
 """An environment's secret shorter than this would be found in innocent text."""
 
 
 def is_secret_name(name: str) -> bool:
     """Whether a key, option or variable of this name holds a secret: `api_key`, `HF_TOKEN`, `dbPassword`."""
-    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).replace("-", "_").lower()
-    return bool(_NAME.search(snake)) and not _SPECIAL_TOKEN.search(snake)
+    if not name.islower():
+        name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    one = name.replace("-", "_").removesuffix("s")
+    found = any(one == ending or one.endswith(f"_{ending}") for ending in _NAMES)
+    special = one.removesuffix("_token").rpartition("_")[2] in _SPECIAL_TOKENS
+    return found and not (special and one.endswith("_token"))
 
 
 def is_secret_file(path: str) -> bool:
     """Whether a file of this name usually holds secrets: `.env`, `id_rsa`, `*.pem`."""
-    return bool(_FILE.search(path))
+    return bool(re.search(_FILE, path))
 
 
 def secrets_in(value: Any, path: str = "") -> Iterator[str]:
@@ -57,8 +106,14 @@ def secrets_in(value: Any, path: str = "") -> Iterator[str]:
     elif isinstance(value, list):
         for number, item in enumerate(value):
             yield from secrets_in(item, f"{path}[{number}]")
-    elif isinstance(value, str) and (_SHAPES.search(value) or _USER_IN_URL.search(value)):
+    elif isinstance(value, str) and _hide_shapes(value) != value:
         yield path
+
+
+def _hide_shapes(text: str) -> str:
+    if any(sign in text for sign in _SIGNS):
+        text = re.sub(_SHAPES, HIDDEN, text)
+    return re.sub(_USER_IN_URL, HIDDEN, text) if "://" in text else text
 
 
 class Secrets:
@@ -79,7 +134,7 @@ class Secrets:
         """The text with `[secret]` in their place."""
         for value in self._known:
             text = text.replace(value, HIDDEN)
-        return _USER_IN_URL.sub(HIDDEN, _SHAPES.sub(HIDDEN, text))
+        return _hide_shapes(text)
 
     def hide_in(self, value: Any) -> Any:
         """A plain value, with every secret in it hidden; under a secret's name, all text is one."""

@@ -152,24 +152,25 @@ def test_what_is_no_wandb_file_is_told(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def black_hole() -> Iterator[str]:
-    """A server on loopback that takes connections and never answers."""
+def unanswered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunFolder]:
+    """A run tracked online by the real client, at a loopback server that takes connections and never answers."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen(64)
-        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        yield make_run(tmp_path / "r", [step_line(1)], wandb={"project": "p", "mode": "online"})
 
 
 def test_a_tracker_that_hangs_is_dropped_with_one_warning(
-    tmp_path: Path, black_hole: str, monkeypatch: pytest.MonkeyPatch
+    unanswered: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The real client before a server that never answers: `look` costs nothing, the end comes in time."""
-    monkeypatch.setenv("WANDB_BASE_URL", black_hole)
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setattr(trackers, "LEAVE_S", 3.0)
-    folder = make_run(tmp_path / "r", [step_line(1)], wandb={"project": "p", "mode": "online"})
     told: list[str] = []
-    with Trackers(folder, validate(folder.read_record()["recipe"], "r"), told.append) as beside:
+    with Trackers(
+        unanswered, validate(unanswered.read_record()["recipe"], "r"), told.append
+    ) as beside:
         time.sleep(2.0)
         process = beside._running["wandb"][0]
         beside.look()
@@ -180,15 +181,14 @@ def test_a_tracker_that_hangs_is_dropped_with_one_warning(
 
 
 def test_a_tracker_that_does_not_move_is_dropped_while_the_run_goes_on(
-    tmp_path: Path, black_hole: str, monkeypatch: pytest.MonkeyPatch
+    unanswered: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By its beat, once."""
-    monkeypatch.setenv("WANDB_BASE_URL", black_hole)
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setattr(trackers, "HANG_S", 1.0)
-    folder = make_run(tmp_path / "r", [step_line(1)], wandb={"project": "p", "mode": "online"})
     told: list[str] = []
-    with Trackers(folder, validate(folder.read_record()["recipe"], "r"), told.append) as beside:
+    with Trackers(
+        unanswered, validate(unanswered.read_record()["recipe"], "r"), told.append
+    ) as beside:
         deadline = time.monotonic() + 30
         while not told:
             assert time.monotonic() < deadline

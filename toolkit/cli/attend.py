@@ -35,7 +35,6 @@ class Allocation:
     nodes: int
     node_list: str
     host: str
-    restarts: int
 
 
 def attend_command(
@@ -147,7 +146,6 @@ def _allocation() -> Allocation:
         nodes=int(environment.get("SLURM_JOB_NUM_NODES", "1")),
         node_list=environment.get("SLURM_JOB_NODELIST", ""),
         host=environment.get("SLURMD_NODENAME", socket.gethostname()),
-        restarts=int(environment.get("SLURM_RESTART_COUNT", "0")),
     )
 
 

@@ -22,6 +22,9 @@ class Stragglers:
         """Words about ranks that are slow now and have not been named; else nothing."""
         if self._ratio is None or len(self._ranks) < 2:
             return ""
+        first = self._ranks[0].beat()
+        if first is None or (self._mark and first.done - self._mark[0][0] < STEPS):
+            return ""  # one file is read often, those of all ranks seldom
         beats = [files.beat() for files in self._ranks]
         told = [(beat.done, beat.busy_ms) for beat in beats if beat]
         if len(told) < len(beats):
