@@ -52,20 +52,15 @@ def render_script(plan: Plan, site: Site, batch: Batch) -> str:
     )
 
 
-def step_command(plan: Plan, job: Job, site: Site) -> Command:
-    """Srun of one launcher per node, on the first nodes of the allocation."""
-    nodes, container = plan.batch.nodes, site.container
+def step_command(plan: Plan, job: Job, site: Site, hosts: list[str]) -> Command:
+    """Srun of one launcher per node, on as many of these hosts as the plan has nodes, the first ones."""
+    container = site.container
     node = [container.python if container else job.python, "-m", "launchers.node",
             "--plan", str(job.plan_file), "--run-dir", str(job.run_folder), "--attempt", str(job.attempt),
             "--host", job.host, "--port", str(job.port),
             *(["--until", str(job.until)] if job.until else [])]  # fmt: skip
     argv = [
-        "srun",
-        f"--nodes={nodes}",
-        f"--ntasks={nodes}",
-        "--ntasks-per-node=1",
-        "--relative=0",
-        "--overlap",  # a step that is still being cleared away must not hold up the next attempt
+        *_one_task_on_each(hosts[: plan.batch.nodes]),
         "--kill-on-bad-exit=1",
         "--wait=30",
         "--export=ALL",
@@ -75,6 +70,28 @@ def step_command(plan: Plan, job: Job, site: Site) -> Command:
         *node,
     ]
     return Command(argv, {}, is_remote=True)
+
+
+def roll_call(hosts: list[str]) -> list[str]:
+    """Srun whose tasks print the names of their hosts; a host that is lost prints nothing, the others do."""
+    return [
+        *_one_task_on_each(hosts),
+        "--no-kill",
+        "--kill-on-bad-exit=0",
+        "printenv",
+        "SLURMD_NODENAME",
+    ]
+
+
+def _one_task_on_each(hosts: list[str]) -> list[str]:
+    return [
+        "srun",
+        f"--nodes={len(hosts)}",
+        f"--ntasks={len(hosts)}",
+        "--ntasks-per-node=1",
+        f"--nodelist={','.join(hosts)}",
+        "--overlap",  # a step that is still being cleared away must not hold up the next
+    ]
 
 
 def _options(plan: Plan, site: Site, batch: Batch, per_node: int) -> list[str]:
@@ -87,6 +104,7 @@ def _options(plan: Plan, site: Site, batch: Batch, per_node: int) -> list[str]:
     found = [
         f"--job-name={plan.recipe.recipe}",
         f"--nodes={nodes}",  # with --ntasks-per-node Slurm would give the fewest of a range
+        "--no-kill" if batch.fewest < batch.most else None,  # goes on with the nodes that are left
         gpus,
         f"--cpus-per-task={site.cpus_per_node}" if site.cpus_per_node else None,
         f"--mem={site.memory_per_node}" if site.memory_per_node else None,

@@ -104,6 +104,11 @@ class Desk:
     def wait_for_step(self, step: int, name: str = "r") -> None:
         wait(lambda: (lines := self.steps(name)) and lines[-1]["step"] >= step, 120)
 
+    def wait_for_idle(self, node: str) -> None:
+        wait(
+            lambda: "idle" in self.lab.ask("sinfo", "-h", "-n", node, "-p", "batch", "-o", "%t"), 60
+        )
+
     def wait_for_job(self, job: str, *states: str, seconds: float = 150) -> None:
         try:
             wait(lambda: self.lab.job(job).get("JobState") in (states or ("COMPLETED",)), seconds)
@@ -193,7 +198,7 @@ def test_a_rank_that_is_killed(straight: Desk, desk: Desk) -> None:
 
 
 def test_a_node_that_is_lost_leaves_a_run_on_fewer(desk: Desk) -> None:
-    """Four nodes, one dies: Slurm gives three, the batch splits over two, one idles; the same training."""
+    """Four nodes, one dies: of the three that are left two go on and one idles, in the same job; the same training."""
     split = ["batch.effective=16", "batch.per_device=2"]
     here = ["batch.gpus=4", "batch.accumulation=2", "cluster.gpus_per_node=4"]
     desk.drumline("run", "r.yaml", *split, *here, "--run-dir", "here")
@@ -208,16 +213,34 @@ def test_a_node_that_is_lost_leaves_a_run_on_fewer(desk: Desk) -> None:
         desk.wait_for_job(job)
     finally:
         desk.lab.start_node(lost)
-        wait(
-            lambda: "idle" in desk.lab.ask("sinfo", "-h", "-n", lost, "-p", "batch", "-o", "%t"), 60
-        )
+        desk.wait_for_idle(lost)
     last = desk.attempts()[-1]
     assert last["split"] == {"per_device": 2, "gpus": 4, "accumulation": 2}
-    assert "1 of its 3 nodes idle" in last["cause"]
+    assert "node3 does not answer; goes on with 2 nodes; 1 of 3 nodes idle" in last["cause"]
+    assert [a["outcome"] for a in desk.attempts()] == ["failed", "finished"]
+    assert desk.lab.job(job)["Restarts"] == "0"
     ours, theirs = desk.numbers(), desk.numbers("here")
     assert [line[3] for line in ours] == [line[3] for line in theirs]
     for mine, other in zip(ours, theirs, strict=True):
         assert mine[1] == pytest.approx(other[1], rel=1e-5)
+
+
+def test_a_node_that_is_lost_where_none_can_be_spared(straight: Desk, desk: Desk) -> None:
+    """Two nodes, one dies: the job asks Slurm for another and goes on there, bitwise; one restart is counted."""
+    job = desk.submit("checkpoint.every_steps=5")
+    desk.wait_for_step(12)
+    lost = desk.lab.ask("scontrol", "show", "hostnames", desk.lab.job(job)["NodeList"]).split()[-1]
+    try:
+        desk.lab.kill_node(lost)
+        wait(lambda: len(desk.attempts()) == 2, 150)
+        assert lost not in desk.attempts()[-1]["cause"]
+        desk.wait_for_job(job)
+    finally:
+        desk.lab.start_node(lost)
+        desk.wait_for_idle(lost)
+    assert [a["outcome"] for a in desk.attempts()] == ["failed", "finished"]
+    assert desk.record()["restarts"] == 1
+    assert desk.record()["weights"] == straight.record()["weights"]
 
 
 def test_preempted_by_an_urgent_job(straight: Desk, desk: Desk) -> None:

@@ -166,14 +166,9 @@ def test_killed_and_resumed_it_is_bitwise_equal(zygote: Zygote, tmp_path: Path, 
                 "checkpoint": {"every_steps": 10, "async": False}}  # fmt: skip
     code, child = run(zygote, tmp_path / "straight", **sections)
     assert code == 0, child.err
-    fault = {
-        "what": "kill the command",
-        "rank": gpus - 1,
-        "attempt": 0,
-        "step": 13,
-        "place": "backward",
-    }
-    code, _ = run(zygote, tmp_path / "killed", [fault], **sections)
+    where = {"rank": gpus - 1, "attempt": 0, "step": 13, "place": "backward"}
+    faults = [{"what": "kill the command", **where}, {"what": "sleep", **where}]
+    code, _ = run(zygote, tmp_path / "killed", faults, **sections)
     assert code == -signal.SIGKILL
     resumed = zygote.drumline(tmp_path / "killed", "resume", "r")
     assert resumed.wait() == 0, resumed.err

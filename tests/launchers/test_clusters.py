@@ -95,6 +95,10 @@ def hold_golden(name: str, text: str, request: pytest.FixtureRequest) -> None:
     assert text == golden.read_text()
 
 
+def hosts(count: int) -> list[str]:
+    return [f"n{number}" for number in range(count)]
+
+
 def shellcheck(script: str) -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("no shellcheck on this machine")
@@ -171,9 +175,13 @@ def test_every_size(nodes: int) -> None:
     assert f"#SBATCH --nodes={nodes}\n" in script
     assert "#SBATCH --gpus-per-node=h100:8\n" in script
     argv = step_command(
-        plan, Job(Path("/r/plan-0.json"), Path("/r"), 0, "python", host="n0", port=1), site()
+        plan,
+        Job(Path("/r/plan-0.json"), Path("/r"), 0, "python", host="n0", port=1),
+        site(),
+        hosts(nodes + 1),
     ).argv
     assert argv[1:3] == [f"--nodes={nodes}", f"--ntasks={nodes}"]
+    assert f"--nodelist={','.join(hosts(nodes))}" in argv
     _, job = render_manifests(plan, site(), "a", {})
     assert job["spec"]["trainer"]["numNodes"] == nodes
     assert render_task(plan, site(), Path("r.yaml"))["num_nodes"] == nodes
@@ -213,7 +221,7 @@ def test_every_key_of_a_site_matters() -> None:
     job = Job(Path("/r/plan-0.json"), Path("/r"), 0, "python", host="n0", port=1)
 
     def texts(place: Site) -> list[Any]:
-        return [render_script(plan_of(2), place, batch(2)), step_command(plan_of(2), job, place),
+        return [render_script(plan_of(2), place, batch(2)), step_command(plan_of(2), job, place, hosts(2)),
                 render_manifests(plan_of(2), place, "a", {})]  # fmt: skip
 
     for key, value in others.items():
@@ -222,7 +230,9 @@ def test_every_key_of_a_site_matters() -> None:
 
 def test_a_range_of_nodes_is_asked_for() -> None:
     """Slurm's own syntax."""
-    assert "#SBATCH --nodes=1-4\n" in render_script(plan_of(4), site(), batch(fewest=1, most=4))
+    script = render_script(plan_of(4), site(), batch(fewest=1, most=4))
+    assert "#SBATCH --nodes=1-4\n" in script
+    assert "#SBATCH --no-kill\n" in script
 
 
 @pytest.mark.parametrize(
@@ -236,7 +246,7 @@ def test_containers(kind: str, words: list[str]) -> None:
         container={"kind": kind, "image": "image.sif", "python": "/opt/python", "mounts": ["/data"]}
     )
     job = Job(Path("/r/plan-0.json"), Path("/r"), 0, "/usr/bin/python3", host="n0", port=1)
-    argv = step_command(plan_of(2), job, place).argv
+    argv = step_command(plan_of(2), job, place, hosts(2)).argv
     at = argv.index(words[0])
     assert argv[at : at + len(words)] == words
     assert argv[at + len(words) : at + len(words) + 2] == ["-m", "launchers.node"]

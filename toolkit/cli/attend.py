@@ -14,27 +14,28 @@ import typer
 
 from launchers.base import Command, Job
 from launchers.node import node_number
-from launchers.slurm import step_command
+from launchers.slurm import roll_call, step_command
 from toolkit.cli import members
 from toolkit.cli.plan import make_plan, prepare_data
 from toolkit.cli.run import report_end
 from toolkit.cli.submit import SITE
-from toolkit.cli.train_here import Render, train_here
+from toolkit.cli.train_here import Render, Survive, train_here
 from toolkit.errors import LaunchError, PlanError, RunFolderError
 from toolkit.plan.model import Plan
 from toolkit.recipe.load import load_recipe
+from toolkit.recipe.schema import NodeRange
+from toolkit.runs import slurm
 from toolkit.runs.folder import RunFolder, open_run
 from toolkit.site import Site, load_site
 
 
-@dataclass(frozen=True)
+@dataclass
 class Allocation:
-    """The job that this process runs in."""
+    """The job that this process runs in; `hosts` loses those that no longer answer. `host` is this one."""
 
     job: str
-    nodes: int
-    node_list: str
     host: str
+    hosts: list[str]
 
 
 def attend_command(
@@ -67,12 +68,12 @@ def attend_command(
 def _supervise_in_slurm(folder: RunFolder) -> int:
     place = load_site(folder.path / SITE)
     allocation = _allocation()
-    where = f"in job {allocation.job} on {allocation.node_list}"
     return _supervise(
         folder,
-        allocation.nodes,
-        where,
+        len(allocation.hosts),
+        f"in job {allocation.job} on {os.environ['SLURM_JOB_NODELIST']}",
         lambda p, n, until: _render(p, n, until, folder, place, allocation),
+        lambda plan: _survive(plan, folder, allocation),
     )
 
 
@@ -91,7 +92,33 @@ def _supervise_members(folder: RunFolder, nodes: int) -> int:
     return exit_code
 
 
-def _supervise(folder: RunFolder, nodes: int, where: str, render: Render) -> int:
+def _survive(plan: Plan, folder: RunFolder, allocation: Allocation) -> tuple[Plan | None, str]:
+    """Without hosts that do not answer, where the recipe allows fewer; else Slurm is to give others."""
+    left = slurm.answering(allocation.hosts, roll_call(allocation.hosts))
+    lost = [host for host in allocation.hosts if host not in left]
+    if not lost:
+        return plan, ""
+    words = f"{', '.join(lost)} {'does' if len(lost) == 1 else 'do'} not answer"
+    allocation.hosts = left
+    nodes = load_recipe(str(folder.recipe_file)).cluster.nodes
+    if not isinstance(nodes, NodeRange) or len(left) < nodes.min:
+        return None, f"{words}; the job asks Slurm for others"
+    smaller, idle = plan_for(folder, len(left))
+    return smaller, f"{words}; goes on with {_some(smaller.batch.nodes, idle)}"
+
+
+def _some(used: int, idle: int) -> str:
+    words = f"{used} {'node' if used == 1 else 'nodes'}"
+    return f"{words}; {idle} of {used + idle} nodes idle, no split for more" if idle else words
+
+
+def _supervise(
+    folder: RunFolder,
+    nodes: int,
+    where: str,
+    render: Render,
+    survive: Survive = lambda plan: (plan, ""),
+) -> int:
     """Plan for these nodes, train, report; the exit code."""
     plan, idle = plan_for(folder, nodes)
     prepare_data(plan.recipe)
@@ -99,9 +126,9 @@ def _supervise(folder: RunFolder, nodes: int, where: str, render: Render) -> int
     _refuse_another_training(folder, plan)
     cause = f"{'resume' if folder.read_record()['attempts'] else 'start'} {where}"
     if idle:
-        cause += f"; {idle} of its {nodes} nodes idle, no split for more"
+        cause += f"; with {_some(plan.batch.nodes, idle)}"
     print(cause, file=sys.stderr)
-    result, seconds = train_here(folder, plan, cause, render=render)
+    result, seconds = train_here(folder, plan, cause, render=render, survive=survive)
     report_end(folder, plan, result, seconds)
     return result.exit_code
 
@@ -143,9 +170,8 @@ def _allocation() -> Allocation:
         )
     return Allocation(
         job=environment["SLURM_JOB_ID"],
-        nodes=int(environment.get("SLURM_JOB_NUM_NODES", "1")),
-        node_list=environment.get("SLURM_JOB_NODELIST", ""),
         host=environment.get("SLURMD_NODENAME", socket.gethostname()),
+        hosts=slurm.host_names(environment["SLURM_JOB_NODELIST"]),
     )
 
 
@@ -162,7 +188,8 @@ def _render(
         free.bind(("", 0))
         port = free.getsockname()[1]
     where = folder.plan_file(number), folder.path, number, sys.executable
-    return step_command(plan, Job(*where, host=allocation.host, port=port, until=until), site)
+    job = Job(*where, host=allocation.host, port=port, until=until)
+    return step_command(plan, job, site, allocation.hosts)
 
 
 def register(app: typer.Typer) -> None:

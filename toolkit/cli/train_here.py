@@ -21,6 +21,7 @@ from toolkit.runs.trackers import Trackers
 
 Render = Callable[[Plan, int, int | None], Command]
 """From a plan, an attempt's number and the step to stop after to what starts its ranks."""
+Survive = Callable[[Plan], tuple[Plan | None, str]]
 
 
 def train_here(
@@ -29,10 +30,11 @@ def train_here(
     cause: str,
     until: int | None = None,
     render: Render | None = None,
+    survive: Survive = lambda plan: (plan, ""),
 ) -> tuple[Result, float]:
     """Run the attempts; how it ended, and the seconds that it took.
 
-    `render`: by default all ranks are on this machine.
+    `render`: by default all ranks are on this machine. `survive`: of Surroundings.
     """
     sys.stderr = ForgivingOutput(sys.stderr.fileno())
     print(f"\nrun folder {folder.path}", file=sys.stderr)
@@ -53,6 +55,7 @@ def train_here(
         tick=tick,
         say=progress.say,
         is_automatic=render is not None,
+        survive=survive,
     )
     try:
         with folder.locked(), Trackers(folder, plan.recipe, progress.say) as trackers:

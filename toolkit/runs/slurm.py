@@ -55,6 +55,20 @@ def job_state(job: str) -> JobState | None:
     return None
 
 
+def host_names(node_list: str) -> list[str]:
+    """Slurm's `node[1-3,7]` as names; LaunchError where scontrol cannot tell."""
+    done = _run("scontrol", "show", "hostnames", node_list)
+    if done.returncode or not done.stdout.split():
+        raise LaunchError(f"scontrol show hostnames {node_list}: {_words(done)}")
+    return done.stdout.split()
+
+
+def answering(hosts: list[str], command: list[str]) -> list[str]:
+    """Those whose names the command prints, in the same order; all where none is, which tells nothing."""
+    answers = set(_run(*command).stdout.split())
+    return [host for host in hosts if host in answers] or hosts
+
+
 def cancel(job: str, gently: bool) -> None:
     """End the job: by SIGTERM to its script, which lets all ranks save; or at once."""
     arguments = ["--signal=TERM", "--batch", job] if gently else [job]
@@ -122,9 +136,10 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
         )
     except FileNotFoundError:
         return subprocess.CompletedProcess(command, 127, "", f"{command[0]}: not found")
-    except subprocess.TimeoutExpired:
+    except subprocess.TimeoutExpired as late:
         words = f"{command[0]} did not answer within {_SLURM_S:.0f} s"
-        return subprocess.CompletedProcess(command, 124, "", words)
+        said = (late.stdout or b"").decode(errors="replace")  # bytes, whatever `text` is
+        return subprocess.CompletedProcess(command, 124, said, words)
 
 
 def _words(done: subprocess.CompletedProcess[str]) -> str:

@@ -12,7 +12,7 @@ from toolkit.rank_files import RankFiles
 from toolkit.runs.attempt import Tick, end_ranks, run_attempt
 from toolkit.runs.closing import close_run
 from toolkit.runs.folder import RunFolder
-from toolkit.runs.outcome import Result, steps_done
+from toolkit.runs.outcome import STOPPED_EXIT_CODE, Result, steps_done
 from toolkit.runs.peaks import memory_entry
 from toolkit.runs.record import attempt_entry, now
 from toolkit.runs.signals import Signals
@@ -27,6 +27,8 @@ class Surroundings:
     `shrink` gives the plan with the next smaller per_device, or None; `advice` words for a plan
     that has run out of memory and cannot be split further; `say` tells the person one line.
     `is_automatic`: a scheduler starts this, not a person, so that a start after a loss is a restart.
+    `survive`, before a restart: the plan for the nodes that are left, which may be the same, and words if it
+    is not; no plan where the scheduler must give others.
     """
 
     render: Callable[[Plan, int], Command]
@@ -35,6 +37,7 @@ class Surroundings:
     tick: Tick
     say: Callable[[str], None]
     is_automatic: bool = False
+    survive: Callable[[Plan], tuple[Plan | None, str]] = lambda plan: (plan, "")
 
 
 def run_attempts(folder: RunFolder, plan: Plan, cause: str, around: Surroundings) -> Result:
@@ -83,6 +86,12 @@ def _until_final(
             failed_at, cause = result.step, f"restart: {result.message}"
             if result.suspect:
                 cause += _set_aside_since(folder, result.suspect)
+            left, words = around.survive(plan)
+            if left is None:  # the scheduler's new start is this restart
+                folder.note(restarts=starts)
+                message = f"{words}: {result.message}"
+                return replace(result, message=message, exit_code=STOPPED_EXIT_CODE)
+            plan, cause = left, f"{cause}; {words}" if words else cause
         around.say(cause)
 
 
