@@ -55,21 +55,34 @@ def render_script(plan: Plan, site: Site, batch: Batch) -> str:
 def step_command(plan: Plan, job: Job, site: Site, hosts: list[str]) -> Command:
     """Srun of one launcher per node, on as many of these hosts as the plan has nodes, the first ones."""
     container = site.container
+    inside = _inside(site, job.run_folder)
     node = [container.python if container else job.python, "-m", "launchers.node",
             "--plan", str(job.plan_file), "--run-dir", str(job.run_folder), "--attempt", str(job.attempt),
             "--host", job.host, "--port", str(job.port),
             *(["--until", str(job.until)] if job.until else [])]  # fmt: skip
-    argv = [
-        *_one_task_on_each(hosts[: plan.batch.nodes]),
+    return Command(on_each(hosts[: plan.batch.nodes], [*inside, *node], site), {}, is_remote=True)
+
+
+def on_each(hosts: list[str], command: list[str], site: Site | None = None) -> list[str]:
+    """Srun of the command once on each of these hosts of the job; all end when one fails."""
+    cores = site.cpus_per_node if site else None
+    return [
+        *_one_task_on_each(hosts),
         "--kill-on-bad-exit=1",
         "--wait=30",
         "--export=ALL",
-        *([f"--cpus-per-task={site.cpus_per_node}"] if site.cpus_per_node else []),
-        *(_pyxis(container, job) if container and container.kind == "pyxis" else []),
-        *(_apptainer(container, job) if container and container.kind == "apptainer" else []),
-        *node,
+        *([f"--cpus-per-task={cores}"] if cores else []),
+        *command,
     ]
-    return Command(argv, {}, is_remote=True)
+
+
+def _inside(site: Site, run_folder: Path) -> list[str]:
+    """What goes before a command so that it runs in the site's container, if there is one."""
+    container = site.container
+    if container is None:
+        return []
+    render = _pyxis if container.kind == "pyxis" else _apptainer
+    return render(container, run_folder)
 
 
 def roll_call(hosts: list[str]) -> list[str]:
@@ -133,17 +146,17 @@ def _fabric(site: Site) -> dict[str, str]:
     return found
 
 
-def _mounts(container: Container, job: Job) -> list[str]:
-    return [*container.mounts, str(job.run_folder)]
+def _mounts(container: Container, run_folder: Path) -> list[str]:
+    return [*container.mounts, str(run_folder)]
 
 
-def _pyxis(container: Container, job: Job) -> list[str]:
-    mounts = [m if ":" in m else f"{m}:{m}" for m in _mounts(container, job)]
+def _pyxis(container: Container, run_folder: Path) -> list[str]:
+    mounts = [m if ":" in m else f"{m}:{m}" for m in _mounts(container, run_folder)]
     return [f"--container-image={container.image}", f"--container-mounts={','.join(mounts)}"]
 
 
-def _apptainer(container: Container, job: Job) -> list[str]:
-    binds = [part for mount in _mounts(container, job) for part in ("--bind", mount)]
+def _apptainer(container: Container, run_folder: Path) -> list[str]:
+    binds = [part for mount in _mounts(container, run_folder) for part in ("--bind", mount)]
     return ["apptainer", "exec", "--nv", *binds, container.image]
 
 

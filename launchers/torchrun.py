@@ -1,32 +1,50 @@
 """torchrun; its own restarts stay off, because drumline's supervisor decides."""
 
+from dataclasses import dataclass
+
 from launchers.base import WORKER_ENVIRONMENT, Command, Job, per_node, worker_arguments
 from toolkit.plan.model import Plan
 
 
+@dataclass(frozen=True)
+class Meeting:
+    """Where the nodes meet, under which name, and which of them this is; `address` is its own."""
+
+    host: str
+    port: int
+    name: str
+    node_rank: int
+    address: str | None
+
+
 def render(plan: Plan, job: Job) -> Command:
-    """`python -m torch.distributed.run` with one worker per rank of this node."""
-    argv = [
-        job.python,
+    """One worker per rank of this node."""
+    name = f"{job.run_folder.name}-{job.attempt}"
+    place = Meeting(job.host, job.port, name, job.node_rank, job.address)
+    start = meet(job.python, plan.batch.nodes, per_node(plan), place)
+    return Command([*start, "-m", *worker_arguments(job)], WORKER_ENVIRONMENT)
+
+
+def meet(python: str, nodes: int, ranks: int, place: Meeting) -> list[str]:
+    """`python -m torch.distributed.run` with its options: `ranks` on each of `nodes`."""
+    return [
+        python,
         "-m",
         "torch.distributed.run",
-        f"--nnodes={plan.batch.nodes}",
-        f"--node-rank={job.node_rank}",
-        f"--nproc-per-node={per_node(plan)}",
+        f"--nnodes={nodes}",
+        f"--node-rank={place.node_rank}",
+        f"--nproc-per-node={ranks}",
         "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={job.host}:{job.port}",
-        f"--rdzv-id={job.run_folder.name}-{job.attempt}",
+        f"--rdzv-endpoint={place.host}:{place.port}",
+        f"--rdzv-id={place.name}",
         "--max-restarts=0",
-        *_place(job),
-        "-m",
-        *worker_arguments(job),
+        *_address(place),
     ]
-    return Command(argv, WORKER_ENVIRONMENT)
 
 
-def _place(job: Job) -> list[str]:
+def _address(place: Meeting) -> list[str]:
     """Which node hosts the meeting, said outright where names alone cannot tell."""
-    if job.address is None:
+    if place.address is None:
         return []
-    hosts = "true" if job.node_rank == 0 else "false"
-    return [f"--local-addr={job.address}", f"--rdzv-conf=is_host={hosts}"]
+    hosts = "true" if place.node_rank == 0 else "false"
+    return [f"--local-addr={place.address}", f"--rdzv-conf=is_host={hosts}"]

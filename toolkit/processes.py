@@ -56,6 +56,13 @@ class Process:
                 os.kill(self.pid, number)
 
 
+def free_port() -> int:
+    """A port of this host that nobody has now."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return int(free.getsockname()[1])
+
+
 @functools.cache
 def this_host() -> str:
     """This boot of this machine and the namespace of its process numbers; names may change."""

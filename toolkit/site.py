@@ -68,6 +68,7 @@ class Site(Section):
 
     `environment` names variables of the submitter to pass on, by name only; `setup` are shell lines before
     anything starts; `sbatch` further options, one each. `warning_s` before the time limit the run saves.
+    `preflight`: a job measures its nodes' links first; a node below `slow_node_ratio` of the others is slow.
     """
 
     site: Slug
@@ -91,6 +92,8 @@ class Site(Section):
     runs: str | None = None
     cache: str | None = None
     sbatch: list[Option] = Field(default_factory=list)
+    preflight: bool = False
+    slow_node_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.8
 
 
 def load_site(path: Path) -> Site:

@@ -152,6 +152,7 @@ def test_two_nodes_of_two_ranks(straight: Desk) -> None:
     assert attempt["outcome"] == "finished"
     assert "start in job" in attempt["cause"]
     assert attempt["command"][0] == "srun"
+    assert "in job " in attempt["cause"]
     assert attempt["split"] == {"per_device": 3, "gpus": 4, "accumulation": 1}
     straight.drumline("run", "r.yaml", "cluster.gpus_per_node=4", "--run-dir", "here")
     assert straight.numbers() == straight.numbers("here")
@@ -285,6 +286,67 @@ def test_a_straggler_is_named_with_its_host(desk: Desk) -> None:
     log = (desk.folder / f"r/logs/job-{job}.log").read_text()
     assert log.count("straggler: rank 2 on ") == 1
     assert "straggler: rank 1" not in log
+
+
+def test_a_slow_node_is_left_out_after_the_pre_flight(desk: Desk) -> None:
+    """All-reduces of one node take 0.3 s longer: it is named with its figures, and the run starts on others."""
+    (desk.folder / "sitecustomize.py").write_text(
+        "import os\nif os.environ.get('SLURMD_NODENAME') == 'node1' and 'RANK' in os.environ:\n"
+        "    import time\n    import torch.distributed as dist\n    real = dist.all_reduce\n"
+        "    dist.all_reduce = lambda *a, **k: (time.sleep(0.3), real(*a, **k))[1]\n"
+    )
+    desk.site(setup=[f"export PYTHONPATH={desk.folder}:$PYTHONPATH"], slow_node_ratio=0.2)
+    wide = [
+        "batch.effective=16",
+        "batch.per_device=2",
+        "batch.gpus=8",
+        "cluster.nodes={min: 1, max: 4}",
+    ]
+    job = desk.submit(*wide, "duration.steps=4", options=["--preflight"])
+    desk.wait_for_job(job)
+    (attempt,) = desk.attempts()
+    assert "without node1, slow in the pre-flight" in attempt["cause"]
+    assert "--nodelist=node0,node2" in attempt["command"]
+    log = (desk.folder / f"r/logs/job-{job}.log").read_text()
+    assert "node1: all-reduce within the node " in log
+    report = json.loads((desk.folder / "r/preflight.json").read_text())
+    assert [node["host"] for node in report["nodes"]] == ["node0", "node1", "node2", "node3"]
+
+
+@pytest.mark.parametrize("launcher", ["accelerate", "deepspeed"])
+def test_the_other_launchers_through_srun(straight: Desk, desk: Desk, launcher: str) -> None:
+    """Two nodes of two ranks: the losses and digests are torchrun's."""
+    job = desk.submit(
+        "duration.steps=5", "schedule={name: constant}", f"launch.launcher={launcher}"
+    )
+    desk.wait_for_job(job)
+    desk.drumline(
+        "run", "r.yaml", "duration.steps=5", "schedule={name: constant}", "--run-dir", "here"
+    )
+    ours, theirs = desk.numbers(), desk.numbers("here")
+    assert len(ours) == 5
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine[3] == other[3]
+        assert mine[1] == pytest.approx(other[1], rel=1e-6)
+
+
+def test_a_sweep_is_one_array(desk: Desk) -> None:
+    """Two tasks, two folders, one report; `logs -f` ends with the run that it follows."""
+    write_recipe(desk.folder, "        pass")
+    few = ["batch.gpus=2", "batch.per_device=6", "cluster.gpus_per_node=1", "duration.steps=5"]
+    done = desk.drumline("sweep", "r.yaml", "optimizer.lr=1e-3,3e-3", *few, "--to", "slurm", "--site", "site.yaml",
+                         "--run-dir", "all")  # fmt: skip
+    runs = sorted(path.parent for path in (desk.folder / "all").glob("0*/record.json"))
+    assert len(runs) == 2, done.stderr
+    for run in runs:
+        told = desk.drumline("logs", "-f", str(run)).stdout
+        assert "finished at step 5" in told
+        assert json.loads(desk.drumline("status", str(run), "--json").stdout)["state"] == "finished"
+    first, second = (desk.numbers(str(run)) for run in runs)
+    assert [line[3] for line in first] == [line[3] for line in second]
+    assert first[-1][1] != second[-1][1]
+    desk.drumline("report", *map(str, runs), "--out", "both.html")
+    assert (desk.folder / "both.html").stat().st_size > 10_000
 
 
 def test_a_crash_loop_is_stopped(desk: Desk) -> None:

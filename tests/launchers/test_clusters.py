@@ -216,6 +216,8 @@ def test_every_key_of_a_site_matters() -> None:
         "gpu": "cli/submit.py",
         "gpus_per_node": "cli/submit.py",
         "runs": "cli/submit.py",
+        "preflight": "cli/attend.py",
+        "slow_node_ratio": "cli/attend.py",
     }
     assert set(others) | set(elsewhere) == set(Site.model_fields)
     job = Job(Path("/r/plan-0.json"), Path("/r"), 0, "python", host="n0", port=1)

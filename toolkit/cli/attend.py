@@ -4,7 +4,6 @@ At every start the plan is made anew for the nodes that the job got, at the same
 """
 
 import os
-import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,24 +16,26 @@ from launchers.node import node_number
 from launchers.slurm import roll_call, step_command
 from toolkit.cli import members
 from toolkit.cli.plan import make_plan, prepare_data
+from toolkit.cli.preflight import links_of, slow_words
 from toolkit.cli.run import report_end
 from toolkit.cli.submit import SITE
 from toolkit.cli.train_here import Render, Survive, train_here
 from toolkit.errors import LaunchError, PlanError, RunFolderError
 from toolkit.plan.model import Plan
+from toolkit.processes import free_port
 from toolkit.recipe.load import load_recipe
 from toolkit.recipe.schema import NodeRange
 from toolkit.runs import slurm
 from toolkit.runs.folder import RunFolder, open_run
+from toolkit.runs.preflight import slow_nodes, table
 from toolkit.site import Site, load_site
 
 
 @dataclass
 class Allocation:
-    """The job that this process runs in; `hosts` loses those that no longer answer. `host` is this one."""
+    """The job that this process runs in; `hosts` loses those that are slow or no longer answer."""
 
     job: str
-    host: str
     hosts: list[str]
 
 
@@ -68,10 +69,12 @@ def attend_command(
 def _supervise_in_slurm(folder: RunFolder) -> int:
     place = load_site(folder.path / SITE)
     allocation = _allocation()
+    listed = ",".join(allocation.hosts)
+    remark = _preflight(folder, place, allocation) if place.preflight else ""
     return _supervise(
         folder,
         len(allocation.hosts),
-        f"in job {allocation.job} on {os.environ['SLURM_JOB_NODELIST']}",
+        f"in job {allocation.job} on {listed}{remark}",
         lambda p, n, until: _render(p, n, until, folder, place, allocation),
         lambda plan: _survive(plan, folder, allocation),
     )
@@ -90,6 +93,28 @@ def _supervise_members(folder: RunFolder, nodes: int) -> int:
     finally:
         members.end(folder, exit_code)
     return exit_code
+
+
+def _preflight(folder: RunFolder, site: Site, allocation: Allocation) -> str:
+    """Measure the hosts, leave slow ones out where the recipe allows fewer; words for the attempt's cause."""
+    recipe = load_recipe(str(folder.recipe_file))
+    plan = make_plan(recipe)
+    per_node = plan.batch.gpus // plan.batch.nodes
+    try:
+        report = links_of(allocation.hosts, per_node, folder.path / "preflight.json", site)
+    except LaunchError as error:  # the training itself will tell whether that matters
+        print(error, file=sys.stderr)
+        return "; pre-flight failed"
+    print(table(report), file=sys.stderr)
+    slow = slow_nodes(report, site.slow_node_ratio)
+    if not slow:
+        return ""
+    print(slow_words(slow, site.slow_node_ratio), file=sys.stderr)
+    left = [host for host in allocation.hosts if host not in slow]
+    if not isinstance(recipe.cluster.nodes, NodeRange) or len(left) < recipe.cluster.nodes.min:
+        return f"; slow: {', '.join(slow)}"
+    allocation.hosts = left
+    return f"; without {', '.join(slow)}, slow in the pre-flight"
 
 
 def _survive(plan: Plan, folder: RunFolder, allocation: Allocation) -> tuple[Plan | None, str]:
@@ -170,7 +195,6 @@ def _allocation() -> Allocation:
         )
     return Allocation(
         job=environment["SLURM_JOB_ID"],
-        host=environment.get("SLURMD_NODENAME", socket.gethostname()),
         hosts=slurm.host_names(environment["SLURM_JOB_NODELIST"]),
     )
 
@@ -183,12 +207,9 @@ def _render(
     site: Site,
     allocation: Allocation,
 ) -> Command:
-    """Srun of the attempt; the ranks meet on this node, at a port that is free now."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
+    """Srun of the attempt; the ranks meet on the first host, at a port that is free on this one now."""
     where = folder.plan_file(number), folder.path, number, sys.executable
-    job = Job(*where, host=allocation.host, port=port, until=until)
+    job = Job(*where, host=allocation.hosts[0], port=free_port(), until=until)
     return step_command(plan, job, site, allocation.hosts)
 
 

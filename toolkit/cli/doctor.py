@@ -15,6 +15,7 @@ import typer
 
 from launchers import LAUNCHERS
 from toolkit.cli.plan import AsJson, make_plan
+from toolkit.cli.preflight import doctor_preflight
 from toolkit.errors import LaunchError
 from toolkit.plan.model import Plan
 from toolkit.recipe.load import load_recipe
@@ -29,9 +30,23 @@ def doctor_command(
         str | None,
         typer.Argument(metavar="[RECIPE|RUN]", help="Can it run here? What state is it in?"),
     ] = None,
+    preflight: Annotated[
+        bool,
+        typer.Option(
+            "--preflight", help="Measure the links of this machine, or of a Slurm job's nodes."
+        ),
+    ] = False,
+    ratio: Annotated[
+        float,
+        typer.Option(
+            "--ratio", min=0.01, max=0.99, help="A node below so much of the others is slow."
+        ),
+    ] = 0.8,
     as_json: AsJson = False,
 ) -> None:
     """What this machine has; whether it can run a recipe; what state a run folder is in."""
+    if preflight:
+        return doctor_preflight(len(_gpus()), ratio, as_json)
     if what and _is_run(Path(what)):
         return _tell_run(Path(what), as_json)
     plan = make_plan(load_recipe(what)) if what else None

@@ -20,6 +20,7 @@ from toolkit.cli.plan import make_plan, prepare_data
 from toolkit.errors import RunFolderError
 from toolkit.files import write_json, write_text
 from toolkit.plan.model import Plan, read_plan
+from toolkit.processes import free_port
 from toolkit.recipe.load import load_recipe
 from toolkit.runs.folder import RunFolder
 from toolkit.runs.record import new_record
@@ -56,9 +57,7 @@ def adopt(source: Path, folder: RunFolder) -> None:
 def render_first(plan: Plan, number: int, folder: RunFolder, until: int | None) -> Command:
     """The first node's own launcher; the others are told where to meet it."""
     host = os.environ.get("POD_IP") or socket.gethostbyname(socket.gethostname())
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     write_json(folder.logs(number) / _MEET, {"host": host, "port": port, "until": until})
     command = _launcher(plan, number, folder, 0, {"host": host, "port": port, "until": until})
     return Command(command.argv, command.env, command.files, is_remote=plan.batch.nodes > 1)

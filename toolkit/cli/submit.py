@@ -47,6 +47,9 @@ def submit_command(
     chain: Annotated[
         int, typer.Option("--chain", min=1, help="So many jobs, each after the one before.")
     ] = 1,
+    preflight: Annotated[
+        bool, typer.Option("--preflight", help="Slurm: measure the nodes' links before training.")
+    ] = False,
     hold: Annotated[bool, typer.Option("--hold", help="Submitted, but not started yet.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the script, submit nothing.")
@@ -60,6 +63,13 @@ def submit_command(
     if to == "skypilot" and not dry_run:
         raise LaunchError("--to skypilot: only with --dry-run; give its output to `sky launch`")
     place = load_site(site) if site else validate_site({"site": "default"}, "default site")
+    if preflight:
+        place = place.model_copy(update={"preflight": True})
+    if place.preflight and to != "slurm":
+        raise LaunchError(
+            f"--preflight: not with --to {to}. Nearest: --to slurm, or in a pod "
+            "drumline doctor --preflight"
+        )
     loaded = on_site(load_recipe(recipe, overrides), place)
     secrets = Secrets(os.environ)
     refuse_secrets(loaded, secrets)
