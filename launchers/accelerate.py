@@ -13,7 +13,8 @@ from toolkit.plan.model import Plan
 
 def render(plan: Plan, job: Job) -> Command:
     """`python -m accelerate.commands.launch` of this node's ranks."""
-    config_file = str(job.run_folder / f"accelerate-{job.attempt}.json")
+    # Each node has its own, with its number in it, in a folder that all share.
+    config_file = str(job.run_folder / f"accelerate-{job.attempt}-node-{job.node_rank}.json")
     argv = [
         job.python,
         "-m",

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from launchers.base import WORKER_ENVIRONMENT, Command, Job, per_node, worker_arguments
 from toolkit.plan.model import Plan
 
+PATIENCE_S = 600
+"""Nodes import torch from a shared disk at their own pace; by default the first ones give up after 60 s."""
+
 
 @dataclass(frozen=True)
 class Meeting:
@@ -44,7 +47,8 @@ def meet(python: str, nodes: int, ranks: int, place: Meeting) -> list[str]:
 
 def _address(place: Meeting) -> list[str]:
     """Which node hosts the meeting, said outright where names alone cannot tell."""
+    conf = f"--rdzv-conf=join_timeout={PATIENCE_S},read_timeout={PATIENCE_S}"
     if place.address is None:
-        return []
+        return [conf]
     hosts = "true" if place.node_rank == 0 else "false"
-    return [f"--local-addr={place.address}", f"--rdzv-conf=is_host={hosts}"]
+    return [f"--local-addr={place.address}", f"{conf},is_host={hosts}"]

@@ -321,7 +321,13 @@ def test_the_other_launchers_through_srun(straight: Desk, desk: Desk, launcher: 
     )
     desk.wait_for_job(job)
     desk.drumline(
-        "run", "r.yaml", "duration.steps=5", "schedule={name: constant}", "--run-dir", "here"
+        "run",
+        "r.yaml",
+        "duration.steps=5",
+        "schedule={name: constant}",
+        "cluster.gpus_per_node=4",
+        "--run-dir",
+        "here",
     )
     ours, theirs = desk.numbers(), desk.numbers("here")
     assert len(ours) == 5
@@ -335,7 +341,7 @@ def test_a_sweep_is_one_array(desk: Desk) -> None:
     write_recipe(desk.folder, "        pass")
     few = ["batch.gpus=2", "batch.per_device=6", "cluster.gpus_per_node=1", "duration.steps=5"]
     done = desk.drumline("sweep", "r.yaml", "optimizer.lr=1e-3,3e-3", *few, "--to", "slurm", "--site", "site.yaml",
-                         "--run-dir", "all")  # fmt: skip
+                         "--folder", "all")  # fmt: skip
     runs = sorted(path.parent for path in (desk.folder / "all").glob("0*/record.json"))
     assert len(runs) == 2, done.stderr
     for run in runs:
@@ -345,7 +351,7 @@ def test_a_sweep_is_one_array(desk: Desk) -> None:
     first, second = (desk.numbers(str(run)) for run in runs)
     assert [line[3] for line in first] == [line[3] for line in second]
     assert first[-1][1] != second[-1][1]
-    desk.drumline("report", *map(str, runs), "--out", "both.html")
+    desk.drumline("report", *map(str, runs), "--output", "both.html")
     assert (desk.folder / "both.html").stat().st_size > 10_000
 
 
@@ -400,6 +406,7 @@ def test_a_chain_is_one_training(straight: Desk, desk: Desk) -> None:
     assert desk.record()["weights"] == straight.record()["weights"]
 
 
+@pytest.mark.timeout(1200)
 def test_ten_jobs_at_once_keep_apart(slurm: Lab, tmp_path: Path) -> None:
     """Submitted together, several on each node: ten folders, ten ids, ten trainings that are the same."""
     desk = Desk(slurm, tmp_path)

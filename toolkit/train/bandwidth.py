@@ -1,8 +1,9 @@
 """What the ranks of some nodes measure before a run: how fast each node's links are.
 
 Started by launchers/measure.py on every node. Needs no plan: as many ranks as were started, NCCL on GPUs,
-gloo on CPUs. Rank 0 writes one JSON object, in GB/s (10^9 bytes a second): of each node the all-reduce within it,
-the better of its all-reduces with its two neighbours, and the copy from pinned host memory to a device.
+gloo on CPUs. Rank 0 writes one JSON object, in GB/s (10^9 bytes a second): of each node the all-reduce
+within it, the better of its all-reduces with its two neighbours, and the copy from pinned host memory to a
+device.
 """
 
 import argparse
