@@ -6,6 +6,7 @@ rank-0.device.json    the device that it trains on, and what drives it
 rank-0.begun.json     which checkpoint was loaded, and which were set aside
 rank-0.outcome.json   how it ended; a launcher's exit code does not tell
 rank-0.log            everything it printed
+rank-0.collectives.json  after a hang: its last collectives, as torch's flight recorder has them
 ended                 written by the supervisor: a rank that is there or starts after this leaves at once
 stop, stacks          the same, for ranks that no signal reaches: finish the step and leave; tell the stacks
 """
@@ -47,6 +48,7 @@ class RankFiles:
     def __init__(self, logs: Path, rank: int) -> None:
         self.rank = rank
         self.log = logs / f"rank-{rank}.log"
+        self.collectives = logs / f"rank-{rank}.collectives.json"
         self._pid = logs / f"rank-{rank}.pid"
         self._beat = logs / f"rank-{rank}.beat"
         self._outcome = logs / f"rank-{rank}.outcome.json"

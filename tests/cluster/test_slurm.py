@@ -274,6 +274,11 @@ def test_a_rank_that_sleeps(desk: Desk) -> None:
     assert all(
         "most recent call first" in (log / f"rank-{rank}.log").read_text() for rank in range(4)
     )
+    last = [
+        json.loads((log / f"rank-{rank}.collectives.json").read_text())["entries"][-1]
+        for rank in range(4)
+    ]
+    assert {entry["process_group"][1] for entry in last} == {"default_pg"}
     slept = os.stat(log / "ended").st_mtime - os.stat(log / "rank-2.beat").st_mtime
     assert 8.0 <= slept < 16.0
 

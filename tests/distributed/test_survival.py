@@ -401,6 +401,10 @@ def test_a_sleeping_rank_is_found_and_the_run_finishes(
     for rank, words in ((0, "backward"), (1, "_strike")):
         log = (tmp_path / f"r/logs/attempt-0/rank-{rank}.log").read_text()
         assert "most recent call first" in log
+        recorded = json.loads(
+            (tmp_path / f"r/logs/attempt-0/rank-{rank}.collectives.json").read_text()
+        )
+        assert recorded["entries"][-1]["profiling_name"].startswith("gloo:")
         assert words in log
     slept = (
         os.stat(tmp_path / "r/logs/attempt-0/ended").st_mtime

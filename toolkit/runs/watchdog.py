@@ -90,7 +90,12 @@ class Watchdog:
         return (
             f"hang: {', '.join(words)} did not move for {self._limit(late[0].beat()):g} s "
             f"({self._rule(late[0].beat())}); the stacks of all ranks are in their logs"
+            f"{self._recorded()}"
         )
+
+    def _recorded(self) -> str:
+        kept = any(files.collectives.exists() for files in self._ranks)
+        return ", their last collectives in rank-*.collectives.json" if kept else ""
 
     def _rule(self, beat: Beat | None) -> str:
         by_factor = self._factor and self._limit(beat) < self._timeout_s

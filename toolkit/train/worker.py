@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import DrumlineError, LaunchError
-from toolkit.files import ForgivingOutput
+from toolkit.files import ForgivingOutput, write_text
 from toolkit.plan.model import Plan, read_plan
 from toolkit.processes import STACKS_SIGNAL, STOP_SIGNALS, Process
 from toolkit.rank_files import RankFiles
 from toolkit.train.watch import Watch
 
-_ORPHAN_POLL_S = 0.5
-_FILES_POLL_S = 1.0
+_SUPERVISOR_POLL_S = 0.5
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo",
               "Timed out waiting", "DistNetworkError", "DistBackendError")  # fmt: skip
@@ -95,32 +94,44 @@ def _run(arguments: argparse.Namespace, files: RankFiles, watch: Watch) -> dict[
 def _heed_the_supervisor(files: RankFiles, asked: list[int]) -> None:
     """Die within a second or two of the process that supervises this attempt, however it ended.
 
-    On another host than the supervisor's no signal comes: there its files are looked at.
+    On another host than the supervisor's no signal comes: there its files tell all that it wants.
     """
     supervisor = Process.parse(os.environ.get("DRUMLINE_SUPERVISOR", ""))
     if supervisor is None:
         return
 
-    def look_here() -> None:
-        while supervisor.is_alive:
-            time.sleep(_ORPHAN_POLL_S)
-        _die("the supervisor is gone; so is this rank")
-
-    def look_at_files() -> None:
+    def look() -> None:
         told = False
         while True:
-            time.sleep(_FILES_POLL_S)
+            time.sleep(_SUPERVISOR_POLL_S)
+            if supervisor.is_here and not supervisor.is_alive:
+                _die("the supervisor is gone; so is this rank")
             ended, stop, stacks = files.asked()
+            if stacks and not told:
+                told = True
+                if not supervisor.is_here:
+                    faulthandler.dump_traceback(all_threads=True)
+                _keep_collectives(files)
+            if supervisor.is_here:
+                continue
             if stop and not asked:
                 asked.append(signal.SIGTERM)
-            if stacks and not told:
-                faulthandler.dump_traceback(all_threads=True)
-                told = True
             if ended:
                 _die("the attempt has ended; so has this rank")
 
-    look = look_here if supervisor.is_here else look_at_files
     threading.Thread(target=look, name="supervisor", daemon=True).start()
+
+
+def _keep_collectives(files: RankFiles) -> None:
+    """What torch's flight recorder holds, NCCL's where there is one, else gloo's."""
+    with contextlib.suppress(ImportError, OSError, RuntimeError):
+        from torch._C import _distributed_c10d as c10d
+
+        dump = getattr(c10d, "_dump_nccl_trace_json", None) or getattr(
+            c10d, "_dump_fr_trace_json", None
+        )
+        if dump and (held := dump()):
+            write_text(files.collectives, held.decode(errors="replace"))
 
 
 def _die(words: str) -> None:
