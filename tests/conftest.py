@@ -16,6 +16,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rewrite-goldens", action="store_true", help="write golden files anew")
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Groups hold: pytest 9.2 ignores xdist's, and two Slurms at once would take each other's names."""
+    grouped = [item for item in session.items if item.get_closest_marker("xdist_group")]
+    if getattr(session.config.option, "loadgroup", False) and grouped:
+        assert all("@" in item.nodeid for item in grouped), (
+            "xdist's groups have no effect with this pytest"
+        )
+
+
 @pytest.fixture(scope="session", autouse=True)
 def prepared_data_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Prepared data are shared by all tests of a session, also across xdist's workers."""

@@ -20,11 +20,11 @@ NODES, GPUS, CPUS = 4, 8, 8
 HOSTS = Path("/etc/hosts")
 
 
-def why_not() -> str:
-    """What keeps a Slurm from running here, or nothing."""
-    lacking = [name for name in PROGRAMS if shutil.which(name) is None]
+def why_not(*more: str) -> str:
+    """What keeps a Slurm from running here, or nothing; `more` are further programs that are needed."""
+    lacking = [name for name in (*PROGRAMS, *more) if shutil.which(name) is None]
     if lacking:
-        return f"no {', '.join(lacking)}: apt-get install slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge"
+        return f"no {', '.join(lacking)}: .ci/run lists the Debian packages"
     return "" if os.geteuid() == 0 else "slurmd needs root"
 
 
@@ -43,11 +43,7 @@ class Lab:
 
     def start(self) -> None:
         """Up in a second or two; every node idle."""
-        munge = self.folder / "run/munge"
-        self._start("munged", "--foreground", "--force", f"--key-file={self.folder}/munge.key",
-                    f"--socket={munge}.sock", f"--pid-file={munge}.pid", f"--seed-file={munge}.seed",
-                    f"--log-file={self.folder}/log/munged.log")  # fmt: skip
-        wait(lambda: Path(f"{munge}.sock").exists(), 20)
+        self.start_munge()
         self.start_controller()
         for name in self.names:
             self.start_node(name)
@@ -58,9 +54,54 @@ class Lab:
             30,
         )
 
-    def start_controller(self) -> None:
-        """slurmctld alone."""
-        self._start("slurmctld", "-D", "-f", self.environment["SLURM_CONF"])
+    def start_munge(self) -> None:
+        """munged alone, unless it runs already."""
+        if "munged" in self._daemons:
+            return
+        munge = self.folder / "run/munge"
+        self._start("munged", "--foreground", "--force", f"--key-file={self.folder}/munge.key",
+                    f"--socket={munge}.sock", f"--pid-file={munge}.pid", f"--seed-file={munge}.seed",
+                    f"--log-file={self.folder}/log/munged.log")  # fmt: skip
+        wait(lambda: Path(f"{munge}.sock").exists(), 20)
+
+    def start_controller(self, *, forgetful: bool = False) -> None:
+        """slurmctld alone; `forgetful`: without the jobs that it knew."""
+        forget = ["-c"] if forgetful else []
+        self._start("slurmctld", "-D", *forget, "-f", self.environment["SLURM_CONF"])
+
+    def start_accounting(self) -> None:
+        """MariaDB and slurmdbd, before `start`. They listen on all addresses: in a network namespace only."""
+        base, socket_file = self.folder / "mysql", self.folder / "run/mysql.sock"
+        install = ["mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={base}",
+                   "--auth-root-authentication-method=normal", "--skip-test-db"]  # fmt: skip
+        subprocess.run(install, check=True, capture_output=True, timeout=120)
+        self._start("mariadbd", "--no-defaults", "--user=root", f"--datadir={base}", f"--socket={socket_file}",
+                    f"--pid-file={self.folder}/run/mysql.pid", "--bind-address=127.0.0.1", "--port=13306",
+                    "--innodb-buffer-pool-size=64M")  # fmt: skip
+        client = ["mariadb", "--no-defaults", f"--socket={socket_file}", "--user=root", "--execute"]
+        users = "".join(
+            f"CREATE USER slurm@'{host}' IDENTIFIED BY 'slurm'; GRANT ALL ON slurm_acct.* TO slurm@'{host}';"
+            for host in ("127.0.0.1", "localhost")
+        )
+        wait(lambda: subprocess.run([*client, "SELECT 1"], capture_output=True).returncode == 0, 60)
+        subprocess.run([*client, users], check=True, capture_output=True, timeout=60)
+        host = socket.gethostname().partition(".")[0]
+        conf = self.folder / "slurmdbd.conf"
+        conf.write_text(ACCOUNTING.format(folder=self.folder, host=host))
+        conf.chmod(0o600)
+        with (self.folder / "slurm.conf").open("a") as file:
+            file.write(
+                "AccountingStorageHost=127.0.0.1\nAccountingStoragePort=16819\n"
+                f"AccountingStoragePass={self.folder}/run/munge.sock\n"
+            )
+        text = (self.folder / "slurm.conf").read_text()
+        (self.folder / "slurm.conf").write_text(
+            text.replace("accounting_storage/none", "accounting_storage/slurmdbd")
+        )
+        self.start_munge()
+        self._start("slurmdbd", "-D", SLURM_CONF=self.environment["SLURM_CONF"])
+        wait(lambda: "lab" in self.ask("sacctmgr", "-i", "add", "cluster", "lab")
+             or "lab" in self.ask("sacctmgr", "-n", "show", "cluster"), 60)  # fmt: skip
 
     def start_node(self, name: str) -> None:
         """One slurmd alone."""
@@ -119,11 +160,15 @@ class Lab:
         lines = HOSTS.read_text().splitlines(keepends=True)
         HOSTS.write_text("".join(line for line in lines if line.rstrip() not in self._host_lines()))
 
-    def _start(self, name: str, *arguments: str) -> None:
+    def _start(self, name: str, *arguments: str, **environment: str) -> None:
         with (self.folder / "log" / f"{name.replace(' ', '-')}.out").open("ab") as log:
             command = [name.split()[0], *arguments]
             self._daemons[name] = subprocess.Popen(
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+                command,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **environment},
             )
 
     def _host_lines(self) -> list[str]:
@@ -202,6 +247,24 @@ SlurmdParameters=config_overrides
 PartitionName=batch Nodes=node[0-{last}] Default=YES MaxTime=02:00:00 DefaultTime=00:10:00 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
 PartitionName=urgent Nodes=node[0-{last}] MaxTime=02:00:00 State=UP PriorityTier=10 PreemptMode=OFF
 PartitionName=closed Nodes=node[0-{last}] State=DOWN
+"""
+
+
+ACCOUNTING = """\
+DbdHost={host}
+DbdAddr=127.0.0.1
+DbdPort=16819
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/run/munge.sock
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort=13306
+StorageUser=slurm
+StoragePass=slurm
+StorageLoc=slurm_acct
+LogFile={folder}/log/slurmdbd.log
+PidFile={folder}/run/slurmdbd.pid
 """
 
 

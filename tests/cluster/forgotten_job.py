@@ -1,0 +1,50 @@
+"""What drumline learns of a job that Slurm's controller has forgotten; run by test_forgotten_jobs.py.
+
+    unshare --mount --net python forgotten_job.py FOLDER [accounting]
+
+In namespaces of its own: slurmdbd listens on all addresses, and /etc/hosts is a copy.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from lab import HOSTS, Lab, wait
+
+from toolkit.runs import slurm
+
+
+def main(folder: Path, accounting: bool) -> None:
+    """Print the job's state before and after."""
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    # Names are only looked up where some address is not 127.0.0.1.
+    subprocess.run(["ip", "address", "add", "10.99.0.1/32", "dev", "lo"], check=True)
+    shutil.copyfile(HOSTS, folder / "hosts")
+    subprocess.run(["mount", "--bind", str(folder / "hosts"), str(HOSTS)], check=True)
+    lab = Lab(folder / "lab")
+    os.environ |= lab.environment
+    try:
+        if accounting:
+            lab.start_accounting()
+        lab.start()
+        script = folder / "job.sh"
+        script.write_text("#!/bin/bash\n#SBATCH --nodes=2 --output=/dev/null\nexit 3\n")
+        job = slurm.submit(script)
+        wait(lambda: lab.job(job).get("JobState") == "FAILED", 60)
+        before = slurm.job_state(job)
+        lab.kill("slurmctld")
+        lab.start_controller(forgetful=True)
+        wait(lambda: "batch" in lab.ask("sinfo", "-h", "-o", "%P"), 60)
+        after = wait(lambda: (found := slurm.job_state(job)) and found.is_final and found, 60)
+        assert before
+        print(json.dumps([dataclasses.asdict(state) for state in (before, after)]))
+    finally:
+        lab.stop()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), "accounting" in sys.argv[2:])
