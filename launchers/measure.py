@@ -14,11 +14,11 @@ from launchers.torchrun import Meeting, meet
 
 
 def measure_command(
-    python: str, nodes: int, ranks: int, host: str, port: int, out: Path
+    python: list[str], nodes: int, ranks: int, host: str, port: int, out: Path
 ) -> list[str]:
-    """What every node runs, the same on each."""
+    """What every node runs, the same on each; `python` is what starts it there."""
     place = ["--nodes", str(nodes), "--ranks", str(ranks), "--host", host, "--port", str(port)]
-    return [python, "-m", "launchers.measure", *place, "--out", str(out)]
+    return [*python, "-m", "launchers.measure", *place, "--out", str(out)]
 
 
 def main() -> None:

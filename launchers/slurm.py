@@ -54,13 +54,12 @@ def render_script(plan: Plan, site: Site, batch: Batch) -> str:
 
 def step_command(plan: Plan, job: Job, site: Site, hosts: list[str]) -> Command:
     """Srun of one launcher per node, on as many of these hosts as the plan has nodes, the first ones."""
-    container = site.container
-    inside = _inside(site, job.run_folder)
-    node = [container.python if container else job.python, "-m", "launchers.node",
-            "--plan", str(job.plan_file), "--run-dir", str(job.run_folder), "--attempt", str(job.attempt),
+    node = ["-m", "launchers.node", "--plan", str(job.plan_file),
+            "--run-dir", str(job.run_folder), "--attempt", str(job.attempt),
             "--host", job.host, "--port", str(job.port),
             *(["--until", str(job.until)] if job.until else [])]  # fmt: skip
-    return Command(on_each(hosts[: plan.batch.nodes], [*inside, *node], site), {}, is_remote=True)
+    start = [*python_of(site, job.python, job.run_folder), *node]
+    return Command(on_each(hosts[: plan.batch.nodes], start, site), {}, is_remote=True)
 
 
 def on_each(hosts: list[str], command: list[str], site: Site | None = None) -> list[str]:
@@ -76,13 +75,13 @@ def on_each(hosts: list[str], command: list[str], site: Site | None = None) -> l
     ]
 
 
-def _inside(site: Site, run_folder: Path) -> list[str]:
-    """What goes before a command so that it runs in the site's container, if there is one."""
+def python_of(site: Site, python: str, run_folder: Path) -> list[str]:
+    """What starts Python in a step: the one given, or inside the site's container its own."""
     container = site.container
     if container is None:
-        return []
-    render = _pyxis if container.kind == "pyxis" else _apptainer
-    return render(container, run_folder)
+        return [python]
+    enter = _pyxis if container.kind == "pyxis" else _apptainer
+    return [*enter(container, run_folder), container.python]
 
 
 def roll_call(hosts: list[str]) -> list[str]:
@@ -117,7 +116,6 @@ def _options(plan: Plan, site: Site, batch: Batch, per_node: int) -> list[str]:
     found = [
         f"--job-name={plan.recipe.recipe}",
         f"--nodes={nodes}",  # with --ntasks-per-node Slurm would give the fewest of a range
-        "--no-kill" if batch.fewest < batch.most else None,  # goes on with the nodes that are left
         gpus,
         f"--cpus-per-task={site.cpus_per_node}" if site.cpus_per_node else None,
         f"--mem={site.memory_per_node}" if site.memory_per_node else None,

@@ -63,6 +63,9 @@ class Kubernetes(Section):
     secrets: dict[Variable, SecretReference] = Field(default_factory=dict)
 
 
+SLOW_NODE_RATIO = 0.8
+
+
 class Site(Section):
     """Partition, hardware, limits and set-up of a cluster.
 
@@ -93,7 +96,7 @@ class Site(Section):
     cache: str | None = None
     sbatch: list[Option] = Field(default_factory=list)
     preflight: bool = False
-    slow_node_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.8
+    slow_node_ratio: Annotated[float, Field(gt=0, lt=1)] = SLOW_NODE_RATIO
 
 
 def load_site(path: Path) -> Site:

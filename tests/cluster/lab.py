@@ -115,11 +115,12 @@ class Lab:
         process.wait()
 
     def kill_node(self, name: str) -> None:
-        """A node's slurmd and everything that runs on it."""
-        for pid in self.processes_of(name):
+        """A node's slurmd and everything that runs on it; nobody is left to tell the controller."""
+        self.kill(f"slurmd {name}")
+        theirs = self.processes_of(name)
+        for pid in [*_step_daemons(theirs), *theirs]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.kill(f"slurmd {name}")
 
     def processes_of(self, name: str) -> list[int]:
         """Steps' processes of a node: those that Slurm gave its name."""
@@ -201,6 +202,17 @@ class Lab:
         )
 
 
+def _step_daemons(pids: list[int]) -> set[int]:
+    """The slurmstepd that these processes are children of."""
+    found = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            if Path(f"/proc/{parent}/comm").read_text().startswith("slurmstepd"):
+                found.add(parent)
+    return found
+
+
 CONFIGURATION = """\
 ClusterName=lab
 SlurmctldHost={host}(127.0.0.1)
@@ -233,7 +245,7 @@ GresTypes=gpu
 DefMemPerCPU=256
 ReturnToService=2
 SlurmctldTimeout=30
-SlurmdTimeout=10
+SlurmdTimeout=45
 TCPTimeout=5
 MessageTimeout=10
 InactiveLimit=0

@@ -152,7 +152,6 @@ def test_two_nodes_of_two_ranks(straight: Desk) -> None:
     assert attempt["outcome"] == "finished"
     assert "start in job" in attempt["cause"]
     assert attempt["command"][0] == "srun"
-    assert "in job " in attempt["cause"]
     assert attempt["split"] == {"per_device": 3, "gpus": 4, "accumulation": 1}
     straight.drumline("run", "r.yaml", "cluster.gpus_per_node=4", "--run-dir", "here")
     assert straight.numbers() == straight.numbers("here")
@@ -169,33 +168,43 @@ def test_two_nodes_of_two_ranks(straight: Desk) -> None:
 def test_warned_before_the_time_limit_it_goes_on_and_is_bitwise_the_same(
     straight: Desk, desk: Desk
 ) -> None:
-    """USR1 to the script: saved on all ranks, requeued once, finished in the same folder."""
-    job = desk.submit()
-    desk.wait_for_step(5)
-    desk.lab.ask("scancel", "--signal=USR1", "--batch", job)
-    wait(lambda: len(desk.attempts()) == 2, 120)
-    desk.wait_for_job(job)
-    first, second = desk.attempts()
-    assert first["outcome"] == "stopped"
-    assert second["outcome"] == "finished"
-    assert second["from_step"] == first["step"]
-    assert desk.lab.job(job)["Restarts"] == "1"
-    assert desk.record()["weights"] == straight.record()["weights"]
-    assert desk.numbers() == straight.numbers()
+    """USR1 to two scripts: saved on all ranks; one is requeued once, of a chain the next job goes on, bitwise."""
+    alone = desk.submit(name="alone")
+    desk.submit(name="chain", options=["--chain", "2"])
+    first, second = (entry["id"] for entry in desk.record("chain")["jobs"])
+    assert "Dependency" in desk.drumline("status", "chain").stdout
+    for name, job in (("alone", alone), ("chain", first)):
+        desk.wait_for_step(5, name)
+        desk.lab.ask("scancel", "--signal=USR1", "--batch", job)
+    wait(lambda: len(desk.attempts("alone")) == len(desk.attempts("chain")) == 2, 120)
+    for name, job in (("alone", alone), ("chain", second)):
+        desk.wait_for_job(job)
+        before, after = desk.attempts(name)
+        assert (before["outcome"], after["outcome"]) == ("stopped", "finished")
+        assert after["from_step"] == before["step"]
+        assert desk.record(name)["weights"] == straight.record()["weights"]
+        assert desk.numbers(name) == straight.numbers()
+    assert desk.lab.job(alone)["Restarts"] == "1"
 
 
-def test_a_rank_that_is_killed(straight: Desk, desk: Desk) -> None:
-    """SIGKILL of a rank on the second node: another attempt in the same job, the same numbers to the last bit."""
-    job = desk.submit()
-    desk.wait_for_step(14)
-    process = RankFiles(desk.folder / "r/logs/attempt-0", 3).process()
-    assert process
-    process.send(signal.SIGKILL)
-    desk.wait_for_job(job)
-    assert [a["kind"] for a in desk.attempts()] == ["lost", "finished"]
-    assert desk.record()["restarts"] == 1
-    assert desk.record()["weights"] == straight.record()["weights"]
-    assert desk.numbers() == straight.numbers()
+def test_a_rank_or_whoever_attends_is_killed(straight: Desk, desk: Desk) -> None:
+    """SIGKILL of a rank on the second node: another attempt in the same job; of the supervisor: another start."""
+    jobs = {name: desk.submit(name=name) for name in ("rank", "supervisor")}
+    for name in jobs:
+        desk.wait_for_step(14, name)
+        rank = RankFiles(desk.folder / name / "logs/attempt-0", 3).process()
+        killed = rank if name == "rank" else RunFolder(desk.folder / name).supervisor()
+        assert killed
+        killed.send(signal.SIGKILL)
+    wait(lambda: len(desk.attempts("supervisor")) == 2, 120)
+    for name, job in jobs.items():
+        desk.wait_for_job(job)
+        assert [a["kind"] for a in desk.attempts(name)] == ["lost", "finished"]
+        assert desk.record(name)["restarts"] == 1
+        assert desk.record(name)["weights"] == straight.record()["weights"]
+        assert desk.numbers(name) == straight.numbers()
+    assert desk.lab.job(jobs["rank"])["Restarts"] == "0"
+    assert desk.lab.job(jobs["supervisor"])["Restarts"] == "1"
 
 
 def test_a_node_that_is_lost_leaves_a_run_on_fewer(desk: Desk) -> None:
@@ -203,21 +212,26 @@ def test_a_node_that_is_lost_leaves_a_run_on_fewer(desk: Desk) -> None:
     split = ["batch.effective=16", "batch.per_device=2"]
     here = ["batch.gpus=4", "batch.accumulation=2", "cluster.gpus_per_node=4"]
     desk.drumline("run", "r.yaml", *split, *here, "--run-dir", "here")
-    job = desk.submit(
-        *split, "batch.gpus=8", "cluster.nodes={min: 1, max: 4}", "checkpoint.every_steps=5"
-    )
+    wide = ["batch.gpus=8", "cluster.nodes={min: 1, max: 4}"]
+    job = desk.submit(*split, *wide, "checkpoint.every_steps=5")
     desk.wait_for_step(8)
     lost = "node3"
     try:
         desk.lab.kill_node(lost)
         wait(lambda: len(desk.attempts()) >= 2 and desk.attempts()[-1]["split"]["gpus"] == 4, 150)
+        assert (
+            desk.lab.job(job)["NodeList"] == "node[0-2]"
+        )  # or Slurm would end the job for the dead one
         desk.wait_for_job(job)
     finally:
         desk.lab.start_node(lost)
         desk.wait_for_idle(lost)
     last = desk.attempts()[-1]
     assert last["split"] == {"per_device": 2, "gpus": 4, "accumulation": 2}
-    assert "node3 does not answer; goes on with 2 nodes; 1 of 3 nodes idle" in last["cause"]
+    assert (
+        "node3 does not answer; goes on with 2 nodes; idle, because no split uses more: node2"
+        in last["cause"]
+    )
     assert [a["outcome"] for a in desk.attempts()] == ["failed", "finished"]
     assert desk.lab.job(job)["Restarts"] == "0"
     ours, theirs = desk.numbers(), desk.numbers("here")
@@ -226,22 +240,35 @@ def test_a_node_that_is_lost_leaves_a_run_on_fewer(desk: Desk) -> None:
         assert mine[1] == pytest.approx(other[1], rel=1e-5)
 
 
-def test_a_node_that_is_lost_where_none_can_be_spared(straight: Desk, desk: Desk) -> None:
-    """Two nodes, one dies: the job asks Slurm for another and goes on there, bitwise; one restart is counted."""
-    job = desk.submit("checkpoint.every_steps=5")
-    desk.wait_for_step(12)
-    lost = desk.lab.ask("scontrol", "show", "hostnames", desk.lab.job(job)["NodeList"]).split()[-1]
+def test_lost_nodes_that_a_job_cannot_spare(straight: Desk, desk: Desk) -> None:
+    """Of one job the last of two nodes, of another the first, with its script: both go on elsewhere, bitwise."""
+    write_recipe(desk.folder, "        time.sleep(0.25)")
+    jobs = {"last": desk.submit("checkpoint.every_steps=5", name="last")}
+    wait(lambda: desk.lab.job(jobs["last"]).get("NodeList") == "node[0-1]", 20)
+    filler = desk.lab.ask("sbatch", "--parsable", "--nodelist=node0,node1", "--ntasks-per-node=1", "--time=5",
+                          "--cpus-per-task=6", "--output=/dev/null", "--wrap=sleep 300").strip()  # fmt: skip
+    wait(lambda: desk.lab.job(filler).get("JobState") == "RUNNING", 20)
+    wide = ["cluster.nodes={min: 1, max: 2}", "checkpoint.every_steps=5"]
+    jobs["first"] = desk.submit(*wide, name="first")
+    wait(lambda: desk.lab.job(jobs["first"]).get("NodeList") == "node[2-3]", 20)
+    desk.lab.ask("scancel", filler)
+    lost = {"last": "node1", "first": "node2"}
+    for name in jobs:
+        desk.wait_for_step(8, name)
     try:
-        desk.lab.kill_node(lost)
-        wait(lambda: len(desk.attempts()) == 2, 150)
-        assert lost not in desk.attempts()[-1]["cause"]
-        desk.wait_for_job(job)
+        for node in lost.values():
+            desk.lab.kill_node(node)
+        for name, job in jobs.items():
+            desk.wait_for_job(job)
+            assert [a["outcome"] for a in desk.attempts(name)] == ["failed", "finished"]
+            assert desk.attempts(name)[1]["from_step"] >= 5
+            assert lost[name] not in desk.attempts(name)[1]["cause"].partition(" on ")[2]
+            assert desk.record(name)["restarts"] == 1
+            assert desk.record(name)["weights"] == straight.record()["weights"]
     finally:
-        desk.lab.start_node(lost)
-        desk.wait_for_idle(lost)
-    assert [a["outcome"] for a in desk.attempts()] == ["failed", "finished"]
-    assert desk.record()["restarts"] == 1
-    assert desk.record()["weights"] == straight.record()["weights"]
+        for node in lost.values():
+            desk.lab.start_node(node)
+            desk.wait_for_idle(node)
 
 
 def test_preempted_by_an_urgent_job(straight: Desk, desk: Desk) -> None:
@@ -318,27 +345,22 @@ def test_a_slow_node_is_left_out_after_the_pre_flight(desk: Desk) -> None:
     assert [node["host"] for node in report["nodes"]] == ["node0", "node1", "node2", "node3"]
 
 
-@pytest.mark.parametrize("launcher", ["accelerate", "deepspeed"])
-def test_the_other_launchers_through_srun(straight: Desk, desk: Desk, launcher: str) -> None:
-    """Two nodes of two ranks: the losses and digests are torchrun's."""
-    job = desk.submit(
-        "duration.steps=5", "schedule={name: constant}", f"launch.launcher={launcher}"
-    )
-    desk.wait_for_job(job)
-    desk.drumline(
-        "run",
-        "r.yaml",
-        "duration.steps=5",
-        "schedule={name: constant}",
-        "cluster.gpus_per_node=4",
-        "--run-dir",
-        "here",
-    )
-    ours, theirs = desk.numbers(), desk.numbers("here")
-    assert len(ours) == 5
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine[3] == other[3]
-        assert mine[1] == pytest.approx(other[1], rel=1e-6)
+def test_the_other_launchers_through_srun(desk: Desk) -> None:
+    """Accelerate and DeepSpeed, two nodes of two ranks: the losses and digests are torchrun's."""
+    few = ["duration.steps=5", "schedule={name: constant}"]
+    jobs = {
+        launcher: desk.submit(*few, f"launch.launcher={launcher}", name=launcher)
+        for launcher in ("accelerate", "deepspeed")
+    }
+    desk.drumline("run", "r.yaml", *few, "cluster.gpus_per_node=4", "--run-dir", "here")
+    theirs = desk.numbers("here")
+    for launcher, job in jobs.items():
+        desk.wait_for_job(job)
+        ours = desk.numbers(launcher)
+        assert len(ours) == 5
+        for mine, other in zip(ours, theirs, strict=True):
+            assert mine[3] == other[3]
+            assert mine[1] == pytest.approx(other[1], rel=1e-6)
 
 
 def test_a_sweep_is_one_array(desk: Desk) -> None:
@@ -360,6 +382,18 @@ def test_a_sweep_is_one_array(desk: Desk) -> None:
     assert (desk.folder / "both.html").stat().st_size > 10_000
 
 
+def test_a_job_s_nodes_are_measured_by_doctor(desk: Desk) -> None:
+    """`drumline doctor --preflight` in a batch script of two nodes: a row for each, links between them too."""
+    command = f"{sys.executable} -m toolkit.cli doctor --preflight --ratio 0.01 --json"
+    desk.lab.ask("sbatch", "--wait", "--nodes=2", "--cpus-per-task=2", f"--chdir={desk.folder}", "--output=out.json",
+                 "--error=err.txt", f"--export=ALL,PYTHONPATH={ROOT}", f"--wrap={command}")  # fmt: skip
+    text = (desk.folder / "out.json").read_text()
+    assert text, (desk.folder / "err.txt").read_text()
+    first, second = json.loads(text)["nodes"]
+    assert first["host"] != second["host"]
+    assert min(first["between"], second["between"]) > 0  # each by its own slowest rank
+
+
 def test_a_crash_loop_is_stopped(desk: Desk) -> None:
     """The same step fails twice: no progress, said in the job's log and in the record; nothing requeued."""
     body = "        assert self.seen < 12, 'planted crash'"
@@ -373,20 +407,6 @@ def test_a_crash_loop_is_stopped(desk: Desk) -> None:
     assert desk.lab.job(job)["ExitCode"] == "4:0"
 
 
-def test_whoever_attends_is_killed(straight: Desk, desk: Desk) -> None:
-    """SIGKILL of the supervisor in the job: the script asks for another start, which goes on, bitwise."""
-    job = desk.submit()
-    desk.wait_for_step(12)
-    process = RunFolder(desk.folder / "r").supervisor()
-    assert process
-    process.send(signal.SIGKILL)
-    wait(lambda: len(desk.attempts()) == 2, 120)
-    desk.wait_for_job(job)
-    assert [a["kind"] for a in desk.attempts()] == ["lost", "finished"]
-    assert desk.record()["restarts"] == 1
-    assert desk.record()["weights"] == straight.record()["weights"]
-
-
 def test_cancelled_it_has_saved_and_is_not_requeued(desk: Desk) -> None:
     """`drumline cancel`: exit 75 in the job, a checkpoint, and `resume` goes on from it without Slurm."""
     job = desk.submit("duration.steps=200")
@@ -397,18 +417,6 @@ def test_cancelled_it_has_saved_and_is_not_requeued(desk: Desk) -> None:
     assert attempt["outcome"] == "stopped"
     assert (desk.folder / f"r/checkpoints/step-{attempt['step']:08d}").is_dir()
     assert "nothing runs" in desk.drumline("cancel", "r", code=2).stderr
-
-
-def test_a_chain_is_one_training(straight: Desk, desk: Desk) -> None:
-    """Two jobs, the second after the first, which its time limit ends halfway: finished by the second, bitwise."""
-    desk.submit(options=["--chain", "2"])
-    first, second = (entry["id"] for entry in desk.record()["jobs"])
-    assert "Dependency" in desk.drumline("status", "r").stdout
-    desk.wait_for_step(5)
-    desk.lab.ask("scancel", "--signal=USR1", "--batch", first)
-    desk.wait_for_job(second)
-    assert [a["outcome"] for a in desk.attempts()] == ["stopped", "finished"]
-    assert desk.record()["weights"] == straight.record()["weights"]
 
 
 @pytest.mark.timeout(1200)
@@ -477,16 +485,25 @@ def test_what_slurm_refuses_is_one_message_and_nothing_stays(
     assert slurm.ask("squeue", "-h", "-o", "%A") == before
 
 
-def test_a_partition_that_is_full_or_down_is_told_by_status(desk: Desk) -> None:
+@pytest.mark.parametrize(
+    ("partition", "reason"), [("closed", "PartitionDown"), ("batch", "Resources")]
+)
+def test_a_partition_that_is_full_or_down_is_told_by_status(
+    desk: Desk, partition: str, reason: str
+) -> None:
     """The job waits; status gives Slurm's reason; cancel takes it out of the queue."""
-    desk.site(partition="closed")
+    others = desk.lab.ask("sbatch", "--parsable", "--nodes=4", "--exclusive", "--time=1", "--output=/dev/null",
+                          "--wrap=sleep 60").strip()  # fmt: skip
+    wait(lambda: desk.lab.job(others).get("JobState") == "RUNNING", 30)
+    desk.site(partition=partition)
     job = desk.submit()
-    wait(lambda: desk.lab.job(job).get("Reason") == "PartitionDown", 20)
+    wait(lambda: desk.lab.job(job).get("Reason") == reason, 20)
     status = desk.drumline("status", "r").stdout
     assert status.startswith("pending  step 0/")
-    assert f"job {job}  PENDING (PartitionDown)" in status
+    assert f"job {job}  PENDING ({reason})" in status
     assert f"job {job}: cancelled" in desk.drumline("cancel", "r").stdout
     desk.wait_for_job(job, "CANCELLED")
+    desk.lab.ask("scancel", others)
 
 
 def test_a_run_folder_that_the_nodes_do_not_see(desk: Desk) -> None:

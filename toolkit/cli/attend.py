@@ -3,6 +3,7 @@
 At every start the plan is made anew for the nodes that the job got, at the same effective batch.
 """
 
+import contextlib
 import os
 import sys
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from toolkit.errors import LaunchError, PlanError, RunFolderError
 from toolkit.plan.model import Plan
 from toolkit.processes import free_port
 from toolkit.recipe.load import load_recipe
-from toolkit.recipe.schema import NodeRange
+from toolkit.recipe.schema import NodeRange, Recipe
 from toolkit.runs import slurm
 from toolkit.runs.folder import RunFolder, open_run
 from toolkit.runs.preflight import slow_nodes, table
@@ -73,7 +74,7 @@ def _supervise_in_slurm(folder: RunFolder) -> int:
     remark = _preflight(folder, place, allocation) if place.preflight else ""
     return _supervise(
         folder,
-        len(allocation.hosts),
+        allocation.hosts,
         f"in job {allocation.job} on {listed}{remark}",
         lambda p, n, until: _render(p, n, until, folder, place, allocation),
         lambda plan: _survive(plan, folder, allocation),
@@ -86,7 +87,7 @@ def _supervise_members(folder: RunFolder, nodes: int) -> int:
     try:
         exit_code = _supervise(
             folder,
-            nodes,
+            [f"node {number}" for number in range(nodes)],
             f"on {nodes} nodes",
             lambda p, n, until: members.render_first(p, n, folder, until),
         )
@@ -111,7 +112,7 @@ def _preflight(folder: RunFolder, site: Site, allocation: Allocation) -> str:
         return ""
     print(slow_words(slow, site.slow_node_ratio), file=sys.stderr)
     left = [host for host in allocation.hosts if host not in slow]
-    if not isinstance(recipe.cluster.nodes, NodeRange) or len(left) < recipe.cluster.nodes.min:
+    if not _are_enough(left, recipe):
         return f"; slow: {', '.join(slow)}"
     allocation.hosts = left
     return f"; without {', '.join(slow)}, slow in the pre-flight"
@@ -125,49 +126,60 @@ def _survive(plan: Plan, folder: RunFolder, allocation: Allocation) -> tuple[Pla
         return plan, ""
     words = f"{', '.join(lost)} {'does' if len(lost) == 1 else 'do'} not answer"
     allocation.hosts = left
-    nodes = load_recipe(str(folder.recipe_file)).cluster.nodes
-    if not isinstance(nodes, NodeRange) or len(left) < nodes.min:
+    smaller = None
+    if _are_enough(left, load_recipe(str(folder.recipe_file))):
+        with contextlib.suppress(PlanError):  # no split over any of them
+            smaller = plan_for(folder, len(left))
+    if smaller is None:
         return None, f"{words}; the job asks Slurm for others"
-    smaller, idle = plan_for(folder, len(left))
-    return smaller, f"{words}; goes on with {_some(smaller.batch.nodes, idle)}"
+    if refused := slurm.keep_only(allocation.job, left):
+        print(f"{', '.join(lost)} still counts as the job's: {refused}", file=sys.stderr)
+    return smaller, f"{words}; goes on with {_some(smaller.batch.nodes, left)}"
 
 
-def _some(used: int, idle: int) -> str:
+def _are_enough(hosts: list[str], recipe: Recipe) -> bool:
+    nodes = recipe.cluster.nodes
+    return isinstance(nodes, NodeRange) and len(hosts) >= nodes.min
+
+
+def _some(used: int, hosts: list[str]) -> str:
+    """The first `used` hosts train, the others idle, by name."""
     words = f"{used} {'node' if used == 1 else 'nodes'}"
-    return f"{words}; {idle} of {used + idle} nodes idle, no split for more" if idle else words
+    idle = ", ".join(hosts[used:])
+    return f"{words}; idle, because no split uses more: {idle}" if idle else words
 
 
 def _supervise(
     folder: RunFolder,
-    nodes: int,
+    hosts: list[str],
     where: str,
     render: Render,
     survive: Survive = lambda plan: (plan, ""),
 ) -> int:
     """Plan for these nodes, train, report; the exit code."""
-    plan, idle = plan_for(folder, nodes)
+    plan = plan_for(folder, len(hosts))
     prepare_data(plan.recipe)
     plan = make_plan(plan.recipe)
     _refuse_another_training(folder, plan)
     cause = f"{'resume' if folder.read_record()['attempts'] else 'start'} {where}"
-    if idle:
-        cause += f"; with {_some(plan.batch.nodes, idle)}"
+    if len(hosts) > plan.batch.nodes:
+        cause += f"; with {_some(plan.batch.nodes, hosts)}"
     print(cause, file=sys.stderr)
     result, seconds = train_here(folder, plan, cause, render=render, survive=survive)
     report_end(folder, plan, result, seconds)
     return result.exit_code
 
 
-def plan_for(folder: RunFolder, nodes: int) -> tuple[Plan, int]:
-    """The run's recipe on the most of these nodes that the batch can be split over; how many are idle."""
+def plan_for(folder: RunFolder, nodes: int) -> Plan:
+    """The run's recipe on the most of these nodes that the batch can be split over."""
     recipe = load_recipe(str(folder.recipe_file))
     as_submitted = make_plan(recipe)
     per_node = as_submitted.batch.gpus // as_submitted.batch.nodes
     for count in range(nodes, 0, -1):
         if as_submitted.batch.nodes == count:
-            return as_submitted, nodes - count
+            return as_submitted
         try:
-            return make_plan(recipe, count * per_node), nodes - count
+            return make_plan(recipe, count * per_node)
         except PlanError:
             continue
     raise PlanError(

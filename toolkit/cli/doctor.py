@@ -20,6 +20,7 @@ from toolkit.errors import LaunchError
 from toolkit.plan.model import Plan
 from toolkit.recipe.load import load_recipe
 from toolkit.runs.health import examine
+from toolkit.site import SLOW_NODE_RATIO
 from toolkit.units import format_bytes
 
 _PACKAGES = ("torch", "transformers", "datasets", "accelerate", "deepspeed", "wandb")
@@ -41,7 +42,7 @@ def doctor_command(
         typer.Option(
             "--ratio", min=0.01, max=0.99, help="A node below so much of the others is slow."
         ),
-    ] = 0.8,
+    ] = SLOW_NODE_RATIO,
     as_json: AsJson = False,
 ) -> None:
     """What this machine has; whether it can run a recipe; what state a run folder is in."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers.measure import measure_command
-from launchers.slurm import on_each
+from launchers.slurm import on_each, python_of
 from toolkit.errors import LaunchError
 from toolkit.processes import free_port
 from toolkit.runs import slurm
@@ -38,8 +38,8 @@ def doctor_preflight(gpus: int, ratio: float, as_json: bool) -> None:
 
 def links_of(hosts: list[str] | None, ranks: int, out: Path, site: Site | None) -> dict[str, Any]:
     """The report about these hosts of the job, or about this machine; `out` is where all nodes see it."""
-    python = sys.executable
-    if hosts is None or len(hosts) == 1:
+    python = python_of(site, sys.executable, out.parent) if site else [sys.executable]
+    if hosts is None:
         return measure(measure_command(python, 1, ranks, "127.0.0.1", free_port(), out), out)
     each = measure_command(python, len(hosts), ranks, hosts[0], free_port(), out)
     return measure(on_each(hosts, each, site), out)

@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +70,14 @@ def answering(hosts: list[str], command: list[str]) -> list[str]:
     return [host for host in hosts if host in answers] or hosts
 
 
+def keep_only(job: str, hosts: list[str]) -> str:
+    """Give the job's other nodes back, so that a dead one does not end it; words if Slurm refuses."""
+    with tempfile.TemporaryDirectory() as where:  # scontrol leaves two scripts where it is called
+        change = ["update", f"JobId={job}", f"NodeList={','.join(hosts)}"]
+        done = _run("scontrol", *change, where=Path(where))
+    return _words(done) if done.returncode else ""
+
+
 def cancel(job: str, gently: bool) -> None:
     """End the job: by SIGTERM to its script, which lets all ranks save; or at once."""
     arguments = ["--signal=TERM", "--batch", job] if gently else [job]
@@ -123,7 +132,7 @@ def _first_row(done: subprocess.CompletedProcess[str], source: str) -> JobState 
     return JobState(state, reason, nodes, source)
 
 
-def _run(*command: str) -> subprocess.CompletedProcess[str]:
+def _run(*command: str, where: Path | None = None) -> subprocess.CompletedProcess[str]:
     """One of Slurm's commands; one that is missing or never answers counts as failed."""
     try:
         return subprocess.run(
@@ -132,6 +141,7 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
             text=True,
             timeout=_SLURM_S,
             check=False,
+            cwd=where,
             env={**os.environ, "LC_ALL": "C"},
         )
     except FileNotFoundError:

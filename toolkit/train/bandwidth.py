@@ -40,11 +40,11 @@ def bus_bandwidth(size: int, ranks: int, seconds: float) -> float:
     return 2 * (ranks - 1) / ranks * size / seconds / 1e9
 
 
-def measure() -> dict[str, Any]:
+def measure(device: torch.device) -> dict[str, Any]:
     """All ranks call it in a process group; every rank gets the whole report."""
     per_node = int(os.environ["LOCAL_WORLD_SIZE"])
     nodes, node = dist.get_world_size() // per_node, dist.get_rank() // per_node
-    device, size = _device()
+    size = _CPU_BYTES if device.type == "cpu" else _GPU_BYTES
     data = torch.zeros(size // 4, device=device)
     within = _within(data, nodes, node, per_node)
     between = _between(data, nodes, node, per_node)
@@ -120,10 +120,12 @@ def _median_seconds(act: Callable[[], object], device: torch.device) -> float:
     return statistics.median(seconds[_WARM:])
 
 
-def _device() -> tuple[torch.device, int]:
+def _device() -> torch.device:
     if not torch.cuda.is_available():
-        return torch.device("cpu"), _CPU_BYTES
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])), _GPU_BYTES
+        return torch.device("cpu")
+    local = int(os.environ["LOCAL_RANK"])
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
 
 
 def main() -> None:
@@ -131,12 +133,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
+    device = _device()
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=_TIMEOUT)
     try:
-        report = measure()
+        report = measure(device)
         if dist.get_rank() == 0:
             arguments.out.write_text(json.dumps(report))
         dist.barrier()
