@@ -86,6 +86,20 @@ def submit_command(
         print(_dry_text(to, plan, place, run_dir, secrets), end="")
         return
     print(plan_table(plan), file=sys.stderr)
+    folder, jobs = _submit_all(plan, place, run_dir, to, secrets, chain, hold)
+    _tell(folder, jobs, as_json)
+
+
+def _submit_all(
+    plan: Plan,
+    place: Site,
+    run_dir: Path | None,
+    to: str,
+    secrets: Secrets,
+    chain: int,
+    hold: bool,
+) -> tuple[RunFolder, list[str]]:
+    """The run folder, then its jobs; all of a chain or nothing."""
     folder = run_folder.create(plan.recipe, run_dir, _runs(place))
     jobs: list[str] = []
     try:
@@ -95,12 +109,12 @@ def submit_command(
             jobs.append(_apply(plan, place, folder))
         for _ in range(chain if to == "slurm" else 0):
             jobs.append(_submit_one(plan, place, folder, jobs, hold, chain))
-    except BaseException:  # all of the chain or nothing
+    except BaseException:
         for job in jobs if to == "slurm" else []:
             slurm.cancel(job, gently=False)
         shutil.rmtree(folder.path, ignore_errors=True)
         raise
-    _tell(folder, jobs, as_json)
+    return folder, jobs
 
 
 def refuse_without(to: str, recipe: Recipe) -> None:
