@@ -14,9 +14,9 @@ stop, stacks          the same, for ranks that no signal reaches: finish the ste
 import contextlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from toolkit.files import write_json
 from toolkit.processes import Process
@@ -40,6 +40,14 @@ class Beat:
     step: int
     busy_ms: int
     place: str
+
+
+class Asked(NamedTuple):
+    """What a supervisor asks of all ranks by files: to be gone, to stop, to tell their stacks."""
+
+    ended: bool
+    stop: bool
+    stacks: bool
 
 
 class RankFiles:
@@ -100,9 +108,9 @@ class RankFiles:
         with contextlib.suppress(OSError):
             self._stacks.touch()
 
-    def asked(self) -> tuple[bool, bool, bool]:
-        """In the rank: whether the attempt has ended, is to stop, wants stacks."""
-        return self._ended.exists(), self._stop.exists(), self._stacks.exists()
+    def asked(self) -> Asked:
+        """In the rank: what the supervisor wants of all ranks."""
+        return Asked(self._ended.exists(), self._stop.exists(), self._stacks.exists())
 
     def announce(self) -> bool:
         """In the rank: say who it is and reserve its files; false when the attempt has ended."""
@@ -142,25 +150,20 @@ class BeatWriter:
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
-        self._count = self._waits = self._done = self._step = self._busy_ms = 0
-        self._place = "start"
+        self.last = Beat(count=0, waits=0, done=0, step=0, busy_ms=0, place="start")
 
     def __call__(self, done: int, step: int, place: str, busy_ms: int = 0) -> None:
         """The rank has come to `place` in `step`, has finished `done` steps, was busy for so long."""
-        self._count += 1
-        self._done, self._step, self._busy_ms, self._place = done, step, busy_ms, place
-        self._write()
+        self._write(Beat(self.last.count + 1, self.last.waits, done, step, busy_ms, place))
 
     def wait(self) -> None:
         """The rank is where it was, and lives."""
-        self._waits += 1
-        self._write()
+        self._write(replace(self.last, waits=self.last.waits + 1))
 
-    def _write(self) -> None:
-        text = (
-            f"{self._count} {self._waits} {self._done} {self._step} {self._busy_ms} {self._place}"
-        )
-        line = text.encode()[:_BEAT_BYTES].ljust(_BEAT_BYTES)
+    def _write(self, beat: Beat) -> None:
+        self.last = beat
+        numbers = f"{beat.count} {beat.waits} {beat.done} {beat.step} {beat.busy_ms}"
+        line = f"{numbers} {beat.place}".encode()[:_BEAT_BYTES].ljust(_BEAT_BYTES)
         with contextlib.suppress(OSError):
             os.pwrite(self._descriptor, line, 0)
 

@@ -5,6 +5,7 @@ none: each), and either `beat` (the n-th place that the rank comes to) or `step`
 first words). `per_device_above` limits an out-of-memory to plans with a larger micro-batch.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -70,6 +71,8 @@ def _strike(fault: dict[str, Any]) -> None:
             os.kill(supervisor.pid, signal.SIGKILL)
         case "sleep":
             time.sleep(fault.get("seconds", 1000))
+        case "sleep with the lock":  # stuck in C: no thread of Python goes on either
+            ctypes.PyDLL(None).sleep(1000)
         case "out of memory":
             torch.empty(1 << 60, dtype=torch.uint8)  # the allocator's own refusal
         case "raise":

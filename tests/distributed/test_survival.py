@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -411,6 +412,37 @@ def test_a_sleeping_rank_is_found_and_the_run_finishes(
         - os.stat(tmp_path / "r/logs/attempt-0/rank-1.beat").st_mtime
     )
     assert 5.0 <= slept < 10.0
+    assert_same_training(tmp_path / "r", straight)
+
+
+def test_ranks_that_nobody_watches_leave_by_themselves(
+    zygote: Zygote, straight: Path, tmp_path: Path
+) -> None:
+    """A frozen supervisor, a rank stuck in C with Python's lock: stacks, no rank left; thawed, it goes on."""
+    freeze = {"what": "signal the command", "rank": 1, "attempt": 0, "step": 12, "place": "forward",
+              "signal": signal.SIGSTOP}  # fmt: skip
+    stuck = {"what": "sleep with the lock", "rank": 1, "attempt": 0, "step": 12, "place": "forward"}
+    slow = {"what": "sleep", "seconds": 1.0, "rank": 1, "attempt": 0, "step": 11, "place": "begin"}
+    child = zygote.drumline(
+        tmp_path, "run", recipe(tmp_path, launch={"max_restarts": 1, "hang_timeout_s": 7.0}),
+        "--run-dir", "r", "--json", faults=[slow, freeze, stuck],
+    )  # fmt: skip
+    logs = tmp_path / "r/logs/attempt-0"
+    deadline = time.monotonic() + 60
+    while not (found := ranks_of(tmp_path / "r")) or any(process.is_alive for process in found):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert not (logs / "ended").exists()
+    told = [(logs / f"rank-{rank}.log").read_text() for rank in (0, 1)]
+    assert "Timeout (0:00:14)!" in told[1]
+    assert "_strike" in told[1].partition("Timeout")[2]
+    assert re.search(
+        "not moved for 1[01] s: step 12, backward(.|\n)*most recent call first", told[0]
+    )
+    assert (logs / "rank-0.collectives.json").exists()
+    os.kill(child.pid, signal.SIGCONT)
+    assert child.wait() == 0, child.err
+    assert [a["kind"] for a in attempts(tmp_path / "r")] == ["lost", "finished"]
     assert_same_training(tmp_path / "r", straight)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from toolkit.patience import Patience
 from toolkit.processes import Process
 from toolkit.rank_files import RankFiles
 from toolkit.runs.signals import Signals
@@ -30,7 +31,7 @@ def test_the_rank_with_the_fewest_places_is_late(tmp_path: Path) -> None:
     """Rank 0 waits in backward for rank 1, which sleeps in forward: rank 1 is named, after the timeout."""
     ranks, clock = two_ranks(tmp_path), Clock()
     beats = [files.open_beat() for files in ranks]
-    watchdog = Watchdog(ranks, 10.0, clock)
+    watchdog = Watchdog(ranks, Patience(10.0), clock)
     for place in ("begin", "forward of micro-batch 1 of 1"):
         for beat in beats:
             beat(6, 7, place)
@@ -48,7 +49,7 @@ def test_a_rank_that_moves_or_waits_for_a_disk_is_not_late(tmp_path: Path) -> No
     """A place, a sign of life while waiting, and an outcome all count."""
     ranks, clock = two_ranks(tmp_path), Clock()
     beats = [files.open_beat() for files in ranks]
-    watchdog = Watchdog(ranks, 10.0, clock)
+    watchdog = Watchdog(ranks, Patience(10.0), clock)
     for when in range(0, 100, 6):
         clock.now = float(when)
         beats[0](6, 7, f"place {when}")
@@ -64,7 +65,7 @@ def test_a_start_may_take_longer(tmp_path: Path) -> None:
     """Imports, loading and compiling have ten minutes, also where a step has ten seconds."""
     ranks, clock = two_ranks(tmp_path), Clock()
     ranks[0].open_beat()(0, 0, "warm-up")
-    watchdog = Watchdog(ranks, 10.0, clock)
+    watchdog = Watchdog(ranks, Patience(10.0), clock)
     watchdog.stuck()
     clock.now = 599.0
     assert not watchdog.stuck()
@@ -109,7 +110,7 @@ def test_a_step_many_times_the_median_is_a_hang(tmp_path: Path) -> None:
     """After ten steps of 2 s, a factor of 4 means 8 s in a step, and changes nothing in a save."""
     ranks, clock = two_ranks(tmp_path), Clock()
     beats = [files.open_beat() for files in ranks]
-    watchdog = Watchdog(ranks, 600.0, clock, factor=4.0)
+    watchdog = Watchdog(ranks, Patience(600.0, factor=4.0), clock)
     for step in range(1, 13):
         clock.now = 2.0 * step
         for beat in beats:

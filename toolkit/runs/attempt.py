@@ -15,6 +15,7 @@ from typing import IO, Any
 from launchers.base import Command
 from toolkit.checkpoint.manifest import rank_manifest_name
 from toolkit.files import write_text
+from toolkit.patience import Patience
 from toolkit.plan.model import Plan
 from toolkit.processes import Process
 from toolkit.rank_files import RankFiles
@@ -57,7 +58,7 @@ def run_attempt(
     logs = folder.logs(number)
     ranks = [RankFiles(logs, rank) for rank in range(plan.batch.gpus)]
     launch = plan.recipe.launch
-    watchdog = Watchdog(ranks, launch.hang_timeout_s, factor=launch.hang_factor)
+    watchdog = Watchdog(ranks, Patience(launch.hang_timeout_s, launch.hang_factor))
     stragglers = Stragglers(ranks, launch.straggler_ratio)
     for path, text in command.files.items():
         write_text(Path(path), text)

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.errors import DrumlineError, LaunchError
-from toolkit.files import ForgivingOutput, write_text
+from toolkit.files import ForgivingOutput
+from toolkit.patience import Patience
 from toolkit.plan.model import Plan, read_plan
 from toolkit.processes import STACKS_SIGNAL, STOP_SIGNALS, Process
 from toolkit.rank_files import RankFiles
+from toolkit.train.alarm import Alarm, keep_collectives
 from toolkit.train.watch import Watch
 
 _SUPERVISOR_POLL_S = 0.5
@@ -54,10 +56,13 @@ def main(argv: list[str] | None = None) -> int:
     _heed_the_supervisor(files, asked)
     if not files.announce():
         return 1
-    beat = files.open_beat()
-    watch = Watch(beat, beat.wait, lambda: bool(asked), files.write_begun)
+    beats = files.open_beat()
+    watch = Watch(beats, beats.wait, lambda: bool(asked), files.write_begun)
     try:
-        outcome = _run(arguments, files, watch)
+        plan = read_plan(arguments.plan.read_text())
+        launch = plan.recipe.launch
+        with Alarm(beats, files, Patience(launch.hang_timeout_s, launch.hang_factor)):
+            outcome = _run(plan, arguments, files, watch)
     except BaseException as error:  # everything is told in the outcome file
         traceback.print_exc()
         files.write_outcome({**_failure(error, files.log), "memory": _peaks()})
@@ -66,8 +71,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _run(arguments: argparse.Namespace, files: RankFiles, watch: Watch) -> dict[str, Any]:
-    plan = read_plan(arguments.plan.read_text())
+def _run(
+    plan: Plan, arguments: argparse.Namespace, files: RankFiles, watch: Watch
+) -> dict[str, Any]:
     watch.at("imports")
     # Far less fragmentation than segments of fixed size (benchmarks/memory_ranges.py).
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -106,32 +112,20 @@ def _heed_the_supervisor(files: RankFiles, asked: list[int]) -> None:
             time.sleep(_SUPERVISOR_POLL_S)
             if supervisor.is_here and not supervisor.is_alive:
                 _die("the supervisor is gone; so is this rank")
-            ended, stop, stacks = files.asked()
-            if stacks and not told:
+            asked_for = files.asked()
+            if asked_for.stacks and not told:
                 told = True
                 if not supervisor.is_here:
                     faulthandler.dump_traceback(all_threads=True)
-                _keep_collectives(files)
+                keep_collectives(files)
             if supervisor.is_here:
                 continue
-            if stop and not asked:
+            if asked_for.stop and not asked:
                 asked.append(signal.SIGTERM)
-            if ended:
+            if asked_for.ended:
                 _die("the attempt has ended; so has this rank")
 
     threading.Thread(target=look, name="supervisor", daemon=True).start()
-
-
-def _keep_collectives(files: RankFiles) -> None:
-    """What torch's flight recorder holds, NCCL's where there is one, else gloo's."""
-    with contextlib.suppress(ImportError, OSError, RuntimeError):
-        from torch._C import _distributed_c10d as c10d
-
-        dump = getattr(c10d, "_dump_nccl_trace_json", None) or getattr(
-            c10d, "_dump_fr_trace_json", None
-        )
-        if dump and (held := dump()):
-            write_text(files.collectives, held.decode(errors="replace"))
 
 
 def _die(words: str) -> None:
