@@ -1,4 +1,4 @@
-"""A real Slurm of four nodes of eight (fake) GPUs on this machine, on loopback only.
+"""A real Slurm of eight nodes of eight (fake) GPUs on this machine, on loopback only.
 
 Several slurmd with names of their own, munge with a key of its own, null character devices for GPUs. Nothing
 outside its folder is touched but /etc/hosts, where the nodes' names stand while it runs.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged")
-NODES, GPUS, CPUS = 4, 8, 8
+NODES, GPUS, CPUS = 8, 8, 8
 HOSTS = Path("/etc/hosts")
 
 
@@ -145,6 +145,11 @@ class Lab:
         words = self.ask("scontrol", "show", "job", "-o", job).split()
         return dict(word.partition("=")[::2] for word in words if "=" in word)
 
+    def hosts_of(self, job: str) -> list[str]:
+        """The nodes that a job has; none before it starts."""
+        listed = self.job(job).get("NodeList", "(null)")
+        return [] if "null" in listed else self.ask("scontrol", "show", "hostnames", listed).split()
+
     def stop(self) -> None:
         """End what was started here, and nothing else."""
         with contextlib.suppress(Exception):
@@ -245,7 +250,7 @@ GresTypes=gpu
 DefMemPerCPU=256
 ReturnToService=2
 SlurmctldTimeout=30
-SlurmdTimeout=45
+SlurmdTimeout=30
 TCPTimeout=5
 MessageTimeout=10
 InactiveLimit=0
@@ -256,7 +261,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmdParameters=config_overrides
 {nodes}
-PartitionName=batch Nodes=node[0-{last}] Default=YES MaxTime=02:00:00 DefaultTime=00:10:00 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
+PartitionName=batch Nodes=node[0-{last}] Default=YES MaxTime=02:00:00 DefaultTime=00:10:00 LLN=YES State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
 PartitionName=urgent Nodes=node[0-{last}] MaxTime=02:00:00 State=UP PriorityTier=10 PreemptMode=OFF
 PartitionName=closed Nodes=node[0-{last}] State=DOWN
 """

@@ -44,11 +44,11 @@ def start_nodes(folder: Path, **environment: str) -> list[subprocess.Popen[str]]
 
 
 def recipe(folder: Path, **sections: Any) -> None:
-    """Four ranks on two nodes; only a recipe.yaml is given."""
+    """Two nodes of one rank; only a recipe.yaml is given."""
     (folder / "config").mkdir()
     (folder / "slow.py").write_text(SLOW)
     plain = tiny_recipe(project=str(folder), model={"factory": "slow:make"}, duration={"steps": 20},
-                        batch={"effective": 12, "per_device": 3, "gpus": 4}, cluster={"gpus_per_node": 2},
+                        batch={"effective": 12, "per_device": 6, "gpus": 2}, cluster={"gpus_per_node": 1},
                         checkpoint={"every_steps": 5}, logging={"every_steps": 1}, **sections)  # fmt: skip
     (folder / "config/recipe.yaml").write_text(yaml12.dump(plain))
 
@@ -58,11 +58,11 @@ def steps(folder: Path) -> list[int]:
 
 
 def test_two_nodes_meet_and_both_leave_with_the_outcome(tmp_path: Path) -> None:
-    """Finished by four ranks; a rank killed on the other node costs an attempt, not the run; exit 0 twice."""
+    """Finished by two ranks; a rank killed on the other node costs an attempt, not the run; exit 0 twice."""
     recipe(tmp_path)
     nodes = start_nodes(tmp_path)
     wait(lambda: len(steps(tmp_path)) >= 7, 120)
-    process = RankFiles(tmp_path / "r/logs/attempt-0", 3).process()
+    process = RankFiles(tmp_path / "r/logs/attempt-0", 1).process()
     assert process
     process.send(signal.SIGKILL)
     outs = [node.communicate(timeout=180)[0] for node in nodes]
@@ -75,7 +75,7 @@ def test_two_nodes_meet_and_both_leave_with_the_outcome(tmp_path: Path) -> None:
 
 
 def test_stopped_on_a_signal_both_leave_with_75(tmp_path: Path) -> None:
-    """SIGTERM to the first node alone, as a pod's deletion: all four ranks save."""
+    """SIGTERM to the first node alone, as a pod's deletion: both ranks save."""
     recipe(tmp_path, launch={"max_restarts": 0})
     nodes = start_nodes(tmp_path)
     wait(lambda: len(steps(tmp_path)) >= 3, 120)
