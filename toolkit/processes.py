@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import random
 import signal
 import socket
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """Finish the step, save, leave; the last is a terminal that is gone."""
 STACKS_SIGNAL = signal.SIGUSR2
 """A rank answers it with the stacks of all its threads, in its log."""
+_PORTS, _TRIES = range(20000, 65536), 100
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,29 @@ class Process:
 
 
 def free_port() -> int:
-    """A port of this host that nobody has now."""
+    """A port of this host that nobody has now, and that nobody is given by chance before it is used.
+
+    The system gives its ephemeral ports to whoever asks for any, srun for one, in the seconds until the
+    ranks come up: those are avoided.
+    """
+    given = _ephemeral_ports()
+    others = [port for port in _PORTS if port not in given]
+    for port in random.Random().sample(others, min(len(others), _TRIES)):  # noqa: S311 - no secret
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("", port))
+            return port
     with socket.socket() as free:
         free.bind(("", 0))
         return int(free.getsockname()[1])
+
+
+def _ephemeral_ports() -> range:
+    """Those that Linux gives to sockets that ask for none in particular."""
+    try:
+        first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    except (OSError, ValueError):
+        return range(32768, 65536)
+    return range(first, last + 1)
 
 
 @functools.cache

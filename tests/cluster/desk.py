@@ -15,6 +15,7 @@ from toolkit.recipe import yaml12
 
 FOUR = ["batch.per_device=3", "batch.gpus=4", "cluster.gpus_per_node=2"]
 """Two nodes of two ranks."""
+ALONE = ["batch.gpus=1", "batch.per_device=12"]
 
 SITE = {
     "site": "lab",

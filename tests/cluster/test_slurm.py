@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from desk import FOUR, Desk, write_recipe
+from desk import ALONE, FOUR, Desk, write_recipe
 from lab import NODES, Lab, wait, why_not
 
 from toolkit.rank_files import RankFiles
@@ -213,7 +213,10 @@ SLEEPS = (
 TROUBLES = {  # what the model does, and how it is submitted
     "cancelled": ("        time.sleep(0.15)", ["duration.steps=400"]),
     "sleeps": (SLEEPS, ["launch.hang_timeout_s=8.0"]),
-    "crashes": ("        assert self.seen < 12, 'planted crash'", ["checkpoint.every_steps=100"]),
+    "crashes": (
+        "        assert self.seen < 12, 'planted crash'",
+        ["checkpoint.every_steps=100", *ALONE],
+    ),
     "straggles": (
         "        time.sleep(0.3 if os.environ['RANK'] == '1' else 0.06)",
         ["duration.steps=45"],
@@ -321,7 +324,7 @@ def test_the_other_launchers_through_srun(two: Desk, desk: Desk) -> None:
 def test_a_sweep_is_one_array(desk: Desk) -> None:
     """Two tasks, two folders, one report; `logs -f` ends with the run that it follows."""
     write_recipe(desk.folder, "        pass")
-    few = ["batch.gpus=1", "batch.per_device=12", "duration.steps=5"]
+    few = [*ALONE, "duration.steps=5"]
     done = desk.drumline("sweep", "r.yaml", "optimizer.lr=1e-3,3e-3", *few, "--to", "slurm", "--site", "site.yaml",
                          "--folder", "all")  # fmt: skip
     runs = sorted(path.parent for path in (desk.folder / "all").glob("0*/record.json"))
@@ -356,20 +359,9 @@ def test_ten_jobs_at_once_keep_apart(slurm: Lab, tmp_path: Path) -> None:
     desk = Desk(slurm, tmp_path)
     desk.site(cpus_per_node=1)
     write_recipe(tmp_path, "        pass")
-    few, alone = ["duration.steps=5"], ["batch.gpus=1", "batch.per_device=12"]
-    command = [
-        sys.executable,
-        "-m",
-        "toolkit.cli",
-        "submit",
-        "r.yaml",
-        *few,
-        "--site",
-        "site.yaml",
-        "--json",
-    ]
+    submit = [sys.executable, "-m", "toolkit.cli", "submit", "r.yaml", "duration.steps=5", "--site", "site.yaml", "--json"]  # fmt: skip
     env = {**os.environ, **slurm.environment, "PYTHONPATH": str(ROOT)}
-    started = [subprocess.Popen([*command, *(alone if number % 2 else [])], cwd=tmp_path, env=env, text=True,
+    started = [subprocess.Popen([*submit, *(ALONE if number > 2 else [])], cwd=tmp_path, env=env, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
                for number in range(10)]  # fmt: skip
     found = []
@@ -382,8 +374,8 @@ def test_ten_jobs_at_once_keep_apart(slurm: Lab, tmp_path: Path) -> None:
     )
     for facts in found:
         desk.wait_for_job(facts["jobs"][0], seconds=240)
-    for halves in (found[::2], found[1::2]):  # two nodes of one rank, one of one
-        records = [json.loads((Path(f["run"]) / "record.json").read_text()) for f in halves]
+    for split in (found[:3], found[3:]):
+        records = [json.loads((Path(f["run"]) / "record.json").read_text()) for f in split]
         assert len({record["weights"]["sha256"] for record in records}) == 1
 
 

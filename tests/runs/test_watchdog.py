@@ -2,12 +2,14 @@
 
 import os
 import signal
+import socket
 from pathlib import Path
 
 import pytest
 
+from toolkit import processes
 from toolkit.patience import Patience
-from toolkit.processes import Process
+from toolkit.processes import Process, free_port
 from toolkit.rank_files import RankFiles
 from toolkit.runs.signals import Signals
 from toolkit.runs.stragglers import STEPS, Stragglers
@@ -104,6 +106,19 @@ def test_a_process_is_told_from_another_with_its_number() -> None:
     other.send(signal.SIGKILL)
     assert not Process(here.pid, here.started, "elsewhere").is_alive
     assert Process.parse("12 x host") is None
+
+
+def test_a_free_port_is_none_that_the_system_gives_away() -> None:
+    """Another's socket that asks for any port, opened between the choice and its use, cannot take it."""
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    ports = [free_port() for _ in range(50)]
+    assert not any(first <= port <= last for port in ports)
+    assert len(set(ports)) > 40
+    with socket.socket() as taken:
+        taken.bind(("", ports[0]))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(processes, "_PORTS", range(ports[0], ports[0] + 2))
+            assert {free_port() for _ in range(20)} == {ports[0] + 1}
 
 
 def test_a_step_many_times_the_median_is_a_hang(tmp_path: Path) -> None:

@@ -83,15 +83,16 @@ def _until_final(
             starts = 1 + folder.read_record()["restarts"]
             if starts > plan.recipe.launch.max_restarts:
                 return result.saying(f"gave up after {starts} failed starts: {result.message}")
-            failed_at, cause = result.step, f"restart: {result.message}"
+            failed_at, why = result.step, result.message
             if result.suspect:
-                cause += _set_aside_since(folder, result.suspect)
+                why += _set_aside_since(folder, result.suspect)
             left, words = around.survive(plan)
+            if words:
+                why = f"{words}; {why}"
             if left is None:  # the scheduler's new start is this restart
                 folder.note(restarts=starts)
-                message = f"{words}: {result.message}"
-                return replace(result, message=message, exit_code=STOPPED_EXIT_CODE)
-            plan, cause = left, f"{cause}; {words}" if words else cause
+                return replace(result.saying(why), exit_code=STOPPED_EXIT_CODE)
+            plan, cause = left, f"restart: {why}"
         around.say(cause)
 
 

@@ -7,6 +7,7 @@ A launcher's exit code does not tell the truth; the outcome file does.
 import argparse
 import contextlib
 import faulthandler
+import gc
 import os
 import signal
 import sys
@@ -77,24 +78,35 @@ def _run(
     watch.at("imports")
     # Far less fragmentation than segments of fixed size (benchmarks/memory_ranges.py).
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    import torch
+    with _uncollected():
+        import torch
+        import torch._dynamo  # the first optimizer would import it, and the first DDP
+
+        from toolkit.train.loop import train
+        from toolkit.train.memory import device_facts
 
     device = _device(plan)
     torch.set_num_threads(_threads(plan))
-    from toolkit.train.memory import device_facts
 
     files.write_device(device_facts(device))
     watch.at("joining the others")
     with _process_group(plan, files.rank, device):
         if arguments.task == "train":
-            from toolkit.train.loop import train
-
             where = arguments.run_dir, device, arguments.attempt
             return vars(train(plan, *where, watch, arguments.until))
         from toolkit.train.verify import verify, verify_bitwise
 
         prove = verify if arguments.task == "verify" else verify_bitwise
         return vars(prove(plan, arguments.run_dir, device, watch))
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """For imports: what they make stays, and looking for garbage among it takes a quarter of their time."""
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
 
 
 def _heed_the_supervisor(files: RankFiles, asked: list[int]) -> None:
