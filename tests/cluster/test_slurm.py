@@ -393,6 +393,14 @@ def test_what_slurm_refuses_is_one_message_and_nothing_stays(
         message = desk.submit(code=2)
         assert words in message.splitlines()[-1], message
         assert not (tmp_path / "r").exists()
+    desk.site(partition="nowhere")
+    for values, words in (
+        ("optimizer.lr=1e-3,3e-3", "Invalid partition"),
+        ("batch.gpus=1,2", "batch.gpus 1 on 1 node, batch.gpus 2 on 2 nodes, and an array has one"),
+    ):
+        sweep = ["r.yaml", values, "--to", "slurm", "--site", "site.yaml", "--folder", "all"]
+        assert words in desk.drumline("sweep", *sweep, code=2).stderr
+        assert not (tmp_path / "all").exists()
     desk.site()
     done = desk.drumline("submit", "r.yaml", "--run-dir", "r", code=2, PATH="/nowhere")
     assert "sbatch is not on this machine's PATH" in done.stderr

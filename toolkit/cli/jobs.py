@@ -24,6 +24,8 @@ from toolkit.runs.slurm import JobState
 RunFolderArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 
 _FOLLOW_S = 0.5
+_ASK_S = 5.0
+"""A scheduler that many people follow their runs on is not asked more often."""
 _LAST_BYTES = 4000
 
 
@@ -68,12 +70,15 @@ def logs_command(
     """The job's log and a rank's of the newest attempt."""
     folder = open_run(run)
     shown: dict[Path, int] = {}
-    for text in _new_texts(folder, rank, shown):
-        print(text, end="")
-    while follow and _goes_on(folder):
-        time.sleep(_FOLLOW_S)
+    asked, is_over = float("-inf"), not follow
+    while True:
+        if follow and not folder.is_locked() and time.monotonic() - asked >= _ASK_S:
+            asked, is_over = time.monotonic(), not _has_live_jobs(folder)
         for text in _new_texts(folder, rank, shown):
             print(text, end="", flush=True)
+        if is_over:
+            return
+        time.sleep(_FOLLOW_S)
 
 
 def cancel_command(
@@ -124,10 +129,9 @@ def _state(folder: RunFolder, attempts: list[dict[str, Any]], jobs: list[dict[st
     return state_of(folder, attempts)
 
 
-def _goes_on(folder: RunFolder) -> bool:
+def _has_live_jobs(folder: RunFolder) -> bool:
     jobs = folder.read_record().get("jobs") or []
-    states = [job_state(entry) for entry in jobs]
-    return folder.is_locked() or any(state and not state.is_final for state in states)
+    return any((state := job_state(entry)) and not state.is_final for entry in jobs)
 
 
 def _new_texts(folder: RunFolder, rank: int, shown: dict[Path, int]) -> Iterator[str]:

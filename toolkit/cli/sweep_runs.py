@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,13 +57,19 @@ def sweep_command(
         for overrides, plan in zip(combinations, plans, strict=True):
             print(f"{shlex.join(overrides)}   {plan.batch.split}, {plan.steps.total:,} steps")
         return
+    if to == "slurm":
+        _check_one_size(plans)
     base = (folder or _next_folder(plans[0].recipe.recipe)).absolute()
     run_folder.check_new(base)
     base.mkdir(parents=True, exist_ok=True)
     names = [f"{number:03d}" for number in range(len(plans))]
     write_json(base / "sweep.json", dict(zip(names, combinations, strict=True)))
     if to == "slurm":
-        facts = _as_array(base, names, plans, place)
+        try:
+            facts = _as_array(base, names, plans, place)
+        except BaseException:
+            shutil.rmtree(base, ignore_errors=True)
+            raise
     else:
         facts = _one_after_the_other(base, names, recipe, combinations)
     if as_json:
@@ -143,14 +150,20 @@ def _one_after_the_other(
     return {"runs": [str(base / name) for name in names], "failed": failed}
 
 
-def _as_array(base: Path, names: list[str], plans: list[Plan], site: Site) -> dict[str, list[str]]:
-    """One job array; every run folder is there before it starts."""
-    nodes = {plan.batch.nodes for plan in plans}
-    if len(nodes) > 1:
+def _check_one_size(plans: list[Plan]) -> None:
+    sizes = {(plan.batch.nodes, plan.batch.gpus) for plan in plans}
+    if len(sizes) > 1:
+        words = [
+            f"batch.gpus {gpus} on {nodes} node{'s' * (nodes > 1)}" for nodes, gpus in sorted(sizes)
+        ]
         raise PlanError(
-            f"sweep: its runs want {', '.join(map(str, sorted(nodes)))} nodes, and an array has one size. "
+            f"sweep: its runs want {', '.join(words)}, and an array has one size. "
             "Nearest: the same batch.gpus in all, or --to local"
         )
+
+
+def _as_array(base: Path, names: list[str], plans: list[Plan], site: Site) -> dict[str, list[str]]:
+    """One job array; every run folder is there before it starts."""
     folders = []
     for name, plan in zip(names, plans, strict=True):
         made = run_folder.create(plan.recipe, base / name)
