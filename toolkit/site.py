@@ -1,5 +1,6 @@
 """A site: what a cluster is like, in a YAML file that is validated like a recipe and never part of one."""
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,10 +13,12 @@ from toolkit.recipe.problems import explain
 from toolkit.recipe.schema import Count, Name, Section, Slug
 from toolkit.secrets import is_secret_name, secrets_in
 
-Line = Annotated[str, Field(pattern=r"^[^\n\r]*$")]
+Line = Annotated[str, Field(pattern=r"^[^\x00\n\r]*$")]
 Option = Annotated[str, Field(pattern=r"^--[a-z][a-z0-9-]*(=[^\n\r]*)?$")]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-SlurmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:+-]*$")]
+SlurmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:+@-]*$")]
+SlurmList = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:+@,\[\]-]*$")]
+Adapters = Annotated[str, Field(pattern=r"^[\^=]{0,2}[A-Za-z0-9_][A-Za-z0-9_.:,-]*$")]
 TimeLimit = Annotated[str, Field(pattern=r"^(\d+-)?\d{1,3}:\d{2}(:\d{2})?$")]
 Memory = Annotated[str, Field(pattern=r"^(0|\d+[KMGT])$")]
 
@@ -32,8 +35,8 @@ class Container(Section):
 class Fabric(Section):
     """Which network NCCL and gloo use: interface names, InfiniBand adapters."""
 
-    interface: SlurmName | None = None
-    infiniband: SlurmName | None = None
+    interface: Adapters | None = None
+    infiniband: Adapters | None = None
 
 
 class SecretReference(Section):
@@ -75,7 +78,7 @@ class Site(Section):
     """
 
     site: Slug
-    partition: SlurmName | None = None
+    partition: SlurmList | None = None
     account: SlurmName | None = None
     qos: SlurmName | None = None
     gpu: str | None = None
@@ -91,7 +94,7 @@ class Site(Section):
     kubernetes: Kubernetes | None = None
     environment: list[Variable] = Field(default_factory=list)
     fabric: Fabric = Fabric.model_construct()
-    exclude: list[SlurmName] = Field(default_factory=list)
+    exclude: list[SlurmList] = Field(default_factory=list)
     runs: str | None = None
     cache: str | None = None
     sbatch: list[Option] = Field(default_factory=list)
@@ -118,15 +121,35 @@ def validate_site(raw: dict[str, Any], origin: str) -> Site:
     if isinstance(kubernetes, dict):  # its secrets are names of Kubernetes Secrets
         plain["kubernetes"] = {k: v for k, v in kubernetes.items() if k != "secrets"}
     found = list(secrets_in(plain))
-    lines = [line for line in raw.get("setup") or [] if isinstance(line, str)]
-    exported = [m[1] for line in lines if (m := re.match(r"\s*export\s+(\w+)=", line))]
-    found += [f"setup: {name}" for name in exported if is_secret_name(name)]
+    for key in ("setup", "sbatch"):
+        lines = raw.get(key) if isinstance(raw.get(key), list) else []
+        assigned = re.findall(r"(?<![\w$-])([A-Za-z_]\w*)=", "\n".join(map(str, lines or [])))
+        found += [f"{key}: {name}" for name in assigned if is_secret_name(name)]
     if found:
         raise RecipeError(
             f"{origin}: {found[0]}: secrets do not belong in a site. "
             "Nearest: name the variable under `environment`"
         )
     try:
-        return Site.model_validate(raw)
+        site = Site.model_validate(raw)
     except ValidationError as error:
         raise RecipeError(explain(error, Site, origin)) from None
+    if site.time_limit and (limit := _seconds(site.time_limit)) <= site.warning_s:
+        raise RecipeError(
+            f"{origin}: warning_s: {site.warning_s} s are not before the end of time_limit {site.time_limit} "
+            f"({limit} s). Nearest: warning_s: {max(1, limit // 10)}"
+        )
+    at_home = {key: value and os.path.expanduser(value) for key in ("python", "runs", "cache")
+               if (value := getattr(site, key))}  # fmt: skip
+    return site.model_copy(update=at_home)
+
+
+def _seconds(time_limit: str) -> int:
+    """Of Slurm's days-hours:minutes[:seconds], hours:minutes:seconds or minutes:seconds."""
+    days, _, clock = time_limit.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if days or len(parts) == 3:
+        hours, minutes, seconds = [*parts, 0][:3]
+    else:
+        hours, (minutes, seconds) = 0, parts
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds

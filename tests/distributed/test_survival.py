@@ -446,6 +446,27 @@ def test_ranks_that_nobody_watches_leave_by_themselves(
     assert_same_training(tmp_path / "r", straight)
 
 
+def test_a_run_here_can_be_followed_and_cancelled(zygote: Zygote, tmp_path: Path) -> None:
+    """`logs` shows its metrics, `cancel` stops it, also where a scheduler has forgotten the job of its record."""
+    child = zygote.drumline(
+        tmp_path, "run", recipe(tmp_path, duration={"steps": 100_000}), "--run-dir", "r"
+    )
+    deadline = time.monotonic() + 60
+    while not step_lines(tmp_path / "r"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    record = json.loads((tmp_path / "r/record.json").read_text())
+    record["jobs"] = [{"target": "kubernetes", "id": "job/gone", "namespace": "a"}]
+    (tmp_path / "r/record.json").write_text(json.dumps(record))
+    told = zygote.drumline(tmp_path, "logs", "r")
+    assert told.wait() == 0
+    assert '"loss"' in told.out
+    cancelled = zygote.drumline(tmp_path, "cancel", "r")
+    assert cancelled.wait() == 0, cancelled.err
+    assert cancelled.out == "asked to save and stop\n"
+    assert child.wait() == 75
+
+
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[None]:
     """A tmpfs of this size, as root only."""

@@ -140,12 +140,59 @@ def test_hostile_names_stay_themselves(name: str, tmp_path: Path) -> None:
     "change",
     [{"partition": "a b"}, {"partition": "a\n#SBATCH --uid=root"}, {"account": "$(id)"}, {"exclude": ["a;b"]},
      {"sbatch": ["--x\n--y"]}, {"sbatch": ["rm -rf"]}, {"time_limit": "soon"}, {"memory_per_node": "much"},
-     {"setup": ["a\nb"]}, {"environment": ["A=1"]}],
+     {"setup": ["a\nb"]}, {"setup": ["a\0b"]}, {"setup": 5}, {"environment": ["A=1"]}],
 )  # fmt: skip
 def test_values_that_cannot_stand_in_a_script_are_refused(change: dict[str, Any]) -> None:
     """#SBATCH lines know no quotes: such a value is an error that names the key."""
     with pytest.raises(RecipeError, match=next(iter(change))):
         site(**change)
+
+
+def test_values_that_clusters_really_have() -> None:
+    """Lists of partitions, ranges of nodes, what NCCL takes; `~` is the submitter's home."""
+    change = {"partition": "gpu,long", "exclude": ["node[01-03]"], "account": "abc@v100", "runs": "~/runs",
+              "fabric": {"interface": "^lo,docker0", "infiniband": "mlx5_0:1,mlx5_1:1"}}  # fmt: skip
+    made = site(**change)
+    assert made.runs == str(Path.home() / "runs")
+    assert made.exclude == ["node[01-03]"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"setup": ["HF_TOKEN=abc; export HF_TOKEN"]}, "setup: HF_TOKEN: secrets do not belong"),
+        ({"setup": ["declare -x WANDB_API_KEY=a"]}, "setup: WANDB_API_KEY: secrets"),
+        ({"sbatch": ["--export=ALL,WANDB_API_KEY=a"]}, "sbatch: WANDB_API_KEY: secrets"),
+        ({"time_limit": "00:02:00", "warning_s": 120}, r"time_limit 00:02:00 \(120 s\). Nearest: warning_s: 12"),
+        ({"time_limit": "1:00", "warning_s": 61}, r"\(60 s\)"),
+        ({"time_limit": "1-00:01", "warning_s": 86460}, r"\(86460 s\)"),
+    ],
+)  # fmt: skip
+def test_secrets_and_limits_that_cannot_work(change: dict[str, Any], words: str) -> None:
+    """However a shell sets a variable; a warning that comes with or after the end."""
+    with pytest.raises(RecipeError, match=words):
+        site(**change)
+
+
+def test_the_fewest_nodes_of_a_range_are_planned_too(drumline: Any) -> None:
+    """What does not fit on them is exit 3; nodes that would idle are told."""
+    done = drumline("submit", "llama-70b-64xh100", "cluster.nodes={min: 1, max: 8}", "--dry-run")
+    assert done.returncode == 3
+    assert "on 1 of cluster.nodes 1 to 8: memory: " in done.stderr
+    wide = ["batch.gpus=64", "batch.accumulation=null", "cluster.nodes={min: 5, max: 9}"]
+    done = drumline("submit", "llama-8b-8xh100", *wide, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "given 5 nodes, 1 would idle: effective 256 can be split over 4" in done.stderr
+
+
+@pytest.mark.parametrize(("name", "label"), [("My_Run.A", "my-run-a"), ("___", "")])
+def test_names_that_kubernetes_allows(drumline: Any, tmp_path: Path, name: str, label: str) -> None:
+    """A run folder's name in small letters; one without any letter is refused."""
+    (tmp_path / "s.yaml").write_text(yaml12.dump(FULL))
+    to = ["--to", "kubernetes", "--site", "s.yaml", "--run-dir", name, "--dry-run"]
+    done = drumline("submit", "llama-8b-8xh100", *to)
+    assert done.returncode == (0 if label else 2)
+    assert f"name: {label}\n" in done.stdout if label else "no name for Kubernetes" in done.stderr
 
 
 def test_a_site_file_is_checked_like_a_recipe(tmp_path: Path) -> None:

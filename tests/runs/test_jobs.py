@@ -53,6 +53,16 @@ def test_the_state_is_that_of_the_newest_condition(
     assert calls.read_text() == "get trainjob/a --namespace train --output=json\n"
 
 
+def test_a_plain_job_has_no_condition_while_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts its active pods instead."""
+    kubectl(tmp_path, {"status": {"active": 2}}, 0, monkeypatch)
+    found = job_state({**ENTRY, "id": "job/a"})
+    assert found
+    assert found.state == "RUNNING"
+
+
 def test_cancel_deletes_and_what_is_gone_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

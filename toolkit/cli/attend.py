@@ -16,7 +16,7 @@ from launchers.base import Command, Job
 from launchers.node import node_number
 from launchers.slurm import roll_call, step_command
 from toolkit.cli import members
-from toolkit.cli.plan import make_plan, prepare_data
+from toolkit.cli.plan import make_plan, plan_on_nodes, prepare_data
 from toolkit.cli.preflight import links_of, slow_words
 from toolkit.cli.run import report_end
 from toolkit.cli.submit import SITE
@@ -172,19 +172,7 @@ def _supervise(
 
 def plan_for(folder: RunFolder, nodes: int) -> Plan:
     """The run's recipe on the most of these nodes that the batch can be split over."""
-    recipe = load_recipe(str(folder.recipe_file))
-    as_submitted = make_plan(recipe)
-    per_node = as_submitted.batch.gpus // as_submitted.batch.nodes
-    for count in range(nodes, 0, -1):
-        if as_submitted.batch.nodes == count:
-            return as_submitted
-        try:
-            return make_plan(recipe, count * per_node)
-        except PlanError:
-            continue
-    raise PlanError(
-        f"batch.effective {as_submitted.batch.effective} cannot be split over {per_node} GPUs of a node"
-    )
+    return plan_on_nodes(load_recipe(str(folder.recipe_file)), nodes)
 
 
 def _refuse_another_training(folder: RunFolder, plan: Plan) -> None:
@@ -201,7 +189,7 @@ def _refuse_another_training(folder: RunFolder, plan: Plan) -> None:
 
 def _allocation() -> Allocation:
     environment = os.environ
-    if "SLURM_JOB_ID" not in environment:
+    if not {"SLURM_JOB_ID", "SLURM_JOB_NODELIST"} <= environment.keys():
         raise LaunchError(
             "attend is for inside a Slurm job. Nearest: drumline submit, or drumline resume"
         )

@@ -67,7 +67,7 @@ def logs_command(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the run ends.")] = False,
     rank: Annotated[int, typer.Option("--rank", min=0, help="Whose.")] = 0,
 ) -> None:
-    """The job's log and a rank's of the newest attempt."""
+    """The job's log (here: the metrics), and a rank's of the newest attempt."""
     folder = open_run(run)
     shown: dict[Path, int] = {}
     asked, is_over = float("-inf"), not follow
@@ -90,6 +90,8 @@ def cancel_command(
     jobs = [(entry, job_state(entry)) for entry in folder.read_record().get("jobs") or []]
     live = [(entry, state) for entry, state in jobs if state is None or not state.is_final]
     supervisor = folder.supervisor()
+    if supervisor and all(state is None for _, state in live):
+        live = []  # it goes on here, and the scheduler has forgotten its jobs
     if not live and supervisor is None:
         raise RunFolderError(
             f"{run}: nothing runs. Nearest: drumline status {shlex.quote(str(run))}"
@@ -136,11 +138,12 @@ def _has_live_jobs(folder: RunFolder) -> bool:
 
 def _new_texts(folder: RunFolder, rank: int, shown: dict[Path, int]) -> Iterator[str]:
     """What is new in each log since it was last shown; at first its last part."""
-    attempts = sorted(
-        folder.path.glob("logs/attempt-*"), key=lambda p: int(p.name.rpartition("-")[2])
-    )
+    found = folder.path.glob("logs/attempt-*")
+    numbered = [path for path in found if path.name.removeprefix("attempt-").isdigit()]
+    attempts = sorted(numbered, key=lambda path: int(path.name.removeprefix("attempt-")))
     newest = [attempts[-1] / "launcher.log", attempts[-1] / f"rank-{rank}.log"] if attempts else []
-    for path in [*sorted(folder.path.glob("logs/job-*.log")), *newest]:
+    told = sorted(folder.path.glob("logs/job-*.log")) or [folder.metrics_file]
+    for path in [*told, *newest]:
         with contextlib.suppress(OSError), path.open("rb") as file:
             size = path.stat().st_size
             start = shown.get(path, max(0, size - _LAST_BYTES))

@@ -18,6 +18,7 @@ from toolkit.recipe.schema import Recipe
 from toolkit.runs.folder import RunFolder
 from toolkit.runs.trackers import wanted
 from toolkit.secrets import Secrets
+from toolkit.site import Site
 from toolkit.units import format_bytes
 
 Node = tuple[int, str, int]
@@ -40,12 +41,13 @@ def check_offered(recipe: Recipe) -> None:
             )
 
 
-def refuse_secrets(recipe: Recipe, secrets: Secrets) -> None:
-    """RecipeError where the recipe holds a value that the environment holds under a secret's name."""
-    for name, value in recipe.model_dump(by_alias=True).items():
+def refuse_secrets(held: Recipe | Site, secrets: Secrets) -> None:
+    """RecipeError where it holds a value that the environment holds under a secret's name."""
+    kind = type(held).__name__.lower()
+    for name, value in held.model_dump(by_alias=True).items():
         if secrets.hide_in(value) != value:
             raise RecipeError(
-                f"recipe: {name}: it holds a secret of this environment, and recipes are written into "
+                f"{kind}: {name}: it holds a secret of this environment, and {kind}s are written into "
                 "records. Nearest: read it from the environment where it is needed"
             )
 

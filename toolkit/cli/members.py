@@ -36,10 +36,16 @@ _OVER = "attend-over.json"
 
 def adopt(source: Path, folder: RunFolder) -> None:
     """Make the run folder from its configuration (a recipe.yaml at least), unless it is there already."""
-    if folder.record_file.is_file():
-        return
     if not (source / "recipe.yaml").is_file():
         raise RunFolderError(f"--from {source}: it holds no recipe.yaml")
+    if folder.record_file.is_file():
+        ours = _training_of(source)
+        if ours != (theirs := folder.read_record()["training_sha256"]):
+            raise RunFolderError(
+                f"{folder.path}: another run has this folder (training_sha256 {theirs}, not {ours}). "
+                "Nearest: submit with another --run-dir, whose name is the run's"
+            )
+        return
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.glob("*.yaml")):
         shutil.copyfile(path, folder.path / path.name)
@@ -52,6 +58,15 @@ def adopt(source: Path, folder: RunFolder) -> None:
     plan = make_plan(recipe)
     folder.write_recipe(plan.recipe.model_dump(by_alias=True))
     folder.write_record(new_record(plan, sys.argv, Secrets(os.environ)))
+
+
+def _training_of(source: Path) -> str:
+    record = source / "record.json"
+    if record.is_file():
+        return str(json.loads(record.read_text(encoding="utf-8"))["training_sha256"])
+    recipe = load_recipe(str(source / "recipe.yaml"))
+    prepare_data(recipe)
+    return make_plan(recipe).training_sha256
 
 
 def render_first(plan: Plan, number: int, folder: RunFolder, until: int | None) -> Command:

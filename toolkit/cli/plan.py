@@ -50,6 +50,22 @@ def make_plan(recipe: Recipe, gpus: int | None = None, gpu: str | None = None) -
     return with_advice(resolve(recipe, world), world)
 
 
+def plan_on_nodes(recipe: Recipe, nodes: int) -> Plan:
+    """The recipe on the most of these nodes that its batch can be split over; PlanError where on none."""
+    as_stated = make_plan(recipe)
+    per_node = as_stated.batch.gpus // as_stated.batch.nodes
+    for count in range(nodes, 0, -1):
+        if as_stated.batch.nodes == count:
+            return as_stated
+        try:
+            return make_plan(recipe, count * per_node)
+        except PlanError:
+            continue
+    raise PlanError(
+        f"batch.effective {as_stated.batch.effective} cannot be split over {per_node} GPUs of a node"
+    )
+
+
 def traced(plan: Plan) -> Plan:
     """The same plan with its memory traced."""
     import dataclasses

@@ -16,10 +16,17 @@ from launchers.kubernetes import check_manifests, render_manifests
 from launchers.skypilot import render_task
 from launchers.slurm import Batch, render_script
 from toolkit.cli.launch import check_offered, refuse_secrets, refuse_what_does_not_fit
-from toolkit.cli.plan import AsJson, Overrides, RecipeArgument, make_plan, prepare_data
+from toolkit.cli.plan import (
+    AsJson,
+    Overrides,
+    RecipeArgument,
+    make_plan,
+    plan_on_nodes,
+    prepare_data,
+)
 from toolkit.cli.run import Force, needs_data
 from toolkit.cli.show import plan_table
-from toolkit.errors import LaunchError, PlanError
+from toolkit.errors import DoesNotFit, LaunchError, PlanError
 from toolkit.files import write_text
 from toolkit.plan.model import Plan
 from toolkit.recipe import yaml12
@@ -34,6 +41,8 @@ from toolkit.site import Site, load_site, validate_site
 
 SCRIPT = "job.sh"
 SITE = "site.yaml"
+_LONGEST_LABEL = 50
+"""Kubernetes allows 63 letters, of which a JobSet takes some for its pods."""
 
 
 def submit_command(
@@ -73,6 +82,7 @@ def submit_command(
     loaded = on_site(load_recipe(recipe, overrides), place)
     secrets = Secrets(os.environ)
     refuse_secrets(loaded, secrets)
+    refuse_secrets(place, secrets)
     if run_dir is not None:
         run_folder.check_new(run_dir)
     if not dry_run:
@@ -82,6 +92,7 @@ def submit_command(
         prepare_data(loaded)
     plan = make_plan(loaded)
     refuse_what_does_not_fit(plan, force, as_json)
+    _check_fewest(plan, force, as_json)
     if dry_run:
         print(_dry_text(to, plan, place, run_dir, secrets), end="")
         return
@@ -100,7 +111,7 @@ def _submit_all(
     hold: bool,
 ) -> tuple[RunFolder, list[str]]:
     """The run folder, then its jobs; all of a chain or nothing."""
-    folder = run_folder.create(plan.recipe, run_dir, _runs(place))
+    folder = run_folder.create(plan.recipe, run_dir, runs_of(place))
     jobs: list[str] = []
     try:
         folder.write_record({**new_record(plan, sys.argv, secrets), "jobs": []})
@@ -117,6 +128,27 @@ def _submit_all(
     return folder, jobs
 
 
+def _check_fewest(plan: Plan, force: bool, as_json: bool) -> None:
+    """On the fewest nodes that Slurm may give, where a rank holds most: does it fit, and do nodes idle?"""
+    nodes = plan.recipe.cluster.nodes
+    if not isinstance(nodes, NodeRange):
+        return
+    fewest = plan_on_nodes(plan.recipe, nodes.min)
+    try:
+        refuse_what_does_not_fit(fewest, force, as_json)
+    except DoesNotFit as error:
+        raise DoesNotFit(
+            f"on {fewest.batch.nodes} of cluster.nodes {nodes.min} to {nodes.max}: {error}"
+        ) from None
+    idle = nodes.min - fewest.batch.nodes
+    if idle:
+        print(
+            f"warning: given {nodes.min} nodes, {idle} would idle: effective {plan.batch.effective} can be "
+            f"split over {fewest.batch.nodes} of them at most",
+            file=sys.stderr,
+        )
+
+
 def refuse_without(to: str, recipe: Recipe) -> None:
     """LaunchError before anything is prepared or written, where what submits is not here."""
     check_offered(recipe)
@@ -130,13 +162,14 @@ def refuse_without(to: str, recipe: Recipe) -> None:
 
 def _dry_text(to: str, plan: Plan, site: Site, run_dir: Path | None, secrets: Secrets) -> str:
     """What would be submitted."""
-    folder = RunFolder((run_dir or _runs(site) / f"{plan.recipe.recipe}-N").absolute())
+    folder = RunFolder((run_dir or runs_of(site) / f"{plan.recipe.recipe}-N").absolute())
     if to == "slurm":
         return render_script(plan, site, batch_of(plan, [folder]))
     if to == "skypilot":
         return yaml12.dump(render_task(plan, site, folder.recipe_file))
     record = new_record(plan, sys.argv, secrets)
-    return _manifest_text(_manifests(plan, site, plan.recipe.recipe, record))
+    name = run_dir.name if run_dir else plan.recipe.recipe
+    return _manifest_text(_manifests(plan, site, name, record))
 
 
 def _manifests(plan: Plan, site: Site, name: str, record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -145,7 +178,10 @@ def _manifests(plan: Plan, site: Site, name: str, record: dict[str, Any]) -> lis
         "record.json": json.dumps(record),
         SITE: yaml12.dump(site.model_dump()),
     }
-    found = render_manifests(plan, site, re.sub(r"[^a-z0-9-]+", "-", name).strip("-"), files)
+    label = re.sub(r"[^a-z0-9]+", "-", name.lower())[:_LONGEST_LABEL].strip("-")
+    if not label:
+        raise LaunchError(f"{name}: no name for Kubernetes is in it. Nearest: another --run-dir")
+    found = render_manifests(plan, site, label, files)
     check_manifests(found)
     return found
 
@@ -163,7 +199,9 @@ def _apply(plan: Plan, site: Site, folder: RunFolder) -> str:
     command = ["kubectl", "apply", "-f", "-"]
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise LaunchError(f"kubectl apply: {done.stderr.strip().splitlines()[-1]}")
+        raise LaunchError(
+            f"kubectl apply: {(done.stderr.strip() or 'no word of why').splitlines()[-1]}"
+        )
     kind, meta = manifests[-1]["kind"].lower(), manifests[-1]["metadata"]
     entry = {"target": "kubernetes", "id": f"{kind}/{meta['name']}", "namespace": meta["namespace"]}
     folder.note(jobs=[{**entry, "submitted": now()}])
@@ -222,7 +260,8 @@ def batch_of(
     )
 
 
-def _runs(site: Site) -> Path:
+def runs_of(site: Site) -> Path:
+    """Where run folders go."""
     return Path(site.runs) if site.runs else Path.cwd() / "runs"
 
 

@@ -15,7 +15,7 @@ import typer
 from launchers.slurm import render_script
 from toolkit.cli.launch import refuse_secrets, refuse_what_does_not_fit
 from toolkit.cli.plan import AsJson, RecipeArgument, make_plan, prepare_data
-from toolkit.cli.submit import SCRIPT, SITE, batch_of, on_site, refuse_without
+from toolkit.cli.submit import SCRIPT, SITE, batch_of, on_site, refuse_without, runs_of
 from toolkit.errors import LaunchError, PlanError, RecipeError, RunError
 from toolkit.files import write_json, write_text
 from toolkit.plan.model import Plan
@@ -53,13 +53,14 @@ def sweep_command(
         raise LaunchError(f"--to {to}: choose from local, slurm")
     place = load_site(site) if site else validate_site({"site": "default"}, "default site")
     plans = [_planned(recipe, overrides, place, to, dry_run) for overrides in combinations]
+    if to == "slurm":
+        refuse_secrets(place, Secrets(os.environ))
+        _check_one_size(plans)
     if dry_run:
         for overrides, plan in zip(combinations, plans, strict=True):
             print(f"{shlex.join(overrides)}   {plan.batch.split}, {plan.steps.total:,} steps")
         return
-    if to == "slurm":
-        _check_one_size(plans)
-    base = (folder or _next_folder(plans[0].recipe.recipe)).absolute()
+    base = (folder or _next_folder(runs_of(place), plans[0].recipe.recipe)).absolute()
     run_folder.check_new(base)
     base.mkdir(parents=True, exist_ok=True)
     names = [f"{number:03d}" for number in range(len(plans))]
@@ -180,11 +181,11 @@ def _as_array(base: Path, names: list[str], plans: list[Plan], site: Site) -> di
     return {"runs": [str(made.path) for made in folders], "jobs": [job]}
 
 
-def _next_folder(name: str) -> Path:
+def _next_folder(runs: Path, name: str) -> Path:
     number = 1
-    while (Path("runs") / f"{name}-sweep-{number}").exists():
+    while (runs / f"{name}-sweep-{number}").exists():
         number += 1
-    return Path("runs") / f"{name}-sweep-{number}"
+    return runs / f"{name}-sweep-{number}"
 
 
 def register(app: typer.Typer) -> None:

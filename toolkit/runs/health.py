@@ -48,7 +48,8 @@ class Health:
 def examine(path: Path) -> Health:
     """Look at everything; every checkpoint is read whole, since only that tells whether it is sound."""
     folder = RunFolder(path)
-    attempts = folder.read_record()["attempts"] if folder.record_file.is_file() else []
+    record = folder.read_record() if folder.record_file.is_file() else {}
+    attempts = record.get("attempts", [])
     sound, bad = _checkpoints(folder.checkpoints)
     state = state_of(folder, attempts)
     warnings = [f"{name}: {why}" for name, why in bad.items()]
@@ -70,7 +71,7 @@ def examine(path: Path) -> Health:
             if p.name.startswith(".") or ".bad-" in p.name
         ),
         warnings=warnings,
-        next=_next(path, state, last, sound, bool(bad)),
+        next=_next(path, state, last, sound, bool(bad), bool(record.get("jobs"))),
         message=last.get("message") or "",
     )
 
@@ -116,10 +117,19 @@ def _little_room(folder: RunFolder, sound: list[str]) -> list[str]:
     return [f"{format_bytes(free)} free on disk, a checkpoint takes {format_bytes(size)}"]
 
 
-def _next(path: Path, state: State, last: dict[str, Any], sound: list[str], damaged: bool) -> str:
+def _next(
+    path: Path,
+    state: State,
+    last: dict[str, Any],
+    sound: list[str],
+    damaged: bool,
+    has_jobs: bool,
+) -> str:
     shown = shlex.quote(str(path))
     if state == "running":
         return "nothing: it runs; a signal to it saves and stops"
+    if state == "never started" and has_jobs:
+        return f"drumline status {shown}: whether its jobs wait"
     if state == "never started":
         return f"rm -r {shown}, and run the recipe again"
     if state == "finished":

@@ -33,10 +33,13 @@ def _from_kubectl(entry: dict[str, Any]) -> JobState | None:
     done = _kubectl("get", entry["id"], "--namespace", entry["namespace"], "--output=json")
     if done.returncode:
         return None
-    conditions = json.loads(done.stdout).get("status", {}).get("conditions", [])
+    status = json.loads(done.stdout).get("status", {})
+    conditions = status.get("conditions", [])
     true = [one for one in conditions if one.get("status") == "True"]
     if not true:
-        return JobState("RUNNING" if conditions else "PENDING", "", "", "kubectl")
+        return JobState(
+            "RUNNING" if conditions or status.get("active") else "PENDING", "", "", "kubectl"
+        )
     last = true[-1]
     state = _FINAL_CONDITIONS.get(last["type"], last["type"].upper())
     return JobState(state, last.get("message", ""), "", "kubectl")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from toolkit.errors import LaunchError
 
+OUR_COMMENT = "the run folder is not visible"
+"""How the script's own comment on its job begins; any other is the site's."""
 _SLURM_S = 60.0
 _HINTS = {
     "invalid partition": "sinfo lists the partitions",
@@ -91,9 +93,10 @@ def _from_scontrol(job: str) -> JobState | None:
     if done.returncode:
         return None
     fields = dict(re.findall(r"(\w+)=(.*?)(?= \w+=|$)", done.stdout.splitlines()[0]))
+    comment = fields.get("Comment", "").strip()
     return JobState(
         fields.get("JobState", "?"),
-        fields.get("Comment", "").strip() or fields.get("Reason", ""),
+        comment if comment.startswith(OUR_COMMENT) else fields.get("Reason", ""),
         fields.get("NodeList", ""),
         "scontrol",
     )

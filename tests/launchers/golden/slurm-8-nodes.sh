@@ -21,7 +21,6 @@
 # Everything that this job needs lies in its run folder. It can be edited and given to sbatch by hand; a job
 # that starts again goes on from the newest checkpoint.
 
-set -u
 run=/shared/runs/a
 if [ ! -f "$run/record.json" ]; then
   scontrol update "JobId=$SLURM_JOB_ID" Comment="the run folder is not visible on $SLURMD_NODENAME"
@@ -41,6 +40,8 @@ export DRUMLINE_CACHE='/scratch/it'"'"'s mine'
 # The site's own set-up.
 module load cuda/12.8
 source /sw/venv/bin/activate
+
+set -u
 
 # Before the time limit Slurm sends USR1 here, before a preemption or a cancellation TERM: all ranks finish the
 # step and save.

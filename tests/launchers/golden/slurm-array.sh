@@ -22,7 +22,6 @@
 # Everything that this job needs lies in its run folder. It can be edited and given to sbatch by hand; a job
 # that starts again goes on from the newest checkpoint.
 
-set -u
 runs=(
   '/r/a b'
   /r/c
@@ -46,6 +45,8 @@ export DRUMLINE_CACHE='/scratch/it'"'"'s mine'
 # The site's own set-up.
 module load cuda/12.8
 source /sw/venv/bin/activate
+
+set -u
 
 # Before the time limit Slurm sends USR1 here, before a preemption or a cancellation TERM: all ranks finish the
 # step and save.

@@ -12,7 +12,6 @@
 # Everything that this job needs lies in its run folder. It can be edited and given to sbatch by hand; a job
 # that starts again goes on from the newest checkpoint.
 
-set -u
 run=/shared/runs/a
 if [ ! -f "$run/record.json" ]; then
   scontrol update "JobId=$SLURM_JOB_ID" Comment="the run folder is not visible on $SLURMD_NODENAME"
@@ -24,6 +23,8 @@ echo "$(date -Is) job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start ${SLURM_RESTAR
 cd "$run" || exit 2
 
 export PYTHONPATH=/sw/drumline"${PYTHONPATH:+:$PYTHONPATH}"
+
+set -u
 
 # Before the time limit Slurm sends USR1 here, before a preemption or a cancellation TERM: all ranks finish the
 # step and save.
