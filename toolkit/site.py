@@ -122,8 +122,9 @@ def validate_site(raw: dict[str, Any], origin: str) -> Site:
         plain["kubernetes"] = {k: v for k, v in kubernetes.items() if k != "secrets"}
     found = list(secrets_in(plain))
     for key in ("setup", "sbatch"):
-        lines = raw.get(key) if isinstance(raw.get(key), list) else []
-        assigned = re.findall(r"(?<![\w$-])([A-Za-z_]\w*)=", "\n".join(map(str, lines or [])))
+        lines = raw.get(key)
+        text = "\n".join(map(str, lines)) if isinstance(lines, list) else ""
+        assigned = re.findall(r"(?<![\w$-])([A-Za-z_]\w*)=", text)
         found += [f"{key}: {name}" for name in assigned if is_secret_name(name)]
     if found:
         raise RecipeError(
@@ -139,7 +140,7 @@ def validate_site(raw: dict[str, Any], origin: str) -> Site:
             f"{origin}: warning_s: {site.warning_s} s are not before the end of time_limit {site.time_limit} "
             f"({limit} s). Nearest: warning_s: {max(1, limit // 10)}"
         )
-    at_home = {key: value and os.path.expanduser(value) for key in ("python", "runs", "cache")
+    at_home = {key: os.path.expanduser(value) for key in ("python", "runs", "cache")
                if (value := getattr(site, key))}  # fmt: skip
     return site.model_copy(update=at_home)
 

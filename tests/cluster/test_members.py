@@ -13,9 +13,12 @@ import pytest
 from conftest import ROOT, tiny_recipe
 from lab import wait
 
+from toolkit.cli.members import adopt
+from toolkit.errors import RunFolderError
 from toolkit.metrics_file import read_metrics
 from toolkit.rank_files import RankFiles
 from toolkit.recipe import yaml12
+from toolkit.runs.folder import RunFolder
 
 pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.heavy]
 
@@ -72,6 +75,25 @@ def test_two_nodes_meet_and_both_leave_with_the_outcome(tmp_path: Path) -> None:
     assert [a["kind"] for a in record["attempts"]] == ["lost", "finished"]
     assert record["attempts"][0]["cause"] == "start on 2 nodes"
     assert record["data"]["fingerprint"]
+
+
+RECORD = '{"training_sha256": "%s", "attempts": [], "restarts": 0, "outcome": null, "data": {}}'
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    """The same training goes on in it; another one of the same name does not report its success."""
+    source, folder = tmp_path / "config", RunFolder(tmp_path / "r")
+    source.mkdir()
+    folder.path.mkdir()
+    (source / "recipe.yaml").write_text("recipe: a\n")
+    (source / "record.json").write_text(RECORD % "aa")
+    folder.record_file.write_text(RECORD % "aa")
+    adopt(source, folder)
+    folder.record_file.write_text(RECORD % "bb")
+    with pytest.raises(
+        RunFolderError, match="another run has this folder .training_sha256 bb, not aa"
+    ):
+        adopt(source, folder)
 
 
 def test_stopped_on_a_signal_both_leave_with_75(tmp_path: Path) -> None:

@@ -314,6 +314,7 @@ def test_the_other_launchers_through_srun(two: Desk, desk: Desk) -> None:
         for launcher in ("accelerate", "deepspeed")
     }
     theirs = two.numbers()
+    assert len(theirs) == 40
     for launcher, job in jobs.items():
         desk.wait_for_job(job)
         for mine, other in zip(desk.numbers(launcher), theirs, strict=True):

@@ -416,7 +416,7 @@ def test_a_sleeping_rank_is_found_and_the_run_finishes(
 
 
 def test_ranks_that_nobody_watches_leave_by_themselves(
-    zygote: Zygote, straight: Path, tmp_path: Path
+    zygote: Zygote, straight: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """A frozen supervisor, a rank stuck in C with Python's lock: stacks, no rank left; thawed, it goes on."""
     freeze = {"what": "signal the command", "rank": 1, "attempt": 0, "step": 12, "place": "forward",
@@ -427,6 +427,7 @@ def test_ranks_that_nobody_watches_leave_by_themselves(
         tmp_path, "run", recipe(tmp_path, launch={"max_restarts": 1, "hang_timeout_s": 7.0}),
         "--run-dir", "r", "--json", faults=[slow, freeze, stuck],
     )  # fmt: skip
+    request.addfinalizer(child.end)
     logs = tmp_path / "r/logs/attempt-0"
     deadline = time.monotonic() + 60
     while not (found := ranks_of(tmp_path / "r")) or any(process.is_alive for process in found):
@@ -446,11 +447,14 @@ def test_ranks_that_nobody_watches_leave_by_themselves(
     assert_same_training(tmp_path / "r", straight)
 
 
-def test_a_run_here_can_be_followed_and_cancelled(zygote: Zygote, tmp_path: Path) -> None:
+def test_a_run_here_can_be_followed_and_cancelled(
+    zygote: Zygote, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """`logs` shows its metrics, `cancel` stops it, also where a scheduler has forgotten the job of its record."""
     child = zygote.drumline(
         tmp_path, "run", recipe(tmp_path, duration={"steps": 100_000}), "--run-dir", "r"
     )
+    request.addfinalizer(child.end)
     deadline = time.monotonic() + 60
     while not step_lines(tmp_path / "r"):
         assert time.monotonic() < deadline

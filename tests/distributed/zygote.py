@@ -89,6 +89,12 @@ class Child:
         """Whether it has not ended yet."""
         return not select.select([self._connection], [], [], 0)[0]
 
+    def end(self) -> None:
+        """Kill it if a test has failed before it ended; its ranks follow it."""
+        if self.is_running():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
     @property
     def out(self) -> str:
         """Standard output so far."""

@@ -71,14 +71,7 @@ def submit_command(
         raise LaunchError(f"--to {to}: choose from slurm, kubernetes, skypilot")
     if to == "skypilot" and not dry_run:
         raise LaunchError("--to skypilot: only with --dry-run; give its output to `sky launch`")
-    place = load_site(site) if site else validate_site({"site": "default"}, "default site")
-    if preflight:
-        place = place.model_copy(update={"preflight": True})
-    if place.preflight and to != "slurm":
-        raise LaunchError(
-            f"--preflight: not with --to {to}. Nearest: --to slurm, or in a pod "
-            "drumline doctor --preflight"
-        )
+    place = _place(site, preflight, to)
     loaded = on_site(load_recipe(recipe, overrides), place)
     secrets = Secrets(os.environ)
     refuse_secrets(loaded, secrets)
@@ -92,13 +85,27 @@ def submit_command(
         prepare_data(loaded)
     plan = make_plan(loaded)
     refuse_what_does_not_fit(plan, force, as_json)
-    _check_fewest(plan, force, as_json)
+    if to == "slurm":
+        _check_fewest(plan, force, as_json)
     if dry_run:
         print(_dry_text(to, plan, place, run_dir, secrets), end="")
         return
     print(plan_table(plan), file=sys.stderr)
     folder, jobs = _submit_all(plan, place, run_dir, to, secrets, chain, hold)
     _tell(folder, jobs, as_json)
+
+
+def _place(file: Path | None, preflight: bool, to: str) -> Site:
+    """The site of the file, or one that says nothing, with what the command line adds."""
+    site = load_site(file) if file else validate_site({"site": "default"}, "default site")
+    if preflight:
+        site = site.model_copy(update={"preflight": True})
+    if site.preflight and to != "slurm":
+        raise LaunchError(
+            f"--preflight: not with --to {to}. Nearest: --to slurm, or in a pod "
+            "drumline doctor --preflight"
+        )
+    return site
 
 
 def _submit_all(

@@ -21,6 +21,7 @@ from toolkit.files import write_json, write_text
 from toolkit.plan.model import Plan
 from toolkit.recipe import yaml12
 from toolkit.recipe.load import load_recipe
+from toolkit.recipe.schema import NodeRange
 from toolkit.runs import folder as run_folder
 from toolkit.runs import slurm
 from toolkit.runs.logged import read_logged
@@ -152,15 +153,20 @@ def _one_after_the_other(
 
 
 def _check_one_size(plans: list[Plan]) -> None:
-    sizes = {(plan.batch.nodes, plan.batch.gpus) for plan in plans}
+    sizes = sorted({_size_words(plan) for plan in plans})
     if len(sizes) > 1:
-        words = [
-            f"batch.gpus {gpus} on {nodes} node{'s' * (nodes > 1)}" for nodes, gpus in sorted(sizes)
-        ]
         raise PlanError(
-            f"sweep: its runs want {', '.join(words)}, and an array has one size. "
-            "Nearest: the same batch.gpus in all, or --to local"
+            f"sweep: its runs want {', '.join(sizes)}, and an array has one size. "
+            "Nearest: the same batch.gpus and cluster.nodes in all, or --to local"
         )
+
+
+def _size_words(plan: Plan) -> str:
+    nodes = plan.recipe.cluster.nodes
+    if isinstance(nodes, NodeRange):
+        return f"batch.gpus {plan.batch.gpus} on {nodes.min} to {nodes.max} nodes"
+    plural = "s" if plan.batch.nodes > 1 else ""
+    return f"batch.gpus {plan.batch.gpus} on {plan.batch.nodes} node{plural}"
 
 
 def _as_array(base: Path, names: list[str], plans: list[Plan], site: Site) -> dict[str, list[str]]:

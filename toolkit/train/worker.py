@@ -102,7 +102,7 @@ def _run(
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """For imports: what they make stays, and looking for garbage among it takes a quarter of their time."""
+    """For imports: what they make stays, and looking for garbage among it takes a fifth of their time."""
     gc.disable()
     yield
     gc.freeze()
