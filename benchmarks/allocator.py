@@ -11,10 +11,10 @@ import statistics
 import time
 import warnings
 
-from toolkit.memory.allocator import CachingAllocator
-from toolkit.plan.resolve import resolve
-from toolkit.recipe.load import load_recipe
-from toolkit.train.rehearse import rehearse
+from drumline.memory.allocator import CachingAllocator
+from drumline.plan.resolve import resolve
+from drumline.recipe.load import load_recipe
+from drumline.trace.rehearse import rehearse
 
 
 def main() -> None:

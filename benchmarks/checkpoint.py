@@ -23,11 +23,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from toolkit.checkpoint.state import TrainState
-from toolkit.recipe.schema import Checkpoint
-from toolkit.train.engines.base import Piece
-from toolkit.train.saver import Saver, _digest
-from toolkit.train.votes import Votes
+from drumline.checkpoint.state import TrainState
+from drumline.recipe.schema import Checkpoint
+from drumline.train.commit import SaveCommit
+from drumline.train.engines.base import TensorShard
+from drumline.train.saver import Saver, _digest
 
 TENSORS = 40
 
@@ -99,7 +99,7 @@ class Ours:
     """The product's saver, one rank."""
 
     def __init__(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-        self._pieces = {n: Piece(t, tuple(t.shape), 0, True) for n, t in tensors.items()}
+        self._pieces = {n: TensorShard(t, tuple(t.shape), 0, True) for n, t in tensors.items()}
         store = dist.distributed_c10d._get_default_store()
         self._step = 0
 
@@ -107,7 +107,7 @@ class Ours:
             where = folder / f"ours-{asynchronous}"
             where.mkdir()
             spec = Checkpoint(keep_last=1, **{"async": asynchronous})
-            return Saver(where, spec, Votes(store, str(asynchronous), 0, 1, 60.0), 0)
+            return Saver(where, spec, SaveCommit(store, str(asynchronous), 0, 1), 0)
 
         self._async, self._sync = saver(True), saver(False)
 

@@ -4,7 +4,7 @@
 
 Draws plans of realistic sizes (fake tensors cost the same whatever their size), rehearses each, and
 replays its allocations through the model of the CUDA caching allocator, classic and expandable.
-Ratios are of what moves: (reserved - states) / (allocated - states). `toolkit/memory/ranges.py`
+Ratios are of what moves: (reserved - states) / (allocated - states). `toolkit/drumline/memory/ranges.py`
 quotes its quantiles. Needs no GPU.
 """
 
@@ -17,10 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+from drumline.memory.allocator import CachingAllocator
+from drumline.trace.rehearse import rehearse
 from memory.plans import large_plan
-
-from toolkit.memory.allocator import CachingAllocator
-from toolkit.train.rehearse import rehearse
 
 STATES = ("parameters", "gradients", "optimizer")
 

@@ -4,7 +4,7 @@
     python benchmarks/memory_truth.py --smoke                         without one: two tiny models on real
                                                                       CPU tensors, to see the script run
 
-Trains three real steps of every model of a grid through `toolkit.train.loop.train`, one process, world
+Trains three real steps of every model of a grid through `drumline.train.loop.train`, one process, world
 size 1 (also with DDP's and FSDP2's wrappers around it), and writes predicted and measured bytes
 (allocated, reserved, device) and the phase of the peak to a CSV that names GPU, driver and versions.
 Models whose lowest estimate is above the device's memory are left out. At the end: errors by total, and
@@ -25,6 +25,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "toolkit"), str(ROOT / "launchers")]  # also where drumline is not installed
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as workers do
 os.environ.setdefault("DRUMLINE_CACHE", str(Path(tempfile.gettempdir()) / "drumline-truth"))
 
@@ -32,19 +34,20 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from toolkit.cli.plan import make_plan
-from toolkit.data.prepare import prepare
-from toolkit.memory.closed_form import estimate
-from toolkit.memory.trace import Recorder
-from toolkit.plan.footprint import load_of
-from toolkit.plan.gpus import find_gpu
-from toolkit.plan.model import Plan
-from toolkit.plan.resolve import World, shape_of
-from toolkit.recipe.load import merge, validate
-from toolkit.train import loop
-from toolkit.train.engines.torch import TorchEngine
-from toolkit.train.memory import device_peaks
-from toolkit.train.watch import Watch
+from drumline.architectures.gpus import find_gpu
+from drumline.data.prepare import prepare
+from drumline.memory.closed_form import estimate
+from drumline.phases import Phase
+from drumline.plan.footprint import load_of
+from drumline.plan.model import Plan
+from drumline.plan.resolve import World, shape_of
+from drumline.recipe.load import merge, validate
+from drumline.session.planning import make_plan
+from drumline.trace.recorder import Recorder
+from drumline.train import loop
+from drumline.train.device_memory import device_peaks
+from drumline.train.engines.torch import TorchEngine
+from drumline.train.watch import Watch
 
 STEPS = 3
 TOTALS = ("allocated", "reserved", "device")
@@ -183,24 +186,24 @@ class WrappedEngine(TorchEngine):
 
 
 class Phases(Watch):
-    """The largest allocation of each of the loop's places."""
+    """The largest allocation of each of the loop's phases."""
 
     def __init__(self) -> None:
         super().__init__()
         self.peaks: dict[str, dict[str, int]] = {}
-        self._place = "load"
+        self._phase = str(Phase.BUILDING)
 
-    def at(self, place: str) -> None:
+    def enter(self, phase: Phase, detail: str = "", limit_s: float = 0.0) -> None:
         """Close the phase before."""
         self.close()
-        self._place = place
+        self._phase = str(phase)
 
     def close(self) -> None:
         """Read the counters of the phase that ends, and begin them anew."""
         found = device_peaks()
         if found:
-            before = self.peaks.get(self._place, found)
-            self.peaks[self._place] = {name: max(found[name], before[name]) for name in TOTALS}
+            before = self.peaks.get(self._phase, found)
+            self.peaks[self._phase] = {name: max(found[name], before[name]) for name in TOTALS}
             torch.cuda.reset_peak_memory_stats()
 
 
@@ -230,7 +233,7 @@ def measure(
             loop.build_engine = original
             watch.close()
     peaks = {name: max(found[name] for found in watch.peaks.values()) for name in TOTALS}
-    phase = max(watch.peaks, key=lambda place: watch.peaks[place]["allocated"])
+    phase = max(watch.peaks, key=lambda name: watch.peaks[name]["allocated"])
     return outcome, peaks, phase
 
 
@@ -284,7 +287,9 @@ def known_gpu() -> str:
                         ("5090", "rtx-5090"), ("mi300x", "mi300x"), ("v100", "v100-32gb")):  # fmt: skip
         if word in name:
             return known
-    raise SystemExit(f"{name}: not in the table of GPUs; add a row to toolkit/plan/gpus.yaml")
+    raise SystemExit(
+        f"{name}: not in the table of GPUs; add a row to toolkit/drumline/architectures/gpus.yaml"
+    )
 
 
 def report(rows: list[dict[str, Any]]) -> None:

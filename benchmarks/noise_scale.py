@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT / "toolkit"), str(ROOT / "launchers")]
 
 MODELS: dict[str, dict[str, Any]] = {
     "0.1M": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2},
@@ -47,20 +47,19 @@ def measure(model: str, rounds: int) -> tuple[float, float]:
     """Median seconds of a step without and with the meter."""
     import torch
 
-    from toolkit.cli.plan import make_plan, prepare_data
-    from toolkit.data.rows import Rows
-    from toolkit.recipe.load import validate
-    from toolkit.train.batches import StepReader
-    from toolkit.train.engines import build_engine
-    from toolkit.train.loop import forward_backward
-    from toolkit.train.noise import HookMeter, NoMeter
-    from toolkit.train.watch import Watch
+    from drumline.recipe.load import validate
+    from drumline.session.planning import make_plan, prepare_data
+    from drumline.train.batches import StepReader, open_rows
+    from drumline.train.engines import build_engine
+    from drumline.train.loop import forward_backward
+    from drumline.train.noise import HookMeter, NoMeter
+    from drumline.train.watch import Watch
 
     loaded = validate(recipe(model), "benchmark")
     prepare_data(loaded)
     plan = make_plan(loaded)
-    rows = Rows(Path(plan.data.cache or ""), "train")
-    engine = build_engine(plan, rows.card, torch.device("cpu"))
+    rows = open_rows(plan, "train")
+    engine = build_engine(plan, rows.manifest, torch.device("cpu"))
     reader, watch = StepReader(plan, rows, 0), Watch()
     meters = {"off": NoMeter(), "on": HookMeter(engine)}
     seconds: dict[str, list[float]] = {name: [] for name in meters}

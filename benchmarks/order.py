@@ -11,7 +11,7 @@ import statistics
 import time
 import tracemalloc
 
-from toolkit.plan.order import indices
+from drumline.plan.order import indices
 
 BATCH, STEPS = 1024, 200
 

@@ -50,14 +50,14 @@ def run(folder: Path, name: str, *overrides: str) -> list[dict[str, Any]]:
     command = [
         sys.executable,
         "-m",
-        "toolkit.cli",
+        "drumline.cli",
         "run",
         "parity.yaml",
         *overrides,
         "--run-dir",
         name,
     ]
-    done = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": os.getcwd()},
+    done = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": f"{os.getcwd()}/toolkit:{os.getcwd()}/launchers"},
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = (folder / name / "metrics.jsonl").read_text().splitlines()

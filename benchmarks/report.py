@@ -13,7 +13,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/runs")]
+sys.path[:0] = [
+    str(ROOT / "toolkit"),
+    str(ROOT / "launchers"),
+    str(ROOT / "tests"),
+    str(ROOT / "tests/runs"),
+]
 
 from logged_runs import make_run, step_line, write_lines  # noqa: E402
 
@@ -31,7 +36,7 @@ def main() -> None:
         seconds = []
         for _ in range(ROUNDS):
             began = time.perf_counter()
-            command = [sys.executable, "-m", "toolkit.cli", "report", str(folder.path)]
+            command = [sys.executable, "-m", "drumline.cli", "report", str(folder.path)]
             subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
             seconds.append(time.perf_counter() - began)
         page = folder.path / "report.html"

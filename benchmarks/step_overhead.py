@@ -6,7 +6,7 @@ The same model, data, optimizer and two gloo processes; each loop in processes o
 turns. Each prints the median time of its steps after ten; the table shows the medians over the
 rounds and their ratio. The aim is a ratio of at most 1.03.
 
-The hand-written loop is what one would write without a toolkit: DDP, no_sync on all but the last
+The hand-written loop is what one would write without a drumline: DDP, no_sync on all but the last
 forward, batches sliced from tensors in memory, clipping, one AdamW step, and the loss of the step
 read once. It has no prefetch thread, order, metrics, checkpoints or agreement between ranks.
 """
@@ -52,17 +52,17 @@ def recipe(model: str, steps: int) -> dict[str, Any]:
 
 def make_plan(model: str, steps: int, launcher: str) -> Any:
     """The plan of the benchmark's recipe, its data prepared."""
-    from toolkit.data.card import read_card
-    from toolkit.data.prepare import prepare
-    from toolkit.plan.resolve import World, resolve
-    from toolkit.recipe.load import validate
+    from drumline.data.dataset_manifest import read_dataset_manifest
+    from drumline.data.prepare import prepare
+    from drumline.plan.resolve import World, resolve
+    from drumline.recipe.load import validate
 
     loaded = validate({**recipe(model, steps), "launch": {"launcher": launcher}}, "benchmark")
     folder = prepare(loaded.data, None)
-    card = read_card(folder)
-    assert card
+    manifest = read_dataset_manifest(folder)
+    assert manifest
     return resolve(
-        loaded, World(samples=card.samples, fingerprint=card.fingerprint, cache=str(folder))
+        loaded, World(samples=manifest.samples, fingerprint=manifest.fingerprint, cache=str(folder))
     )
 
 
@@ -70,7 +70,7 @@ def ours(plan: Any, folder: Path) -> list[float]:
     """Seconds of each step, as drumline's own metrics tell them."""
     import torch
 
-    from toolkit.train.loop import train
+    from drumline.train.loop import train
 
     train(plan, folder, torch.device("cpu"))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -82,13 +82,13 @@ def _model_and_rows(plan: Any) -> tuple[Any, Any, Any]:
     import numpy as np
     import torch
 
-    from toolkit.data.rows import Rows
-    from toolkit.train.models import Skeleton
+    from drumline.train.batches import open_rows
+    from drumline.train.models import ModelBuilder
 
-    rows = Rows(Path(plan.data.cache), "train")
+    rows = open_rows(plan, "train")
     everything = rows.collate(np.arange(plan.steps.total * plan.batch.effective))
     ids, targets = (torch.from_numpy(everything[name]) for name in ("input_ids", "targets"))
-    return Skeleton(plan.recipe, rows.card).whole(), ids, targets
+    return ModelBuilder(plan.recipe, rows.manifest).whole(), ids, targets
 
 
 def _slices(plan: Any, rank: int) -> Any:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+SOURCES = f"{ROOT}/toolkit:{ROOT}/launchers"
+"""PYTHONPATH of a child process that is to import this checkout."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,21 +36,31 @@ def prepared_data_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def run_drumline(folder: Path, *arguments: str, timeout: float = 300) -> Any:
+    """The real command in a folder; the completed process."""
+    return subprocess.run(
+        [sys.executable, "-m", "drumline.cli", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": SOURCES},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def module_drumline() -> Any:
+    """`run_drumline`, for fixtures that outlive a test."""
+    return run_drumline
+
+
 @pytest.fixture
 def drumline(tmp_path: Path) -> Any:
     """Run the real command in a folder of its own; returns the completed process."""
 
     def run(*arguments: str, cwd: Path | None = None, timeout: float = 300) -> Any:
-        command = [sys.executable, "-m", "toolkit.cli", *arguments]
-        return subprocess.run(
-            command,
-            cwd=cwd or tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        return run_drumline(cwd or tmp_path, *arguments, timeout=timeout)
 
     return run
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from conftest import ROOT
 
 FILES = sorted((ROOT / "docker").glob("Dockerfile*"))
@@ -51,7 +52,7 @@ def test_an_image(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_no_secret_in_a_layer(path: Path) -> None:
     """No argument, variable or file of a secret's name or shape."""
-    from toolkit.secrets import Secrets, is_secret_file, is_secret_name
+    from drumline.secrets import Secrets, is_secret_file, is_secret_name
 
     for name, words in instructions(path):
         assert not Secrets({}).are_in(words)

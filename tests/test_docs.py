@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+
+from conftest import ROOT, SOURCES
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = {
@@ -34,10 +35,10 @@ def commands(page: Path) -> list[str]:
 def run(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     words = shlex.split(line)
     if words[0] == "drumline":
-        words[:1] = [sys.executable, "-m", "toolkit.cli"]
+        words[:1] = [sys.executable, "-m", "drumline.cli"]
     elif words[0] == "python":
         words[0] = sys.executable
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": SOURCES}
     return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -78,9 +79,8 @@ def test_benchmarks_and_make_targets_in_the_docs_exist() -> None:
 
 def test_every_recipe_key_is_documented() -> None:
     """docs/recipe.md names each key of the schema."""
+    from drumline.recipe.schema import Recipe
     from plan.test_fields import _fields
-
-    from toolkit.recipe.schema import Recipe
 
     text = (ROOT / "docs/recipe.md").read_text()
     for name in _fields(Recipe):

@@ -21,10 +21,11 @@ def test_the_wheel_is_complete_and_runs(tmp_path: Path) -> None:
     )
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    for needed in ("toolkit/shipped_recipes/tiny-code-lm.yaml", "toolkit/shipped_recipes/example_models.py",
-                   "toolkit/plan/gpus.yaml", "launchers/torchrun.py"):  # fmt: skip
+    for needed in ("drumline/shipped_recipes/tiny-code-lm.yaml", "drumline/shipped_recipes/example_models.py",
+                   "drumline/architectures/gpus.yaml", "drumline_launchers/torchrun.py"):  # fmt: skip
         assert needed in names
-    assert not [n for n in names if n.startswith(("tests/", "benchmarks/", "recipes/"))]
+    tops = {name.partition("/")[0] for name in names}
+    assert {top for top in tops if ".dist-info" not in top} == {"drumline", "drumline_launchers"}
     env_folder = tmp_path / "env"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(env_folder)], check=True)
     site = next((env_folder / "lib").glob("python*")) / "site-packages"
@@ -33,13 +34,13 @@ def test_the_wheel_is_complete_and_runs(tmp_path: Path) -> None:
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
 
     def drumline(*arguments: str) -> str:
-        code = "from toolkit.cli import main; main()"
+        code = "from drumline.cli import main; main()"
         command = [str(env_folder / "bin/python"), "-P", "-c", code, *arguments]
         return subprocess.run(
             command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True
         ).stdout
 
-    where = "import toolkit; print(toolkit.__file__)"
+    where = "import drumline; print(drumline.__file__)"
     found = subprocess.run([str(env_folder / "bin/python"), "-P", "-c", where], cwd=tmp_path, env=env,
                            capture_output=True, text=True, check=True).stdout  # fmt: skip
     assert str(site) in found
@@ -47,4 +48,4 @@ def test_the_wheel_is_complete_and_runs(tmp_path: Path) -> None:
     assert "256 = 2 per_device × 8 gpus × 16 accumulation" in drumline("plan", "llama-8b-8xh100")
     assert "torch.distributed.run" in drumline("run", "worked-example", "--dry-run")
     entry = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("entry_points.txt")))
-    assert b"drumline = toolkit.cli:main" in entry
+    assert b"drumline = drumline.cli:main" in entry

@@ -21,13 +21,13 @@ import torch
 from savers import SHAPES, one_saver, pieces, save, tensors
 from torch.distributed import FileStore
 
-from toolkit.checkpoint import shelf
-from toolkit.checkpoint.state import TrainState
-from toolkit.recipe.schema import Checkpoint
-from toolkit.train import loader, saver
-from toolkit.train.engines.base import Piece
-from toolkit.train.saver import Saver
-from toolkit.train.votes import Votes
+from drumline.checkpoint import retention as shelf
+from drumline.checkpoint.state import TrainState
+from drumline.recipe.schema import Checkpoint
+from drumline.train import loader, saver
+from drumline.train.commit import SaveCommit
+from drumline.train.engines.base import TensorShard
+from drumline.train.saver import Saver
 
 OPERATIONS = ("mkdir", "fsync", "replace", "rename", "unlink", "rmdir")
 WORLD = 2
@@ -81,8 +81,8 @@ def rank_saves(folder: Path, store: Path, rank: int, trial: dict[str, Any]) -> N
         operations = count_operations(
             lambda n, after: die() if (n, after) == (trial["operation"], trial["after"]) else None
         )
-    votes = Votes(FileStore(str(store), WORLD), "run-0", rank, WORLD, 20.0)
-    ours = Saver(folder, Checkpoint(keep_last=1), votes, rank)
+    commit = SaveCommit(FileStore(str(store), WORLD), "run-0", rank, WORLD)
+    ours = Saver(folder, Checkpoint(keep_last=1), commit, rank)
     ours.save(pieces(tensors(2), rank, WORLD, True), TrainState(step=2))
     ours.wait()
     os._exit(operations[0])
@@ -123,7 +123,7 @@ def next_start(folder: Path) -> dict[str, Any]:
         found = shelf.newest_sound(folder, said.append)
         assert found
         path, state = found
-        empty = {name: Piece(torch.full_like(tensor, 9.0), tuple(tensor.shape), 0, True)
+        empty = {name: TensorShard(torch.full_like(tensor, 9.0), tuple(tensor.shape), 0, True)
                  for name, tensor in tensors(1).items()}  # fmt: skip
         loader.load(path, empty)
         whole = tensors(state.step)

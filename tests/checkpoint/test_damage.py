@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from savers import save
 
-from toolkit.checkpoint.manifest import MANIFEST, _encode, sha256, verify
-from toolkit.checkpoint.shelf import newest_sound
-from toolkit.errors import CheckpointError
+from drumline.checkpoint.manifest import MANIFEST, _encode, sha256, verify
+from drumline.checkpoint.retention import newest_sound
+from drumline.errors import CheckpointError
 
 FILES = ["manifest.json", "state.json", "rank-0.json", "rank-1.json", "rank-0.safetensors",
          "rank-1.safetensors"]  # fmt: skip

@@ -9,10 +9,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+
+from conftest import ROOT, SOURCES
 
 HERE = Path(__file__).parent
-ENV = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests/train", "OMP_NUM_THREADS": "1"}
+ENV = {**os.environ, "PYTHONPATH": f"{SOURCES}:{ROOT}/tests/train", "OMP_NUM_THREADS": "1"}
 
 
 def test_a_kill_at_every_point_of_a_save_leaves_the_old_or_the_new() -> None:
@@ -42,7 +43,7 @@ SAVE = """
 import sys
 from pathlib import Path
 from savers import one_saver, pieces, tensors
-from toolkit.checkpoint.state import TrainState
+from drumline.checkpoint.state import TrainState
 folder = Path(sys.argv[1])
 saver = one_saver(folder)
 saver.save(pieces(tensors(1), 0, 1, False), TrainState(step=1))

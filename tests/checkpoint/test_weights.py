@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from toolkit.checkpoint.manifest import sha256, shard_name, write_manifest, write_rank_manifest
-from toolkit.checkpoint.weights import distance, weight_facts
+from drumline.checkpoint.manifest import sha256, shard_name, write_manifest, write_rank_manifest
+from drumline.checkpoint.weights import distance, weight_facts
 
 
 def save(folder: Path, tensors: dict[str, Any], ranks: int = 1) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def some_weights(seed: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_the_split_over_ranks_does_not_show(tmp_path: Path, ranks: int) -> None:
-    """The same weights in any number of shards have the same digest, norm and sketch."""
+    """The same weights in any number of shards have the same checksum, norm and sketch."""
     whole = save(tmp_path / "whole", some_weights(1))
     assert save(tmp_path / "cut", some_weights(1), ranks) == whole
     assert whole["elements"] == 37 * 50 + 129
@@ -58,12 +58,12 @@ def test_the_split_over_ranks_does_not_show(tmp_path: Path, ranks: int) -> None:
 
 
 def test_one_bit_shows(tmp_path: Path) -> None:
-    """The digest changes; the distance is that of the one element."""
+    """The checksum changes; the distance is that of the one element."""
     weights = some_weights(1)
     before = save(tmp_path / "a", weights)
     weights["model.b"][5] = np.nextafter(np.float32(weights["model.b"][5]), np.float32(9))
     after = save(tmp_path / "b", weights)
-    assert before["sha256"] != after["sha256"]
+    assert before["checksum"] != after["checksum"]
     assert 0 < distance(before, after) < 1e-7
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import jsonschema
 import pytest
-from conftest import ROOT, tiny_recipe
 
-from toolkit.errors import RecipeError
-from toolkit.recipe import catalogue, yaml12
+from conftest import ROOT, SOURCES, tiny_recipe
+from drumline.errors import RecipeError
+from drumline.recipe import catalogue, yaml12
 
 SMALL = ["data.name=synthetic-classification"]
 
@@ -183,9 +183,9 @@ def test_a_launcher_that_is_not_installed_is_one_line(recipe_file: Path, launche
         "import importlib.util as u, sys; real = u.find_spec\n"
         f"u.find_spec = lambda name, *rest: None if name == '{launcher}' else real(name, *rest)\n"
         f"sys.argv = ['drumline', *sys.argv[1:], {str(recipe_file)!r}, 'launch.launcher={launcher}']\n"
-        "from toolkit.cli import main; main()"
+        "from drumline.cli import main; main()"
     )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": SOURCES}
     for command, code in (("plan", 0), ("run --dry-run", 0), ("run", 2)):
         done = subprocess.run(
             [sys.executable, "-c", program, *command.split()],
@@ -202,7 +202,7 @@ def test_a_launcher_that_is_not_installed_is_one_line(recipe_file: Path, launche
 
 def test_sweep_combines_and_plans_all_before_the_first(drumline: Any, tmp_path: Path) -> None:
     """Commas in brackets do not separate; a bad value in any combination is exit 2, and nothing is made."""
-    from toolkit.cli.sweep_runs import combine
+    from drumline.cli.sweep import combine
 
     assert combine(["a.b=1,[2,3],{c: 4, d: 5}", "e=x"]) == [
         ["a.b=1", "e=x"],

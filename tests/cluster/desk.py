@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conftest import ROOT, tiny_recipe
 from lab import Lab, wait
 
-from toolkit.metrics_file import read_metrics
-from toolkit.recipe import yaml12
+from conftest import SOURCES, tiny_recipe
+from drumline.metrics_file import read_metrics
+from drumline.recipe import yaml12
 
 FOUR = ["batch.per_device=3", "batch.gpus=4", "cluster.gpus_per_node=2"]
 """Two nodes of two ranks."""
@@ -62,9 +62,9 @@ class Desk:
     ) -> subprocess.CompletedProcess[str]:
         """The real command; asserts its exit code."""
         done = subprocess.run(
-            [sys.executable, "-m", "toolkit.cli", *arguments],
+            [sys.executable, "-m", "drumline.cli", *arguments],
             cwd=self.folder,
-            env={**os.environ, **self.lab.environment, "PYTHONPATH": str(ROOT), **environment},
+            env={**os.environ, **self.lab.environment, "PYTHONPATH": SOURCES, **environment},
             capture_output=True,
             text=True,
             timeout=200,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lab import HOSTS, Lab, wait
 
-from toolkit.runs import slurm
+from drumline.cluster import slurm
 
 
 def main(folder: Path, accounting: bool) -> None:

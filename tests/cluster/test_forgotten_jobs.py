@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from lab import why_not
+
+from conftest import SOURCES
 
 pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.heavy]
 
@@ -25,7 +26,7 @@ def test_a_forgotten_job(
         pytest.skip(reason)
     script = str(Path(__file__).with_name("forgotten_job.py"))
     command = ["unshare", "--mount", "--net", sys.executable, script, str(tmp_path), *arguments]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": SOURCES}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     before, after = json.loads(done.stdout)

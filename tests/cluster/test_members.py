@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, tiny_recipe
 from lab import wait
 
-from toolkit.cli.members import adopt
-from toolkit.errors import RunFolderError
-from toolkit.metrics_file import read_metrics
-from toolkit.rank_files import RankFiles
-from toolkit.recipe import yaml12
-from toolkit.runs.folder import RunFolder
+from conftest import SOURCES, tiny_recipe
+from drumline.errors import RunFolderError
+from drumline.metrics_file import read_metrics
+from drumline.rank_files import RankFiles
+from drumline.recipe import yaml12
+from drumline.runs.folder import RunFolder
+from drumline.session.members import adopt
 
 pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.heavy]
 
@@ -30,7 +30,7 @@ def start_nodes(folder: Path, **environment: str) -> list[subprocess.Popen[str]]
     command = [
         sys.executable,
         "-m",
-        "toolkit.cli",
+        "drumline.cli",
         "attend",
         "r",
         "--nodes",
@@ -40,7 +40,7 @@ def start_nodes(folder: Path, **environment: str) -> list[subprocess.Popen[str]]
     ]
     return [
         subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                         env={**os.environ, "PYTHONPATH": str(ROOT), "JOB_COMPLETION_INDEX": str(node),
+                         env={**os.environ, "PYTHONPATH": SOURCES, "JOB_COMPLETION_INDEX": str(node),
                               "POD_IP": "127.0.0.1", **environment})
         for node in (0, 1)
     ]  # fmt: skip
@@ -110,8 +110,8 @@ def test_stopped_on_a_signal_both_leave_with_75(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flag", ["stop", "ended", "stacks"])
 def test_ranks_that_no_signal_reaches_look_at_files(tmp_path: Path, flag: str) -> None:
     """A rank whose supervisor is on another host stops, ends or tells its stacks by a file beside its log."""
-    from toolkit.cli.plan import make_plan, prepare_data
-    from toolkit.recipe.load import load_recipe
+    from drumline.cli.plan import make_plan, prepare_data
+    from drumline.recipe.load import load_recipe
 
     recipe(tmp_path, launch={"max_restarts": 0})
     loaded = load_recipe(
@@ -130,7 +130,7 @@ def test_ranks_that_no_signal_reaches_look_at_files(tmp_path: Path, flag: str) -
     (tmp_path / "r/plan-0.json").write_text(make_plan(loaded).to_json())
     env = {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": SOURCES,
         "DRUMLINE_SUPERVISOR": "1 1 another-host",
         "RANK": "0",
         "WORLD_SIZE": "1",
@@ -138,7 +138,7 @@ def test_ranks_that_no_signal_reaches_look_at_files(tmp_path: Path, flag: str) -
     command = [
         sys.executable,
         "-m",
-        "toolkit.train.worker",
+        "drumline.train.worker",
         "--plan",
         "r/plan-0.json",
         "--run-dir",

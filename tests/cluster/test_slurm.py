@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from desk import ALONE, FOUR, Desk, write_recipe
 from lab import NODES, Lab, wait, why_not
 
-from toolkit.rank_files import RankFiles
-from toolkit.runs.folder import RunFolder
+from conftest import SOURCES
+from drumline.rank_files import RankFiles
+from drumline.runs.folder import RunFolder
 
 pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.heavy]
 
@@ -261,7 +261,7 @@ def test_a_rank_that_sleeps(troubles: dict[str, Desk]) -> None:
         json.loads((log / f"rank-{r}.collectives.json").read_text())["entries"][-1] for r in (0, 1)
     ]
     assert {entry["process_group"][1] for entry in last} == {"default_pg"}
-    slept = os.stat(log / "ended").st_mtime - os.stat(log / "rank-1.beat").st_mtime
+    slept = os.stat(log / "ended").st_mtime - os.stat(log / "rank-1.heartbeat").st_mtime
     assert 8.0 <= slept < 16.0
 
 
@@ -343,9 +343,9 @@ def test_a_sweep_is_one_array(desk: Desk) -> None:
 
 def test_a_job_s_nodes_are_measured_by_doctor(desk: Desk) -> None:
     """`drumline doctor --preflight` in a batch script of two nodes: a row for each, links between them too."""
-    command = f"{sys.executable} -m toolkit.cli doctor --preflight --ratio 0.01 --json"
+    command = f"{sys.executable} -m drumline.cli doctor --preflight --ratio 0.01 --json"
     job = desk.lab.ask("sbatch", "--parsable", "--nodes=2", "--cpus-per-task=2", f"--chdir={desk.folder}", f"--wrap={command}",
-                       "--output=out.json", "--error=err.txt", f"--export=ALL,PYTHONPATH={ROOT}").strip()  # fmt: skip
+                       "--output=out.json", "--error=err.txt", f"--export=ALL,PYTHONPATH={SOURCES}").strip()  # fmt: skip
     wait(lambda: desk.lab.job(job).get("JobState") in ("COMPLETED", "FAILED"), 120)
     text = (desk.folder / "out.json").read_text()
     assert text, (desk.folder / "err.txt").read_text()
@@ -360,8 +360,8 @@ def test_ten_jobs_at_once_keep_apart(slurm: Lab, tmp_path: Path) -> None:
     desk = Desk(slurm, tmp_path)
     desk.site(cpus_per_node=1)
     write_recipe(tmp_path, "        pass")
-    submit = [sys.executable, "-m", "toolkit.cli", "submit", "r.yaml", "duration.steps=5", "--site", "site.yaml", "--json"]  # fmt: skip
-    env = {**os.environ, **slurm.environment, "PYTHONPATH": str(ROOT)}
+    submit = [sys.executable, "-m", "drumline.cli", "submit", "r.yaml", "duration.steps=5", "--site", "site.yaml", "--json"]  # fmt: skip
+    env = {**os.environ, **slurm.environment, "PYTHONPATH": SOURCES}
     started = [subprocess.Popen([*submit, *(ALONE if number > 2 else [])], cwd=tmp_path, env=env, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
                for number in range(10)]  # fmt: skip
@@ -377,7 +377,7 @@ def test_ten_jobs_at_once_keep_apart(slurm: Lab, tmp_path: Path) -> None:
         desk.wait_for_job(facts["jobs"][0], seconds=240)
     for split in (found[:3], found[3:]):
         records = [json.loads((Path(f["run"]) / "record.json").read_text()) for f in split]
-        assert len({record["weights"]["sha256"] for record in records}) == 1
+        assert len({record["weights"]["checksum"] for record in records}) == 1
 
 
 def test_what_slurm_refuses_is_one_message_and_nothing_stays(

@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
-from toolkit.data.cache import cache_folder, cache_root
-from toolkit.data.card import read_card
-from toolkit.data.prepare import prepare
-from toolkit.data.rows import IGNORED, Rows
-from toolkit.errors import DataError
-from toolkit.recipe.schema import Data
+from conftest import SOURCES
+from drumline.data.cache import cache_folder, cache_root
+from drumline.data.dataset_manifest import read_dataset_manifest
+from drumline.data.prepare import prepare
+from drumline.data.rows import Rows
+from drumline.data.tasks import IGNORED, find_task
+from drumline.errors import DataError
+from drumline.recipe.schema import Data
 
 
 def files(path: Path | list[Path], **changes: Any) -> Data:
@@ -30,7 +31,7 @@ def files(path: Path | list[Path], **changes: Any) -> Data:
 
 
 def card_of(data: Data) -> Any:
-    return read_card(prepare(data, None))
+    return read_dataset_manifest(prepare(data, None))
 
 
 def all_targets(rows: Rows) -> list[int]:
@@ -43,8 +44,8 @@ def test_packing_makes_every_token_a_target_once(tmp_path: Path) -> None:
     texts = ["hello world, this is text", "zweites Dokument äöü", "x" * 40]
     for number, text in enumerate(texts):
         (tmp_path / f"{number}.txt").write_text(text)
-    folder = prepare(files(tmp_path / "*.txt"), None)
-    rows = Rows(folder, "train")
+    data = files(tmp_path / "*.txt")
+    rows = Rows(prepare(data, None), "train", find_task(data, None))
     stream = [token for text in texts for token in [*text.encode(), 256]]
     assert all_targets(rows) == stream[1:]
     assert len(rows) == -(-(len(stream) - 1) // 16)
@@ -57,7 +58,8 @@ def test_packing_makes_every_token_a_target_once(tmp_path: Path) -> None:
 def test_a_text_larger_than_a_block_stays_one_document(tmp_path: Path) -> None:
     """Blocks are a matter of memory: no end-of-document inside a file."""
     (tmp_path / "big.txt").write_text("ab\n" * 60_000)
-    rows = Rows(prepare(files(tmp_path / "big.txt", sequence_length=1000), None), "train")
+    data = files(tmp_path / "big.txt", sequence_length=1000)
+    rows = Rows(prepare(data, None), "train", find_task(data, None))
     targets = all_targets(rows)
     assert len(targets) == 180_000
     assert targets.count(256) == 1
@@ -94,7 +96,7 @@ def test_the_same_rows_from_txt_jsonl_csv_and_parquet(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "d.parquet")
     names = ["d?.txt", "d.jsonl", "d.csv", "d.parquet"]
     cards = [card_of(files(tmp_path / name, validation=0.25)) for name in names]
-    assert len({card.fingerprint for card in cards}) == 1
+    assert len({manifest.fingerprint for manifest in cards}) == 1
     assert cards[0].samples > 0
     assert cards[0].validation_samples > 0
 
@@ -104,10 +106,11 @@ def test_sft_counts_only_the_completion(tmp_path: Path) -> None:
     pairs = [("question", "answer"), ("q", "a much longer answer"), ("x" * 30, "never seen")]
     text = "".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs)
     (tmp_path / "s.jsonl").write_text(text)
-    folder = prepare(files(tmp_path / "s.jsonl", task="sft"), None)
-    rows, card = Rows(folder, "train"), read_card(folder)
-    assert card
-    assert (len(rows), card.truncated, card.dropped) == (2, 2, 1)
+    data = files(tmp_path / "s.jsonl", task="sft")
+    folder = prepare(data, None)
+    rows, manifest = Rows(folder, "train", find_task(data, None)), read_dataset_manifest(folder)
+    assert manifest
+    assert (len(rows), manifest.truncated, manifest.dropped) == (2, 2, 1)
     assert rows.counts.tolist() == [7, 16]
     batch = rows.collate(np.array([0, 1]))
     kept = [[int(t) for t in row if t != IGNORED] for row in batch["targets"]]
@@ -121,8 +124,8 @@ def test_validation_is_an_exact_share(tmp_path: Path) -> None:
     text = "".join(json.dumps({"text": str(n), "label": n % 3}) + "\n" for n in range(50))
     (tmp_path / "c.jsonl").write_text(text)
     data = files(tmp_path / "c.jsonl", task="classification", validation=0.3)
-    card = card_of(data)
-    assert (card.samples, card.validation_samples, card.classes) == (35, 15, 3)
+    manifest = card_of(data)
+    assert (manifest.samples, manifest.validation_samples, manifest.classes) == (35, 15, 3)
     with pytest.raises(
         DataError, match=r"0.01 × 50 documents = 0.5, which is none. Nearest: validation 0.02"
     ):
@@ -152,7 +155,7 @@ def test_a_local_transformers_tokenizer(tmp_path: Path) -> None:
     )
     (tmp_path / "t.txt").write_text("a b c a")
     data = files(tmp_path / "t.txt", tokenizer=str(tmp_path / "tok"))
-    assert all_targets(Rows(prepare(data, None), "train")) == [2, 3, 1, 0]
+    assert all_targets(Rows(prepare(data, None), "train", find_task(data, None))) == [2, 3, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -197,13 +200,13 @@ def test_a_killed_prepare_leaves_no_half_cache(tmp_path: Path) -> None:
     """SIGKILL in the middle: the key does not exist, and the next prepare cleans up and succeeds."""
     (tmp_path / "t.txt").write_text("line of text\n" * 2000)
     program = (
-        "import sys, time; from pathlib import Path; from toolkit.recipe.schema import Data\n"
-        "from toolkit.data import prepare\n"
+        "import sys, time; from pathlib import Path; from drumline.recipe.schema import Data\n"
+        "from drumline.data import prepare\n"
         "def slow(documents, tokens): print('at', flush=True); time.sleep(60)\n"
         f"data = Data(source='files', path={str(tmp_path / 't.txt')!r}, task='causal_lm', sequence_length=16)\n"
         "prepare.prepare(data, None, slow)\n"
     )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": SOURCES}
     process = subprocess.Popen([sys.executable, "-c", program], env=env, stdout=subprocess.PIPE)
     assert process.stdout
     assert process.stdout.readline() == b"at\n"
@@ -215,7 +218,7 @@ def test_a_killed_prepare_leaves_no_half_cache(tmp_path: Path) -> None:
     process.wait()
     assert not final.exists()
     os.utime(half[0], (0, 0))
-    assert read_card(prepare(data, None))
+    assert read_dataset_manifest(prepare(data, None))
     assert not list(final.parent.glob(f".{final.name}.*"))
 
 
@@ -242,7 +245,7 @@ def test_two_prepares_at_once_agree(tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
     """Preparing 64 MB takes no more memory than 4 MB, give or take 24 MB (peak resident size)."""
     program = (
-        "import re, sys; from toolkit.recipe.schema import Data; from toolkit.data.prepare import prepare\n"
+        "import re, sys; from drumline.recipe.schema import Data; from drumline.data.prepare import prepare\n"
         "prepare(Data(source='files', path=sys.argv[1], task='causal_lm', sequence_length=512), None)\n"
         "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
     )
@@ -250,7 +253,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
     for megabytes in (4, 64):
         path = tmp_path / f"{megabytes}.txt"
         path.write_text(("0123456789abcde\n" * 65536) * megabytes)
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        env = {**os.environ, "PYTHONPATH": SOURCES}
         out = subprocess.run(
             [sys.executable, "-c", program, str(path)], env=env, capture_output=True, check=True
         )
@@ -264,7 +267,7 @@ def test_a_factory_of_the_recipe_s_own_project(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(code)
     data = Data(source="factory", factory="mine:rows", task="classification", options={"n": 6})
     folder = prepare(data, str(tmp_path))
-    batch = Rows(folder, "train").collate(np.array([2, 5]))
+    batch = Rows(folder, "train", find_task(data, str(tmp_path))).collate(np.array([2, 5]))
     assert batch["features"].tolist() == [[2, 4], [5, 10]]
     assert batch["targets"].tolist() == [0, 1]
     (tmp_path / "mine.py").write_text(code.replace("2 * i", "3 * i"))
@@ -290,7 +293,7 @@ def test_a_damaged_cache_is_prepared_again(tmp_path: Path) -> None:
     fingerprint = card_of(data).fingerprint
     for damage in (Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-4])):
         damage(folder / "train" / "starts.bin")
-        assert read_card(folder) is None
+        assert read_dataset_manifest(folder) is None
         assert card_of(data).fingerprint == fingerprint
 
 

@@ -1,8 +1,7 @@
-"""Faults planted in ranks by tests, through the places that the loop tells its watch.
+"""Faults planted in ranks by tests, through the phases that the loop reports.
 
 DRUMLINE_TEST_FAULTS is a JSON list. Each has `what`, and when: `rank` (or none: all), `attempt` (or
-none: each), and either `beat` (the n-th place that the rank comes to) or `step` and `place` (its
-first words). `per_device_above` limits an out-of-memory to plans with a larger micro-batch.
+none: each), and either `count` (the n-th phase that the rank enters) or `step` and `phase`. `per_device_above` limits an out-of-memory to plans with a larger micro-batch.
 """
 
 import ctypes
@@ -16,8 +15,9 @@ from typing import Any
 
 import torch
 
-from toolkit.processes import Process
-from toolkit.train import batches, watch
+from drumline.phases import Phase
+from drumline.processes import Process
+from drumline.train import batches, watch
 
 
 def plant(argv: list[str]) -> None:
@@ -38,18 +38,18 @@ def plant(argv: list[str]) -> None:
 
 
 def _watch_for(mine: list[dict[str, Any]]) -> None:
-    real, count = watch.Watch.at, 0
+    real, count = watch.Watch.enter, 0
 
-    def at(self: watch.Watch, place: str) -> None:
+    def enter(self: watch.Watch, phase: Phase, detail: str = "", limit_s: float = 0.0) -> None:
         nonlocal count
         count += 1
-        real(self, place)
+        real(self, phase, detail, limit_s)
         for fault in mine:
-            by_place = self.step == fault.get("step") and place.startswith(fault.get("place", "-"))
-            if count == fault.get("beat") or by_place:
+            by_phase = self.step == fault.get("step") and phase == fault.get("phase")
+            if count == fault.get("count") or by_phase:
                 _strike(fault)
 
-    watch.Watch.at = at  # type: ignore[method-assign]
+    watch.Watch.enter = enter  # type: ignore[method-assign]
 
 
 def _strike(fault: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+SOURCES = f"{ROOT}/toolkit:{ROOT}/launchers"
 
 
 def run_jobs(world: int, jobs: list[dict[str, Any]], folder: Path) -> None:
@@ -22,7 +23,7 @@ def run_jobs(world: int, jobs: list[dict[str, Any]], folder: Path) -> None:
     processes = []
     for rank in range(world):
         env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
-               "PYTHONPATH": str(ROOT), "STORE": str(folder / "store")}  # fmt: skip
+               "PYTHONPATH": SOURCES, "STORE": str(folder / "store")}  # fmt: skip
         with (folder / f"rank-{rank}.log").open("wb") as log:
             command = [sys.executable, __file__, str(folder / "jobs.json")]
             processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
@@ -66,9 +67,9 @@ def train_job(plan: str, folder: str, stop_after: int | None = None) -> None:
     import torch
     import torch.distributed as dist
 
-    from toolkit.plan.model import read_plan
-    from toolkit.train.loop import train
-    from toolkit.train.watch import Watch
+    from drumline.plan.model import read_plan
+    from drumline.train.loop import train
+    from drumline.train.watch import Watch
 
     watch = Watch()
     last_rank = dist.get_rank() == dist.get_world_size() - 1
@@ -78,7 +79,9 @@ def train_job(plan: str, folder: str, stop_after: int | None = None) -> None:
     (where / "checkpoints").mkdir(parents=True, exist_ok=True)
     dist.barrier()
     attempt = 0 if not (where / "metrics.jsonl").exists() else 1
-    outcome = train(read_plan(Path(plan).read_text()), where, torch.device("cpu"), attempt, watch)
+    outcome = train(
+        read_plan(Path(plan).read_text()), where, torch.device("cpu"), attempt=attempt, watch=watch
+    )
     if dist.get_rank() == 0:
         (where / "outcome.json").write_text(json.dumps(vars(outcome)))
 
@@ -88,14 +91,13 @@ def gradient_job(plan: str, out: str, step: int) -> None:
     import torch
     import torch.distributed as dist
 
-    from toolkit.data.rows import Rows
-    from toolkit.plan.model import read_plan
-    from toolkit.train.batches import StepReader
-    from toolkit.train.engines.torch import TorchEngine
+    from drumline.plan.model import read_plan
+    from drumline.train.batches import StepReader, open_rows
+    from drumline.train.engines.torch import TorchEngine
 
     the_plan = read_plan(Path(plan).read_text())
-    rows = Rows(Path(the_plan.data.cache or ""), "train")
-    engine = TorchEngine(the_plan, rows.card, torch.device("cpu"), dtype=torch.float64)
+    rows = open_rows(the_plan, "train")
+    engine = TorchEngine(the_plan, rows.manifest, torch.device("cpu"), dtype=torch.float64)
     work = StepReader(the_plan, rows, dist.get_rank()).read(step)
     last = len(work.micro_batches) - 1
     for number, micro_batch in enumerate(work.micro_batches):
@@ -111,25 +113,25 @@ def reload_job(plan: str, folder: str, source: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from toolkit.checkpoint.manifest import verify
-    from toolkit.data.rows import Rows
-    from toolkit.plan.model import read_plan
-    from toolkit.train import loader
-    from toolkit.train.engines import build_engine
-    from toolkit.train.saver import Saver
-    from toolkit.train.votes import Votes
+    from drumline.checkpoint.manifest import verify
+    from drumline.plan.model import read_plan
+    from drumline.train import loader
+    from drumline.train.batches import open_rows
+    from drumline.train.commit import SaveCommit
+    from drumline.train.engines import build_engine
+    from drumline.train.saver import Saver
 
     the_plan = read_plan(Path(plan).read_text())
-    rows = Rows(Path(the_plan.data.cache or ""), "train")
-    engine = build_engine(the_plan, rows.card, torch.device("cpu"))
-    loader.load(Path(source), engine.pieces())
+    rows = open_rows(the_plan, "train")
+    engine = build_engine(the_plan, rows.manifest, torch.device("cpu"))
+    loader.load(Path(source), engine.shards())
     engine.loaded()
     (Path(folder) / "checkpoints").mkdir(exist_ok=True)
     dist.barrier()
     store = dist.distributed_c10d._get_default_store()
-    votes = Votes(store, Path(folder).name, dist.get_rank(), dist.get_world_size(), 60.0)
-    saver = Saver(Path(folder) / "checkpoints", the_plan.recipe.checkpoint, votes, dist.get_rank())
-    saver.save(engine.pieces(), verify(Path(source)))
+    commit = SaveCommit(store, Path(folder).name, dist.get_rank(), dist.get_world_size())
+    saver = Saver(Path(folder) / "checkpoints", the_plan.recipe.checkpoint, commit, dist.get_rank())
+    saver.save(engine.shards(), verify(Path(source)))
     saver.wait()
 
 
@@ -137,12 +139,160 @@ def verify_job(plan: str, folder: str, fault: str) -> None:
     """The real verification, with a fault planted in the engine."""
     import torch
 
-    from toolkit.plan.model import read_plan
-    from toolkit.train.verify import verify
-    from toolkit.train.watch import Watch
+    from drumline.plan.model import read_plan
+    from drumline.train.verify import verify
+    from drumline.train.watch import Watch
 
     with planted(fault):
         verify(read_plan(Path(plan).read_text()), Path(folder), torch.device("cpu"), Watch())
+
+
+def count_load_job(plan: str, source: str, out: str) -> None:
+    """Load a checkpoint, counting what this rank parses, opens and reads."""
+    import torch
+    import torch.distributed as dist
+
+    from drumline.plan.model import read_plan
+    from drumline.train import loader
+    from drumline.train.batches import open_rows
+    from drumline.train.engines import build_engine
+
+    the_plan = read_plan(Path(plan).read_text())
+    engine = build_engine(the_plan, open_rows(the_plan, "train").manifest, torch.device("cpu"))
+    shards = engine.shards()
+    found: dict[str, Any] = {"manifests": [], "opened": [], "tensors": [], "held": len(shards)}
+    kept = loader.read_entries, loader.safe_open, loader._read
+
+    def entries(path: Path, rank: int) -> Any:
+        found["manifests"].append(rank)
+        return kept[0](path, rank)
+
+    def opened(path: Path, **options: Any) -> Any:
+        found["opened"].append(path.name)
+        return kept[1](path, **options)
+
+    def read(shard: Any, parts: Any) -> None:
+        found["tensors"] += [name for name, one in shards.items() if one is shard]
+        kept[2](shard, parts)
+
+    loader.read_entries, loader.safe_open, loader._read = entries, opened, read
+    try:
+        loader.load(Path(source), shards)
+    finally:
+        loader.read_entries, loader.safe_open, loader._read = kept
+    Path(f"{out}-{dist.get_rank()}.json").write_text(json.dumps(found))
+
+
+def count_build_job(plan: str, out: str) -> None:
+    """Build the model: what this rank draws, what counts as progress, and the weights' digest."""
+    import hashlib
+
+    import torch
+    import torch.distributed as dist
+
+    from drumline.plan.model import read_plan
+    from drumline.train.batches import open_rows
+    from drumline.train.engines import build_engine
+    from drumline.train.models import builder
+
+    the_plan = read_plan(Path(plan).read_text())
+    manifest = open_rows(the_plan, "train").manifest
+    drawn: list[str] = []
+    progress: list[str] = []
+    real = builder.derived_seed
+
+    def seed(*parts: Any) -> int:
+        if parts[0] == "init":
+            drawn.append(parts[2])
+        return real(*parts)
+
+    def digest(named: Any) -> str:
+        sums = hashlib.sha256()
+        for name, value in sorted(named):
+            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+            sums.update(name.encode() + whole.detach().contiguous().numpy().tobytes())
+        return sums.hexdigest()
+
+    builder.derived_seed = seed
+    try:
+        engine = build_engine(the_plan, manifest, torch.device("cpu"), progress.append)
+    finally:
+        builder.derived_seed = real
+    weights = digest(engine._parameters.items())
+    builder._world, builder._rank, kept = (lambda: 1), (lambda: 0), (builder._world, builder._rank)
+    try:
+        alone = digest(builder.ModelBuilder(the_plan.recipe, manifest).whole().named_parameters())
+    finally:
+        builder._world, builder._rank = kept
+    found = {"drawn": drawn, "progress": progress, "weights": weights, "alone": alone}
+    Path(f"{out}-{dist.get_rank()}.json").write_text(json.dumps(found))
+
+
+def count_step_job(plan: str, out: str) -> None:
+    """Train with the noise meter on; count what would make a host wait for its device in each step."""
+    import dataclasses
+    import gc
+    import tempfile
+
+    import torch
+    import torch.distributed as dist
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from drumline.plan.model import read_plan
+    from drumline.train.loop import train
+    from drumline.train.watch import Watch
+
+    the_plan = read_plan(Path(plan).read_text())
+    logging = the_plan.recipe.logging.model_copy(update={"noise_scale": True})
+    checkpoint = the_plan.recipe.checkpoint.model_copy(update={"every_steps": None})
+    recipe = the_plan.recipe.model_copy(update={"logging": logging, "checkpoint": checkpoint})
+    the_plan = dataclasses.replace(the_plan, recipe=recipe)
+    counts = {"reads": 0, "copies": 0, "steps": 0, "collections": 0}
+    is_on = False
+
+    class Counting(TorchDispatchMode):
+        """Sees every operator of this thread."""
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if any(getattr(kind, "__name__", "") == "DTensor" for kind in types):
+                return NotImplemented
+            if is_on and func is torch.ops.aten._local_scalar_dense.default:
+                counts["reads"] += 1
+            if is_on and func is torch.ops.aten.lift_fresh.default:
+                counts["copies"] += 1
+            return func(*args, **(kwargs or {}))
+
+    tolist = torch.Tensor.tolist
+
+    def counted_tolist(tensor: Any) -> Any:
+        counts["reads"] += is_on
+        return tolist(tensor)
+
+    def entered(heartbeat: Any) -> None:
+        nonlocal is_on
+        phase = str(heartbeat.phase)
+        counts["steps"] += phase == "begin"
+        is_on = phase in ("begin", "forward", "backward", "step reduce", "update")
+
+    def collected(phase: str, info: Any) -> None:
+        counts["collections"] += is_on and phase == "start"
+
+    torch.Tensor.tolist = counted_tolist  # type: ignore[method-assign]
+    gc.callbacks.append(collected)
+    shared = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(shared, src=0)
+    folder = Path(str(shared[0]))
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    dist.barrier()
+    try:
+        with Counting():
+            train(the_plan, folder, torch.device("cpu"), watch=Watch(heartbeat=entered))
+    finally:
+        torch.Tensor.tolist = tolist  # type: ignore[method-assign]
+        gc.callbacks.remove(collected)
+    Path(f"{out}-{dist.get_rank()}.json").write_text(json.dumps(counts))
 
 
 @contextlib.contextmanager
@@ -150,13 +300,13 @@ def planted(fault: str) -> Iterator[None]:
     """What other tools get wrong, put into ours."""
     import torch.distributed as dist
 
-    from toolkit.train import verify
-    from toolkit.train.engines.torch import TorchEngine
+    from drumline.train import verify
+    from drumline.train.engines.torch import TorchEngine
 
     kept = TorchEngine.accumulate, TorchEngine._set_rate, verify.silence_dropout
 
     def accumulate(self: Any, tensors: Any, first_slot: int, weight: float, **rest: Any) -> Any:
-        k, world = self.plan.batch.accumulation, self.world
+        k, world = self.plan.batch.accumulation, self.averaging_ranks
         if fault == "mean of means":  # each micro-batch's own mean, then the mean of those
             counted = float((tensors["targets"] != -100).sum())
             weight = (counted or 1.0) * k * world
@@ -165,7 +315,7 @@ def planted(fault: str) -> Iterator[None]:
         return kept[0](self, tensors, first_slot, weight, **rest)
 
     def set_rate(self: Any, rate: float) -> None:
-        kept[1](self, rate * (self.world if fault == "a tick per process" else 1))
+        kept[1](self, rate * (self.averaging_ranks if fault == "a tick per process" else 1))
 
     def silence(module: Any) -> None:
         if fault != "dropout on one rank" or dist.get_rank() == 0:
@@ -182,7 +332,15 @@ def planted(fault: str) -> Iterator[None]:
         TorchEngine.accumulate, TorchEngine._set_rate, verify.silence_dropout = kept  # type: ignore
 
 
-JOBS = {"train": train_job, "gradient": gradient_job, "verify": verify_job, "reload": reload_job}
+JOBS = {
+    "train": train_job,
+    "gradient": gradient_job,
+    "verify": verify_job,
+    "reload": reload_job,
+    "count_load": count_load_job,
+    "count_build": count_build_job,
+    "count_step": count_step_job,
+}
 
 if __name__ == "__main__":
     main()

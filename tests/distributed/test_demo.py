@@ -6,10 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from test_runs import start
 
-from toolkit.metrics_file import read_metrics
+from conftest import ROOT
+from drumline.metrics_file import read_metrics
 
 pytestmark = [pytest.mark.xdist_group("heavy"), pytest.mark.heavy]
 

@@ -11,8 +11,8 @@ from ranks import run_jobs
 from safetensors.torch import load_file
 from unequal import unequal_plan, write_pairs
 
-from toolkit.metrics_file import read_metrics
-from toolkit.plan.model import Plan
+from drumline.metrics_file import read_metrics
+from drumline.plan.model import Plan
 
 pytestmark = [pytest.mark.xdist_group("heavy"), pytest.mark.heavy]
 

@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, tiny_recipe
 from safetensors.torch import load_file
 from test_runs import slow_recipe, start, steps, wait_for
 
-from launchers import LAUNCHERS
-from toolkit.checkpoint.manifest import verify
-from toolkit.checkpoint.shelf import find_checkpoints
-from toolkit.plan.resolve import resolve
-from toolkit.processes import Process
-from toolkit.rank_files import RankFiles
-from toolkit.recipe.load import validate
+from conftest import SOURCES, tiny_recipe
+from drumline.checkpoint.manifest import verify
+from drumline.checkpoint.retention import find_checkpoints
+from drumline.plan.resolve import resolve
+from drumline.processes import Process
+from drumline.rank_files import RankFiles
+from drumline.recipe.load import validate
+from drumline_launchers import LAUNCHERS
 
 pytestmark = [pytest.mark.xdist_group("heavy"), pytest.mark.heavy]
 
@@ -100,9 +100,9 @@ def test_a_worker_refuses_another_world_than_its_plans(
     plan = resolve(validate(tiny_recipe(), "r"))
     (tmp_path / "logs/attempt-0").mkdir(parents=True)
     (tmp_path / "plan-0.json").write_text(plan.to_json())
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": rank, "WORLD_SIZE": world}
+    env = {**os.environ, "PYTHONPATH": SOURCES, "RANK": rank, "WORLD_SIZE": world}
     done = subprocess.run(
-        [sys.executable, "-m", "toolkit.train.worker", "--plan", "plan-0.json", "--run-dir", "."],
+        [sys.executable, "-m", "drumline.train.worker", "--plan", "plan-0.json", "--run-dir", "."],
         cwd=tmp_path, env=env, timeout=30,
     )  # fmt: skip
     outcome = RankFiles(tmp_path / "logs/attempt-0", int(rank)).outcome()
@@ -149,7 +149,7 @@ def test_a_dry_run_can_be_pasted(drumline: Any, tmp_path: Path) -> None:
     shown = drumline("run", "tiny-code-lm", *TINY, "launch.launcher=accelerate", "--dry-run", "--run-dir", "it's here",
                      "--rendezvous", "127.0.0.1:29533")  # fmt: skip
     assert shown.returncode == 0, shown.stderr
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": SOURCES}
     done = subprocess.run(
         ["sh", "-e"], input=shown.stdout, cwd=tmp_path, env=env, text=True, timeout=120
     )
@@ -174,15 +174,15 @@ def test_export_gives_what_transformers_loads(drumline: Any, tmp_path: Path) -> 
     import numpy as np
     from transformers import AutoModelForCausalLM
 
-    from toolkit.data.rows import Rows
-    from toolkit.plan.model import read_plan
-    from toolkit.train.batches import micro_batch_tensors
-    from toolkit.train.loss import LossModule
+    from drumline.plan.model import read_plan
+    from drumline.train.batches import micro_batch_tensors, open_rows
+    from drumline.train.objectives import ObjectiveModule
+    from drumline.train.objectives.cross_entropy import TokenCrossEntropy
 
     plan = read_plan((tmp_path / "r/plan-0.json").read_text())
-    rows = Rows(Path(plan.data.cache or ""), "validation")
-    module = LossModule(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "model"), "causal_lm", False
+    rows = open_rows(plan, "validation")
+    module = ObjectiveModule(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model"), TokenCrossEntropy()
     ).eval()
     with torch.no_grad():
         total = sum(

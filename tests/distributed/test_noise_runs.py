@@ -7,18 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_recipe
 from ranks import run_jobs
 
-from toolkit.checkpoint.manifest import verify
-from toolkit.checkpoint.shelf import find_checkpoints
-from toolkit.cli.plan import make_plan, prepare_data
-from toolkit.data.card import read_card
-from toolkit.data.rows import Rows
-from toolkit.metrics_file import read_metrics
-from toolkit.plan.model import Plan
-from toolkit.recipe.load import validate
-from toolkit.train.models import Skeleton
+from conftest import tiny_recipe
+from drumline.checkpoint.manifest import verify
+from drumline.checkpoint.retention import find_checkpoints
+from drumline.cli.plan import make_plan, prepare_data
+from drumline.data.dataset_manifest import read_dataset_manifest
+from drumline.metrics_file import read_metrics
+from drumline.plan.model import Plan
+from drumline.recipe.load import validate
+from drumline.train.batches import open_rows
+from drumline.train.models import ModelBuilder
 
 pytestmark = [pytest.mark.xdist_group("heavy"), pytest.mark.heavy]
 
@@ -83,10 +83,10 @@ def truth() -> tuple[float, float]:
     """tr Σ and |G|² of the whole data set at the initial weights, one sample at a time in fp64."""
     plan = plan_of((4, 1, 6))
     assert plan.data.cache
-    card = read_card(Path(plan.data.cache))
-    assert card
-    model = Skeleton(plan.recipe, card, torch.float64).whole()
-    rows = Rows(Path(plan.data.cache), "train")
+    manifest = read_dataset_manifest(Path(plan.data.cache))
+    assert manifest
+    model = ModelBuilder(plan.recipe, manifest, dtype=torch.float64).whole()
+    rows = open_rows(plan, "train")
     arrays = rows.collate(np.arange(len(rows)))
     features = torch.from_numpy(np.array(arrays["features"])).double()
     targets = torch.from_numpy(np.array(arrays["targets"]))

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, tiny_recipe
 from zygote import Child, Zygote
 
-from toolkit.checkpoint.manifest import verify
-from toolkit.metrics_file import read_metrics
-from toolkit.recipe import yaml12
+from conftest import ROOT, tiny_recipe
+from drumline.checkpoint.manifest import verify
+from drumline.metrics_file import read_metrics
+from drumline.recipe import yaml12
 
 pytestmark = [pytest.mark.xdist_group("reproduce")]
 

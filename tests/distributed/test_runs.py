@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, tiny_recipe
 
-from toolkit.metrics_file import read_metrics
-from toolkit.recipe import yaml12
+from conftest import ROOT, SOURCES, tiny_recipe
+from drumline.metrics_file import read_metrics
+from drumline.recipe import yaml12
 
 pytestmark = [pytest.mark.xdist_group("heavy"), pytest.mark.heavy]
 
@@ -28,9 +28,9 @@ TEXT_RUN = [
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """The command in the background, in a session of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "toolkit.cli", *arguments],
+        [sys.executable, "-m", "drumline.cli", *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": SOURCES},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -243,10 +243,10 @@ def test_a_loss_that_explodes_is_told_not_a_crash(tmp_path: Path) -> None:
     assert any(line["skipped"] for line in steps(tmp_path / "r"))
 
 
-def test_one_supervisor_at_a_time_and_no_foreign_toolkit(tmp_path: Path) -> None:
-    """A second resume of a running run is refused; a folder named toolkit beside it is not imported."""
-    (tmp_path / "toolkit").mkdir()
-    (tmp_path / "toolkit/__init__.py").write_text("raise SystemExit('the wrong toolkit')")
+def test_one_supervisor_at_a_time_and_no_foreign_package(tmp_path: Path) -> None:
+    """A second resume of a running run is refused; a folder named drumline beside it is not imported."""
+    (tmp_path / "drumline").mkdir()
+    (tmp_path / "drumline/__init__.py").write_text("raise SystemExit('the wrong drumline')")
     os.environ["PYTHONSAFEPATH"] = "1"
     try:
         process = start(tmp_path, "run", slow_recipe(tmp_path, 1), "--run-dir", "r")

@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, tiny_recipe
 from savers import save, try_to_save
 from zygote import Child, Zygote
 
-from toolkit.checkpoint.manifest import step_of, verify
-from toolkit.checkpoint.shelf import find_checkpoints
-from toolkit.metrics_file import read_metrics
-from toolkit.processes import Process
-from toolkit.rank_files import RankFiles
-from toolkit.recipe import yaml12
+from conftest import ROOT, tiny_recipe
+from drumline.checkpoint.manifest import step_of, verify
+from drumline.checkpoint.retention import find_checkpoints
+from drumline.metrics_file import read_metrics
+from drumline.phases import Phase
+from drumline.processes import Process
+from drumline.rank_files import Heartbeat, RankFiles
+from drumline.recipe import yaml12
 
 pytestmark = [pytest.mark.xdist_group("survival")]
 
@@ -73,7 +74,7 @@ def stop_at(step: int, place: str) -> dict[str, Any]:
         "rank": 0,
         "attempt": 0,
         "step": step,
-        "place": place,
+        "phase": place,
         "signal": signal.SIGTERM,
     }
 
@@ -132,7 +133,7 @@ def test_crash_replay(zygote: Zygote, straight: Path, tmp_path: Path, seed: int)
     synchronous = seed % 2 == 1
     kills = draw.randint(1, 3)
     faults = [
-        {"what": "kill", "rank": draw.randint(0, 1), "attempt": attempt, "beat": draw.randint(4, 120),
+        {"what": "kill", "rank": draw.randint(0, 1), "attempt": attempt, "count": draw.randint(4, 120),
          "delay_s": draw.choice([0, 0.001, 0.004])}
         for attempt in range(kills)
     ]  # fmt: skip
@@ -167,7 +168,7 @@ def test_killed_and_resumed_it_is_bitwise_equal(zygote: Zygote, tmp_path: Path, 
                 "checkpoint": {"every_steps": 10, "async": False}}  # fmt: skip
     code, child = run(zygote, tmp_path / "straight", **sections)
     assert code == 0, child.err
-    where = {"rank": gpus - 1, "attempt": 0, "step": 13, "place": "backward"}
+    where = {"rank": gpus - 1, "attempt": 0, "step": 13, "phase": "backward"}
     faults = [{"what": "kill the command", **where}, {"what": "sleep", **where}]
     code, _ = run(zygote, tmp_path / "killed", faults, **sections)
     assert code == -signal.SIGKILL
@@ -187,7 +188,7 @@ def test_preemption(zygote: Zygote, straight: Path, tmp_path: Path, seed: int) -
     draw = random.Random(100 + seed)
     who = WHO[seed % 3]
     fault: dict[str, Any] = {
-        "attempt": 0, "beat": draw.randint(1, 150), "delay_s": draw.choice([0, 0.001, 0.003]),
+        "attempt": 0, "count": draw.randint(1, 150), "delay_s": draw.choice([0, 0.001, 0.003]),
         "signal": draw.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]),
     }  # fmt: skip
     rank = draw.randint(0, 1)
@@ -224,7 +225,7 @@ def test_signals_at_named_places(
         "rank": 1,
         "attempt": 0,
         "step": step,
-        "place": place,
+        "phase": place,
         "signal": signal.SIGTERM,
     }
     code, child = run(zygote, tmp_path, [fault])
@@ -242,7 +243,7 @@ def test_signals_at_named_places(
 
 def test_a_second_ctrl_c_leaves_at_once(zygote: Zygote, straight: Path, tmp_path: Path) -> None:
     """Two SIGINTs while a rank sleeps: 130 within seconds, the older checkpoints sound, resume bitwise."""
-    sleep = {"what": "sleep", "rank": 0, "attempt": 0, "step": 13, "place": "forward"}
+    sleep = {"what": "sleep", "rank": 0, "attempt": 0, "step": 13, "phase": "forward"}
     child = zygote.drumline(tmp_path, "run", recipe(tmp_path), "--run-dir", "r", faults=[sleep])
     wait_for(lambda: (tmp_path / "r/checkpoints/step-00000010").exists())
     os.kill(child.pid, signal.SIGINT)
@@ -261,8 +262,8 @@ def test_a_second_ctrl_c_leaves_at_once(zygote: Zygote, straight: Path, tmp_path
 
 def test_ranks_end_with_a_killed_supervisor(zygote: Zygote, straight: Path, tmp_path: Path) -> None:
     """SIGKILL of the command: its ranks are gone within seconds; doctor and resume know what it was."""
-    fault = {"what": "kill the command", "rank": 0, "attempt": 0, "step": 13, "place": "forward"}
-    sleep = {"what": "sleep", "rank": 0, "attempt": 0, "step": 13, "place": "backward"}
+    fault = {"what": "kill the command", "rank": 0, "attempt": 0, "step": 13, "phase": "forward"}
+    sleep = {"what": "sleep", "rank": 0, "attempt": 0, "step": 13, "phase": "backward"}
     code, _ = run(zygote, tmp_path, [fault, sleep])
     assert code == -signal.SIGKILL
     ranks = ranks_of(tmp_path / "r")
@@ -292,7 +293,7 @@ def test_out_of_memory_goes_on_with_smaller_micro_batches(
         "what": "out of memory",
         "rank": 1,
         "step": step,
-        "place": place,
+        "phase": place,
         "per_device_above": 2,
     }
     code, child = run(zygote, tmp_path, [fault], launch={"max_restarts": 0, "hang_timeout_s": 60.0},
@@ -316,7 +317,7 @@ def test_out_of_memory_goes_on_with_smaller_micro_batches(
 
 def test_out_of_memory_at_per_device_1_fails_with_advice(zygote: Zygote, tmp_path: Path) -> None:
     """Nothing is left to divide: exit 4, in words that help; a resume begins at the smallest split."""
-    fault = {"what": "out of memory", "rank": 0, "step": 2, "place": "forward"}
+    fault = {"what": "out of memory", "rank": 0, "step": 2, "phase": "forward"}
     code, child = run(zygote, tmp_path, [fault], batch={"effective": 4, "per_device": 2},
                       evaluation={"every_steps": 10, "per_device": 1})  # fmt: skip
     assert code == 4
@@ -346,7 +347,7 @@ def test_a_nan_on_one_rank_is_skipped_by_all(
     weights = json.loads((final / "rank-0.json").read_text())["tensors"]
     steps_taken = next(name for name in weights if name.endswith(".step"))
     before = json.loads((straight / "checkpoints/step-00000030/rank-0.json").read_text())["tensors"]
-    assert weights[steps_taken]["sha256"] != before[steps_taken]["sha256"]
+    assert weights[steps_taken]["checksum"] != before[steps_taken]["checksum"]
     assert [line["loss"] for line in lines[:11]] == [
         line["loss"] for line in step_lines(straight)[:11]
     ]
@@ -393,7 +394,7 @@ def test_a_sleeping_rank_is_found_and_the_run_finishes(
     zygote: Zygote, straight: Path, tmp_path: Path
 ) -> None:
     """Within twice the timeout; the late rank is named, both stacks are in the logs, bitwise."""
-    sleep = {"what": "sleep", "rank": 1, "attempt": 0, "step": 12, "place": "forward"}
+    sleep = {"what": "sleep", "rank": 1, "attempt": 0, "step": 12, "phase": "forward"}
     code, child = run(zygote, tmp_path, [sleep], launch={"max_restarts": 1, "hang_timeout_s": 5.0})
     assert code == 0, child.err
     assert "hang: rank 1 (step 12, forward of micro-batch 1 of 3) did not move for 5 s" in child.err
@@ -409,7 +410,7 @@ def test_a_sleeping_rank_is_found_and_the_run_finishes(
         assert words in log
     slept = (
         os.stat(tmp_path / "r/logs/attempt-0/ended").st_mtime
-        - os.stat(tmp_path / "r/logs/attempt-0/rank-1.beat").st_mtime
+        - os.stat(tmp_path / "r/logs/attempt-0/rank-1.heartbeat").st_mtime
     )
     assert 5.0 <= slept < 10.0
     assert_same_training(tmp_path / "r", straight)
@@ -419,10 +420,10 @@ def test_ranks_that_nobody_watches_leave_by_themselves(
     zygote: Zygote, straight: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """A frozen supervisor, a rank stuck in C with Python's lock: stacks, no rank left; thawed, it goes on."""
-    freeze = {"what": "signal the command", "rank": 1, "attempt": 0, "step": 12, "place": "forward",
+    freeze = {"what": "signal the command", "rank": 1, "attempt": 0, "step": 12, "phase": "forward",
               "signal": signal.SIGSTOP}  # fmt: skip
-    stuck = {"what": "sleep with the lock", "rank": 1, "attempt": 0, "step": 12, "place": "forward"}
-    slow = {"what": "sleep", "seconds": 1.0, "rank": 1, "attempt": 0, "step": 11, "place": "begin"}
+    stuck = {"what": "sleep with the lock", "rank": 1, "attempt": 0, "step": 12, "phase": "forward"}
+    slow = {"what": "sleep", "seconds": 1.0, "rank": 1, "attempt": 0, "step": 11, "phase": "begin"}
     child = zygote.drumline(
         tmp_path, "run", recipe(tmp_path, launch={"max_restarts": 1, "hang_timeout_s": 7.0}),
         "--run-dir", "r", "--json", faults=[slow, freeze, stuck],
@@ -556,12 +557,12 @@ def test_a_disk_without_permission_is_every_ranks_error(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_does_not_silence_a_rank(tmp_path: Path) -> None:
-    """The room for a rank's last words is taken when it starts; its beats need no more either."""
+    """The room for a rank's last words is taken when it starts; its heartbeats need no more either."""
     with small_disk(tmp_path / "small", "256k"):
         files = RankFiles(tmp_path / "small", 0)
         assert files.announce()
-        beat = files.open_beat()
-        beat(0, 1, "begin")
+        heartbeats = files.open_heartbeat()
+        heartbeats.enter(Heartbeat(step=1, phase=Phase.STEP_BEGINS))
         with (
             (tmp_path / "small/filler").open("wb", buffering=0) as filler,
             contextlib.suppress(OSError),
@@ -570,12 +571,13 @@ def test_a_full_disk_does_not_silence_a_rank(tmp_path: Path) -> None:
                 filler.write(b"x" * 4096)
         with pytest.raises(OSError, match="No space left"):
             (tmp_path / "small/more").write_bytes(b"x" * 4096)
-        beat(0, 1, "forward of micro-batch 1 of 1")
+        heartbeats.enter(Heartbeat(step=1, phase=Phase.FORWARD, detail="micro-batch 1 of 1"))
+        heartbeats.sync()
         files.write_outcome({"outcome": "failed", "message": "x" * 4000})
         assert files.outcome() == {"outcome": "failed", "message": "x" * 4000}
-        found = files.beat()
+        found = files.heartbeat()
         assert found
-        assert found.place == "forward of micro-batch 1 of 1"
+        assert found.words == "forward of micro-batch 1 of 1"
 
 
 def test_a_full_disk_in_prepare(zygote: Zygote, tmp_path: Path) -> None:
@@ -616,7 +618,7 @@ def test_what_lies_half_written_is_mended(zygote: Zygote, straight: Path, tmp_pa
         "what": "signal",
         "rank": 0,
         "step": 23,
-        "place": "forward",
+        "phase": "forward",
         "signal": signal.SIGTERM,
         "attempt": 0,
     }
@@ -654,14 +656,14 @@ def test_doctor_on_every_state(zygote: Zygote, straight: Path, tmp_path: Path) -
     assert ask(straight)["state"] == "finished"
     (tmp_path / "empty/checkpoints").mkdir(parents=True)
     assert ask(tmp_path / "empty")["state"] == "never started"
-    sleep = {"what": "sleep", "rank": 0, "step": 3, "place": "begin", "seconds": 3}
+    sleep = {"what": "sleep", "rank": 0, "step": 3, "phase": "begin", "seconds": 3}
     child = zygote.drumline(tmp_path, "run", recipe(tmp_path), "--run-dir", "r", faults=[sleep])
     wait_for(lambda: (tmp_path / "r/metrics.jsonl").exists())
     assert ask(tmp_path / "r")["state"] == "running"
     os.kill(child.pid, signal.SIGTERM)
     assert child.wait() == 75
     assert ask(tmp_path / "r")["state"] == "stopped"
-    raised = [{"what": "raise", "rank": 0, "step": 6, "place": "forward"}]
+    raised = [{"what": "raise", "rank": 0, "step": 6, "phase": "forward"}]
     code, child = run(zygote, tmp_path / "f", raised)
     assert code == 4
     assert "no progress since step 5: rank 0: ValueError: planted" in child.err
@@ -693,7 +695,7 @@ def test_an_evaluation_made_up_for_counts_as_if_it_had_not_been_left(
 ) -> None:
     """Signalled in it, then killed after it was done again: the same best, the same end, told once."""
     stop = stop_at(step, "evaluation")
-    kill = {"what": "kill", "rank": 1, "attempt": 1, "step": step + 1, "place": "backward"}
+    kill = {"what": "kill", "rank": 1, "attempt": 1, "step": step + 1, "phase": "backward"}
     code, child = run(zygote, tmp_path, [stop], **BUMPY)
     assert (code, json.loads(child.out)["steps"]) == (75, step)
     resumed = zygote.drumline(tmp_path, "resume", "r", "--json", faults=[kill])
@@ -711,8 +713,8 @@ def test_early_stopping_is_not_forgotten(zygote: Zygote, tmp_path: Path) -> None
     assert code == 0, child.err
     facts = json.loads(child.out)
     assert facts["steps"] == 10
-    kill = {"what": "kill", "rank": 1, "attempt": 0, "step": 10, "place": "save", "delay_s": 0.3}
-    late = {"what": "sleep", "rank": 0, "attempt": 0, "step": 10, "place": "left", "seconds": 1}
+    kill = {"what": "kill", "rank": 1, "attempt": 0, "step": 10, "phase": "save", "delay_s": 0.3}
+    late = {"what": "sleep", "rank": 0, "attempt": 0, "step": 10, "phase": "left", "seconds": 1}
     code, child = run(zygote, tmp_path / "b", [kill, late], **BUMPY, **rule)
     assert code == 0, child.err
     again = json.loads(child.out)

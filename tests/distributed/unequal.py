@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from conftest import tiny_recipe
-
-from toolkit.cli.plan import make_plan, prepare_data
-from toolkit.plan.model import Plan
-from toolkit.recipe.load import merge, validate
+from drumline.cli.plan import make_plan, prepare_data
+from drumline.plan.model import Plan
+from drumline.recipe.load import merge, validate
 
 MODEL = {
     "source": "config", "factory": None, "architecture": "gpt2",

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+SOURCES = f"{ROOT}/toolkit:{ROOT}/launchers"
 
 
 class Zygote:
@@ -29,7 +30,7 @@ class Zygote:
 
     def __init__(self, folder: Path) -> None:
         self._socket = str(folder / "zygote")
-        env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests/distributed", "OMP_NUM_THREADS": "1",
+        env = {**os.environ, "PYTHONPATH": f"{SOURCES}:{ROOT}/tests/distributed", "OMP_NUM_THREADS": "1",
                "OPENBLAS_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # fmt: skip
         command = [sys.executable, __file__, "serve", self._socket]
         self._server = subprocess.Popen(command, env=env, start_new_session=True)
@@ -121,10 +122,10 @@ def ask(
 
 def serve(path: str) -> None:
     """Import everything, then fork on request and tell how each child ended."""
-    import toolkit.cli.doctor
-    import toolkit.cli.run
-    import toolkit.train.loop
-    import toolkit.train.worker  # noqa: F401
+    import drumline.cli.doctor
+    import drumline.cli.run
+    import drumline.train.loop
+    import drumline.train.worker  # noqa: F401
 
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path + ".new")
@@ -189,16 +190,16 @@ def become(request: dict[str, Any], fds: list[int]) -> None:
 
 def be_command(request: dict[str, Any]) -> int:
     """The real command line; its launcher asks this server for ranks."""
-    import launchers
-    from launchers.base import WORKER_ENVIRONMENT, Command, worker_arguments
-    from toolkit.cli import main as drumline
+    import drumline_launchers
+    from drumline.cli import main as drumline
+    from drumline_launchers.base import WORKER_ENVIRONMENT, Command, worker_arguments
 
     def render(plan: Any, job: Any) -> Command:
         argv = [sys.executable, "-I", "-S", __file__, "launch", os.environ["ZYGOTE"],
                 str(plan.batch.gpus), *worker_arguments(job)[1:]]  # fmt: skip
         return Command(argv, WORKER_ENVIRONMENT)
 
-    launchers.LAUNCHERS["torchrun"] = render
+    drumline_launchers.LAUNCHERS["torchrun"] = render
     sys.argv = ["drumline", *request["argv"]]
     drumline()
     return 0
@@ -208,7 +209,7 @@ def be_rank(request: dict[str, Any]) -> int:
     """One real rank, with the faults that the test asks for."""
     import faults
 
-    from toolkit.train import worker
+    from drumline.train import worker
 
     faults.plant(request["argv"])
     return worker.main(request["argv"])

@@ -1,6 +1,7 @@
 """What is rendered for clusters: full texts, every size, hostile names, fields that nobody knows."""
 
 import copy
+import dataclasses
 import shlex
 import shutil
 import subprocess
@@ -8,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
 
-from launchers.base import Job
-from launchers.kubernetes import check_manifests, render_manifests
-from launchers.skypilot import ACCELERATORS, render_task
-from launchers.slurm import Batch, render_script, step_command
-from toolkit.errors import LaunchError, PlanError, RecipeError
-from toolkit.plan.model import Plan
-from toolkit.plan.resolve import resolve
-from toolkit.recipe import yaml12
-from toolkit.recipe.load import load_recipe
-from toolkit.site import Site, load_site, validate_site
+from conftest import ROOT
+from drumline.cluster.site import load_site, validate_site
+from drumline.errors import LaunchError, PlanError, RecipeError
+from drumline.plan.model import Plan
+from drumline.plan.resolve import resolve
+from drumline.recipe import yaml12
+from drumline.recipe.load import load_recipe
+from drumline_launchers.base import Job
+from drumline_launchers.kubernetes import check_manifests, render_manifests
+from drumline_launchers.site import Site
+from drumline_launchers.skypilot import ACCELERATORS, render_task
+from drumline_launchers.slurm import Batch, render_script, step_command
 
 GOLDEN = Path(__file__).parent / "golden"
 FULL: dict[str, Any] = {
@@ -80,7 +82,7 @@ def plan_of(nodes: int = 8) -> Plan:
 def batch(nodes: int = 8, run: str = "/shared/runs/a", **changes: Any) -> Batch:
     values = {
         "python": "/usr/bin/python3",
-        "package": Path("/sw/drumline"),
+        "import_path": [Path("/sw/drumline")],
         "fewest": nodes,
         "most": nodes,
         **changes,
@@ -248,6 +250,9 @@ def test_an_array_of_runs(request: pytest.FixtureRequest) -> None:
         text=True,
     )
     assert told.stdout == "/r/a b"
+    throttled = render_script(plan_of(1), site(), dataclasses.replace(several, at_most=1))
+    assert "#SBATCH --array=0-1%1\n" in throttled
+    assert "#SBATCH --array=0-1\n" in script
 
 
 def test_every_key_of_a_site_matters() -> None:
@@ -300,7 +305,7 @@ def test_containers(kind: str, words: list[str]) -> None:
     argv = step_command(plan_of(2), job, place, hosts(2)).argv
     at = argv.index(words[0])
     assert argv[at : at + len(words)] == words
-    assert argv[at + len(words) : at + len(words) + 2] == ["-m", "launchers.node"]
+    assert argv[at + len(words) : at + len(words) + 3] == ["-P", "-m", "drumline_launchers.node"]
 
 
 @pytest.mark.parametrize("kind", ["trainjob", "jobset", "job"])
@@ -356,7 +361,7 @@ def test_what_kubernetes_cannot_hold_is_told() -> None:
 
 def test_every_gpu_has_skypilots_name() -> None:
     """But the CPU."""
-    rows = yaml12.parse((ROOT / "toolkit/plan/gpus.yaml").read_text())
+    rows = yaml12.parse((ROOT / "toolkit/drumline/architectures/gpus.yaml").read_text())
     assert set(ACCELERATORS) == set(rows) - {"cpu"}
     assert render_task(plan_of(2), site(), Path("/r.yaml"))["resources"] == {
         "accelerators": "H100:8",

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from launchers import LAUNCHERS
-from launchers.base import Job
-from toolkit.plan.model import Plan
-from toolkit.plan.resolve import resolve
-from toolkit.recipe.load import load_recipe
+from drumline.plan.model import Plan
+from drumline.plan.resolve import resolve
+from drumline.recipe.load import load_recipe
+from drumline_launchers import LAUNCHERS
+from drumline_launchers.base import Job
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES: dict[str, tuple[str, list[str], int]] = {
@@ -82,7 +82,7 @@ def test_hostile_names_stay_one_argument(launcher: str, name: str, tmp_path: Pat
     job = Job(folder / "plan-0.json", folder, 0, "python3")
     command = LAUNCHERS[launcher](plan, job)
     shown = f"python3 -c {shlex.quote(show)}"
-    text = command.to_shell().replace("python3 -m", f"{shown} -m", 1)
+    text = command.to_shell().replace("python3 -P", f"{shown} -P", 1)
     done = subprocess.run(
         ["sh", "-c", text], cwd=tmp_path, capture_output=True, text=True, check=True
     )

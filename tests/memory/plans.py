@@ -3,9 +3,9 @@
 import random
 from typing import Any
 
-from toolkit.plan.model import Plan
-from toolkit.plan.resolve import resolve
-from toolkit.recipe.load import merge, validate
+from drumline.plan.model import Plan
+from drumline.plan.resolve import resolve
+from drumline.recipe.load import merge, validate
 
 LLAMA = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 8,
          "num_key_value_heads": 2, "vocab_size": 2048}  # fmt: skip

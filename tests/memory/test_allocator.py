@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.memory.allocator import FREE, CachingAllocator, DeviceFull, Event
-from toolkit.units import MIB
+from drumline.memory.allocator import FREE, CachingAllocator, DeviceFull, Event
+from drumline.units import MIB
 
 
 def played(*sizes: int, **options: Any) -> CachingAllocator:

@@ -5,18 +5,18 @@ from typing import Any
 
 import pytest
 
-from toolkit.memory.closed_form import Peak, estimate
-from toolkit.memory.load import Load
-from toolkit.plan.architectures import read_shape
-from toolkit.plan.gpus import find_gpu
-from toolkit.plan.shapes import ModelShape
+from drumline.architectures.configs import read_shape
+from drumline.architectures.gpus import find_gpu
+from drumline.architectures.shapes import ModelShape
+from drumline.memory.closed_form import Peak, estimate
+from drumline.memory.load import Load
 
 LLAMA = read_shape("llama", {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12,
                              "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 32000})  # fmt: skip
 assert isinstance(LLAMA, ModelShape)
 BASE = Load(
     shape=LLAMA, per_device=4, sequence_length=1024, ranks=8, nodes=1, shard_ranks=8, strategy="ddp",
-    precision="bf16", optimizer="adamw", momentum=False, foreach=False, decays=True, checkpointing=False,
+    precision="bf16", optimizer_states=2, has_scratch=False, has_scratch_in_a_step=False, checkpointing=False,
     attention="sdpa", chunked_loss=False,
 )  # fmt: skip
 P = LLAMA.parameters
@@ -31,8 +31,8 @@ def peak(**changes: Any) -> Peak:
     [
         ({}, 4 * P, 4 * P, 8 * P),
         ({"precision": "bf16-pure"}, 2 * P, 2 * P, 4 * P),
-        ({"precision": "fp32", "optimizer": "sgd"}, 4 * P, 4 * P, 0),
-        ({"optimizer": "sgd", "momentum": True}, 4 * P, 4 * P, 4 * P),
+        ({"precision": "fp32", "optimizer_states": 0}, 4 * P, 4 * P, 0),
+        ({"optimizer_states": 1}, 4 * P, 4 * P, 4 * P),
         ({"strategy": "fsdp", "accumulation": 2}, P / 2, P / 2, P),
         ({"strategy": "zero1"}, 4 * P, 4 * P, 1.5 * P),
         ({"strategy": "zero2"}, 4 * P, P / 2, 1.5 * P),
@@ -90,8 +90,12 @@ def test_memory_grows_with_per_device() -> None:
 def test_foreach_needs_room_for_a_temporary() -> None:
     """At a tiny batch the optimizer step is the peak, and foreach makes it larger."""
     tiny = {"per_device": 1, "sequence_length": 8, "ranks": 1}
-    assert peak(**tiny, foreach=True).phase in ("load", "optimizer step")  # of the same size
+    assert peak(**tiny, has_scratch=True, has_scratch_in_a_step=True).phase in (
+        "load",
+        "optimizer step",
+    )  # of the same size
     more = (
-        peak(**tiny, foreach=True).phases["optimizer step"] - peak(**tiny).phases["optimizer step"]
+        peak(**tiny, has_scratch=True, has_scratch_in_a_step=True).phases["optimizer step"]
+        - peak(**tiny).phases["optimizer step"]
     )
     assert more == pytest.approx(4 * P, rel=1e-4)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.memory.load import Load
-from toolkit.memory.rank import play
-from toolkit.plan.architectures import read_shape
-from toolkit.plan.shapes import ModelShape
+from drumline.architectures.configs import read_shape
+from drumline.architectures.shapes import ModelShape
+from drumline.memory.load import Load
+from drumline.memory.rank import play
 
 ROWS = list(csv.DictReader((Path(__file__).parent / "data/published_peaks.csv").open()))
 MISTRAL = read_shape("mistral", {})
@@ -26,7 +26,7 @@ assert isinstance(MISTRAL, ModelShape)
 assert isinstance(LLAMA_3B, ModelShape)
 BASE = Load(
     shape=MISTRAL, per_device=1, sequence_length=4096, ranks=1, nodes=1, shard_ranks=1, strategy="ddp",
-    precision="bf16-pure", optimizer="adamw", momentum=False, foreach=True, decays=False, checkpointing=True,
+    precision="bf16-pure", optimizer_states=2, has_scratch=True, has_scratch_in_a_step=True, checkpointing=True,
     attention="flash", chunked_loss=False,
 )  # fmt: skip
 
@@ -51,7 +51,7 @@ def load_of(row: dict[str, str]) -> Load:
     common = replace(BASE, per_device=rows, sequence_length=length, ranks=gpus, shard_ranks=gpus)
     if row["model"] == "Llama-3.2-3B":
         # Packed rows there have a mask of their documents, so attention has a bias in every layer.
-        return replace(common, shape=LLAMA_3B, checkpointing=False, foreach=False, attention="sdpa",
+        return replace(common, shape=LLAMA_3B, checkpointing=False, has_scratch=False, has_scratch_in_a_step=False, attention="sdpa",
                        is_masked=True)  # fmt: skip
     common = replace(
         common, chunked_loss="fast-kernels" in row["notes"]

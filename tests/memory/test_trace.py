@@ -5,10 +5,10 @@ import statistics
 from typing import Any
 
 import pytest
-from memory.plans import FULL, random_plan, small_plan
 
-from toolkit.plan.model import Plan
-from toolkit.train.rehearse import rehearse
+from drumline.plan.model import Plan
+from drumline.trace.rehearse import rehearse
+from memory.plans import FULL, random_plan, small_plan
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama bf16": ("llama", {}),

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from toolkit.plan.advise import with_advice, with_change
-from toolkit.plan.model import Plan
-from toolkit.plan.resolve import World, resolve
-from toolkit.plan.sweep import sweep
-from toolkit.recipe.load import load_recipe
+from drumline.plan.advise import with_advice, with_change
+from drumline.plan.model import Plan
+from drumline.plan.resolve import World, resolve
+from drumline.plan.sweep import sweep
+from drumline.recipe.load import load_recipe
 
 
 def advised(name: str, *overrides: str) -> Plan:

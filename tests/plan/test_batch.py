@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolkit.errors import PlanError
-from toolkit.plan.batch import Split, nearest_to, resplit, solve
-from toolkit.recipe.schema import Batch
-from toolkit.units import divisors
+from drumline.errors import PlanError
+from drumline.plan.batch import Split, nearest_to, resplit, solve
+from drumline.recipe.schema import Batch
+from drumline.units import divisors
 
 counts = st.integers(1, 200)
 

@@ -4,13 +4,13 @@ import dataclasses
 import re
 from typing import Any
 
-from conftest import ROOT, tiny_recipe
 from pydantic import BaseModel
 
-from toolkit.plan import model
-from toolkit.plan.resolve import resolve
-from toolkit.recipe.load import merge, validate
-from toolkit.recipe.schema import Recipe
+from conftest import ROOT, tiny_recipe
+from drumline.plan import model
+from drumline.plan.resolve import resolve
+from drumline.recipe.load import merge, validate
+from drumline.recipe.schema import Recipe
 
 WHOLE = {
     "evaluation": {"every_steps": 5, "per_device": 4},
@@ -34,12 +34,14 @@ CHANGES: dict[str, Any] = {
               {"config": {"features": 8}}, {"attention": "eager"}, {"compile": True},
               {"activation_checkpointing": "full"}, {"sync_batchnorm": True},
               {"source": "folder", "factory": None, "path": "/m"},
-              {"source": "config", "factory": None, "architecture": "gpt2"}],
+              {"source": "config", "factory": None, "architecture": "gpt2"}, {"edits": ["m:f"]}],
     "data": [{"name": "python-stdlib"}, {"options": {"rows": 5}}, {"label_field": "y"}, {"samples": 9999},
              {"validation": 0.3}, {"tokenizer": "gpt2"}, {"text_field": "t"}, {"prompt_field": "p"},
              {"completion_field": "c"}, {"split": "test"}, {"sequence_length": 9},
              {"source": "files", "name": None, "path": "/x.csv"}, {"task": "sft", "sequence_length": 9},
-             {"source": "factory", "name": None, "factory": "m:f"}],
+             {"source": "factory", "name": None, "factory": "m:f"},
+             {"task": "custom", "task_factory": "m:f"},
+             {"task": "custom", "task_factory": "m:f", "task_options": {"a": 1}}],
     "batch": [{"effective": 24, "accumulation": 4}, {"per_device": 6, "accumulation": 1},
               {"gpus": 4, "accumulation": 1}, {"remainder": "carry"}, {"weighting": "token"},
               {"accumulation": 1, "effective": 6}],
@@ -49,8 +51,12 @@ CHANGES: dict[str, Any] = {
     "optimizer": [{"name": "adam"}, {"lr": 2e-3}, {"weight_decay": 0.1}, {"betas": [0.8, 0.9]}, {"eps": 1e-6},
                   {"name": "sgd", "momentum": 0.5}, {"name": "sgd", "momentum": 0.5, "nesterov": True},
                   {"max_grad_norm": None}, {"implementation": "foreach"},
+                  {"name": "custom", "factory": "m:f"}, {"name": "custom", "factory": "m:f", "states": 1},
+                  {"name": "custom", "factory": "m:f", "options": {"a": 1}},
                   {"lr_scaling": {"rule": "sqrt", "reference_batch": 3}},
                   {"lr_scaling": {"rule": "sqrt", "reference_batch": 6}}],
+    "objective": [{"name": "custom", "factory": "m:f"},
+                  {"name": "custom", "factory": "m:f", "options": {"a": 1}}],
     "loss": [{"chunked": True}],
     "schedule": [{"name": "cosine"}, {"warmup_steps": 3}, {"warmup_ratio": 0.5}, {"min_lr_ratio": 0.5},
                  {"unit": "epoch"}, {"name": "cosine_restarts", "cycles": 2},
@@ -86,7 +92,7 @@ def test_every_field_matters() -> None:
                     base, {"launch": {"launcher": "deepspeed"}, "strategy": {"name": "zero1"}}
                 )
             changed = merge(start, {section: change})
-            if changed["data"].get("sequence_length") and "task" in change:
+            if isinstance(change, dict) and "task" in change:
                 changed["early_stopping"] = None
             before, after = (resolve(validate(r, "r")) for r in (start, changed))
             assert before != after, f"{section}: {change}"
@@ -140,7 +146,16 @@ def test_every_plan_field_is_read() -> None:
     """A field that no code outside plan/ reads is not part of the contract."""
     sources = [
         path.read_text()
-        for folder in ("toolkit/train", "toolkit/runs", "toolkit/cli", "toolkit/plan", "launchers")
+        for folder in (
+            "toolkit/drumline/train",
+            "toolkit/drumline/runs",
+            "toolkit/drumline/cli",
+            "toolkit/drumline/plan",
+            "toolkit/drumline/session",
+            "toolkit/drumline/supervise",
+            "toolkit/drumline/trace",
+            "launchers/drumline_launchers",
+        )
         for path in (ROOT / folder).rglob("*.py")
         if path.name != "model.py"
     ]

@@ -4,11 +4,11 @@ import math
 
 import numpy as np
 import pytest
-from conftest import tiny_recipe
 
-from toolkit.errors import PlanError
-from toolkit.plan.batch import Split
-from toolkit.plan.noise import (
+from conftest import tiny_recipe
+from drumline.errors import PlanError
+from drumline.plan.batch import Split
+from drumline.plan.noise import (
     FEWEST,
     NoiseScale,
     is_measurable,
@@ -16,8 +16,8 @@ from toolkit.plan.noise import (
     noise_words,
     step_pair,
 )
-from toolkit.plan.resolve import resolve
-from toolkit.recipe.load import validate
+from drumline.plan.resolve import resolve
+from drumline.recipe.load import validate
 
 SIGNAL, NOISE, SIZE = 3.0, 40.0, 50
 """|G|² and tr Σ of the synthetic problem, in so many dimensions: B_simple = 40/3."""

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.plan import order
+from drumline.plan import order
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,17 +6,19 @@ from typing import Any
 
 import jsonschema
 import pytest
-from conftest import tiny_recipe
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from toolkit.errors import PlanError
-from toolkit.plan.advise import with_advice
-from toolkit.plan.model import Plan, read_plan
-from toolkit.plan.resolve import World, resolve
-from toolkit.plan.resplit import on_gpus
-from toolkit.plan.schedule import rate
-from toolkit.recipe import catalogue
-from toolkit.recipe.load import load_recipe, validate
+from conftest import tiny_recipe
+from drumline.errors import PlanError
+from drumline.plan.advise import with_advice
+from drumline.plan.model import Plan, read_plan
+from drumline.plan.resolve import World, resolve
+from drumline.plan.resplit import on_gpus
+from drumline.plan.schedule import rate
+from drumline.recipe import catalogue
+from drumline.recipe.load import load_recipe, validate
 
 LLAMA = {
     "source": "config", "architecture": "llama", "factory": None,
@@ -339,3 +341,43 @@ def test_options_that_the_estimate_does_not_know_are_said() -> None:
     assert any("without torch.compile" in warning for warning in plan.warnings)
     with pytest.raises(PlanError, match="flash needs compute capability 8.0"):
         resolve(load_recipe("llama-1b-8xh100", ["model.attention=flash", "cluster.gpu=v100-32gb"]))
+
+
+def test_part_of_a_node_is_one_node() -> None:
+    """2 GPUs of a node that has 8: one node with 2 of its 8, for the plan, the launcher and a re-split."""
+    recipe = validate(
+        tiny_recipe(
+            cluster={"gpu": "h200", "gpus_per_node": 8}, batch={"effective": 12, "gpus": 2}
+        ),
+        "r",
+    )
+    plan = resolve(recipe)
+    assert (plan.batch.nodes, plan.mesh.ranks_per_node, plan.mesh.ranks) == (1, 2, 2)
+    assert plan.recipe.cluster.gpus_per_node == 8
+    moved = resolve(on_gpus(plan.recipe, 4, None, World()))
+    assert (moved.batch.nodes, moved.mesh.ranks_per_node) == (1, 4)
+    two = {"nodes": 2, "gpus_per_node": 8, "gpu": "h200"}
+    with pytest.raises(PlanError, match=r"2 nodes × 8 gpus_per_node = 16, not gpus 2"):
+        resolve(validate(tiny_recipe(cluster=two, batch={"effective": 12, "gpus": 2}), "r"))
+
+
+@given(nodes=st.integers(1, 8), per_node=st.integers(1, 8), shard=st.sampled_from(["all", "node"]))
+def test_the_mesh_places_every_rank_once(nodes: int, per_node: int, shard: str) -> None:
+    """Each rank has a node and a data rank, each data rank a reader; replicas × shards are all ranks."""
+    gpus = nodes * per_node
+    recipe = validate(
+        tiny_recipe(cluster={"gpus_per_node": per_node}, strategy={"name": "fsdp", "shard": shard},
+                    batch={"effective": gpus, "per_device": 1, "gpus": gpus}), "r",
+    )  # fmt: skip
+    mesh = resolve(recipe).mesh
+    assert mesh.nodes == nodes
+    assert mesh.replicas * mesh.shards == mesh.ranks == gpus
+    assert mesh.shards == (per_node if shard == "node" else gpus)
+    assert sorted(mesh.data_rank(rank) for rank in range(gpus)) == list(range(mesh.data_ranks))
+    assert [mesh.data_rank(mesh.reader(n)) for n in range(mesh.data_ranks)] == list(
+        range(mesh.data_ranks)
+    )
+    assert [mesh.node(rank) for rank in range(gpus)] == [
+        n for n in range(nodes) for _ in range(per_node)
+    ]
+    assert {mesh.writer(number) for number in range(2 * gpus)} == set(range(gpus))

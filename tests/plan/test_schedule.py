@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from toolkit.errors import PlanError
-from toolkit.plan.schedule import (
+from drumline.errors import PlanError
+from drumline.plan.schedule import (
     SCHEDULES,
     Curve,
     rate,
@@ -13,8 +13,8 @@ from toolkit.plan.schedule import (
     resolve_milestones,
     resolve_warmup,
 )
-from toolkit.plan.steps import Clock
-from toolkit.recipe.schema import Schedule
+from drumline.plan.steps import Clock
+from drumline.recipe.schema import Schedule
 
 DO_NOT_DECAY = {"constant", "inverse_sqrt", "piecewise"}
 """Constant has no end value; inverse sqrt never reaches it; piecewise ends at its last milestone."""

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from toolkit.plan.architectures import read_shape
-from toolkit.plan.shapes import ModelShape
+from drumline.architectures.configs import read_shape
+from drumline.architectures.shapes import ModelShape
 
 SMALL = {
     "hidden_size": 64,

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolkit.errors import PlanError
-from toolkit.plan.steps import Clock, share
+from drumline.errors import PlanError
+from drumline.plan.steps import Clock, share
 
 remainders = st.sampled_from(["keep", "drop", "carry"])
 

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_recipe
 
-from toolkit.errors import RecipeError
-from toolkit.recipe import catalogue, yaml12
-from toolkit.recipe.load import load_recipe, merge, validate
+from conftest import tiny_recipe
+from drumline.errors import RecipeError
+from drumline.recipe import catalogue, yaml12
+from drumline.recipe.load import load_recipe, merge, validate
 
 
 def write(path: Path, value: Any) -> str:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from toolkit.errors import RecipeError
-from toolkit.recipe import yaml12
+from drumline.errors import RecipeError
+from drumline.recipe import yaml12
 
 
 @pytest.mark.parametrize(

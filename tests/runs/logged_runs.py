@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from conftest import tiny_recipe
-
-from toolkit.plan.resolve import World, resolve
-from toolkit.recipe.load import validate
-from toolkit.runs import folder as run_folder
-from toolkit.runs.folder import RunFolder
-from toolkit.runs.record import new_record
-from toolkit.secrets import Secrets
+from drumline.plan.resolve import World, resolve
+from drumline.recipe.load import validate
+from drumline.runs import folder as run_folder
+from drumline.runs.folder import RunFolder
+from drumline.runs.record import new_record
+from drumline.secrets import Secrets
 
 
 def step_line(step: int, loss: float | None = None) -> dict[str, Any]:

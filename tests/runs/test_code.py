@@ -5,12 +5,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import tiny_recipe
 
-from toolkit.errors import RunError
-from toolkit.recipe.load import validate
-from toolkit.recipe.schema import Recipe
-from toolkit.runs.code import (
+from conftest import tiny_recipe
+from drumline.errors import RunError
+from drumline.recipe.load import validate
+from drumline.recipe.schema import Recipe
+from drumline.runs.code import (
     FILE_LIMIT,
     MOST_LEFT_OUT,
     TOTAL_LIMIT,
@@ -18,7 +18,7 @@ from toolkit.runs.code import (
     read_code,
     restore_code,
 )
-from toolkit.secrets import Secrets
+from drumline.secrets import Secrets
 
 NOTHING = Secrets({})
 
@@ -149,7 +149,7 @@ def test_a_slow_git_is_told(project: Path, tmp_path: Path, monkeypatch: pytest.M
     )
     (tmp_path / "bin/git").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
-    monkeypatch.setattr("toolkit.runs.code._GIT_S", 0.5)
+    monkeypatch.setattr("drumline.runs.code._GIT_S", 0.5)
     code = read_code(recipe_in(project), tmp_path, NOTHING)
     assert code["commit"]
     assert set(code["left_out"]) == {"the diff", "untracked files"}

@@ -4,11 +4,11 @@ import copy
 from typing import Any
 
 import pytest
-from conftest import tiny_recipe
 
-from toolkit.recipe.load import validate
-from toolkit.runs.compare import compare, step_indices
-from toolkit.runs.logged import Logged
+from conftest import tiny_recipe
+from drumline.compare.comparison import compare, step_indices
+from drumline.compare.logged import Logged
+from drumline.recipe.load import validate
 
 WEIGHTS = {"step": 9, "sha256": "s", "elements": 4, "norm": 1.0, "sketch": [1.0] * 64}
 
@@ -151,7 +151,7 @@ def test_a_step_told_by_one_alone_does_not_count() -> None:
 
 def test_indices_are_those_that_trained() -> None:
     """The listed samples are the ones whose digest stands in the metrics."""
-    from toolkit.plan import order
+    from drumline.plan import order
 
     indices = step_indices(logged(), 3)
     assert indices == order.indices(5, 8000, 1, 24, 36).tolist()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from toolkit.runs.jobs import cancel_job, job_state
+from drumline.cluster.jobs import cancel_job, job_state
 
 ENTRY = {"target": "kubernetes", "id": "trainjob/a", "namespace": "train"}
 

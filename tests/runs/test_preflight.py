@@ -8,10 +8,10 @@ import sys
 from typing import Any
 
 import pytest
-from conftest import ROOT
 
-from toolkit.runs.preflight import slow_nodes
-from toolkit.train.bandwidth import bus_bandwidth, neighbours
+from conftest import SOURCES
+from drumline.cluster.preflight import slow_nodes
+from drumline.train.bandwidth import bus_bandwidth, neighbours
 
 
 @pytest.mark.parametrize("nodes", range(1, 18))
@@ -53,9 +53,9 @@ def test_a_node_below_the_ratio_is_named_with_its_figures() -> None:
 def test_this_machine_is_measured() -> None:
     """`drumline doctor --preflight --json`: real ranks, real figures."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")} | {
-        "PYTHONPATH": str(ROOT)
+        "PYTHONPATH": SOURCES
     }
-    command = [sys.executable, "-m", "toolkit.cli", "doctor", "--preflight", "--json"]
+    command = [sys.executable, "-m", "drumline.cli", "doctor", "--preflight", "--json"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from logged_runs import make_run, step_line, write_lines
 
-from toolkit.runs.folder import RunFolder
-from toolkit.runs.logged import read_folder
-from toolkit.runs.report import MOST_POINTS, thinned, write_report
+from drumline.compare.report import MOST_POINTS, thinned, write_report
+from drumline.compare.sources import read_folder
+from drumline.runs.folder import RunFolder
 
 pytestmark = [pytest.mark.xdist_group("browser")]
 

@@ -1,14 +1,14 @@
 """What counts as a secret, and that it is hidden wherever it stands."""
 
 import pytest
-from conftest import tiny_recipe
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolkit.errors import RecipeError
-from toolkit.recipe.load import validate
-from toolkit.recipe.schema import Recipe
-from toolkit.secrets import HIDDEN, Secrets, is_secret_file, is_secret_name, secrets_in
+from conftest import tiny_recipe
+from drumline.errors import RecipeError
+from drumline.recipe.load import validate
+from drumline.recipe.schema import Recipe
+from drumline.secrets import HIDDEN, Secrets, is_secret_file, is_secret_name, secrets_in
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from logged_runs import make_run, step_line, write_lines
 
-from toolkit.errors import RunFolderError
-from toolkit.recipe.load import validate
-from toolkit.runs import trackers, wandb_runs
-from toolkit.runs.folder import RunFolder
-from toolkit.runs.logged import read_logged
-from toolkit.runs.trackers import Trackers
+from drumline.compare import wandb_runs
+from drumline.compare.sources import read_logged
+from drumline.errors import RunFolderError
+from drumline.recipe.load import validate
+from drumline.runs import trackers
+from drumline.runs.folder import RunFolder
+from drumline.runs.trackers import Trackers
 
 pytestmark = [pytest.mark.xdist_group("trackers")]
 
@@ -60,8 +61,9 @@ def test_wandb_holds_the_run_and_a_resume_goes_on_in_it(tracked: RunFolder) -> N
     logged = read_logged(str(tracked.path / "wandb"))
     kept = [json.loads(line) for line in tracked.metrics_file.read_text().splitlines()]
     for ours, line in zip(logged.steps, kept, strict=True):
-        assert ours == {name: value for name, value in line.items() if value is not None}
-    assert logged.evaluations == [{"step": 12, "eval/loss": 0.5}]
+        known = {name: value for name, value in line.items() if value is not None}
+        assert ours == {"kind": "step", **known}
+    assert logged.evaluations == [{"kind": "evaluation", "step": 12, "eval/loss": 0.5}]
     record = tracked.read_record()
     assert logged.recipe == record["recipe"]
     for name in ("plan", "code", "versions", "data", "weights", "recipe_sha256"):

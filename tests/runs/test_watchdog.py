@@ -4,16 +4,19 @@ import os
 import signal
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from toolkit import processes
-from toolkit.patience import Patience
-from toolkit.processes import Process, free_port
-from toolkit.rank_files import RankFiles
-from toolkit.runs.signals import Signals
-from toolkit.runs.stragglers import STEPS, Stragglers
-from toolkit.runs.watchdog import Watchdog
+from drumline import processes
+from drumline.hang_timeout import HangTimeout
+from drumline.phases import Phase
+from drumline.processes import Process, free_port
+from drumline.rank_files import Heartbeat, RankFiles
+from drumline.supervise.ranks import Ranks
+from drumline.supervise.signals import Signals
+from drumline.supervise.stragglers import STEPS, Stragglers
+from drumline.supervise.watchdog import Watchdog
 
 
 class Clock:
@@ -25,54 +28,96 @@ class Clock:
         return self.now
 
 
-def two_ranks(folder: Path) -> list[RankFiles]:
-    return [RankFiles(folder, rank) for rank in (0, 1)]
+class Watched:
+    """Some ranks that report, and a watchdog that looks at a time of the test's."""
+
+    def __init__(self, folder: Path, count: int, hang_timeout: HangTimeout) -> None:
+        self.clock = Clock()
+        self.ranks = Ranks(folder, count, self.clock)
+        self.writers = [files.open_heartbeat() for files in self.ranks.files]
+        self.watchdog = Watchdog(self.ranks, hang_timeout, self.clock)
+
+    def enter(self, rank: int, phase: Phase, done: int = 6, step: int = 7, **more: Any) -> None:
+        self.writers[rank].enter(Heartbeat(done=done, step=step, phase=phase, **more))
+
+    def late(self, now: float) -> list[int]:
+        self.clock.now = now
+        self.ranks.refresh()
+        return [view.rank for view in self.watchdog.late_ranks()]
 
 
-def test_the_rank_with_the_fewest_places_is_late(tmp_path: Path) -> None:
+def test_the_rank_with_the_fewest_phases_is_late(tmp_path: Path) -> None:
     """Rank 0 waits in backward for rank 1, which sleeps in forward: rank 1 is named, after the timeout."""
-    ranks, clock = two_ranks(tmp_path), Clock()
-    beats = [files.open_beat() for files in ranks]
-    watchdog = Watchdog(ranks, Patience(10.0), clock)
-    for place in ("begin", "forward of micro-batch 1 of 1"):
-        for beat in beats:
-            beat(6, 7, place)
-    beats[0](6, 7, "backward of micro-batch 1 of 1")
-    assert not watchdog.stuck()
-    clock.now = 9.9
-    assert not watchdog.stuck()
-    clock.now = 10.0
-    late = watchdog.stuck()
-    assert [files.rank for files in late] == [1]
-    assert "rank 1 (step 7, forward of micro-batch 1 of 1)" in watchdog.describe(late)
+    watched = Watched(tmp_path, 2, HangTimeout(10.0))
+    for phase, detail in ((Phase.STEP_BEGINS, ""), (Phase.FORWARD, "micro-batch 1 of 1")):
+        for rank in (0, 1):
+            watched.enter(rank, phase, detail=detail)
+    watched.enter(0, Phase.BACKWARD, detail="micro-batch 1 of 1")
+    assert not watched.late(0.0)
+    assert not watched.late(9.9)
+    assert watched.late(10.0) == [1]
+    words = watched.watchdog.describe(watched.watchdog.late_ranks())
+    assert "rank 1 (step 7, forward of micro-batch 1 of 1)" in words
 
 
 def test_a_rank_that_moves_or_waits_for_a_disk_is_not_late(tmp_path: Path) -> None:
-    """A place, a sign of life while waiting, and an outcome all count."""
-    ranks, clock = two_ranks(tmp_path), Clock()
-    beats = [files.open_beat() for files in ranks]
-    watchdog = Watchdog(ranks, Patience(10.0), clock)
+    """A phase, a sign of life while waiting, and an outcome all count."""
+    watched = Watched(tmp_path, 2, HangTimeout(10.0))
     for when in range(0, 100, 6):
-        clock.now = float(when)
-        beats[0](6, 7, f"place {when}")
-        beats[1].wait() if when else beats[1](6, 7, "save")
-        assert not watchdog.stuck()
-    ranks[0].write_outcome({"outcome": "finished"})
-    ranks[1].write_outcome({"outcome": "finished"})
-    clock.now = 1000.0
-    assert not watchdog.stuck()
+        watched.enter(0, Phase.EVALUATING, detail=f"micro-batch {when}")
+        watched.writers[1].wait() if when else watched.enter(1, Phase.SAVING)
+        assert not watched.late(float(when))
+    for rank, files in enumerate(watched.ranks.files):
+        files.write_outcome({"outcome": "finished"})
+        watched.enter(rank, Phase.ENDED)
+    assert not watched.late(1000.0)
 
 
 def test_a_start_may_take_longer(tmp_path: Path) -> None:
     """Imports, loading and compiling have ten minutes, also where a step has ten seconds."""
-    ranks, clock = two_ranks(tmp_path), Clock()
-    ranks[0].open_beat()(0, 0, "warm-up")
-    watchdog = Watchdog(ranks, Patience(10.0), clock)
-    watchdog.stuck()
-    clock.now = 599.0
-    assert not watchdog.stuck()
-    clock.now = 601.0
-    assert [files.rank for files in watchdog.stuck()] == [1]
+    watched = Watched(tmp_path, 2, HangTimeout(10.0))
+    watched.enter(0, Phase.WARMING_UP, done=0, step=0)
+    assert not watched.late(0.0)
+    assert not watched.late(599.0)
+    assert watched.late(601.0) == [1]
+
+
+def test_a_save_has_a_limit_of_its_own(tmp_path: Path) -> None:
+    """A rank that says how long its save may take has so long, however tight the hang timeout is."""
+    watched = Watched(tmp_path, 1, HangTimeout(10.0))
+    watched.enter(0, Phase.SAVING, limit_s=300.0)
+    assert not watched.late(0.0)
+    assert not watched.late(299.0)
+    assert watched.late(301.0) == [0]
+
+
+def test_heartbeats_cost_the_training_thread_no_system_call(tmp_path: Path) -> None:
+    """Ten thousand phases are seen at once by another process of this host, and synced once."""
+    files = RankFiles(tmp_path, 0)
+    writer = files.open_heartbeat()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("open", "write", "pwrite", "fsync"):
+            patch.setattr(os, name, lambda *a, **k: pytest.fail("a system call"))
+        for step in range(10_000):
+            writer.enter(Heartbeat(step=step, phase=Phase.FORWARD))
+    seen = files.heartbeat()
+    assert seen
+    assert (seen.step, seen.count) == (9_999, 10_000)
+    assert writer.sync()
+    assert not writer.sync()
+
+
+def test_the_supervisor_opens_few_files(tmp_path: Path) -> None:
+    """However many ranks there are, at most 256 heartbeats are opened a second."""
+    clock = Clock()
+    few, many = Ranks(tmp_path, 8, clock), Ranks(tmp_path, 1024, clock)
+    for ranks, interval_s in ((few, 0.1), (many, 4.0)):
+        ranks.refresh()
+        assert not ranks.is_due()
+        clock.now += interval_s - 0.01
+        assert not ranks.is_due()
+        clock.now += 0.02
+        assert ranks.is_due()
 
 
 @pytest.mark.parametrize(
@@ -123,28 +168,24 @@ def test_a_free_port_is_none_that_the_system_gives_away() -> None:
 
 def test_a_step_many_times_the_median_is_a_hang(tmp_path: Path) -> None:
     """After ten steps of 2 s, a factor of 4 means 8 s in a step, and changes nothing in a save."""
-    ranks, clock = two_ranks(tmp_path), Clock()
-    beats = [files.open_beat() for files in ranks]
-    watchdog = Watchdog(ranks, Patience(600.0, factor=4.0), clock)
+    watched = Watched(tmp_path, 2, HangTimeout(600.0, factor=4.0))
+
+    def both(phase: Phase, done: int, step: int) -> None:
+        for rank in (0, 1):
+            watched.enter(rank, phase, done=done, step=step)
+
     for step in range(1, 13):
-        clock.now = 2.0 * step
-        for beat in beats:
-            beat(step - 1, step, "forward of micro-batch 1 of 1")
-        assert not watchdog.stuck()
-    for beat in beats:
-        beat(11, 12, "save")
-    assert not watchdog.stuck()
-    clock.now += 100.0
-    assert not watchdog.stuck()
-    for beat in beats:
-        beat(11, 13, "forward of micro-batch 1 of 1")
-    assert not watchdog.stuck()
-    clock.now += 7.9
-    assert not watchdog.stuck()
-    clock.now += 0.2
-    late = watchdog.stuck()
-    assert [files.rank for files in late] == [0, 1]
-    assert "did not move for 8 s (launch.hang_factor)" in watchdog.describe(late)
+        both(Phase.FORWARD, step - 1, step)
+        assert not watched.late(2.0 * step)
+    both(Phase.SAVING, 11, 12)
+    assert not watched.late(24.0)
+    assert not watched.late(124.0)
+    both(Phase.FORWARD, 11, 13)
+    assert not watched.late(124.0)
+    assert not watched.late(131.9)
+    assert watched.late(132.1) == [0, 1]
+    words = watched.watchdog.describe(watched.watchdog.late_ranks())
+    assert "did not move for 8 s (launch.hang_factor)" in words
 
 
 @pytest.mark.parametrize(("slow_ms", "is_named"), [(50, True), (19, False)])
@@ -152,17 +193,18 @@ def test_a_rank_that_computes_more_slowly_is_named_once(
     tmp_path: Path, slow_ms: int, is_named: bool
 ) -> None:
     """By its forwards, against the median of all, with its host; again only after it had recovered."""
-    ranks = [RankFiles(tmp_path, rank) for rank in range(4)]
-    beats = [files.open_beat() for files in ranks]
-    ranks[2].write_device({"host": "node-7"})
+    ranks = Ranks(tmp_path, 4)
+    writers = [files.open_heartbeat() for files in ranks.files]
+    ranks.files[2].write_device({"host": "node-7"})
     stragglers = Stragglers(ranks, 2.0)
     said, busy = [], [0, 0, 0, 0]
     for step in range(4 * STEPS + 1):
         recovered = 2 * STEPS < step <= 3 * STEPS
-        for rank, beat in enumerate(beats):
+        for rank, writer in enumerate(writers):
             ms = slow_ms if rank == 2 and not recovered else 10
             busy[rank] += ms if step else 0
-            beat(step, step + 1, "begin", busy[rank])
+            writer.enter(Heartbeat(done=step, step=step + 1, busy_ms=busy[rank]))
+        ranks.refresh()
         if words := stragglers.look():
             said.append(words)
     expected = "straggler: rank 2 on node-7: its forwards take 50 ms a step, the median is 10"

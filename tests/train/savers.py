@@ -1,4 +1,4 @@
-"""Saving as several ranks would, each in its own thread, voting through a store in memory."""
+"""Saving as several ranks would, each in its own thread, committing through a store in memory."""
 
 import math
 import threading
@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch.distributed import HashStore
 
-from toolkit.checkpoint.manifest import checkpoint_name
-from toolkit.checkpoint.state import TrainState
-from toolkit.recipe.schema import Checkpoint
-from toolkit.train.engines.base import Piece
-from toolkit.train.saver import Saver
-from toolkit.train.votes import Votes
+from drumline.checkpoint.manifest import checkpoint_name
+from drumline.checkpoint.state import TrainState
+from drumline.recipe.schema import Checkpoint
+from drumline.train.commit import SaveCommit
+from drumline.train.engines.base import TensorShard
+from drumline.train.saver import Saver
 
 SHAPES = {"model.a": (7, 3), "model.b": (5,), "optimizer.a.step": (), "model.c": (2, 2, 2)}
 
@@ -28,7 +28,7 @@ def tensors(seed: int) -> dict[str, torch.Tensor]:
 
 def pieces(
     whole: dict[str, torch.Tensor], rank: int, world: int, sharded: bool
-) -> dict[str, Piece]:
+) -> dict[str, TensorShard]:
     """A rank's parts: chunks of the first dimension, or whole tensors dealt round."""
     result = {}
     for number, (name, tensor) in enumerate(whole.items()):
@@ -37,15 +37,17 @@ def pieces(
             start = min(tensor.shape[0], rank * size)
             part = tensor[start : start + size].clone()
             first = start * math.prod(tensor.shape[1:])
-            result[name] = Piece(part, tuple(tensor.shape), first, part.numel() > 0)
+            result[name] = TensorShard(part, tuple(tensor.shape), first, part.numel() > 0)
         else:
-            result[name] = Piece(tensor.clone(), tuple(tensor.shape), 0, number % world == rank)
+            result[name] = TensorShard(
+                tensor.clone(), tuple(tensor.shape), 0, number % world == rank
+            )
     return result
 
 
 def one_saver(folder: Path, **spec: Any) -> Saver:
     """The saver of a run with one rank."""
-    return Saver(folder, Checkpoint(**spec), Votes(HashStore(), "run-0", 0, 1, 5.0), 0)
+    return Saver(folder, Checkpoint(**spec), SaveCommit(HashStore(), "run-0", 0, 1), 0)
 
 
 def save(folder: Path, step: int, world: int = 2, sharded: bool = True, **spec: Any) -> Path:
@@ -67,8 +69,9 @@ def try_to_save(
 
     def work(rank: int) -> None:
         try:
-            votes = Votes(store, "run-0", rank, world, timeout_s)
-            saver = Saver(folder, Checkpoint(**{"keep_last": 99, **spec}), votes, rank)
+            commit = SaveCommit(store, "run-0", rank, world)
+            saver = Saver(folder, Checkpoint(**{"keep_last": 99, **spec}), commit, rank)
+            saver.limit_s = lambda size=None: timeout_s  # type: ignore[method-assign]
             saver.save(pieces(tensors(step), rank, world, sharded), TrainState(step=step))
             saver.wait()
         except BaseException as error:

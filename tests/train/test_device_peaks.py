@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from memory.plans import small_plan
 
-from toolkit.rank_files import RankFiles
-from toolkit.runs.peaks import memory_entry
+from drumline.rank_files import RankFiles
+from drumline.runs.peaks import memory_entry
+from memory.plans import small_plan
 
 torch = pytest.importorskip("torch")
 
@@ -25,7 +25,7 @@ def test_the_largest_of_any_rank_stands_in_the_record(tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 def test_real_peaks_of_a_gpu() -> None:
     """Allocated ≤ reserved ≤ device, and a gigabyte more shows in all of them."""
-    from toolkit.train.memory import device_peaks
+    from drumline.train.device_memory import device_peaks
 
     torch.zeros(1, device="cuda")
     before = device_peaks()

@@ -4,13 +4,13 @@ import math
 from typing import Any
 
 import pytest
-from conftest import tiny_recipe
 
-from toolkit.checkpoint.state import TrainState
-from toolkit.plan.model import Plan
-from toolkit.plan.resolve import resolve
-from toolkit.recipe.load import validate
-from toolkit.train.loop import _judge
+from conftest import tiny_recipe
+from drumline.checkpoint.state import TrainState
+from drumline.plan.model import Plan
+from drumline.plan.resolve import resolve
+from drumline.recipe.load import validate
+from drumline.train.loop import _judge
 
 
 def plan(**rule: Any) -> Plan:

@@ -5,9 +5,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from toolkit.memory.load import CHUNK_TOKENS
-from toolkit.train.loss import LossModule, token_loss_sum
-from toolkit.train.scaler import GROWTH_INTERVAL, LossScaler
+from drumline.memory.load import CHUNK_TOKENS
+from drumline.train.objectives import ObjectiveModule
+from drumline.train.objectives.cross_entropy import (
+    ClassCrossEntropy,
+    TokenCrossEntropy,
+    token_loss_sum,
+)
+from drumline.train.scaler import GROWTH_INTERVAL, LossScaler
 
 
 class Toy(nn.Module):
@@ -69,7 +74,7 @@ def test_chunked_loss_has_the_same_value_and_gradient() -> None:
     gradients = []
     for chunked in (False, True):
         model.zero_grad()
-        total = LossModule(model, "causal_lm", chunked)(b)[0]
+        total = ObjectiveModule(model, TokenCrossEntropy(chunked))(b)[0]
         total.backward()
         gradients.append(
             [total.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
@@ -84,19 +89,19 @@ def test_a_dummy_row_adds_exactly_zero() -> None:
     model = Toy(11)
     b = batch(1, 5)
     b["targets"].fill_(-100)
-    total = LossModule(model, "causal_lm", False)(b)[0]
+    total = ObjectiveModule(model, TokenCrossEntropy())(b)[0]
     total.backward()
     assert total.item() == 0.0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
 def test_classification_counts_right_answers() -> None:
-    """The second number is how many rows were predicted right; weights act on the first."""
+    """The loss, rows predicted right, rows that count; weights act on the first."""
     model = nn.Identity()
     logits = torch.tensor([[5.0, 0.0], [5.0, 0.0], [0.0, 5.0]])
     b = {"features": logits, "targets": torch.tensor([0, 1, -100]), "weights": torch.ones(3)}
-    total, right = LossModule(model, "classification", False)(b)
-    assert right == 1
+    total, right, answers = ObjectiveModule(model, ClassCrossEntropy())(b)
+    assert (right, answers) == (1, 2)
     assert float(total) == pytest.approx(
         2 * functional.cross_entropy(logits[:2], b["targets"][:2]).item()
     )

@@ -5,29 +5,35 @@ from typing import Any
 
 import pytest
 import torch
+
 from conftest import tiny_recipe
+from drumline.data.dataset_manifest import DatasetManifest
+from drumline.errors import PlanError
+from drumline.recipe.load import validate
+from drumline.train.models import ModelBuilder, named_blocks
 
-from toolkit.data.card import Card
-from toolkit.errors import PlanError
-from toolkit.recipe.load import validate
-from toolkit.train.models import Skeleton, named_blocks
-
-CARD = Card(1, "causal_lm", "f", 9, 0, 16, "bytes", "<u2", 257, None, None, 9, 0, 0, {})
+MANIFEST = DatasetManifest(
+    task="causal_lm",
+    fingerprint="f",
+    samples=9,
+    validation_samples=0,
+    sequence_length=16,
+    tokenizer="bytes",
+    token_dtype="<u2",
+    vocabulary=257,
+)
 CONFIG = {"vocab_size": 257, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 16}
 GPT2 = {"source": "config", "factory": None, "architecture": "gpt2", "config": CONFIG}
 
 
-def built(card: Card = CARD, **model: Any) -> torch.nn.Module:
+def built(manifest: DatasetManifest = MANIFEST, **model: Any) -> torch.nn.Module:
     recipe = validate(
         tiny_recipe(
             model={**GPT2, **model},
             data={"source": "files", "name": None, "path": "/x.txt", "task": "causal_lm",
                   "sequence_length": 16, "samples": None, "validation": 0.0},
         ), "r")  # fmt: skip
-    skeleton = Skeleton(recipe, card)
-    for _ in skeleton.blocks():
-        pass
-    return skeleton.finish()
+    return ModelBuilder(recipe, manifest).whole()
 
 
 def test_weights_have_the_architecture_s_own_distribution() -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import tiny_recipe
 
-from toolkit.plan import order
-from toolkit.plan.model import Plan
-from toolkit.plan.resolve import World, resolve
-from toolkit.recipe.load import validate
-from toolkit.train.batches import StepReader
+from conftest import tiny_recipe
+from drumline.plan import order
+from drumline.plan.model import Plan
+from drumline.plan.resolve import World, resolve
+from drumline.recipe.load import validate
+from drumline.train.batches import StepReader
 
 EFFECTIVE, EPOCHS = 12, 3
 SPLITS = [
@@ -103,8 +103,10 @@ class SeedByRank(StepReader):
     """Planted fault: each rank shuffles with its own seed."""
 
     def step_indices(self, number: int) -> Any:
-        recipe = self._plan.recipe.model_copy(update={"seed": 11 + self._rank})
-        twin = StepReader(dataclasses.replace(self._plan, recipe=recipe), self._rows, self._rank)
+        recipe = self._plan.recipe.model_copy(update={"seed": 11 + self._data_rank})
+        twin = StepReader(
+            dataclasses.replace(self._plan, recipe=recipe), self._rows, self._data_rank
+        )
         return twin.step_indices(number)
 
 

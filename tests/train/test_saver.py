@@ -12,12 +12,13 @@ import pytest
 import torch
 from savers import one_saver, pieces, save, tensors, try_to_save
 
-from toolkit.checkpoint import manifest, shelf
-from toolkit.checkpoint.manifest import step_of, verify
-from toolkit.checkpoint.state import TrainState
-from toolkit.errors import CheckpointError
-from toolkit.train import loader, saver
-from toolkit.train.engines.base import Piece
+from drumline.checkpoint import manifest
+from drumline.checkpoint import retention as shelf
+from drumline.checkpoint.manifest import step_of, verify
+from drumline.checkpoint.state import TrainState
+from drumline.errors import CheckpointError
+from drumline.train import loader, saver
+from drumline.train.engines.base import TensorShard
 
 
 @pytest.mark.parametrize("write", [(1, False), (2, True), (3, True), (4, True), (3, False)])
@@ -29,7 +30,7 @@ def test_any_split_reads_what_any_split_wrote(tmp_path: Path, write: Any, read: 
     world, sharded = read
     for rank in range(world):
         expected = pieces(tensors(3), rank, world, sharded)
-        empty = {name: Piece(torch.full_like(p.tensor, 9.0), p.shape, p.start, p.owned)
+        empty = {name: TensorShard(torch.full_like(p.tensor, 9.0), p.shape, p.start, p.owned)
                  for name, p in expected.items()}  # fmt: skip
         loader.load(path, empty)
         for name, piece in expected.items():
@@ -43,9 +44,9 @@ def test_what_is_saved_is_the_state_at_the_call(
     may_write = threading.Event()
     real = saver._write_shard
 
-    def late(*arguments: Any) -> str:
+    def late(*arguments: Any, **options: Any) -> str:
         may_write.wait(5)
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(saver, "_write_shard", late)
     parts = pieces(tensors(1), 0, 1, False)
@@ -105,7 +106,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     parts = pieces(tensors(1), 0, 1, False)
     with pytest.raises(CheckpointError, match="this model lacks model.c"):
         loader.load(path, {name: p for name, p in parts.items() if name != "model.c"})
-    parts["model.b"] = Piece(torch.zeros(6), (6,), 0, True)
+    parts["model.b"] = TensorShard(torch.zeros(6), (6,), 0, True)
     with pytest.raises(CheckpointError, match=r"tensor model.b: \[5\] saved, \[6\] here"):
         loader.load(path, parts)
 
@@ -118,10 +119,10 @@ def test_one_ranks_error_is_every_ranks(
     save(tmp_path / "c", 1)
     real = saver._write_shard
 
-    def failing(folder: Path, rank: int, *rest: Any) -> str:
+    def failing(folder: Path, rank: int, *rest: Any, **options: Any) -> str:
         if rank == broken:
             raise OSError(28, "No space left on device")
-        return real(folder, rank, *rest)
+        return real(folder, rank, *rest, **options)
 
     monkeypatch.setattr(saver, "_write_shard", failing)
     errors = try_to_save(tmp_path / "c", 2)
@@ -198,10 +199,10 @@ def test_only_rank_0_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """A rank that waits longer than the timeout for a slow rank 0 takes nothing of its part back."""
     real = saver._write_shard
 
-    def slow(folder: Path, rank: int, *rest: Any) -> str:
+    def slow(folder: Path, rank: int, *rest: Any, **options: Any) -> str:
         if rank == 0:
             time.sleep(1.0)
-        return real(folder, rank, *rest)
+        return real(folder, rank, *rest, **options)
 
     monkeypatch.setattr(saver, "_write_shard", slow)
     path = save(tmp_path / "c", 1, timeout_s=0.3)

@@ -49,7 +49,7 @@ attend=''
 trap 'interrupted=1; kill -USR1 "$attend" 2> /dev/null' USR1
 trap 'interrupted=1; kill -TERM "$attend" 2> /dev/null' TERM
 
-/sw/venv/bin/python -m toolkit.cli attend "$run" &
+/sw/venv/bin/python -P -m drumline.cli attend "$run" &
 attend=$!
 while :; do
   interrupted=''

@@ -32,7 +32,7 @@ attend=''
 trap 'interrupted=1; kill -USR1 "$attend" 2> /dev/null' USR1
 trap 'interrupted=1; kill -TERM "$attend" 2> /dev/null' TERM
 
-/usr/bin/python3 -m toolkit.cli attend "$run" &
+/usr/bin/python3 -P -m drumline.cli attend "$run" &
 attend=$!
 while :; do
   interrupted=''

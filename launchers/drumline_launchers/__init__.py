@@ -1,0 +1,12 @@
+"""Who starts the processes: pure renderers from a Plan to a command. Never imports torch."""
+
+from drumline_launchers import accelerate, deepspeed, torchrun
+from drumline_launchers.base import Command, Renderer
+
+LAUNCHERS: dict[str, Renderer] = {
+    "torchrun": torchrun.render,
+    "accelerate": accelerate.render,
+    "deepspeed": deepspeed.render,
+}
+
+__all__ = ["LAUNCHERS", "Command", "Renderer"]

@@ -1,0 +1,37 @@
+"""DeepSpeed's per-node launcher. The `deepspeed` command itself leaves ranks running when it is ended."""
+
+import base64
+import json
+
+from drumline.plan.deepspeed import deepspeed_config
+from drumline.plan.model import Plan
+from drumline_launchers.base import (
+    WORKER_ENVIRONMENT,
+    Command,
+    Job,
+    start_module,
+    worker_arguments,
+)
+
+
+def render(plan: Plan, job: Job) -> Command:
+    """`python -m deepspeed.launcher.launch` of this node's ranks.
+
+    The configuration is written for people to read; the workers make the same from the plan.
+    """
+    slots = list(range(plan.mesh.ranks_per_node))
+    world = {f"node-{number}": slots for number in range(plan.batch.nodes)}
+    argv = [
+        *start_module(job.python, "deepspeed.launcher.launch"),
+        f"--world_info={base64.urlsafe_b64encode(json.dumps(world).encode()).decode()}",
+        f"--node_rank={job.node_rank}",
+        f"--master_addr={job.host}",
+        f"--master_port={job.port}",
+        "--no_local_rank",
+        "--module",
+        *worker_arguments(job),
+    ]
+    kind = "cpu" if plan.recipe.cluster.gpu == "cpu" else "cuda"
+    config_file = str(job.run_folder / f"deepspeed-{job.attempt}.json")
+    text = json.dumps(deepspeed_config(plan), indent=2) + "\n"
+    return Command(argv, {**WORKER_ENVIRONMENT, "DS_ACCELERATOR": kind}, {config_file: text})

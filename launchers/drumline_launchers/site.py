@@ -1,0 +1,95 @@
+"""A site: what a cluster is like, in a YAML file that is validated like a recipe and never part of one."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from drumline.recipe.schema import Count, Name, Section, Slug
+
+Line = Annotated[str, Field(pattern=r"^[^\x00\n\r]*$")]
+Option = Annotated[str, Field(pattern=r"^--[a-z][a-z0-9-]*(=[^\n\r]*)?$")]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+SlurmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:+@-]*$")]
+SlurmList = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:+@,\[\]-]*$")]
+Adapters = Annotated[str, Field(pattern=r"^[\^=]{0,2}[A-Za-z0-9_][A-Za-z0-9_.:,-]*$")]
+TimeLimit = Annotated[str, Field(pattern=r"^(\d+-)?\d{1,3}:\d{2}(:\d{2})?$")]
+Memory = Annotated[str, Field(pattern=r"^(0|\d+[KMGT])$")]
+
+
+class Container(Section):
+    """The image that the ranks run in; `python` is the interpreter inside it."""
+
+    kind: Literal["apptainer", "pyxis"]
+    image: Name
+    python: Name = "python"
+    mounts: list[Line] = Field(default_factory=list)
+
+
+class Fabric(Section):
+    """Which network NCCL and gloo use: interface names, InfiniBand adapters."""
+
+    interface: Adapters | None = None
+    infiniband: Adapters | None = None
+
+
+class SecretReference(Section):
+    """A key of a Kubernetes Secret, by name."""
+
+    name: Name
+    key: Name
+
+
+class Kubernetes(Section):
+    """Namespace, image and volumes of a Kubernetes cluster; `secrets` maps variables to keys of Secrets.
+
+    `kind`: a Kubeflow TrainJob (of `runtime`), a JobSet, or an Indexed Job. `claim` is the volume claim that
+    holds run folders, mounted at `mount`.
+    """
+
+    kind: Literal["trainjob", "jobset", "job"] = "trainjob"
+    namespace: Name = "default"
+    image: Name
+    runtime: Name = "torch-distributed"
+    claim: Name
+    mount: Annotated[str, Field(pattern=r"^/[^\n\r:]*$")] = "/runs"
+    shared_memory: Annotated[str, Field(pattern=r"^\d+(Mi|Gi)$")] = "16Gi"
+    gpu_resource: Name = "nvidia.com/gpu"
+    service_account: Name | None = None
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    secrets: dict[Variable, SecretReference] = Field(default_factory=dict)
+
+
+SLOW_NODE_RATIO = 0.8
+
+
+class Site(Section):
+    """Partition, hardware, limits and set-up of a cluster.
+
+    `environment` names variables of the submitter to pass on, by name only; `setup` are shell lines before
+    anything starts; `sbatch` further options, one each. `warning_s` before the time limit the run saves.
+    `preflight`: a job measures its nodes' links first; a node below `slow_node_ratio` of the others is slow.
+    """
+
+    site: Slug
+    partition: SlurmList | None = None
+    account: SlurmName | None = None
+    qos: SlurmName | None = None
+    gpu: str | None = None
+    gpu_type: SlurmName | None = None
+    gpus_per_node: Count | None = None
+    cpus_per_node: Count | None = None
+    memory_per_node: Memory | None = None
+    time_limit: TimeLimit | None = None
+    warning_s: Count = 120
+    setup: list[Line] = Field(default_factory=list)
+    python: Name | None = None
+    container: Container | None = None
+    kubernetes: Kubernetes | None = None
+    environment: list[Variable] = Field(default_factory=list)
+    fabric: Fabric = Fabric.model_construct()
+    exclude: list[SlurmList] = Field(default_factory=list)
+    runs: str | None = None
+    cache: str | None = None
+    sbatch: list[Option] = Field(default_factory=list)
+    preflight: bool = False
+    slow_node_ratio: Annotated[float, Field(gt=0, lt=1)] = SLOW_NODE_RATIO

@@ -1,0 +1,176 @@
+"""Slurm: one batch script for people to read, and the srun that starts an attempt on its nodes. Pure."""
+
+import shlex
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined, Template
+
+from drumline.plan.model import Plan
+from drumline_launchers.base import Command, Job
+from drumline_launchers.site import Container, Site
+
+_ALWAYS = ("PATH", "HOME", "USER", "SHELL", "LANG", "SLURM_CONF", "DRUMLINE_CACHE")
+"""Passed on beside what the site names, where it names any."""
+
+_TEMPLATE = Path(__file__).with_name("slurm.sh.j2")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the script needs beside plan and site: `fewest` to `most` nodes, where things lie.
+
+    Several run folders make a job array, one task each. `after` is the job that this one waits for,
+    `is_followed` that another waits for this one, which then does not start itself again. `at_most`: tasks
+    of the array that run at the same time.
+    """
+
+    run_folders: list[Path]
+    python: str
+    import_path: list[Path]
+    fewest: int
+    most: int
+    after: str | None = None
+    is_followed: bool = False
+    at_most: int | None = None
+
+
+def render_script(plan: Plan, site: Site, batch: Batch) -> str:
+    """The sbatch script, every value quoted."""
+    per_node = plan.mesh.ranks_per_node
+    return _template().render(
+        options=_options(plan, site, batch, per_node),
+        site=site,
+        runs=batch.run_folders,
+        python=site.python or batch.python,
+        import_path=":".join(map(str, batch.import_path)),
+        fabric=_fabric(site),
+        cache=site.cache,
+        is_followed=batch.is_followed,
+        recipe=plan.recipe.recipe,
+        split=str(plan.batch.split),
+        effective=plan.batch.effective,
+    )
+
+
+def step_command(plan: Plan, job: Job, site: Site, hosts: list[str]) -> Command:
+    """Srun of one launcher per node, on as many of these hosts as the plan has nodes, the first ones."""
+    node = ["-P", "-m", "drumline_launchers.node", "--plan", str(job.plan_file),
+            "--run-dir", str(job.run_folder), "--attempt", str(job.attempt),
+            "--host", job.host, "--port", str(job.port),
+            *(["--until", str(job.until)] if job.until else [])]  # fmt: skip
+    start = [*python_of(site, job.python, job.run_folder), *node]
+    return Command(on_each(hosts[: plan.batch.nodes], start, site), {}, is_remote=True)
+
+
+def on_each(hosts: list[str], command: list[str], site: Site | None = None) -> list[str]:
+    """Srun of the command once on each of these hosts of the job; all end when one fails."""
+    cores = site.cpus_per_node if site else None
+    return [
+        *_one_task_on_each(hosts),
+        "--kill-on-bad-exit=1",
+        "--wait=30",
+        "--export=ALL",
+        *([f"--cpus-per-task={cores}"] if cores else []),
+        *command,
+    ]
+
+
+def python_of(site: Site, python: str, run_folder: Path) -> list[str]:
+    """What starts Python in a step: the one given, or inside the site's container its own."""
+    container = site.container
+    if container is None:
+        return [python]
+    enter = _pyxis if container.kind == "pyxis" else _apptainer
+    return [*enter(container, run_folder), container.python]
+
+
+def roll_call(hosts: list[str]) -> list[str]:
+    """Srun whose tasks print the names of their hosts; a host that is lost prints nothing, the others do."""
+    return [
+        *_one_task_on_each(hosts),
+        "--no-kill",
+        "--kill-on-bad-exit=0",
+        "printenv",
+        "SLURMD_NODENAME",
+    ]
+
+
+def _one_task_on_each(hosts: list[str]) -> list[str]:
+    return [
+        "srun",
+        f"--nodes={len(hosts)}",
+        f"--ntasks={len(hosts)}",
+        "--ntasks-per-node=1",
+        f"--nodelist={','.join(hosts)}",
+        "--overlap",  # a step that is still being cleared away must not hold up the next
+    ]
+
+
+def _options(plan: Plan, site: Site, batch: Batch, per_node: int) -> list[str]:
+    """#SBATCH lines, in sbatch's own syntax: an unquoted line each, so values are checked beforehand."""
+    nodes = str(batch.most) if batch.fewest == batch.most else f"{batch.fewest}-{batch.most}"
+    gpus = None
+    if plan.recipe.cluster.gpu != "cpu":
+        kind = f"{site.gpu_type}:" if site.gpu_type else ""
+        gpus = f"--gpus-per-node={kind}{per_node}"
+    found = [
+        f"--job-name={plan.recipe.recipe}",
+        f"--nodes={nodes}",  # with --ntasks-per-node Slurm would give the fewest of a range
+        gpus,
+        f"--cpus-per-task={site.cpus_per_node}" if site.cpus_per_node else None,
+        f"--mem={site.memory_per_node}" if site.memory_per_node else None,
+        f"--time={site.time_limit}" if site.time_limit else None,
+        f"--partition={site.partition}" if site.partition else None,
+        f"--account={site.account}" if site.account else None,
+        f"--qos={site.qos}" if site.qos else None,
+        f"--exclude={','.join(site.exclude)}" if site.exclude else None,
+        f"--dependency=afterany:{batch.after}" if batch.after else None,
+        _array(batch),
+        f"--export={','.join([*_ALWAYS, *site.environment])}" if site.environment else None,
+        f"--signal=B:USR1@{site.warning_s}",
+        "--requeue",
+        "--open-mode=append",
+        *site.sbatch,
+    ]
+    return [option for option in found if option]
+
+
+def _array(batch: Batch) -> str | None:
+    if len(batch.run_folders) == 1:
+        return None
+    throttle = f"%{batch.at_most}" if batch.at_most else ""
+    return f"--array=0-{len(batch.run_folders) - 1}{throttle}"
+
+
+def _fabric(site: Site) -> dict[str, str]:
+    found: dict[str, str] = {}
+    if site.fabric.interface:
+        found |= dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), site.fabric.interface)
+    if site.fabric.infiniband:
+        found["NCCL_IB_HCA"] = site.fabric.infiniband
+    return found
+
+
+def _mounts(container: Container, run_folder: Path) -> list[str]:
+    return [*container.mounts, str(run_folder)]
+
+
+def _pyxis(container: Container, run_folder: Path) -> list[str]:
+    mounts = [m if ":" in m else f"{m}:{m}" for m in _mounts(container, run_folder)]
+    return [f"--container-image={container.image}", f"--container-mounts={','.join(mounts)}"]
+
+
+def _apptainer(container: Container, run_folder: Path) -> list[str]:
+    binds = [part for mount in _mounts(container, run_folder) for part in ("--bind", mount)]
+    return ["apptainer", "exec", "--nv", *binds, container.image]
+
+
+@cache
+def _template() -> Template:
+    """Every value goes through `quoted`; a name that is not given is an error."""
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+                              keep_trailing_newline=True, autoescape=False)  # fmt: skip  # noqa: S701 - shell
+    environment.filters["quoted"] = lambda value: shlex.quote(str(value))
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))

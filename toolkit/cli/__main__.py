@@ -1,5 +1,0 @@
-"""`python -m toolkit.cli`: the same as the command `drumline`."""
-
-from toolkit.cli import main
-
-main()

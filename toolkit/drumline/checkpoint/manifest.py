@@ -1,0 +1,321 @@
+"""What a checkpoint says of itself, and whether it is true.
+
+    checkpoints/step-00000200/
+        rank-0.safetensors   the tensors (or ranges of them) that rank 0 owns, each as one dimension
+        rank-0.json          tensor, global shape, first element in row-major order, dtype, size,
+                             SHA-256; size of the file and SHA-256 of its header
+        state.json           step, samples, tokens, early stopping …
+        manifest.json        SHA-256 of the others and of itself, the resolved recipe; written last, deleted
+                             first
+        amendment.json       state.json anew, where an evaluation was made up for after a resume; with
+                             its own SHA-256
+
+Every bit of every file is covered: tensors by their digests, the header by its own, the JSON files
+by the manifest, the manifest by itself. Only regular files of exactly these names are read.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+import struct
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from drumline.checkpoint.state import TrainState
+from drumline.errors import CheckpointError
+from drumline.files import fsync_folder, write_durably
+
+FORMAT_VERSION = 2
+MANIFEST = "manifest.json"
+STATE = "state.json"
+AMENDMENT = "amendment.json"
+DIGEST_THREADS = 4
+
+_NAME = re.compile(r"^step-(\d{8,})$")
+_CHUNK = 1 << 22
+_LARGEST_HEADER = 100 << 20
+_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+         "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}  # fmt: skip
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder of a step: `step-00000200`."""
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int | None:
+    """The step that a checkpoint's name says; None for other names."""
+    match = _NAME.match(path.name)
+    return int(match.group(1)) if match else None
+
+
+def shard_name(rank: int) -> str:
+    """The tensors of a rank."""
+    return f"rank-{rank}.safetensors"
+
+
+def rank_manifest_name(rank: int) -> str:
+    """What the tensors of a rank are."""
+    return f"rank-{rank}.json"
+
+
+def sha256(raw: Any) -> str:
+    """SHA-256 of bytes, in hex."""
+    return hashlib.sha256(raw).hexdigest()
+
+
+def write_rank_manifest(
+    folder: Path,
+    rank: int,
+    tensors: dict[str, dict[str, Any]],
+    weight_sums: dict[str, Any] | None = None,
+) -> str:
+    """Describe a rank's shard, which is on disk already; the SHA-256 of the description.
+
+    `tensors`: name -> shape (global), start (first element), dtype, bytes, sha256. `weight_sums`: of the
+    weights among them, where they were made (`checkpoint/weights.py`).
+    """
+    path = folder / shard_name(rank)
+    start = _data_start(path)
+    with path.open("rb") as file:
+        header = file.read(start)
+        size = os.fstat(file.fileno()).st_size
+    described = {"bytes": size, "header_sha256": sha256(header), "tensors": tensors}
+    raw = _encode({**described, "weight_sums": weight_sums} if weight_sums else described)
+    write_durably(folder / rank_manifest_name(rank), raw)
+    return sha256(raw)
+
+
+def write_manifest(
+    folder: Path,
+    state: dict[str, Any],
+    rank_digests: list[str],
+    recipe: dict[str, Any] | None = None,
+) -> None:
+    """state.json, then manifest.json, which makes the folder a checkpoint.
+
+    `recipe`: the resolved one, so that a checkpoint alone can be reproduced.
+    """
+    raw = _encode(state)
+    write_durably(folder / STATE, raw)
+    files = {rank_manifest_name(rank): digest for rank, digest in enumerate(rank_digests)}
+    content = {"format": FORMAT_VERSION, "step": state["step"], "ranks": len(rank_digests),
+               "files": {**files, STATE: sha256(raw)}, "recipe": recipe}  # fmt: skip
+    write_durably(folder / MANIFEST, _encode(_with_digest(content)))
+
+
+def verify(path: Path, ranks: Iterable[int] | None = None) -> TrainState:
+    """Check a checkpoint, and every bit of these ranks' shards (default: of all).
+
+    CheckpointError names the first file that is not what was saved.
+    """
+    index = read_manifest(path)
+    try:
+        state = TrainState(**_json_of(path, STATE, index["files"][STATE]))
+    except TypeError as error:
+        raise CheckpointError(f"{path / STATE}: {error}") from None
+    if state.step != index["step"]:
+        raise CheckpointError(f"{path / STATE}: step {state.step}, the manifest says another")
+    state = _amended(path, state)
+    for rank in range(index["ranks"]) if ranks is None else ranks:
+        if rank < index["ranks"]:
+            _verify_shard(path, rank, index["files"][rank_manifest_name(rank)])
+    return state
+
+
+def write_amendment(path: Path, state: dict[str, Any]) -> None:
+    """The state of a published checkpoint as it is now known, whole or absent."""
+    write_durably(path / AMENDMENT, _encode(_with_digest({"state": state})))
+    fsync_folder(path)
+
+
+def _amended(path: Path, state: TrainState) -> TrainState:
+    where = path / AMENDMENT
+    if not where.exists() and not where.is_symlink():
+        return state
+    try:
+        amended = TrainState(**_self_checked(where)["state"])
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{where}: it is not what was saved") from None
+    if amended.step != state.step:
+        raise CheckpointError(f"{where}: step {amended.step} in a checkpoint of {state.step}")
+    return amended
+
+
+def _with_digest(content: dict[str, Any]) -> dict[str, Any]:
+    return {**content, "sha256": sha256(_encode(content))}
+
+
+def _self_checked(where: Path) -> dict[str, Any]:
+    """A file that holds the digest of the rest of it, without that digest."""
+    raw = _read(where)
+    found = _parse(where, raw)
+    digest = found.pop("sha256", None)
+    if sha256(_encode(found)) != digest or _encode({**found, "sha256": digest}) != raw:
+        raise CheckpointError(f"{where}: it is not what was saved")
+    return found
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """manifest.json, checked against itself and against the folder's name."""
+    if path.is_symlink():
+        raise CheckpointError(f"{path}: is a symbolic link, not a checkpoint")
+    where = path / MANIFEST
+    found = _self_checked(where)
+    if found.get("format") != FORMAT_VERSION:
+        raise CheckpointError(f"{where}: format {found.get('format')}, not {FORMAT_VERSION}")
+    ranks, files = found.get("ranks"), found.get("files")
+    if not isinstance(files, dict) or not isinstance(ranks, int) or ranks != len(files) - 1:
+        raise CheckpointError(f"{where}: {ranks} ranks do not go with its list of files")
+    if set(files) != {STATE, *(rank_manifest_name(rank) for rank in range(ranks))}:
+        raise CheckpointError(f"{where}: it lists files that no checkpoint has: {sorted(files)}")
+    if step_of(path) not in (None, found.get("step")):
+        raise CheckpointError(f"{where}: step {found.get('step')} in a folder of another name")
+    return found
+
+
+def read_entries(path: Path, rank: int) -> dict[str, Any]:
+    """What a rank's shard holds: tensor name -> shape, start, dtype, bytes, sha256."""
+    where = path / rank_manifest_name(rank)
+    return _parse(where, _read(where))["tensors"]  # type: ignore[no-any-return]
+
+
+def read_weight_sums(path: Path, rank: int) -> dict[str, Any] | None:
+    """The sums over a rank's weights, made when it saved; None where there are none."""
+    where = path / rank_manifest_name(rank)
+    return _parse(where, _read(where)).get("weight_sums")
+
+
+def tensor_bytes(path: Path, rank: int, name: str) -> bytes:
+    """A tensor's raw bytes in a rank's shard, little-endian, as one dimension."""
+    where = path / shard_name(rank)
+    start = _data_start(where)
+    with where.open("rb") as file:
+        begin, end = _parse(where, file.read(start)[8:])[name]["data_offsets"]
+        file.seek(start + begin)
+        return file.read(end - begin)
+
+
+def _verify_shard(path: Path, rank: int, digest: str) -> None:
+    """The rank's description, the shard's size and header, then every tensor's bytes."""
+    described = _json_of(path, rank_manifest_name(rank), digest)
+    where = path / shard_name(rank)
+    tensors = described["tensors"]
+    descriptor = _open(where)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size != described["bytes"]:
+            raise CheckpointError(f"{where}: {size} bytes, {described['bytes']} were saved")
+        start = _data_start(where)
+        header = os.pread(descriptor, start, 0)
+        if sha256(header) != described["header_sha256"]:
+            raise CheckpointError(f"{where}: its header is not what was saved")
+        places = _places(where, header, size - start)
+        if set(places) != set(tensors):
+            raise CheckpointError(f"{where}: it does not hold the tensors that it should")
+
+        def check(name: str) -> str | None:
+            begin, end = places[name]
+            sound = _digest_of(descriptor, start + begin, end - begin) == tensors[name]["sha256"]
+            return None if sound else name
+
+        with ThreadPoolExecutor(DIGEST_THREADS) as threads:
+            bad = next((name for name in threads.map(check, places) if name), None)
+        if bad:
+            raise CheckpointError(f"{where}: tensor {bad} is not what was saved")
+    except (OSError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{where}: cannot be read: {error}") from None
+    finally:
+        os.close(descriptor)
+
+
+def _digest_of(descriptor: int, offset: int, size: int) -> str:
+    digest = hashlib.sha256()
+    while size:
+        chunk = os.pread(descriptor, min(size, _CHUNK), offset)
+        if not chunk:
+            break
+        digest.update(chunk)
+        offset, size = offset + len(chunk), size - len(chunk)
+    return digest.hexdigest()
+
+
+def _data_start(path: Path) -> int:
+    """Where the tensors begin in a safetensors file: 8 bytes of length, then the JSON header."""
+    descriptor = _open(path)
+    try:
+        first, size = os.pread(descriptor, 8, 0), os.fstat(descriptor).st_size
+    finally:
+        os.close(descriptor)
+    length = struct.unpack("<Q", first)[0] if len(first) == 8 else size + 1
+    if length > min(size - 8, _LARGEST_HEADER):
+        raise CheckpointError(f"{path}: it is not a safetensors file")
+    return 8 + int(length)
+
+
+def _places(path: Path, header: bytes, size: int) -> dict[str, tuple[int, int]]:
+    """Tensor name -> its bytes; they must follow each other without a gap to the end of the file."""
+    fields = _parse(path, header[8:])
+    fields.pop("__metadata__", None)
+    places = {}
+    for name, tensor in fields.items():
+        begin, end = tensor["data_offsets"]
+        if (end - begin) * 8 != math.prod(tensor["shape"]) * _BITS.get(tensor["dtype"], -1):
+            raise CheckpointError(f"{path}: tensor {name}: its size does not go with its shape")
+        places[name] = (begin, end)
+    at = 0
+    for begin, end in sorted(places.values()):
+        if begin != at:
+            raise CheckpointError(f"{path}: its tensors overlap or leave gaps")
+        at = end
+    if at != size:
+        raise CheckpointError(f"{path}: {size} bytes of tensors, its header says {at}")
+    return places
+
+
+def _json_of(path: Path, name: str, digest: str) -> dict[str, Any]:
+    raw = _read(path / name)
+    if sha256(raw) != digest:
+        raise CheckpointError(f"{path / name}: it is not what was saved")
+    return _parse(path / name, raw)
+
+
+def _read(path: Path) -> bytes:
+    descriptor = _open(path)
+    try:
+        with os.fdopen(descriptor, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _open(path: Path) -> int:
+    """A regular file, opened without following a link; CheckpointError for anything else."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{path}: is not a regular file")
+    return descriptor
+
+
+def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(raw)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: it is not what was saved (not JSON)")
+    return found
+
+
+def _encode(value: dict[str, Any]) -> bytes:
+    """The one way in which a value is written, so that a file can be compared with its content."""
+    return json.dumps(value, separators=(",", ":")).encode()

@@ -1,0 +1,227 @@
+"""A checkpoint's weights in a few numbers, the same however they were split over ranks.
+
+Every number is a sum over elements, so each rank sums up its own part while it saves, and the parts add up:
+
+- `checksum`: 128 bits, equal only where every bit of every element is (no defence against forgery);
+- `norm`: the L2 norm;
+- `sketch`: a count-sketch (Charikar, Chen, Farach-Colton 2002): each element, with a fixed random sign, is
+added
+  to one of 64 sums. The distance of two sketches estimates the distance of the weights, to a factor of 1 ±
+  0.09.
+  So a line in a log is enough to tell how far two runs came apart.
+
+Records of earlier versions hold a `sha256` of all weights instead of the checksum; `weights_sha256` makes it.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drumline.checkpoint.manifest import (
+    read_entries,
+    read_manifest,
+    read_weight_sums,
+    tensor_bytes,
+)
+
+WEIGHTS = "model."
+"""How the names of weights begin, among all tensors of a checkpoint."""
+BUCKETS = 64
+_AT_ONCE = 1 << 20
+"""Elements that are summed at a time; a multiple of the 64 signs of one random word."""
+_DTYPES = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
+_LANES = 2
+_MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+_SHIFTS = (np.uint64(31), np.uint64(29), np.uint64(32))
+
+Part = tuple[int, int, dict[str, Any]]
+"""First element, rank, entry."""
+
+
+@dataclass
+class WeightSums:
+    """Sums over some of the weights: how many, their squares, the sketch, the checksum's two lanes."""
+
+    elements: int = 0
+    squares: float = 0.0
+    sketch: NDArray[np.float64] = field(default_factory=lambda: np.zeros(BUCKETS))
+    lanes: list[int] = field(default_factory=lambda: [0] * _LANES)
+
+    def __add__(self, other: "WeightSums") -> "WeightSums":
+        lanes = [(a + b) % (1 << 64) for a, b in zip(self.lanes, other.lanes, strict=True)]
+        return WeightSums(
+            elements=self.elements + other.elements,
+            squares=self.squares + other.squares,
+            sketch=self.sketch + other.sketch,
+            lanes=lanes,
+        )
+
+    def to_plain(self) -> dict[str, Any]:
+        """As a rank's manifest holds it."""
+        return {
+            "elements": self.elements,
+            "squares": self.squares,
+            "sketch": self.sketch.tolist(),
+            "lanes": self.lanes,
+        }
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Self:
+        """Out of a rank's manifest."""
+        return cls(plain["elements"], plain["squares"], np.array(plain["sketch"]), plain["lanes"])
+
+
+def sum_weights(
+    name: str, dtype: str, shape: list[int], start: int, raw: NDArray[np.uint8]
+) -> WeightSums:
+    """The sums over a part of one tensor: its raw bytes, from element `start` of the whole on.
+
+    Bits count for the checksum whatever the type, values for the rest where they are floating.
+    """
+    width = _width_of(dtype)
+    bits = raw.view(f"<u{width}")
+    key = hashlib.sha256(f"{name}\0{dtype}\0{shape}".encode()).digest()
+    seeds = np.frombuffer(key[: 8 * _LANES], dtype="<u8")
+    values = _values(raw, dtype)
+    total = WeightSums(elements=0 if values is None else len(bits))
+    signs = _signs(name, start // BUCKETS)
+    at = start
+    with np.errstate(over="ignore"):
+        while at < start + len(bits):
+            lead = at % BUCKETS
+            count = min(_AT_ONCE - lead, start + len(bits) - at)
+            low = at - start
+            places = np.arange(at, at + count, dtype=np.uint64)
+            for lane, seed in enumerate(seeds):
+                mixed = _mixed(bits[low : low + count].astype(np.uint64), places, seed)
+                total.lanes[lane] = (total.lanes[lane] + int(mixed)) % (1 << 64)
+            if values is not None:
+                chunk = values[low : low + count].astype(np.float64)
+                total.squares += float(chunk @ chunk)
+                total.sketch += _sketch(chunk, next(signs)[lead : lead + count], lead)
+            at += count
+    return total
+
+
+def weight_facts(path: Path) -> dict[str, Any]:
+    """Of a sound checkpoint: step, checksum, elements, norm (L2), sketch [64].
+
+    From the sums that the ranks made when they saved; where there are none, from the weights themselves.
+    """
+    index = read_manifest(path)
+    total = WeightSums()
+    for rank in range(index["ranks"]):
+        saved = read_weight_sums(path, rank)
+        if saved is None:
+            total = _sums_of_files(path, index["ranks"])
+            break
+        total += WeightSums.from_plain(saved)
+    return {
+        "step": index["step"],
+        "checksum": "".join(f"{lane:016x}" for lane in total.lanes),
+        "elements": total.elements,
+        "norm": math.sqrt(total.squares),
+        "sketch": total.sketch.tolist(),
+    }
+
+
+def weights_sha256(path: Path) -> str:
+    """SHA-256 over the whole weights in the order of their names, as records before the checksum have it."""
+    digest = hashlib.sha256()
+    for name, parts in sorted(_tensors(path, read_manifest(path)["ranks"]).items()):
+        entry = parts[0][2]
+        digest.update(f"{name}\0{entry['dtype']}\0{entry['shape']}\0".encode())
+        for _, rank, _ in parts:
+            digest.update(tensor_bytes(path, rank, name))
+    return digest.hexdigest()
+
+
+def identity_of(facts: dict[str, Any]) -> str | None:
+    """What is equal only where the weights are, bit for bit, in whichever form a record has it."""
+    return facts.get("checksum") or facts.get("sha256")
+
+
+def distance(a: dict[str, Any], b: dict[str, Any]) -> float:
+    """‖a − b‖ / ‖a‖, estimated; 0 where they are bitwise equal, infinite where not comparable."""
+    for exact in ("checksum", "sha256"):
+        if a.get(exact) is not None and a.get(exact) == b.get(exact):
+            return 0.0
+    if a["elements"] != b["elements"]:
+        return math.inf
+    apart = math.dist(a["sketch"], b["sketch"])
+    return apart / a["norm"] if a["norm"] and math.isfinite(apart) else math.inf
+
+
+def _sums_of_files(path: Path, ranks: int) -> WeightSums:
+    total = WeightSums()
+    for name, parts in _tensors(path, ranks).items():
+        for start, rank, entry in parts:
+            raw = np.frombuffer(tensor_bytes(path, rank, name), dtype=np.uint8)
+            total += sum_weights(name, entry["dtype"], entry["shape"], start, raw)
+    return total
+
+
+def _tensors(path: Path, ranks: int) -> dict[str, list[Part]]:
+    """The parts of each tensor of the model, in row-major order."""
+    found: dict[str, list[Part]] = {}
+    for rank in range(ranks):
+        for name, entry in read_entries(path, rank).items():
+            if name.startswith(WEIGHTS):
+                found.setdefault(name, []).append((entry["start"], rank, entry))
+    return {name: sorted(parts, key=lambda part: part[:2]) for name, parts in found.items()}
+
+
+def _width_of(dtype: str) -> int:
+    """Bytes of an element."""
+    if dtype in _DTYPES:
+        return int(_DTYPES[dtype][-1])
+    return 1 if dtype == "bool" else int(dtype.lstrip("uint")) // 8
+
+
+def _values(raw: NDArray[np.uint8], dtype: str) -> NDArray[Any] | None:
+    """All elements as floating numbers; None for whole numbers."""
+    if dtype not in _DTYPES:
+        return None
+    stored: NDArray[Any] = raw.view(_DTYPES[dtype])
+    if dtype == "bfloat16":
+        stored = (stored.astype("<u4") << 16).view("<f4")
+    return stored
+
+
+def _mixed(bits: NDArray[np.uint64], places: NDArray[np.uint64], seed: np.uint64) -> np.uint64:
+    """Σ of a 64-bit hash of each element's bits and place, modulo 2^64."""
+    mixed = (bits + seed) * _MIX[1] ^ (places * _MIX[0])
+    for multiplier, shift in zip(_MIX, _SHIFTS, strict=True):
+        mixed ^= mixed >> shift
+        mixed *= multiplier
+    mixed ^= mixed >> _SHIFTS[0]
+    return np.add.reduce(mixed)  # type: ignore[no-any-return]
+
+
+def _sketch(
+    values: NDArray[np.float64], signs: NDArray[np.bool_], lead: int
+) -> NDArray[np.float64]:
+    """Signed sums: element i of the whole goes to sum i mod 64; these begin at sum `lead`."""
+    signed = np.zeros(-(-(lead + len(values)) // BUCKETS) * BUCKETS)
+    signed[lead : lead + len(values)] = np.where(signs, values, -values)
+    total: NDArray[np.float64] = signed.reshape(-1, BUCKETS).sum(axis=0)
+    return total
+
+
+def _signs(name: str, first_word: int) -> Iterator[NDArray[np.bool_]]:
+    """Endless blocks of fair bits from word number `first_word` on; the name seeds them.
+
+    PCG64's raw stream is the same in every version of numpy, and can be entered anywhere.
+    """
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
+    source = np.random.PCG64(seed)
+    source.advance(first_word)
+    while True:
+        words = source.random_raw(_AT_ONCE // BUCKETS).astype("<u8")
+        yield np.unpackbits(words.view(np.uint8)).astype(np.bool_)

@@ -1,0 +1,47 @@
+"""`drumline attend RUN`: what a job's script starts on its first node; supervises the run from there.
+
+At every start the plan is made anew for the nodes that the job got, at the same effective batch.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from drumline.runs.folder import RunFolder, open_run
+from drumline.session import members
+from drumline.session.attend import supervise_in_slurm, supervise_members
+from drumline_launchers.node import node_number
+
+
+def attend_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", min=1, help="Without Slurm: how many nodes attend.")
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", help="Where to take the run from, if it is not there yet."),
+    ] = None,
+) -> None:
+    """Inside a job: start the run or go on with it, on the nodes that there are."""
+    folder = RunFolder(run.absolute())
+    number = node_number(os.environ) if nodes else 0
+    if number:
+        raise typer.Exit(members.follow(folder, number))
+    if source:
+        members.adopt(source.expanduser(), folder)
+    open_run(run)
+    if folder.read_record()["outcome"] == "finished":
+        print(f"{run}: this run is finished")
+        if nodes:
+            members.end(folder, 0)
+        return
+    exit_code = supervise_members(folder, nodes) if nodes else supervise_in_slurm(folder)
+    raise typer.Exit(exit_code)
+
+
+def register(app: typer.Typer) -> None:
+    """Add this group's commands."""
+    app.command("attend", hidden=True)(attend_command)

@@ -1,0 +1,49 @@
+"""`drumline calibrate RUN…`: a correction table from runs that logged their real peaks."""
+
+import statistics
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from drumline.files import write_text
+from drumline.memory.calibration import TOTALS, Calibration, errors, errors_left_out, fit
+from drumline.recipe import yaml12
+from drumline.runs.peaks import all_pairs
+
+ENOUGH = 3
+"""From so many runs on, the error afterwards is that of runs which the table has not seen."""
+
+
+def calibrate_command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    output: Annotated[
+        Path, typer.Option("--output", help="Where the table goes; it is replaced.")
+    ] = Path("calibration.yaml"),
+) -> None:
+    """Learn from real peaks: writes a small table, and says how far off the plans were and would be.
+
+    `DRUMLINE_CALIBRATION=calibration.yaml drumline plan …` uses it.
+    """
+    pairs = all_pairs(runs)
+    table = fit(pairs)
+    before = errors(pairs, Calibration())
+    unseen = len(pairs) >= ENOUGH
+    after = errors_left_out(pairs) if unseen else errors(pairs, table)
+    words = "by a table made without the run" if unseen else "on the same runs: no proof"
+    print(f"{len(pairs)} attempts; predicted / measured - 1, median and worst; after: {words}")
+    for name in TOTALS:
+        print(f"  {name:<10} before {_shown(before[name])}   after {_shown(after[name])}")
+    write_text(output, yaml12.dump(table.to_plain()))
+    print(f"table in {output}", file=sys.stderr)
+
+
+def _shown(values: list[float]) -> str:
+    worst = max(values, key=abs)
+    return f"{100 * statistics.median(values):+6.2f} % {100 * worst:+6.2f} %"
+
+
+def register(app: typer.Typer) -> None:
+    """Add this group's commands."""
+    app.command("calibrate")(calibrate_command)

@@ -1,0 +1,70 @@
+"""`drumline export RUN DIR`: the newest sound checkpoint as a folder that transformers loads."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from drumline.checkpoint.manifest import step_of, verify
+from drumline.checkpoint.retention import find_checkpoints, newest_sound
+from drumline.checkpoint.state import badness
+from drumline.errors import CheckpointError, RunFolderError
+from drumline.runs.folder import RunFolder, open_run
+
+
+def export_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    target: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty.")],
+    best: Annotated[bool, typer.Option("--best", help="The best evaluated one instead.")] = False,
+) -> None:
+    """Write the model as config.json and safetensors, whatever engine and split trained it."""
+    folder = open_run(run)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RunFolderError(f"{target}: is not an empty folder. Nearest: another one")
+    plan = folder.latest_plan()
+    path = _best(folder) if best else _newest(folder)
+    from drumline.data.dataset_manifest import read_dataset_manifest
+    from drumline.train.export import check_finite, export
+
+    assert plan.data.cache
+    manifest = read_dataset_manifest(Path(plan.data.cache))
+    if manifest is None:
+        raise RunFolderError(
+            f"{plan.data.cache}: the prepared data are gone. Nearest: drumline prepare"
+        )
+    target.mkdir(parents=True, exist_ok=True)
+    count = export(plan, manifest, path, target)
+    for name in check_finite(target):
+        print(f"warning: {name} holds values that are not finite", file=sys.stderr)
+    print(f"{count:,} parameters of {path.name} in {target}")
+
+
+def _newest(folder: RunFolder) -> Path:
+    """The newest sound checkpoint; CheckpointError without one."""
+    found = newest_sound(folder.checkpoints, lambda line: print(line, file=sys.stderr))
+    if found is None:
+        raise CheckpointError(f"{folder.path}: no sound checkpoint")
+    return found[0]
+
+
+def _best(folder: RunFolder) -> Path:
+    """Of the evaluated checkpoints that there are, the best; CheckpointError where it is damaged."""
+    state = verify(_newest(folder))
+    scored = [
+        (badness(state, state.scores[str(step_of(path))]), path)
+        for path in find_checkpoints(folder.checkpoints)
+        if str(step_of(path)) in state.scores
+    ]
+    if not scored:
+        raise RunFolderError(
+            f"{folder.path}: no saved step has been evaluated. Nearest: without --best"
+        )
+    best = min(scored)[1]
+    verify(best)
+    return best
+
+
+def register(app: typer.Typer) -> None:
+    """Add this group's commands."""
+    app.command("export")(export_command)

@@ -1,0 +1,163 @@
+"""`drumline status | logs | cancel RUN`: the same for runs on this machine and on a cluster."""
+
+import contextlib
+import dataclasses
+import json
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from drumline.cli.options import AsJson, RunFolderArgument
+from drumline.cluster.jobs import cancel_job, job_state
+from drumline.cluster.slurm import JobState
+from drumline.errors import RunFolderError
+from drumline.metrics_file import last_step_line
+from drumline.runs.folder import RunFolder, open_run
+from drumline.runs.health import state_of
+
+_FOLLOW_S = 0.5
+_ASK_S = 5.0
+"""A scheduler that many people follow their runs on is not asked more often."""
+_LAST_BYTES = 4000
+
+
+def status_command(run: RunFolderArgument, as_json: AsJson = False) -> None:
+    """State, step and loss of a run; of its jobs, what the scheduler says, with the reason."""
+    folder = open_run(run)
+    record = folder.read_record()
+    attempts = record["attempts"]
+    line = last_step_line(folder.metrics_file) or {}
+    jobs = [_job_facts(entry) for entry in record.get("jobs") or []]
+    facts = {
+        "run": str(folder.path),
+        "state": _state(folder, attempts, jobs),
+        "step": line.get("step", 0),
+        "total": record["plan"]["steps"]["total"],
+        "loss": line.get("loss"),
+        "attempts": len(attempts),
+        "restarts": record["restarts"],
+        "last": _shown(attempts[-1]) if attempts else None,
+        "jobs": jobs,
+    }
+    if as_json:
+        print(json.dumps(facts))
+        return
+    loss = "" if facts["loss"] is None else f", loss {facts['loss']:.4f}"
+    print(f"{facts['state']}  step {facts['step']:,}/{facts['total']:,}{loss}")
+    for attempt in attempts:
+        split = " × ".join(str(n) for n in attempt["split"].values())
+        print(
+            f"attempt {attempt['number']}  {split}  {attempt['cause']}; {attempt['outcome'] or 'goes on'}"
+        )
+    for job in jobs:
+        why = f" ({job['reason']})" if job["reason"] not in ("", "None") else ""
+        print(f"job {job['id']}  {job['state']}{why}  {job['nodes']}  (by {job['source']})")
+
+
+def logs_command(
+    run: RunFolderArgument,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the run ends.")] = False,
+    rank: Annotated[int, typer.Option("--rank", min=0, help="Whose.")] = 0,
+) -> None:
+    """The job's log (here: the metrics), and a rank's of the newest attempt."""
+    folder = open_run(run)
+    shown: dict[Path, int] = {}
+    asked, is_over = float("-inf"), not follow
+    while True:
+        if follow and not folder.is_locked() and time.monotonic() - asked >= _ASK_S:
+            asked, is_over = time.monotonic(), not _has_live_jobs(folder)
+        for text in _new_texts(folder, rank, shown):
+            print(text, end="", flush=True)
+        if is_over:
+            return
+        time.sleep(_FOLLOW_S)
+
+
+def cancel_command(
+    run: RunFolderArgument,
+    now: Annotated[bool, typer.Option("--now", help="Without saving.")] = False,
+) -> None:
+    """Stop a run: all ranks finish the step and save; jobs that wait are taken out of the queue."""
+    folder = open_run(run)
+    jobs = [(entry, job_state(entry)) for entry in folder.read_record().get("jobs") or []]
+    live = [(entry, state) for entry, state in jobs if state is None or not state.is_final]
+    supervisor = folder.supervisor()
+    if supervisor and all(state is None for _, state in live):
+        live = []  # it goes on here, and the scheduler has forgotten its jobs
+    if not live and supervisor is None:
+        raise RunFolderError(
+            f"{run}: nothing runs. Nearest: drumline status {shlex.quote(str(run))}"
+        )
+    for entry, state in reversed(live):  # those that wait for others first
+        gently = not now and state is not None and state.state == "RUNNING"
+        (folder.path / "logs").mkdir(exist_ok=True)
+        (
+            folder.path / "logs" / f"cancelled-{entry['id'].replace('/', '-')}"
+        ).touch()  # no new start
+        cancel_job(entry, gently)
+        print(f"job {entry['id']}: {'asked to save and stop' if gently else 'cancelled'}")
+    if not live and supervisor:
+        supervisor.send(signal.SIGTERM)
+        if now:
+            supervisor.send(signal.SIGINT)
+            supervisor.send(signal.SIGINT)
+        print("ended" if now else "asked to save and stop")
+
+
+def _shown(attempt: dict[str, Any]) -> dict[str, Any]:
+    return {key: attempt.get(key) for key in ("cause", "split", "outcome", "message")}
+
+
+def _job_facts(entry: dict[str, Any]) -> dict[str, Any]:
+    found = job_state(entry)
+    if found is None:
+        found = JobState("unknown", "its scheduler has forgotten it, or is not here", "", "none")
+    return {**entry, **dataclasses.asdict(found)}
+
+
+def _state(folder: RunFolder, attempts: list[dict[str, Any]], jobs: list[dict[str, Any]]) -> str:
+    """The run's own state, or the job's where the run has not begun."""
+    waiting = [job["state"].lower() for job in jobs if job["state"] in ("PENDING", "CONFIGURING")]
+    if waiting and not folder.is_locked():
+        return str(waiting[0])
+    return state_of(folder, attempts)
+
+
+def _has_live_jobs(folder: RunFolder) -> bool:
+    jobs = folder.read_record().get("jobs") or []
+    return any((state := job_state(entry)) and not state.is_final for entry in jobs)
+
+
+def _new_texts(folder: RunFolder, rank: int, shown: dict[Path, int]) -> Iterator[str]:
+    """What is new in each log since it was last shown; at first its last part."""
+    found = folder.path.glob("logs/attempt-*")
+    numbered = [path for path in found if path.name.removeprefix("attempt-").isdigit()]
+    attempts = sorted(numbered, key=lambda path: int(path.name.removeprefix("attempt-")))
+    newest = [attempts[-1] / "launcher.log", attempts[-1] / f"rank-{rank}.log"] if attempts else []
+    told = sorted(folder.path.glob("logs/job-*.log")) or [folder.metrics_file]
+    for path in [*told, *newest]:
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            size = path.stat().st_size
+            start = shown.get(path, max(0, size - _LAST_BYTES))
+            file.seek(start)
+            raw = file.read()
+            if not raw:
+                continue
+            if path not in shown and len(shown) + len(newest) > 0:
+                yield f"==> {path.relative_to(folder.path)} <==\n"
+            shown[path] = start + len(raw)
+            yield raw.decode(errors="replace")
+    sys.stdout.flush()
+
+
+def register(app: typer.Typer) -> None:
+    """Add this group's commands."""
+    app.command("status")(status_command)
+    app.command("logs")(logs_command)
+    app.command("cancel")(cancel_command)

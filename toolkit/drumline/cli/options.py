@@ -1,0 +1,21 @@
+"""Arguments and options that several commands take, each with its help."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A file or a shipped name.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value]...", help="optimizer.lr=1e-3 …")
+]
+Gpus = Annotated[
+    int | None, typer.Option("--gpus", min=1, help="Re-split over N GPUs, same batch.")
+]
+GpuType = Annotated[str | None, typer.Option("--gpu", help="Re-split on this kind of GPU.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Force = Annotated[bool, typer.Option("--force", help="Train although the plan does not fit.")]
+Tolerance = Annotated[
+    float, typer.Option("--tolerance", min=0.0, help="On losses, and on the norm of the weights.")
+]
+RunFolderArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]

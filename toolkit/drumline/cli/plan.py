@@ -1,0 +1,117 @@
+"""`drumline plan`, `drumline prepare`, `drumline schema`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from drumline.cli.options import AsJson, Gpus, GpuType, Overrides, RecipeArgument
+from drumline.errors import DoesNotFit, PlanError
+from drumline.plan.model import Plan
+from drumline.recipe.load import load_recipe
+from drumline.recipe.schema import Recipe
+from drumline.session.planning import fixed, make_plan, traced
+from drumline.session.prepare import prepare_data
+from drumline.session.world import read_world
+
+Trace = Annotated[
+    bool, typer.Option("--trace", help="Memory from the real model and step, without a GPU.")
+]
+
+
+Fix = Annotated[
+    bool, typer.Option("--fix", help="If it does not fit: the cheapest change that makes it fit.")
+]
+Sweep = Annotated[
+    bool, typer.Option("--sweep", help="Memory of every split and strategy, as a table and a page.")
+]
+
+
+def _sweep(plan: Plan, as_json: bool) -> None:
+    """The table on stdout, the page beside it; or the cells as JSON."""
+    from drumline.files import write_text
+    from drumline.plan.sweep import sweep
+    from drumline.session.sweep_page import sweep_page, sweep_table
+
+    cells = sweep(plan, read_world(plan.recipe))
+    if not cells:
+        raise PlanError(f"--sweep: {plan.memory.why or 'the memory of this model is not known'}")
+    if as_json:
+        import dataclasses
+        import json
+
+        print(json.dumps({"cells": [dataclasses.asdict(cell) for cell in cells]}, indent=2))
+        return
+    print(sweep_table(cells))
+    page = Path(f"{plan.recipe.recipe}-memory.html")
+    write_text(page, sweep_page(plan, cells))
+    print(f"heat map in {page}", file=sys.stderr)
+
+
+def plan_command(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    gpus: Gpus = None,
+    gpu: GpuType = None,
+    trace: Trace = False,
+    fix: Fix = False,
+    sweep: Sweep = False,
+    as_json: AsJson = False,
+) -> None:
+    """The dry run: batch equation, optimizer steps, schedule and memory; no GPU, no torch.
+
+    `--trace` does import torch: it runs the model's real training step on tensors without data.
+    """
+    plan = make_plan(load_recipe(recipe, overrides), gpus, gpu)
+    if fix:
+        plan = fixed(plan)
+    if trace:
+        plan = traced(plan)
+    if sweep:
+        return _sweep(plan, as_json)
+    if as_json:
+        print(plan.to_json())
+    else:
+        from drumline.session.show import plan_table
+
+        print(plan_table(plan))
+    if plan.memory.fits is False:
+        raise typer.Exit(DoesNotFit.exit_code)
+
+
+def prepare_command(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Tokenise, pack and fingerprint the data; later plans and runs reuse them. Needs no GPU."""
+    loaded = load_recipe(recipe, overrides)
+    folder = prepare_data(loaded)
+    from drumline.data.dataset_manifest import read_dataset_manifest
+
+    manifest = read_dataset_manifest(folder)
+    assert manifest
+    print(f"{manifest.samples:,} samples, {manifest.validation_samples:,} for validation")
+    print(
+        f"{manifest.label_tokens:,} label tokens, {manifest.truncated} truncated, {manifest.dropped} dropped"
+    )
+    print(f"fingerprint {manifest.fingerprint}")
+    print(f"in {folder}")
+
+
+def schema_command(
+    plan: Annotated[bool, typer.Option("--plan", help="The plan's schema instead.")] = False,
+) -> None:
+    """The JSON Schema of a recipe (or of a plan), for editors and scripts."""
+    import json
+
+    if plan:
+        from pydantic import TypeAdapter
+
+        print(json.dumps(TypeAdapter(Plan).json_schema(), indent=2))
+    else:
+        print(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+def register(app: typer.Typer) -> None:
+    """Add this group's commands."""
+    app.command("plan")(plan_command)
+    app.command("prepare")(prepare_command)
+    app.command("schema")(schema_command)

@@ -1,0 +1,134 @@
+"""`drumline run` and `drumline resume`."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from drumline.cli.options import AsJson, Force, Gpus, Overrides, RecipeArgument
+from drumline.errors import LaunchError, RunFolderError
+from drumline.files import ForgivingOutput
+from drumline.plan.model import Plan
+from drumline.recipe.load import load_recipe, override
+from drumline.runs import folder as run_folder
+from drumline.runs.closing import close_run
+from drumline.runs.folder import RunFolder
+from drumline.runs.record import new_record
+from drumline.secrets import Secrets
+from drumline.session.ending import report_end
+from drumline.session.launch import (
+    check_offered,
+    refuse_secrets,
+    refuse_what_cannot_start,
+    refuse_what_does_not_fit,
+    show_command,
+    this_node,
+)
+from drumline.session.planning import make_plan, needs_data
+from drumline.session.prepare import prepare_data
+from drumline.session.show import plan_table, run_facts
+from drumline.session.train_here import train_here
+
+
+def run_command(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="New or empty.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would start.")] = False,
+    node_rank: Annotated[
+        int | None, typer.Option("--node-rank", min=0, help="With --dry-run: which node.")
+    ] = None,
+    rendezvous: Annotated[
+        str | None, typer.Option("--rendezvous", help="With --dry-run: HOST:PORT of node 0.")
+    ] = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Plan, then train here through the recipe's launcher."""
+    loaded = load_recipe(recipe, overrides)
+    if not dry_run:
+        check_offered(loaded)
+        if node_rank is not None or rendezvous is not None:
+            raise LaunchError("--node-rank and --rendezvous go with --dry-run")
+    secrets = Secrets(os.environ)
+    refuse_secrets(loaded, secrets)
+    if run_dir is not None:
+        run_folder.check_new(run_dir)
+    if dry_run or not needs_data(loaded):
+        plan = make_plan(loaded)
+        refuse_what_does_not_fit(plan, force, as_json)
+        if dry_run:
+            return show_command(plan, run_dir, this_node(plan, node_rank, rendezvous), as_json)
+    prepare_data(loaded)
+    plan = make_plan(loaded)
+    refuse_what_cannot_start(plan, force, as_json)
+    sys.stderr = ForgivingOutput(sys.stderr.fileno())
+    print(plan_table(plan), file=sys.stderr)
+    folder = run_folder.create(plan.recipe, run_dir)
+    folder.write_record(new_record(plan, sys.argv, secrets))
+    _finish(folder, plan, "start", as_json)
+
+
+def resume_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    overrides: Overrides = None,
+    gpus: Gpus = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Go on from the newest sound checkpoint; another split or strategy, the same training."""
+    folder = run_folder.open_run(run)
+    record = folder.read_record()
+    if record["outcome"] == "finished" and record.get("weights") is None:
+        with folder.locked():  # killed after its last step, before the record was complete
+            close_run(folder, lambda line: print(line, file=sys.stderr))
+        print(f"{run}: this run is finished; its record is complete now", file=sys.stderr)
+        return
+    if record["outcome"] == "finished":
+        raise RunFolderError(
+            f"{run}: this run is finished; there is nothing to resume. "
+            f"Nearest: `drumline run {run} key=value` starts another"
+        )
+    with folder.locked():
+        recipe = override(folder.latest_plan().recipe, overrides)
+        folder.forget_restarts()
+    check_offered(recipe)
+    prepare_data(recipe)
+    plan = make_plan(recipe, gpus)
+    if plan.training_sha256 != record["training_sha256"]:
+        raise RunFolderError(
+            f"{run}: {' '.join(overrides or [])} would make it another training. "
+            "A resumed run may change the split, cluster, strategy and launcher only"
+        )
+    expected = record["data"]["fingerprint"]
+    if plan.data.fingerprint != expected:
+        raise RunFolderError(
+            f"{run}: the data have changed: fingerprint {expected} when the run began, "
+            f"{plan.data.fingerprint} now"
+        )
+    refuse_what_cannot_start(plan, force, as_json)
+    sys.stderr = ForgivingOutput(sys.stderr.fileno())
+    print(plan_table(plan), file=sys.stderr)
+    _finish(folder, plan, "resume", as_json)
+
+
+def _finish(folder: RunFolder, plan: Plan, cause: str, as_json: bool) -> None:
+    """Run the attempts, say how it ended, and leave with the right code."""
+    result, seconds = train_here(folder, plan, cause)
+    report_end(folder, plan, result, seconds)
+    if as_json:
+        facts = run_facts(
+            folder.path, result.step, result.loss, result.evaluation, seconds, result.outcome
+        )
+        print(json.dumps(facts))
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)
+
+
+def register(app: typer.Typer) -> None:
+    """Add this group's commands."""
+    app.command("run")(run_command)
+    app.command("resume")(resume_command)

@@ -1,0 +1,95 @@
+"""`drumline submit RECIPE --to slurm`: plan, render, submit; the run folder comes before the job."""
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from drumline.cli.options import AsJson, Force, Overrides, RecipeArgument
+from drumline.cluster.site import on_site
+from drumline.errors import LaunchError
+from drumline.recipe.load import load_recipe
+from drumline.runs import folder as run_folder
+from drumline.runs.folder import RunFolder
+from drumline.secrets import Secrets
+from drumline.session.launch import refuse_secrets, refuse_what_does_not_fit
+from drumline.session.planning import make_plan, needs_data
+from drumline.session.prepare import prepare_data
+from drumline.session.show import plan_table
+from drumline.session.submit import (
+    SCRIPT,
+    check_fewest,
+    dry_text,
+    read_place,
+    refuse_without,
+    submit_all,
+)
+
+
+def submit_command(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    to: Annotated[
+        str, typer.Option("--to", help="slurm, kubernetes, or skypilot (--dry-run only).")
+    ] = "slurm",
+    site: Annotated[Path | None, typer.Option("--site", help="A file about the cluster.")] = None,
+    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="New or empty.")] = None,
+    chain: Annotated[
+        int, typer.Option("--chain", min=1, help="So many jobs, each after the one before.")
+    ] = 1,
+    preflight: Annotated[
+        bool, typer.Option("--preflight", help="Slurm: measure the nodes' links before training.")
+    ] = False,
+    hold: Annotated[bool, typer.Option("--hold", help="Submitted, but not started yet.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the script, submit nothing.")
+    ] = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Plan, then submit to a cluster; a recipe that does not fit is not submitted (exit 3)."""
+    if to not in ("slurm", "kubernetes", "skypilot"):
+        raise LaunchError(f"--to {to}: choose from slurm, kubernetes, skypilot")
+    if to == "skypilot" and not dry_run:
+        raise LaunchError("--to skypilot: only with --dry-run; give its output to `sky launch`")
+    place = read_place(site, preflight, to)
+    loaded = on_site(load_recipe(recipe, overrides), place)
+    secrets = Secrets(os.environ)
+    refuse_secrets(loaded, secrets)
+    refuse_secrets(place, secrets)
+    if run_dir is not None:
+        run_folder.check_new(run_dir)
+    if not dry_run:
+        refuse_without(to, loaded)
+        if not needs_data(loaded):
+            refuse_what_does_not_fit(make_plan(loaded), force, as_json)
+        prepare_data(loaded)
+    plan = make_plan(loaded)
+    refuse_what_does_not_fit(plan, force, as_json)
+    if to == "slurm":
+        check_fewest(plan, force, as_json)
+    if dry_run:
+        print(dry_text(to, plan, place, run_dir, secrets), end="")
+        return
+    print(plan_table(plan), file=sys.stderr)
+    folder, jobs = submit_all(plan, place, run_dir, to, secrets, chain, hold)
+    _tell(folder, jobs, as_json)
+
+
+def _tell(folder: RunFolder, jobs: list[str], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"run": str(folder.path), "jobs": jobs}))
+        return
+    shown = shlex.quote(str(folder.path))
+    print(f"job {', '.join(jobs)}, script {shown}/{SCRIPT}")
+    print(f"the folder must be on a file system that all nodes see: {shown}", file=sys.stderr)
+    print(f"next  drumline status {shown}, drumline logs -f {shown}", file=sys.stderr)
+
+
+def register(app: typer.Typer) -> None:
+    """Add this group's commands."""
+    app.command("submit")(submit_command)

@@ -1,0 +1,90 @@
+"""Reads a site's file; validated like a recipe, and never part of one."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from drumline.errors import PlanError, RecipeError
+from drumline.recipe import yaml12
+from drumline.recipe.problems import explain
+from drumline.recipe.schema import Recipe
+from drumline.secrets import is_secret_name, secrets_in
+from drumline_launchers.site import Site
+
+
+def load_site(path: Path) -> Site:
+    """The site of a file; RecipeError with every problem, each with its key and value."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"--site {path}: cannot be read: {error}") from None
+    raw = yaml12.parse(text)
+    if not isinstance(raw, dict):
+        raise RecipeError(f"--site {path}: a site is a mapping that begins with `site:`")
+    return validate_site(raw, f"--site {path}")
+
+
+def validate_site(raw: dict[str, Any], origin: str) -> Site:
+    """The Site of a plain mapping; secrets are refused."""
+    plain = {key: value for key, value in raw.items() if key != "kubernetes"}
+    kubernetes = raw.get("kubernetes")
+    if isinstance(kubernetes, dict):  # its secrets are names of Kubernetes Secrets
+        plain["kubernetes"] = {k: v for k, v in kubernetes.items() if k != "secrets"}
+    found = list(secrets_in(plain))
+    for key in ("setup", "sbatch"):
+        lines = raw.get(key)
+        text = "\n".join(map(str, lines)) if isinstance(lines, list) else ""
+        assigned = re.findall(r"(?<![\w$-])([A-Za-z_]\w*)=", text)
+        found += [f"{key}: {name}" for name in assigned if is_secret_name(name)]
+    if found:
+        raise RecipeError(
+            f"{origin}: {found[0]}: secrets do not belong in a site. "
+            "Nearest: name the variable under `environment`"
+        )
+    try:
+        site = Site.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(explain(error, Site, origin)) from None
+    if site.time_limit and (limit := _seconds(site.time_limit)) <= site.warning_s:
+        raise RecipeError(
+            f"{origin}: warning_s: {site.warning_s} s are not before the end of time_limit {site.time_limit} "
+            f"({limit} s). Nearest: warning_s: {max(1, limit // 10)}"
+        )
+    at_home = {key: os.path.expanduser(value) for key in ("python", "runs", "cache")
+               if (value := getattr(site, key))}  # fmt: skip
+    return site.model_copy(update=at_home)
+
+
+def _seconds(time_limit: str) -> int:
+    """Of Slurm's days-hours:minutes[:seconds], hours:minutes:seconds or minutes:seconds."""
+    days, _, clock = time_limit.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if days or len(parts) == 3:
+        hours, minutes, seconds = [*parts, 0][:3]
+    else:
+        hours, (minutes, seconds) = 0, parts
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def on_site(recipe: Recipe, site: Site) -> Recipe:
+    """The recipe with the site's hardware where it names none; PlanError where the two disagree."""
+    cluster = recipe.cluster
+    update: dict[str, str | int] = {}
+    if site.gpu and "gpu" not in cluster.model_fields_set:
+        update["gpu"] = site.gpu
+    elif site.gpu and site.gpu != cluster.gpu:
+        raise PlanError(
+            f"cluster.gpu: the recipe says {cluster.gpu}, site {site.site} has {site.gpu}. "
+            f"Nearest: cluster.gpu={site.gpu}"
+        )
+    if site.gpus_per_node and cluster.gpus_per_node is None:
+        update["gpus_per_node"] = site.gpus_per_node
+    elif site.gpus_per_node and (cluster.gpus_per_node or 0) > site.gpus_per_node:
+        raise PlanError(
+            f"cluster.gpus_per_node: {cluster.gpus_per_node}, nodes of site {site.site} have "
+            f"{site.gpus_per_node}. Nearest: cluster.gpus_per_node={site.gpus_per_node}"
+        )
+    return recipe.model_copy(update={"cluster": cluster.model_copy(update=update)})

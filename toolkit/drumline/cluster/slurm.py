@@ -1,0 +1,168 @@
+"""Slurm's commands: submit, ask, signal, requeue, cancel. What they print is read here and nowhere else."""
+
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from drumline.errors import LaunchError
+
+OUR_COMMENT = "the run folder is not visible"
+"""How the script's own comment on its job begins; any other is the site's."""
+_SLURM_S = 60.0
+_HINTS = {
+    "invalid partition": "sinfo lists the partitions",
+    "Unable to contact slurm controller": "the controller is down, or SLURM_CONF names another one",
+    "Socket timed out": "the controller does not answer; was the job submitted after all? squeue --me tells",
+    "Invalid account": "sacctmgr show associations lists your accounts",
+    "Requested node configuration is not available": "sinfo -N -o '%N %c %m %G' lists what nodes have",
+    "Node count specification invalid": "the partition has fewer nodes than cluster.nodes asks for",
+    "Invalid qos": "sacctmgr show qos lists them",
+}
+_FINAL = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
+          "PREEMPTED", "TIMEOUT")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class JobState:
+    """As Slurm tells it; `source` is the command that did, `reason` also what our script said of it."""
+
+    state: str
+    reason: str
+    nodes: str
+    source: str
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the job will not run any more."""
+        return self.state.startswith(_FINAL)
+
+
+def submit(script: Path, hold: bool = False) -> str:
+    """The job's id; LaunchError in sbatch's words with the nearest fix, and nothing submitted."""
+    done = _run("sbatch", "--parsable", *(["--hold"] if hold else []), str(script))
+    job = done.stdout.strip().partition(";")[0]
+    if done.returncode or not job.isdigit():
+        raise LaunchError(f"sbatch: {_words(done)}")
+    return job
+
+
+def job_state(job: str) -> JobState | None:
+    """From scontrol while Slurm remembers the job, then sacct, then its job completion log; or None."""
+    for ask in (_from_scontrol, _from_sacct, _from_completions):
+        found = ask(job)
+        if found:
+            return found
+    return None
+
+
+def host_names(node_list: str) -> list[str]:
+    """Slurm's `node[1-3,7]` as names; LaunchError where scontrol cannot tell."""
+    done = _run("scontrol", "show", "hostnames", node_list)
+    if done.returncode or not done.stdout.split():
+        raise LaunchError(f"scontrol show hostnames {node_list}: {_words(done)}")
+    return done.stdout.split()
+
+
+def answering(hosts: list[str], command: list[str]) -> list[str]:
+    """Those whose names the command prints, in the same order; all where none is, which tells nothing."""
+    answers = set(_run(*command).stdout.split())
+    return [host for host in hosts if host in answers] or hosts
+
+
+def keep_only(job: str, hosts: list[str]) -> str:
+    """Give the job's other nodes back, so that a dead one does not end it; words if Slurm refuses."""
+    with tempfile.TemporaryDirectory() as where:  # scontrol leaves two scripts where it is called
+        change = ["update", f"JobId={job}", f"NodeList={','.join(hosts)}"]
+        done = _run("scontrol", *change, where=Path(where))
+    return _words(done) if done.returncode else ""
+
+
+def cancel(job: str, gently: bool) -> None:
+    """End the job: by SIGTERM to its script, which lets all ranks save; or at once."""
+    arguments = ["--signal=TERM", "--batch", job] if gently else [job]
+    done = _run("scancel", *arguments)
+    if done.returncode:
+        raise LaunchError(f"scancel: {_words(done)}")
+
+
+def _from_scontrol(job: str) -> JobState | None:
+    done = _run("scontrol", "show", "job", "--oneliner", job)
+    if done.returncode:
+        return None
+    fields = dict(re.findall(r"(\w+)=(.*?)(?= \w+=|$)", done.stdout.splitlines()[0]))
+    comment = fields.get("Comment", "").strip()
+    return JobState(
+        fields.get("JobState", "?"),
+        comment if comment.startswith(OUR_COMMENT) else fields.get("Reason", ""),
+        fields.get("NodeList", ""),
+        "scontrol",
+    )
+
+
+def _from_sacct(job: str) -> JobState | None:
+    fields = "State,Reason,NodeList"
+    done = _run(
+        "sacct", "--noheader", "--parsable2", "--allocations", f"--format={fields}", "--jobs", job
+    )
+    return _first_row(done, "sacct")
+
+
+def _from_completions(job: str) -> JobState | None:
+    done = _run(
+        "sacct",
+        "--completion",
+        "--noheader",
+        "--parsable2",
+        "--format=State,NodeList",
+        "--jobs",
+        job,
+    )
+    row = done.stdout.strip().splitlines()
+    if done.returncode or not row or "|" not in row[-1]:
+        return None
+    state, nodes = row[-1].split("|")[:2]
+    return JobState(state, "", nodes, "sacct --completion")
+
+
+def _first_row(done: subprocess.CompletedProcess[str], source: str) -> JobState | None:
+    rows = done.stdout.strip().splitlines()
+    if done.returncode or not rows or rows[0].count("|") != 2:
+        return None
+    state, reason, nodes = rows[0].split("|")
+    return JobState(state, reason, nodes, source)
+
+
+def _run(*command: str, where: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """One of Slurm's commands; one that is missing or never answers counts as failed."""
+    try:
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_SLURM_S,
+            check=False,
+            cwd=where,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+    except FileNotFoundError:
+        return subprocess.CompletedProcess(command, 127, "", f"{command[0]}: not found")
+    except subprocess.TimeoutExpired as late:
+        words = f"{command[0]} did not answer within {_SLURM_S:.0f} s"
+        said = (late.stdout or b"").decode(errors="replace")  # bytes, whatever `text` is
+        return subprocess.CompletedProcess(command, 124, said, words)
+
+
+def _words(done: subprocess.CompletedProcess[str]) -> str:
+    """The command's own last words, and what to do about them."""
+    lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or [
+        "no word of why"
+    ]
+    errors = [line.partition("error: ")[2] for line in lines if "error: " in line]
+    text = errors[-1] if errors else lines[0].partition(": ")[2] or lines[0]
+    hint = next(
+        (hint for words, hint in _HINTS.items() if words.lower() in done.stderr.lower()), ""
+    )
+    return f"{text}. Nearest: {hint}" if hint else text

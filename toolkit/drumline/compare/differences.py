@@ -1,0 +1,137 @@
+"""What differs between two records, by name: the recipe's keys, and what the runs stood on. Pure."""
+
+import hashlib
+import json
+import re
+from typing import Any
+
+from drumline.runs.environment import THAT_TRAIN
+
+Pair = tuple[Any, Any]
+
+_NOT_COMPARED = ("recipe", "description", "schema", "project", "logging")
+
+
+def recipe_differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Pair]:
+    """Dotted keys of two plain recipes whose values differ."""
+    ours, theirs = _flat(a), _flat(b)
+    return {
+        key: (ours.get(key), theirs.get(key))
+        for key in [*ours, *(k for k in theirs if k not in ours)]
+        if ours.get(key) != theirs.get(key) and key.split(".")[0] not in _NOT_COMPARED
+    }
+
+
+def input_differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Pair]:
+    """Data, tokenizer and model, by fingerprint."""
+    places = {
+        "data": ("data", "fingerprint"),
+        "tokenizer": ("data", "tokenizer"),
+        "model": ("model", "fingerprint"),
+    }
+    return _differing({name: (_at(a, *path), _at(b, *path)) for name, path in places.items()})
+
+
+def code_differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Pair]:
+    """Commit, changed files by content, the factories' files, drumline's own source."""
+    pairs = {
+        "commit": (_at(a, "code", "commit"), _at(b, "code", "commit")),
+        "drumline's source": (a.get("drumline_sha256"), b.get("drumline_sha256")),
+    }
+    ours, theirs = _code_files(a), _code_files(b)
+    for name in sorted({*ours, *theirs}):
+        pairs[name] = (ours.get(name, "absent"), theirs.get(name, "absent"))
+    return _differing(pairs)
+
+
+def environment_differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Pair]:
+    """Versions that train, GPU, driver, CUDA and NCCL, processor, platform, container."""
+    pairs = {
+        f"version of {name}": (_at(a, "versions", name), _at(b, "versions", name))
+        for name in THAT_TRAIN
+    }
+    pairs["processor"] = (_at(a, "hardware", "cpu"), _at(b, "hardware", "cpu"))
+    pairs["gpus"] = (_gpus(a), _gpus(b))
+    pairs["platform"] = (_at(a, "hardware", "platform"), _at(b, "hardware", "platform"))
+    pairs["container"] = (a.get("container"), b.get("container"))
+    for name in ("device", "cuda", "nccl", "cudnn", "threads"):
+        pairs[name] = (_device(a, name), _device(b, name))
+    found = _differing(pairs)
+    others = _other_versions(a, b)
+    if others:
+        found[f"{others} other packages"] = ("", "")
+    return found
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {path: value}
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        found |= _flat(item, f"{path}.{key}" if path else str(key))
+    return found
+
+
+def _differing(pairs: dict[str, Pair]) -> dict[str, Pair]:
+    """Where both are known and differ."""
+    return {k: (a, b) for k, (a, b) in pairs.items() if a is not None and b is not None and a != b}
+
+
+def _at(record: dict[str, Any], *path: str) -> Any:
+    value: Any = record
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _code_files(record: dict[str, Any]) -> dict[str, str]:
+    """Changed, untracked and factory files, by the first 12 digits of what they hold or change."""
+    code = record.get("code") or {}
+    found = {}
+    for part in re.split(r"^(?=diff --git )", code.get("diff") or "", flags=re.MULTILINE):
+        if part:
+            found[f"diff of {part.partition(chr(10))[0].rpartition(' b/')[2]}"] = _short(part)
+    for name, text in (code.get("untracked") or {}).items():
+        found[f"untracked {name}"] = _short(text)
+    for name, digest in (code.get("factories") or {}).items():
+        found[f"file {name}"] = digest[:12]
+    return found
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _gpus(record: dict[str, Any]) -> Any:
+    gpus = _at(record, "hardware", "gpus")
+    if gpus is None:
+        return None
+    return ", ".join(sorted({f"{gpu['name']} (driver {gpu['driver']})" for gpu in gpus})) or "none"
+
+
+def _device(record: dict[str, Any], name: str) -> Any:
+    """Of the last attempt that told."""
+    told = [entry["devices"] for entry in record.get("attempts") or [] if entry.get("devices")]
+    return told[-1][0].get(name) if told else None
+
+
+def _other_versions(a: dict[str, Any], b: dict[str, Any]) -> int:
+    ours, theirs = a.get("versions") or {}, b.get("versions") or {}
+    if len(ours) <= len(THAT_TRAIN) or len(theirs) <= len(THAT_TRAIN):
+        return 0
+    names = {*ours, *theirs} - set(THAT_TRAIN)
+    return sum(ours.get(name) != theirs.get(name) for name in names)
+
+
+def difference_lines(found: dict[str, Pair]) -> list[str]:
+    """`name  a -> b`, a line each."""
+    width = max(map(len, found), default=0)
+    return [
+        f"{name:<{width}}  {_shown(a)} -> {_shown(b)}" if (a, b) != ("", "") else f"{name} differ"
+        for name, (a, b) in found.items()
+    ]
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else str(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -1,0 +1,87 @@
+"""Reads a logged run from wherever its record lies: a run folder, a recipe.yaml, a checkpoint, W&B."""
+
+from pathlib import Path
+
+from drumline.checkpoint.manifest import MANIFEST, read_manifest, verify
+from drumline.checkpoint.weights import weight_facts
+from drumline.compare.logged import Logged, split_lines
+from drumline.errors import RecipeError, RunFolderError
+from drumline.metrics_file import read_metrics
+from drumline.recipe import yaml12
+from drumline.runs.folder import RunFolder
+from drumline.runs.recipe_facts import read_facts
+
+
+def read_logged(where: str) -> Logged:
+    """What `drumline reproduce`, `compare` and `report` are given; RunFolderError for anything else."""
+    if where.startswith("wandb:"):
+        from drumline.compare.wandb_runs import read_online
+
+        return read_online(where)
+    path = Path(where)
+    if not path.exists():
+        raise RunFolderError(f"{where}: does not exist")
+    if (path / "record.json").is_file():
+        return read_folder(RunFolder(path.resolve()))
+    if (path / MANIFEST).is_file():
+        return _read_checkpoint(path.resolve())
+    if path.suffix == ".wandb" or (path.is_dir() and any(path.rglob("run-*.wandb"))):
+        from drumline.compare.wandb_runs import read_offline
+
+        return read_offline(path)
+    if path.is_file():
+        if path.name == "recipe.yaml" and (path.parent / "record.json").is_file():
+            return read_folder(RunFolder(path.resolve().parent))
+        return _read_recipe_file(path)
+    raise RunFolderError(
+        f"{where}: neither a run folder (record.json), a checkpoint ({MANIFEST}), a logged recipe.yaml nor a "
+        ".wandb file"
+    )
+
+
+def read_folder(folder: RunFolder, until: int | None = None) -> Logged:
+    """A run folder's record and metrics."""
+    steps, evaluations, events = split_lines(read_metrics(folder.metrics_file))
+    return Logged(
+        str(folder.path),
+        folder.read_record(),
+        steps,
+        evaluations=evaluations,
+        events=events,
+        until=until,
+    )
+
+
+def _read_recipe_file(path: Path) -> Logged:
+    try:
+        text = path.read_text(encoding="utf-8")
+        recipe = yaml12.parse(text)
+        record, steps = read_facts(text)
+    except (OSError, ValueError, RecipeError) as error:
+        raise RunFolderError(f"{path}: cannot be read: {error}") from None
+    if not record or not isinstance(recipe, dict):
+        raise RunFolderError(
+            f"{path}: it does not say what came out, so nothing could be compared. Nearest: "
+            f"`drumline run {path}`; a run folder's recipe.yaml says it once the run is finished"
+        )
+    return Logged(str(path), {"recipe": recipe, **record}, steps)
+
+
+def _read_checkpoint(path: Path) -> Logged:
+    """The run that the checkpoint lies in, up to its step; or what the checkpoint knows by itself."""
+    state = verify(path)
+    parent = path.parent.parent
+    recipe = read_manifest(path)["recipe"]
+    logged = Logged(str(path), {"recipe": recipe}, [], until=state.step)
+    if (parent / "record.json").is_file():
+        logged = read_folder(RunFolder(parent), state.step)
+    if logged.record["recipe"] is None:
+        raise RunFolderError(f"{path}: it does not hold its recipe")
+    record = {**logged.record, "weights": weight_facts(path)}
+    if "data" not in record:
+        record |= {
+            "data": {"fingerprint": state.fingerprint},
+            "training_sha256": state.training_sha256,
+        }
+    steps = [line for line in logged.steps if line["step"] <= state.step]
+    return Logged(str(path), record, steps, until=state.step)

@@ -1,0 +1,72 @@
+"""Data that every machine has: Python's own source, and a small synthetic classification set."""
+
+import platform
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from drumline.errors import DataError
+
+BLOCK_CHARACTERS = 1 << 16
+"""A file is read and tokenised in blocks of this many characters, so memory stays flat."""
+
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
+
+
+def label(name: str) -> str:
+    """What the fingerprint begins with; the source of Python names its version."""
+    if name == "python-stdlib":
+        return f"{platform.python_implementation().lower()}-{platform.python_version()}"
+    return name
+
+
+def documents(name: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rows of a builtin source: {"text", "ends"} or {"features", "label"}."""
+    if name not in BUILTIN:
+        raise DataError(f"data.name: {name!r} is not builtin. Known: {', '.join(BUILTIN)}")
+    try:
+        yield from BUILTIN[name](**options)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"data.options: {options} do not suit {name}: {error}") from None
+
+
+def python_stdlib(max_files: int | None = None) -> Iterator[dict[str, Any]]:
+    """The text of the installed Python's standard library, in path order."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(
+        path
+        for path in root.rglob("*.py")
+        if not _SKIPPED_FOLDERS & set(path.relative_to(root).parts)
+    )
+    for path in files[:max_files]:
+        yield from text_blocks(path.read_text(encoding="utf-8", errors="replace"))
+
+
+def text_blocks(text: str) -> Iterator[dict[str, Any]]:
+    """One document as blocks; only the last one `ends` it."""
+    for start in range(0, len(text), BLOCK_CHARACTERS):
+        stop = start + BLOCK_CHARACTERS
+        yield {"text": text[start:stop], "ends": stop >= len(text)}
+
+
+def synthetic_classification(
+    rows: int = 12_500, features: int = 32, classes: int = 10
+) -> Iterator[dict[str, Any]]:
+    """Gaussian clouds, two per class, from a fixed seed: {"features": float32 [features], "label"}."""
+    rng = np.random.Generator(np.random.Philox(20_26))
+    centres = rng.normal(0.0, 1.2, size=(2 * classes, features))
+    for start in range(0, rows, 1000):
+        count = min(1000, rows - start)
+        cloud = rng.integers(0, 2 * classes, size=count)
+        values = (centres[cloud] + rng.normal(size=(count, features))).astype(np.float32)
+        for value, which in zip(values, cloud % classes, strict=True):
+            yield {"features": value, "label": int(which)}
+
+
+BUILTIN: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
+    "python-stdlib": python_stdlib,
+    "synthetic-classification": synthetic_classification,
+}

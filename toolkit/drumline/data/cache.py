@@ -1,0 +1,60 @@
+"""Where prepared rows lie, and the key under which a later run finds them again.
+
+The key is cheap (names, sizes and times of files, never their content); the fingerprint inside
+the manifest is what identifies the content.
+"""
+
+import hashlib
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from drumline.data.factory import factory_file
+from drumline.data.files import matching_files
+from drumline.recipe.schema import Data
+
+FORMAT_VERSION = 1
+
+
+def cache_root() -> Path:
+    """$DRUMLINE_CACHE, or drumline's folder in the user's cache."""
+    stated = os.environ.get("DRUMLINE_CACHE")
+    if stated:
+        return Path(stated).absolute()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "drumline"
+
+
+def cache_folder(data: Data, project: str | None) -> Path:
+    """The folder for these data; it exists once they are prepared."""
+    plain = data.model_dump(exclude={"samples"})
+    plain["format"] = FORMAT_VERSION
+    plain["stamps"] = _stamps(data, project)
+    text = json.dumps(plain, sort_keys=True)
+    return cache_root() / "data" / hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _stamps(data: Data, project: str | None) -> Any:
+    """What changes when the source does: file sizes and times, code, Python's version."""
+    stamps: list[Any] = []
+    if data.source == "builtin":
+        stamps.append(platform.python_version())
+    elif data.source == "files":
+        stamps += [_stamp(path) for path in matching_files(data)]
+    elif data.source == "factory":
+        assert data.factory
+        stamps.append(hashlib.sha256(factory_file(data.factory, project).read_bytes()).hexdigest())
+    if data.task_factory:
+        raw = factory_file(data.task_factory, project).read_bytes()
+        stamps.append(hashlib.sha256(raw).hexdigest())
+    if data.tokenizer.startswith("/"):
+        folder = Path(data.tokenizer)
+        stamps += [_stamp(path) for path in sorted(folder.glob("*")) if path.is_file()]
+    return stamps
+
+
+def _stamp(path: Path) -> list[Any]:
+    status = path.stat()
+    return [str(path), status.st_size, status.st_mtime_ns]

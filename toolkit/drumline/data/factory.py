@@ -1,0 +1,71 @@
+"""`module:function` from the recipe's own project: the only code that a recipe can name."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from drumline.errors import DataError
+
+
+def factory_file(name: str, project: str | None) -> Path:
+    """The Python file that `module:function` means: one beside the recipe, nothing else."""
+    module = name.partition(":")[0]
+    path = Path(project or ".") / f"{module}.py"
+    if not path.is_file():
+        raise DataError(f"factory {name!r}: {path} does not exist; factories lie beside the recipe")
+    return path
+
+
+def load_factory(name: str, project: str | None) -> Callable[..., Any]:
+    """Import the file and return the function.
+
+    The file may import others that lie beside it: its folder comes last on the path, behind everything
+    that is installed.
+    """
+    path = factory_file(name, project)
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    function = name.partition(":")[2]
+    unique = f"drumline_project_{path.stem}"
+    spec = importlib.util.spec_from_file_location(unique, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[unique] = module
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise DataError(f"factory {name!r}: {path} has no function {function!r}")
+    return getattr(module, function)  # type: ignore[no-any-return]
+
+
+def mentions_batchnorm(name: str, project: str | None) -> bool:
+    """Whether the factory's function, or what it uses in its file, names a BatchNorm. Reads, never runs.
+
+    Follows names from the function through the module's own definitions.
+    """
+    import ast
+
+    path = factory_file(name, project)
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError) as error:
+        raise DataError(f"factory {name!r}: {path} is not Python: {error}") from None
+    definitions = {
+        node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+    waiting, seen = [name.partition(":")[2]], set()
+    while waiting:
+        current = waiting.pop()
+        if "BatchNorm" in current:
+            return True
+        if current in seen or current not in definitions:
+            continue
+        seen.add(current)
+        for node in ast.walk(definitions[current]):
+            if isinstance(node, ast.Name):
+                waiting.append(node.id)
+            elif isinstance(node, ast.Attribute):
+                waiting.append(node.attr)
+    return False

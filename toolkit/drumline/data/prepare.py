@@ -1,0 +1,336 @@
+"""Tokenise, pack and fingerprint once; every later run maps the result.
+
+The rows are written into a locked temporary folder and appear under their key by one rename, so a
+killed prepare leaves no half cache and two at once do not collide: the first to finish wins.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drumline.data import cache, sources
+from drumline.data.dataset_manifest import DatasetManifest, read_dataset_manifest, sizes
+from drumline.data.rows import DTYPES, array_columns
+from drumline.data.tasks import Encoded, Task, find_task
+from drumline.data.tokenizers import Tokenizer, Tokens, find_tokenizer
+from drumline.errors import DataError
+from drumline.recipe.schema import Data
+
+_ROWS_AT_ONCE = 1 << 16
+_ABANDONED_AFTER_S = 60.0
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
+
+Progress = Callable[[int, int], None]
+"""Called with documents read and tokens (or rows) written so far."""
+
+
+def prepare(data: Data, project: str | None, progress: Progress | None = None) -> Path:
+    """The folder of prepared rows, made if it is not there yet."""
+    final = cache.cache_folder(data, project)
+    if read_dataset_manifest(final) is not None:
+        return final
+    final.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(final)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    try:
+        with _locked(temporary):
+            _write(data, project, temporary, progress or (lambda documents, tokens: None))
+            _publish(temporary, final)
+    except OSError as error:
+        elsewhere = error.filename and not str(error.filename).startswith(str(final.parent))
+        if elsewhere or error.errno not in _DISK_ERRORS:
+            raise
+        raise DataError(
+            f"{final.parent}: cannot write the prepared rows: {error.strerror or error}. Nearest: "
+            "make room, or point DRUMLINE_CACHE at another folder"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+class _Writer:
+    """Appends samples of one part and hashes them; holds nothing but what it is given."""
+
+    def __init__(self, folder: Path, token_dtype: str | None) -> None:
+        folder.mkdir()
+        self._folder = folder
+        self._files: dict[str, IO[bytes]] = {}
+        self._dtypes = {**DTYPES, "tokens": token_dtype}
+        self._ends: dict[str, int] = {}
+        self.arrays: dict[str, str] = {}
+        self.hash = hashlib.sha256()
+        self.rows = 0
+        self.tokens = 0
+        self.label_tokens = 0
+
+    def append_sample(self, sample: Encoded) -> None:
+        """One row of every column that the sample has."""
+        columns: dict[str, Any] = {}
+        if sample.features is not None:
+            columns["features"] = sample.features
+        if sample.tokens is not None:
+            columns |= {
+                "tokens": sample.tokens,
+                "starts": self.tokens,
+                "lengths": len(sample.tokens),
+            }
+            self.tokens += len(sample.tokens)
+        if sample.prompt_targets is not None:
+            columns["skipped"] = sample.prompt_targets
+        if sample.label is not None:
+            columns["labels"] = sample.label
+        for name, values in sample.arrays.items():
+            self._add_array(columns, name, np.asarray(values))
+        self.append(**columns, counts=sample.count)
+
+    def append(self, **columns: Any) -> None:
+        """One value, or an array of them, to each named column."""
+        for name, value in columns.items():
+            if name not in self._files:
+                self._files[name] = (self._folder / f"{name}.bin").open("wb")
+            raw = np.asarray(value, dtype=self._dtypes[name]).tobytes()
+            self._files[name].write(raw)
+            self.hash.update(name.encode() + raw)
+        if "counts" in columns:
+            self.rows += int(np.size(columns["counts"]))
+            self.label_tokens += int(np.sum(columns["counts"]))
+
+    def close(self, names: Iterable[str]) -> None:
+        """Flush to disk; columns that got no row become empty files."""
+        for name in names:
+            if name not in self._files:
+                self._files[name] = (self._folder / f"{name}.bin").open("wb")
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+
+    def _add_array(self, columns: dict[str, Any], name: str, values: NDArray[Any]) -> None:
+        dtype = values.dtype.newbyteorder("<").str
+        if values.ndim != 1 or self.arrays.setdefault(name, dtype) != dtype:
+            raise DataError(
+                f"data.task_factory: array {name!r}: {dtype} of shape {list(values.shape)}, after rows of "
+                f"{self.arrays.get(name)} with one dimension"
+            )
+        stored, ends = array_columns(name)
+        self._dtypes |= {stored: dtype, ends: "<i8"}
+        self._ends[name] = self._ends.get(name, 0) + len(values)
+        columns |= {stored: values, ends: self._ends[name]}
+
+
+class _Packer:
+    """Documents end to end in one stream; a row every `length` tokens, plus the next as target.
+
+    Every token but the first is a target exactly once; the last row may be shorter.
+    """
+
+    def __init__(self, writer: _Writer, length: int) -> None:
+        self._writer, self._length = writer, length
+
+    def add(self, tokens: Tokens) -> None:
+        """Append a document's tokens."""
+        self._writer.append(tokens=tokens)
+        self._writer.tokens += len(tokens)
+
+    def finish(self) -> None:
+        """Cut the stream into rows."""
+        targets = self._writer.tokens - 1
+        rows = -(-max(0, targets) // self._length)
+        for first in range(0, rows, _ROWS_AT_ONCE):
+            starts = np.arange(first, min(rows, first + _ROWS_AT_ONCE)) * self._length
+            counts = np.minimum(self._length, targets - starts)
+            self._writer.append(
+                starts=starts, lengths=counts + 1, skipped=np.zeros_like(counts), counts=counts
+            )
+
+
+@dataclass
+class _Seen:
+    """What the rows turned out to hold."""
+
+    documents: int = 0
+    truncated: int = 0
+    dropped: int = 0
+    classes: int = 0
+    feature_shape: list[int] | None = None
+
+    def note(self, sample: Encoded) -> None:
+        """Count a sample; DataError where its features have another shape than those before."""
+        self.truncated += sample.was_truncated
+        if sample.label is not None:
+            self.classes = max(self.classes, sample.label + 1)
+        if sample.features is not None:
+            shape = list(sample.features.shape)
+            self.feature_shape = self.feature_shape or shape
+            if shape != self.feature_shape:
+                raise DataError(f"features of shape {shape}, after rows of {self.feature_shape}")
+
+
+Writers = dict[str, _Writer]
+
+
+def _write(data: Data, project: str | None, folder: Path, progress: Progress) -> None:
+    task = find_task(data, project)
+    rows = sources.read(data, project)
+    first = next(rows, None)
+    if first is None:
+        raise DataError("data: the source has no rows")
+    task.begin(first)
+    tokenizer = find_tokenizer(data.tokenizer) if task.needs_tokenizer else None
+    dtype = None
+    if tokenizer:
+        dtype = "<u2" if tokenizer.vocabulary <= 1 << 16 else "<u4"
+    writers = {part: _Writer(folder / part, dtype) for part in ("train", "validation")}
+    write = _write_stream if task.is_stream else _write_samples
+    seen = write(task, tokenizer, itertools.chain([first], rows), writers, progress)
+    _refuse_empty(data, seen.documents, writers)
+    train, validation = writers["train"], writers["validation"]
+    arrays = train.arrays | validation.arrays
+    own = [column for name in arrays for column in array_columns(name)]
+    for writer in writers.values():
+        writer.close([*task.columns, *own])
+    DatasetManifest(
+        task=data.task,
+        fingerprint=_fingerprint(data, tokenizer, writers, seen.feature_shape),
+        samples=train.rows,
+        validation_samples=validation.rows,
+        sequence_length=data.sequence_length,
+        tokenizer=tokenizer.fingerprint if tokenizer else None,
+        token_dtype=dtype,
+        vocabulary=tokenizer.vocabulary if tokenizer else None,
+        feature_shape=seen.feature_shape,
+        classes=seen.classes or None,
+        label_tokens=train.label_tokens,
+        truncated=seen.truncated,
+        dropped=seen.dropped,
+        files=sizes(folder),
+        arrays=arrays,
+    ).write(folder)
+
+
+def _part_of(document: int, validation: Fraction) -> str:
+    """Every 1/validation-th document is for validation: floor(n × validation) of any first n."""
+    before, after = int(document * validation), int((document + 1) * validation)
+    return "validation" if after > before else "train"
+
+
+def _write_stream(
+    task: Task,
+    tokenizer: Tokenizer | None,
+    rows: Iterable[dict[str, Any]],
+    writers: Writers,
+    progress: Progress,
+) -> _Seen:
+    """Documents joined and cut into rows; one may come in several pieces, of which the last `ends` it."""
+    length = task.data.sequence_length
+    assert length
+    share, seen, written = Fraction(str(task.data.validation)), _Seen(), 0
+    packers = {part: _Packer(writer, length) for part, writer in writers.items()}
+    for row in rows:
+        piece = task.encode(row, tokenizer)
+        if piece is None or piece.tokens is None:
+            continue
+        packers[_part_of(seen.documents, share)].add(piece.tokens)
+        seen.documents += bool(row.get("ends", True))
+        written += len(piece.tokens)
+        progress(seen.documents, written)
+    for packer in packers.values():
+        packer.finish()
+    return seen
+
+
+def _write_samples(
+    task: Task,
+    tokenizer: Tokenizer | None,
+    rows: Iterable[dict[str, Any]],
+    writers: Writers,
+    progress: Progress,
+) -> _Seen:
+    """One row, one sample; a row of which nothing would be learnt is dropped and counted."""
+    share, seen = Fraction(str(task.data.validation)), _Seen()
+    for row in rows:
+        writer = writers[_part_of(seen.documents, share)]
+        try:
+            sample = task.encode(row, tokenizer)
+            if sample is not None:
+                seen.note(sample)
+        except DataError as error:
+            raise DataError(f"data: row {seen.documents + 1:,}: {error}") from None
+        if sample is None or sample.count <= 0:
+            seen.dropped += 1
+        else:
+            writer.append_sample(sample)
+        seen.documents += 1
+        progress(seen.documents, seen.documents)
+    return seen
+
+
+def _refuse_empty(data: Data, documents: int, writers: Writers) -> None:
+    if documents == 0 or writers["train"].rows == 0:
+        raise DataError(f"data: {documents} documents gave no training rows")
+    if data.validation and writers["validation"].rows == 0:
+        fix = f"validation {1 / documents:.2g} (one document)" if documents > 1 else "validation 0"
+        raise DataError(
+            f"data.validation: {data.validation} × {documents} documents = "
+            f"{data.validation * documents:.2g}, which is none. Nearest: {fix}"
+        )
+
+
+def _fingerprint(
+    data: Data, tokenizer: Tokenizer | None, writers: Writers, shape: list[int] | None
+) -> str:
+    identity = {
+        "task": data.task,
+        "sequence_length": data.sequence_length,
+        "tokenizer": tokenizer.fingerprint if tokenizer else None,
+        "feature_shape": shape,
+        "parts": {part: writer.hash.hexdigest() for part, writer in writers.items()},
+    }
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return f"{sources.source_label(data)}:{digest}"
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the temporary folder's lock for as long as this process lives."""
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """One rename; where another process was first, its rows are the same."""
+    (temporary / ".lock").unlink()
+    try:
+        temporary.rename(final)
+    except OSError:
+        if read_dataset_manifest(final) is None:
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+
+
+def _remove_abandoned(final: Path) -> None:
+    """Temporary folders of this key whose process is gone."""
+    for folder in final.parent.glob(f".{final.name}.*"):
+        lock = folder / ".lock"
+        with contextlib.suppress(OSError), lock.open("r") as file:
+            if time.time() - folder.stat().st_mtime < _ABANDONED_AFTER_S:
+                continue
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)

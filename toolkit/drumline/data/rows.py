@@ -1,0 +1,102 @@
+"""Prepared rows, memory-mapped: random access to the samples that `prepare` has stored.
+
+A folder has `card.json` and, for `train` and `validation`, raw little-endian arrays:
+
+    tokens   uint16/uint32   all tokens of all rows          starts  int64 [N]   first token of a row
+    lengths  int32 [N]       tokens of a row                 skipped int32 [N]   leading targets that
+    counts   int32 [N]       label tokens of a row                               do not count (the prompt's)
+    features float32 [N, …]  labels int64 [N]                (classification)
+    array-X  any             all values of array X           ends-X  int64 [N]   where a row's values end
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drumline.data.dataset_manifest import DatasetManifest, read_dataset_manifest
+from drumline.data.tasks.base import Arrays, Task
+from drumline.errors import DataError
+
+DTYPES = {
+    "starts": "<i8",
+    "lengths": "<i4",
+    "skipped": "<i4",
+    "counts": "<i4",
+    "labels": "<i8",
+    "features": "<f4",
+}
+
+
+def array_columns(name: str) -> tuple[str, str]:
+    """The two columns that a task's own array is stored in: its values, and where each row's end."""
+    return f"array-{name}", f"ends-{name}"
+
+
+class Rows:
+    """The samples of one part (`train` or `validation`); nothing is held in memory.
+
+    `counts`: int32 [N], the label tokens of each.
+    """
+
+    def __init__(self, folder: Path, part: str, task: Task) -> None:
+        manifest = read_dataset_manifest(folder)
+        if manifest is None:
+            raise DataError(f"{folder}: no prepared data; run `drumline prepare`")
+        self.manifest: DatasetManifest = manifest
+        self.task = task
+        self._folder = folder / part
+        self._columns: dict[str, NDArray[Any]] = {}
+        self.counts = self.column("counts")
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def collate(self, indices: NDArray[np.int64]) -> Arrays:
+        """Samples as arrays of one micro-batch, as their task makes them."""
+        return self.task.collate(self, indices)
+
+    def tokens(
+        self, indices: NDArray[np.int64], width: int | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Tokens [n, width] (default: the longest row's) and which of them belong to the row."""
+        lengths = self.column("lengths")[indices]
+        place = np.arange(width or int(lengths.max()))
+        inside = place < lengths[:, None]
+        where = np.where(inside, self.column("starts")[indices][:, None] + place, 0)
+        return self.column("tokens")[where].astype(np.int64), inside
+
+    def array(self, name: str, indices: NDArray[np.int64]) -> list[NDArray[Any]]:
+        """A task's own array, of each of these rows."""
+        values, ends = (self.column(column) for column in array_columns(name))
+        firsts = np.where(indices > 0, ends[indices - 1], 0)
+        return [
+            np.asarray(values[first:end]) for first, end in zip(firsts, ends[indices], strict=True)
+        ]
+
+    def column(self, name: str) -> NDArray[Any]:
+        """A stored column; DataError where it is missing."""
+        if name not in self._columns:
+            self._columns[name] = self._map(name)
+        return self._columns[name]
+
+    def _map(self, name: str) -> NDArray[Any]:
+        path, dtype = self._folder / f"{name}.bin", self._dtype(name)
+        if not path.is_file():
+            raise DataError(f"{path}: missing from the prepared data; run `drumline prepare`")
+        if path.stat().st_size == 0:
+            found: NDArray[Any] = np.zeros(0, dtype=dtype)
+        else:
+            found = np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+        if name == "features" and self.manifest.feature_shape is not None:
+            return found.reshape(-1, *self.manifest.feature_shape)
+        return found
+
+    def _dtype(self, name: str) -> str:
+        if name == "tokens":
+            assert self.manifest.token_dtype
+            return self.manifest.token_dtype
+        if name.startswith("array-"):
+            return self.manifest.arrays[name.removeprefix("array-")]
+        return "<i8" if name.startswith("ends-") else DTYPES[name]

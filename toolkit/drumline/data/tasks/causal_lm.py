@@ -1,0 +1,40 @@
+"""Language modelling: documents joined end to end, every token but the first a target once."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drumline.data.dataset_manifest import DatasetManifest
+from drumline.data.tasks.base import (
+    Arrays,
+    Encoded,
+    Row,
+    StoredRows,
+    Task,
+    blank_language_rows,
+    language_rows,
+    text_field,
+)
+from drumline.data.tokenizers import Tokenizer
+
+
+class CausalLm(Task):
+    """Rows of `sequence_length` tokens cut from one stream, plus the next token as the last target."""
+
+    is_stream = True
+    columns = ("tokens", "starts", "lengths", "skipped", "counts")
+
+    def encode(self, row: Row, tokenizer: Tokenizer | None) -> Encoded:
+        """A document's tokens, or those of a part of it; the end token where the document ends."""
+        assert tokenizer
+        tokens = tokenizer.encode(text_field(row, self.data.text_field, "text_field"))
+        if row.get("ends", True):
+            tokens = np.append(tokens, np.uint32(tokenizer.end))
+        return Encoded(count=len(tokens), tokens=tokens)
+
+    def collate(self, rows: StoredRows, indices: NDArray[np.int64]) -> Arrays:
+        """input_ids and targets, int64 [n, sequence_length]."""
+        return language_rows(rows, indices, self.data.sequence_length)
+
+    def blank(self, count: int, manifest: DatasetManifest) -> Arrays:
+        """The same, all zero."""
+        return blank_language_rows(count, self.data.sequence_length)

@@ -1,0 +1,44 @@
+"""How long a rank may stay in one phase before it counts as hung: one rule for rank and supervisor."""
+
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+
+from drumline.rank_files import Heartbeat
+
+_START_S = 600.0
+"""At least so long is allowed for each phase before the first step."""
+_FEWEST_STEPS = 10
+"""Steps to be timed before `hang_factor` has a median to multiply."""
+_SHORTEST_S = 5.0
+"""Lower bound of the timeout that comes from `hang_factor`."""
+
+
+@dataclass
+class HangTimeout:
+    """`timeout_s` in every phase; in a step, if shorter, `factor` times the median of the last steps."""
+
+    timeout_s: float
+    factor: float | None = None
+    _steps_s: deque[float] = field(init=False, default_factory=lambda: deque(maxlen=64))
+    _done: tuple[int, float] | None = field(init=False, default=None)
+
+    def limit_s(self, heartbeat: Heartbeat | None) -> float:
+        """Seconds that a rank may stay at this heartbeat; a rank without one is still starting.
+
+        A rank that knows how long its phase takes, such as the save of so many bytes, says so in `limit_s` of
+        its heartbeat, and the longer of the two counts.
+        """
+        if heartbeat is None or heartbeat.phase.is_before_the_first_step:
+            return max(self.timeout_s, _START_S)
+        if self.factor and heartbeat.phase.is_in_a_step and len(self._steps_s) >= _FEWEST_STEPS:
+            by_factor = max(_SHORTEST_S, self.factor * statistics.median(self._steps_s))
+            return min(self.timeout_s, by_factor)
+        return max(self.timeout_s, heartbeat.limit_s)
+
+    def time_steps(self, now: float, done: int) -> None:
+        """Learn how long steps take: at `now`, in seconds of any clock, so many are done."""
+        if self._done and done > self._done[0]:
+            self._steps_s.append((now - self._done[1]) / (done - self._done[0]))
+        if not self._done or done != self._done[0]:
+            self._done = (done, now)

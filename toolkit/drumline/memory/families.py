@@ -1,0 +1,189 @@
+"""The layers of the model families that are known, written as transformers' forwards run.
+
+Names that hold a value here are those that hold it there: what a Python frame refers to stays alive.
+"""
+
+from dataclasses import dataclass
+
+from drumline.architectures.shapes import ModelShape, layer_tensors
+from drumline.memory.attention import Kernel
+from drumline.memory.ledger import Parameter, Value
+from drumline.memory.mixtures import experts, route
+from drumline.memory.operators import Operators
+from drumline.memory.scores import eager_attention, math_attention
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One micro-batch on one rank: `samples` of `length` tokens, and how attention sees them."""
+
+    samples: int
+    length: int
+    kernel: Kernel
+    is_masked: bool
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the micro-batch."""
+        return self.samples * self.length
+
+
+class Layer:
+    """One repeated block: its weights, and its forward."""
+
+    def __init__(self, shape: ModelShape, width: int) -> None:
+        self.shape = shape
+        tensors = layer_tensors(shape)
+        self.weights = {name: Parameter(rows * columns, width) for name, (rows, columns) in tensors.items()
+                        if columns > 1}  # fmt: skip
+        vectors = sum(rows for rows, columns in tensors.values() if columns == 1)
+        self.rest = Parameter(vectors, width)  # norms and biases
+
+    def forward(self, run: Operators, rows: Rows, stream: Value, dropout: float) -> Value:
+        """[T, h] -> [T, h]."""
+        out = _LAYERS[self.shape.family](self, run, rows, stream, dropout)
+        run.attention_weights = None
+        return out
+
+    def all_weights(self) -> list[Parameter]:
+        """Every parameter of the layer."""
+        return [*self.weights.values(), self.rest]
+
+
+def _gpt2(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: float) -> Value:
+    w, h = layer.weights, layer.shape.hidden
+    residual = stream
+    hidden = run.layer_norm(stream, h)
+    attended = _gpt2_attention(layer, run, rows, hidden)
+    attended = run.dropout(attended, dropout)
+    hidden = run.add(attended, residual)
+    residual = hidden
+    hidden = run.layer_norm(hidden, h)
+    expanded = _gelu_new(run, run.linear(hidden, w["up"], layer.shape.ffn))
+    expanded = run.linear(expanded, w["down"], h)
+    expanded = run.dropout(expanded, dropout)
+    return run.add(residual, expanded)
+
+
+def _gpt2_attention(layer: Layer, run: Operators, rows: Rows, hidden: Value) -> Value:
+    h = layer.shape.hidden
+    packed = run.linear(hidden, layer.weights["qkv"], 3 * h)
+    part = Value(packed.block, rows.tokens * h, packed.width, packed.source)
+    out = _attend(layer, run, rows, part, part, part, run.gather_gradients(packed))
+    return run.linear(out, layer.weights["out"], h)
+
+
+def _gelu_new(run: Operators, value: Value) -> Value:
+    """0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))), written out in Python."""
+    half = run.scale(value)
+    inner = run.scale(run.add(value, run.scale(run.power(value))))
+    bent = run.pointwise(inner, keeps_input=False, keeps_output=True)
+    del inner
+    one = run.shift(bent)
+    del bent
+    return run.multiply(half, one)
+
+
+def _llama(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: float) -> Value:
+    shape = layer.shape
+    residual = stream
+    hidden = run.rms_norm(stream, shape.hidden, layer.rest.width)
+    hidden = _llama_attention(layer, run, rows, hidden, residual.width)
+    hidden = run.add(residual, hidden)
+    residual = hidden
+    hidden = run.rms_norm(hidden, shape.hidden, layer.rest.width)
+    hidden = (_experts if shape.experts else _gated)(layer, run, rows, hidden)
+    return run.add(residual, hidden)
+
+
+def _llama_attention(
+    layer: Layer, run: Operators, rows: Rows, hidden: Value, cosines: int
+) -> Value:
+    shape, w = layer.shape, layer.weights
+    query = run.linear(hidden, w["q"], shape.query_width)
+    if shape.has_qk_norm:
+        query = run.rms_norm(query, shape.head_dim, layer.rest.width)
+    key = run.linear(hidden, w["k"], shape.kv_width)
+    if shape.has_qk_norm:
+        key = run.rms_norm(key, shape.head_dim, layer.rest.width)
+    value = run.linear(hidden, w["v"], shape.kv_width)
+    query, key = run.rotate(query, cosines), run.rotate(key, cosines)
+    out = _attend(layer, run, rows, query, key, value)
+    return run.linear(out, w["out"], shape.hidden)
+
+
+def _gated(layer: Layer, run: Operators, rows: Rows, hidden: Value) -> Value:
+    """down(silu(gate(x)) · up(x))."""
+    w, f = layer.weights, layer.shape.ffn
+    gate = run.pointwise(run.linear(hidden, w["gate"], f))
+    return run.linear(
+        run.multiply(gate, run.linear(hidden, w["up"], f)), w["down"], layer.shape.hidden
+    )
+
+
+def _experts(layer: Layer, run: Operators, rows: Rows, hidden: Value) -> Value:
+    """Every token through its `top_k` experts, rows sorted by expert, grouped matrix products."""
+    shape, w = layer.shape, layer.weights
+    weights = route(run, run.linear(hidden, w["router"], shape.experts), rows.tokens, shape)
+    return experts(run, shape, hidden, weights, w["gate_up"], w["down"])
+
+
+def _bert(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: float) -> Value:
+    """Post-norm: norm(x + f(x)) after attention and after the feed-forward part."""
+    shape, w = layer.shape, layer.weights
+    query = run.linear(stream, w["q"], shape.hidden)
+    key = run.linear(stream, w["k"], shape.hidden)
+    value = run.linear(stream, w["v"], shape.hidden)
+    out = _attend(layer, run, rows, query, key, value)
+    del query, key, value
+    hidden = run.dropout(run.linear(out, w["out"], shape.hidden), dropout)
+    del out
+    attended = run.layer_norm(run.add(hidden, stream), shape.hidden)
+    del hidden
+    expanded = run.pointwise(run.linear(attended, w["up"], shape.ffn))
+    hidden = run.dropout(run.linear(expanded, w["down"], shape.hidden), dropout)
+    del expanded
+    return run.layer_norm(run.add(hidden, attended), shape.hidden)
+
+
+def _vit(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: float) -> Value:
+    """Pre-norm, an exact GELU."""
+    shape, w = layer.shape, layer.weights
+    residual = stream
+    hidden = run.layer_norm(stream, shape.hidden)
+    hidden = _vit_attention(layer, run, rows, hidden)
+    hidden = run.add(run.dropout(hidden, dropout), residual)
+    residual = hidden
+    hidden = run.layer_norm(hidden, shape.hidden)
+    expanded = run.pointwise(run.linear(hidden, w["up"], shape.ffn))
+    hidden = run.linear(expanded, w["down"], shape.hidden)
+    del expanded
+    return run.add(run.dropout(hidden, dropout), residual)
+
+
+def _vit_attention(layer: Layer, run: Operators, rows: Rows, hidden: Value) -> Value:
+    w, h = layer.weights, layer.shape.hidden
+    query, key, value = (run.linear(hidden, w[name], h) for name in ("q", "k", "v"))
+    return run.linear(_attend(layer, run, rows, query, key, value), w["out"], h)
+
+
+def _attend(layer: Layer, run: Operators, rows: Rows, query: Value, key: Value, value: Value,
+            packed: Value | None = None) -> Value:  # fmt: skip
+    """The kernel that the build of torch takes."""
+    scores = rows.samples * rows.length * rows.length
+    heads = layer.shape.heads
+    if rows.kernel in ("flash", "efficient"):
+        if rows.is_masked:
+            key, value = (run.repeat(shared, query.elements) for shared in (key, value))
+        mask = scores if rows.is_masked else 0
+        return run.attention(query, key, value, heads * rows.tokens, mask, packed)
+    written_out = eager_attention if rows.kernel == "eager" else math_attention
+    return written_out(run, layer.shape, query, key, value, heads * scores, packed)
+
+
+_LAYERS = {
+    "gpt2": _gpt2,
+    "llama": _llama,
+    "bert": _bert,
+    "vit": _vit,
+}

@@ -1,0 +1,89 @@
+"""Mixtures of experts on a ledger, as transformers' grouped implementation runs them.
+
+Letters: T tokens, S = T × top_k rows, E experts, h hidden, f features of an expert.
+"""
+
+from drumline.architectures.shapes import ModelShape
+from drumline.memory.ledger import Gradient, Parameter, Value
+from drumline.memory.operators import FP32, INDEX, Operators
+
+
+def route(run: Operators, logits: Value, tokens: float, shape: ModelShape) -> Value:
+    """Softmax of [T, E] in fp32, the largest top_k of it, normalised: S weights."""
+    ledger, elements = run.ledger, logits.elements
+    if shape.architecture == "mixtral":  # casts by itself; the other asks softmax for fp32
+        chances = run.pointwise(run.cast(logits, FP32), keeps_input=False, keeps_output=True)
+    else:
+        chances = run.pointwise(logits, keeps_input=False, keeps_output=True, width=FP32)
+    rows = tokens * shape.top_k
+    numbers = ledger.block(rows, INDEX)
+    weights = ledger.make(
+        rows, FP32, [chances], lambda g: [ledger.block(elements, FP32)], (numbers,)
+    )
+    return weights if shape.architecture == "mixtral" else run.cast(weights, logits.width)
+
+
+def experts(run: Operators, shape: ModelShape, hidden: Value, weights: Value,
+            gate_up: Parameter, down: Parameter) -> Value:  # fmt: skip
+    """Rows sorted by expert, two grouped products, weighted, put back and summed over top_k."""
+    ledger, rows = run.ledger, weights.elements
+    tokens, h, f = rows / shape.top_k, shape.hidden, shape.ffn
+    wide = hidden.width
+    order = ledger.block(rows, INDEX)
+    places = ledger.block(rows, INDEX)
+    chosen = _pick(run, hidden, rows * h, places.size)
+    packed = _grouped(run, chosen, gate_up, rows * 2 * f)
+    gate = run.pointwise(_half(run, packed))
+    inner = run.multiply(gate, _half(run, packed))
+    del packed, gate
+    out = _grouped(run, inner, down, rows * h)
+    del inner
+    weighted = _times_row(run, out, weights)
+    back = _pick(run, weighted, rows * h, places.size)
+    del weighted, order
+    width = FP32 if run.low else back.width
+    summed = ledger.make(tokens * h, width, [back], lambda g: g)  # its gradient is a view
+    return run.cast(summed, wide)
+
+
+def _pick(run: Operators, value: Value, elements: float, index_bytes: int) -> Value:
+    """Rows by number: keeps the numbers; backward adds into zeros as large as the input."""
+    ledger, before, width = run.ledger, value.elements, value.width
+    numbers = ledger.block(index_bytes, 1)
+    return ledger.make(
+        elements, width, [value], lambda g: [ledger.block(before, width)], (numbers,)
+    )
+
+
+def _half(run: Operators, packed: Value) -> Value:
+    """One half of [S, 2f]; with the other half's, its gradient makes one of the whole."""
+    ledger, elements, width = run.ledger, packed.elements, packed.width
+    return ledger.wrap(
+        packed.block, elements / 2, width, [packed], lambda g: [ledger.block(elements, width)]
+    )
+
+
+def _grouped(run: Operators, rows: Value, weight: Parameter, elements: float) -> Value:
+    """Not on autocast's list: rows are cast to the weight's type, which stays as it is."""
+    ledger, width = run.ledger, weight.width
+    rows = run.cast(rows, width)
+    table = Value(None, weight.elements, width, weight)
+    before, weights = rows.elements, weight.elements
+
+    def rule(gradient: list[Gradient]) -> list[Gradient]:
+        return [ledger.block(before, width), ledger.block(weights, width)]
+
+    return ledger.make(elements, width, [rows, table], rule, (rows.block,))
+
+
+def _times_row(run: Operators, value: Value, row: Value) -> Value:
+    """[S, h] × [S, 1]: the gradient of the weights is summed from a product as large as the rows."""
+    ledger, elements, width = run.ledger, value.elements, max(value.width, row.width)
+    rows = row.elements
+
+    def rule(gradient: list[Gradient]) -> list[Gradient]:
+        result, product = ledger.block(elements, width), ledger.block(elements, width)
+        del product
+        return [result, ledger.block(rows, width)]
+
+    return ledger.make(elements, width, [value, row], rule, (value.block, row.block))

@@ -1,0 +1,262 @@
+"""The forward of a whole model on a ledger: embedding, layers, head and loss.
+
+Layers are alike, so only the first two and the last are played (the last two where a layer's buffers
+wait for the next); what the others keep is one block that grows and shrinks between them. The largest
+moment lies at one of the ends.
+"""
+
+from drumline.architectures.shapes import Tensors, layer_tensors, outer_tensors
+from drumline.memory.families import Layer, Rows
+from drumline.memory.ledger import Gradient, Ledger, Parameter, Value
+from drumline.memory.load import CHUNK_TOKENS, Load
+from drumline.memory.operators import FP32, Operators, part, token_loss
+from drumline.memory.sharding import Group, Stage
+
+PLAYED_LAYERS = 3
+PLAYED_SHARDED_LAYERS = 4
+PLAYED_CHUNKS = 3
+_EMBEDDINGS = ("embedding", "positions", "types", "patch", "class")
+
+
+class Network:
+    """A model's weights as its forward sees them; under FSDP2 with the groups that gather them."""
+
+    def __init__(self, ledger: Ledger, load: Load) -> None:
+        self.ledger, self.load, self.shape = ledger, load, load.shape
+        self.run = Operators(ledger, load.low)
+        width, shape = load.forward_width, load.shape
+        self.outer = {
+            name: Parameter(rows * columns, width)
+            for name, (rows, columns) in outer_tensors(shape).items()
+        }
+        self.head = self.outer.get("head") or self.outer["embedding"]
+        played = PLAYED_SHARDED_LAYERS if load.strategy == "fsdp" else PLAYED_LAYERS
+        self.layers = [Layer(shape, width) for _ in range(min(played, shape.layers))]
+        self.unplayed = Parameter((shape.layers - len(self.layers)) * shape.layer_parameters, width)
+        self.stage = Stage()
+        self.root: Group | None = None
+        self.embedded: Group | None = None
+        self.groups: list[Group] = []
+        if load.strategy == "fsdp":
+            outer = outer_tensors(shape)
+            first = {name: outer.pop(name) for name in list(outer) if self._is_embedded(name)}
+            self.embedded = (
+                self._group(first, [self.outer[name] for name in first]) if first else None
+            )
+            self.root = self._group(outer, [self.outer[name] for name in outer])
+            self.groups = [
+                self._group(layer_tensors(shape), layer.all_weights()) for layer in self.layers
+            ]
+
+    def _is_embedded(self, name: str) -> bool:
+        """Encoders' embeddings are a block that is gathered by itself."""
+        return self.shape.family in ("bert", "vit") and name in _EMBEDDINGS
+
+    def _group(self, tensors: Tensors, weights: list[Parameter]) -> Group:
+        return Group(self.ledger, self.load, self.stage, tensors, weights)
+
+    def parameters(self) -> list[Parameter]:
+        """All of them; those of layers that are not played are one."""
+        layers = [p for layer in self.layers for p in layer.all_weights()]
+        return [*self.outer.values(), *layers, self.unplayed]
+
+    def forward(self, rows: Rows) -> Value:
+        """The loss of a micro-batch."""
+        if self.root:
+            self.root.open()
+        loss = self._loss(rows)
+        self.stage.gathered = None
+        if self.root and self.ledger.is_recording:
+            loss = self.root.before_backward(loss, self.groups[-1])
+        return loss
+
+    def backward(self, loss: Value) -> None:
+        """Down to the embedding; under FSDP2 what is outside the layers is reduced last."""
+        loss.block = None
+        self.ledger.backward(loss, self.ledger.block(1, FP32))
+        if self.root:
+            self.root.reduce()
+            if self.embedded:
+                self.embedded.reduce()
+            self.stage.reduced = None
+            self.stage.all_reduced.clear()
+
+    def forget_gradients(self) -> None:
+        """What `zero_grad` does."""
+        for parameter in self.parameters():
+            parameter.gradient = None
+        for group in (self.root, self.embedded, *self.groups):
+            if group:
+                group.gradient = None
+
+    def _loss(self, rows: Rows) -> Value:
+        if self.shape.classes is not None:
+            return self._class_loss(rows, self._model(rows))
+        if self.load.chunked_loss:
+            return self._chunked_loss(rows, self._model(rows))
+        return token_loss(self.run, self._logits(self._model(rows)), rows.tokens)
+
+    def _model(self, rows: Rows) -> Value:
+        """From tokens to what the head sees; what was embedded is referred to until the end."""
+        if self.embedded:
+            self.embedded.open()
+        embedded = self._embed(rows)
+        mask = self.ledger.block(*self._mask(rows, embedded.width))
+        if self.embedded:
+            self.embedded.close()
+            embedded = self.embedded.before_backward(embedded, None)
+        stream = self._norm(self._all_layers(rows, embedded))
+        del mask
+        return stream
+
+    def _mask(self, rows: Rows, width: int) -> tuple[int, int]:
+        """Elements and width of what all layers share: a float one for eager attention, else a bool."""
+        is_eager = rows.kernel == "eager"
+        square = rows.length * rows.length * (rows.samples if rows.is_masked else 1)
+        return (square if is_eager or rows.is_masked else 0), (width if is_eager else 1)
+
+    def _embed(self, rows: Rows) -> Value:
+        shape, run = self.shape, self.run
+        if shape.patches:
+            return self._embed_patches(rows)
+        hidden = run.embedding(rows.tokens, self.outer["embedding"], shape.hidden)
+        if shape.family == "bert":
+            types = run.embedding(rows.tokens, self.outer["types"], shape.hidden)
+            hidden = run.add(hidden, types)
+            del types
+        if shape.positions:
+            places = run.embedding(rows.length, self.outer["positions"], shape.hidden)
+            hidden = run.add_broadcast(hidden, places)
+        if shape.family == "bert":
+            hidden = run.layer_norm(hidden, shape.hidden)
+        return run.dropout(hidden, shape.dropout)
+
+    def _embed_patches(self, rows: Rows) -> Value:
+        """A convolution as wide as a patch; then the class token before it, positions added."""
+        shape, run, ledger = self.shape, self.run, self.ledger
+        pixels = rows.samples * shape.patches * shape.patch_inputs
+        image = Value(None, pixels, FP32, None)  # its block is the micro-batch's
+        patches = run.linear(image, self.outer["patch"], shape.hidden)
+        elements, before = rows.tokens * shape.hidden, patches.elements
+        width = max(patches.width, self.load.forward_width)
+        narrow = patches.width
+        with_class = ledger.make(
+            elements, width, [patches], lambda g: [ledger.block(before, narrow)]
+        )
+        places = Value(None, self.outer["positions"].elements, width, self.outer["positions"])
+        del patches
+        return run.dropout(run.add_broadcast(with_class, places), shape.dropout)
+
+    def _norm(self, stream: Value) -> Value:
+        if self.shape.family == "bert":
+            return stream
+        if self.shape.family == "llama":
+            return self.run.rms_norm(stream, self.shape.hidden, self.load.forward_width)
+        return self.run.layer_norm(stream, self.shape.hidden)
+
+    def _all_layers(self, rows: Rows, stream: Value) -> Value:
+        played = self.layers if self.ledger.is_recording else self.layers[:2]
+        unplayed = self.shape.layers - len(played)
+        for number, layer in enumerate(played):
+            before, copies = self.ledger.live, self.run.copies
+            stream = self._layer(rows, number, layer, stream)
+            if number == 1 and unplayed:
+                grown = self.ledger.live - before
+                stream = self._lump(stream, unplayed, grown, self.run.copies - copies)
+        return stream
+
+    def _layer(self, rows: Rows, number: int, layer: Layer, stream: Value) -> Value:
+        def forward(value: Value) -> Value:
+            value = self._touch(value, layer.rest)
+            return layer.forward(self.run, rows, value, self.shape.dropout)
+
+        group = self.groups[number] if self.groups else None
+        if group:
+            group.open()
+            stream = group.after_backward(stream)
+        if self.load.checkpointing and self.ledger.is_recording:
+            stream = self.run.checkpoint(stream, forward)
+        else:
+            stream = forward(stream)
+        if group:
+            group.close()
+            ahead = self.groups[number - 1] if number else self.embedded
+            stream = group.before_backward(stream, ahead)
+        return stream
+
+    def _touch(self, value: Value, rest: Parameter) -> Value:
+        """Where the gradients of norms and biases come up."""
+        ledger, elements, width = self.ledger, rest.elements, rest.width
+        weights = Value(None, elements, width, rest)
+        return ledger.wrap(value.block, value.elements, value.width, [value, weights],
+                           lambda g: [g.pop(), ledger.block(elements, width)])  # fmt: skip
+
+    def _lump(self, stream: Value, unplayed: int, grown: int, copied: int) -> Value:
+        """What the layers that are not played keep, and the gradients that their backward leaves.
+
+        Copies of weights that nothing keeps go when autocast ends.
+        """
+        ledger, load = self.ledger, self.load
+        transient = copied if load.checkpointing or not ledger.is_recording else 0
+        if transient:
+            self.run.hold(ledger.block(transient * unplayed, 1))
+        if not ledger.is_recording:
+            return stream
+        kept = [ledger.block((grown - transient) * unplayed, 1)]
+        born = 0.0 if load.keeps_gradients else self.unplayed.elements
+        if born and self.groups:
+            born = self.groups[0].shard * unplayed
+        width = load.forward_width if not self.groups else load.state_width
+
+        waits = bool(self.groups) and load.keeps_gradients and load.shard_ranks < load.ranks
+
+        def rule(gradient: list[Gradient]) -> list[Gradient]:
+            kept.clear()
+            if waits:
+                self.groups[0].hold_all_reduced(unplayed)
+            return [gradient.pop(), ledger.block(born, width, "gradients")]
+
+        weights = Value(None, self.unplayed.elements, width, self.unplayed)
+        return ledger.wrap(stream.block, stream.elements, stream.width, [stream, weights], rule)
+
+    def _logits(self, hidden: Value) -> Value:
+        with part(self.ledger, "loss"):
+            return self.run.linear(hidden, self.head, self.shape.vocabulary)
+
+    def _class_loss(self, rows: Rows, hidden: Value) -> Value:
+        """One token a sample goes on; what is made of it is small."""
+        ledger, run, shape = self.ledger, self.run, self.shape
+        elements, width = hidden.elements, hidden.width
+        if shape.family in ("gpt2", "llama"):  # classifies every token, then picks the last one
+            logits = run.linear(hidden, self.head, shape.classes or 1)
+            return token_loss(run, logits, rows.samples)
+        first = ledger.wrap(hidden.block, rows.samples * shape.hidden, width, [hidden],
+                            lambda g: [ledger.block(elements, width)])  # fmt: skip
+        if shape.family == "bert":
+            first = run.linear(first, self.outer["pooler"], shape.hidden)
+            first = run.pointwise(first, keeps_input=False, keeps_output=True)
+            first = run.dropout(first, shape.dropout)
+        return token_loss(run, run.linear(first, self.head, shape.classes or 1), rows.samples)
+
+    def _chunked_loss(self, rows: Rows, hidden: Value) -> Value:
+        """Chunk by chunk, each run again in its backward; a few of them stand for all."""
+        run, ledger, shape = self.run, self.ledger, self.shape
+        tokens = min(rows.tokens, max(1, CHUNK_TOKENS // rows.samples) * rows.samples)
+        number = -(-rows.tokens // tokens)
+        total: Value | None = None
+        elements, width = hidden.elements, hidden.width
+
+        def spread(gradient: list[Gradient]) -> list[Gradient]:
+            return [ledger.block(elements, width)]  # a slice's gradient is as large as the whole
+
+        def chunk(value: Value) -> Value:
+            return token_loss(run, self._logits(value), tokens)
+
+        if ledger.is_recording:
+            run.share(self.head)
+        for _ in range(min(number, PLAYED_CHUNKS)):
+            piece = ledger.wrap(hidden.block, tokens * shape.hidden, width, [hidden], spread)
+            loss = run.checkpoint(piece, chunk)
+            total = loss if total is None else run.add(total, loss)
+        assert total
+        return total

@@ -1,0 +1,313 @@
+"""The operations of transformer models as a ledger sees them: what each makes, keeps and frees.
+
+Sizes follow torch's derivative formulas (tools/autograd/derivatives.yaml), CUDA's autocast lists
+(aten/src/ATen/autocast_mode.h) and its kernels. Letters: T tokens, h features.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from drumline.memory.ledger import Block, Gradient, Ledger, Node, Parameter, Value
+
+FP32 = 4
+INDEX = 8
+
+
+class Operators:
+    """Operations on one ledger; `low` is the width under autocast (2), or None without it."""
+
+    def __init__(self, ledger: Ledger, low: int | None) -> None:
+        self.ledger, self.low = ledger, low
+        self._copies: dict[int, Value] = {}
+        self._shared: dict[int, Node] = {}
+        self.attention_weights: Value | None = None
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Copies of weights in the narrow type live until the region ends, or longer if kept."""
+        yield
+        self._copies.clear()
+
+    def weight(self, parameter: Parameter) -> Value:
+        """A parameter as a matrix product sees it: autocast's copy, made once a region."""
+        plain = Value(None, parameter.elements, parameter.width, parameter)
+        if self.low is None or parameter.width == self.low:
+            return plain
+        if id(parameter) not in self._copies:
+            copy = self.cast(plain, self.low)
+            if copy.source is not None and id(parameter) in self._shared:
+                self.ledger.nodes.remove(copy.source)
+                parameter.uses -= 1
+                copy.source = self._shared[id(parameter)]
+            self._copies[id(parameter)] = copy
+        return self._copies[id(parameter)]
+
+    @property
+    def copies(self) -> int:
+        """Bytes of the copies of weights that this region has made so far."""
+        return sum(copy.block.size for copy in self._copies.values() if copy.block)
+
+    def hold(self, block: Block) -> None:
+        """Keep a block until the region ends."""
+        self._copies[id(block)] = Value(block, block.elements, block.width, None)
+
+    def share(self, parameter: Parameter) -> None:
+        """One copy for several checkpointed regions: their gradients of it add up in its own type."""
+        self._shared.pop(id(parameter), None)
+        copy = self.weight(parameter)
+        if copy.source is not parameter:
+            self._shared[id(parameter)] = copy.source
+
+    def cast(self, value: Value, width: int) -> Value:
+        """Another type: a copy, or nothing where it has it already. T·h·width."""
+        if value.width == width:
+            return value
+        ledger, elements, before = self.ledger, value.elements, value.width
+        return ledger.make(elements, width, [value], lambda g: [ledger.block(elements, before)])
+
+    def linear(self, value: Value, weight: Parameter, outputs: float) -> Value:
+        """X [T, in] · W [in, outputs]: keeps x and W; backward makes both gradients."""
+        matrix = self.weight(weight)
+        value = self.cast(value, self.low or value.width)
+        ledger, width = self.ledger, matrix.width
+        elements, weights = value.elements, matrix.elements
+        rows = elements / (weights / outputs)
+
+        def rule(gradient: list[Gradient]) -> list[Gradient]:
+            return [ledger.block(weights, width), ledger.block(elements, width)]
+
+        keeps = (matrix.block, value.block)
+        return ledger.make(rows * outputs, width, [matrix, value], rule, keeps)
+
+    def embedding(self, tokens: float, weight: Parameter, features: float) -> Value:
+        """Rows of a table: backward makes a dense gradient of the whole table."""
+        ledger, elements, width = self.ledger, weight.elements, weight.width
+        table = Value(None, elements, width, weight)
+        return ledger.make(
+            tokens * features, width, [table], lambda g: [ledger.block(elements, width)]
+        )
+
+    def add(self, one: Value, other: Value) -> Value:
+        """A sum: keeps nothing; its gradient goes on to both, or is narrowed."""
+        width = max(one.width, other.width)
+        return self.ledger.make(one.elements, width, [one, other], lambda g: g * 2)
+
+    def multiply(self, one: Value, other: Value) -> Value:
+        """A product of the same shape: keeps both; backward makes both gradients."""
+        width, elements = max(one.width, other.width), one.elements
+        ledger = self.ledger
+
+        def rule(gradient: list[Gradient]) -> list[Gradient]:
+            return [ledger.block(elements, width), ledger.block(elements, width)]
+
+        return ledger.make(elements, width, [one, other], rule, (one.block, other.block))
+
+    def add_broadcast(self, value: Value, row: Value) -> Value:
+        """Plus something smaller, whose gradient is summed to its size."""
+        ledger, width, size = self.ledger, max(value.width, row.width), row.elements
+
+        def rule(gradient: list[Gradient]) -> list[Gradient]:
+            return [gradient[0], ledger.block(size, width)]
+
+        return ledger.make(value.elements, width, [value, row], rule)
+
+    def scale(self, value: Value) -> Value:
+        """Times a number: keeps nothing."""
+        return self.pointwise(value, keeps_input=False)
+
+    def shift(self, value: Value) -> Value:
+        """Plus a number: keeps nothing, its gradient goes on as it is."""
+        return self.ledger.make(value.elements, value.width, [value], lambda g: g)
+
+    def scale_by_constant(self, value: Value, width: int) -> Value:
+        """Times a small tensor without a gradient, of this width (cosines)."""
+        ledger, elements, wide = self.ledger, value.elements, max(width, value.width)
+        return ledger.make(elements, wide, [value], lambda g: [ledger.block(elements, wide)])
+
+    def shift_by_constant(self, value: Value, width: int) -> Value:
+        """Plus a small tensor without a gradient, of this width (a mask)."""
+        return self.ledger.make(value.elements, max(width, value.width), [value], lambda g: g)
+
+    def pointwise(
+        self, value: Value, keeps_input: bool = True, keeps_output: bool = False,
+        width: int | None = None, scratch: int = 0,
+    ) -> Value:  # fmt: skip
+        """One element in, one out: backward makes the gradient, with `scratch` blocks beside it."""
+        ledger, elements, width = self.ledger, value.elements, width or value.width
+        before = value.width
+
+        def rule(gradient: list[Gradient]) -> list[Gradient]:
+            held = [ledger.block(elements, before) for _ in range(scratch)]
+            result = ledger.block(elements, before)
+            del held
+            return [result]
+
+        keeps = (value.block,) if keeps_input else ()
+        return ledger.make(elements, width, [value], rule, keeps, keeps_output)
+
+    def power(self, value: Value) -> Value:
+        """x², x³: in fp32 under autocast; backward makes a power, its multiple, and the gradient."""
+        value = self.cast(value, FP32 if self.low else value.width)
+        return self.pointwise(value, scratch=2)
+
+    def dropout(self, value: Value, probability: float) -> Value:
+        """The output and a mask of one byte an element; nothing where the probability is 0."""
+        if not probability:
+            return value
+        mask = self.ledger.block(value.elements, 1)
+        ledger, elements, width = self.ledger, value.elements, value.width
+        return ledger.make(
+            elements, width, [value], lambda g: [ledger.block(elements, width)], (mask,)
+        )
+
+    def layer_norm(self, value: Value, features: int) -> Value:
+        """Fused, in fp32 under autocast: keeps its input, and a mean and a deviation a token."""
+        value = self.cast(value, FP32 if self.low else value.width)
+        ledger, elements, width = self.ledger, value.elements, value.width
+        moments = [ledger.block(elements / features, FP32) for _ in range(2)]
+        return ledger.make(
+            elements, width, [value], lambda g: [ledger.block(elements, width)],
+            (value.block, *moments),
+        )  # fmt: skip
+
+    def rms_norm(self, value: Value, features: int, weight_width: int) -> Value:
+        """Written out in Python: x to fp32, x²'s mean, x / rms, back to x's type, times a weight."""
+        width = value.width
+        wide = self.cast(value, FP32)
+        squares = self.power(wide)
+        rows = wide.elements / features
+        ledger, elements = self.ledger, wide.elements
+        mean = ledger.make(rows, FP32, [squares], lambda g: [ledger.block(elements, FP32)])
+        del squares
+        rms = self.pointwise(mean, keeps_input=False, keeps_output=True)
+        del mean
+        normal = self._times_row(wide, rms, rows)
+        del wide, rms
+        return self._times_weight(self.cast(normal, width), weight_width)
+
+    def _times_row(self, value: Value, row: Value, rows: float) -> Value:
+        """X [T, h] × r [T, 1]: the gradient of r is summed from a product as large as x."""
+        ledger, elements = self.ledger, value.elements
+
+        def rule(gradient: list[Gradient]) -> list[Gradient]:
+            result, product = ledger.block(elements, FP32), ledger.block(elements, FP32)
+            del product
+            return [result, ledger.block(rows, FP32)]
+
+        return ledger.make(elements, FP32, [value, row], rule, (value.block, row.block))
+
+    def _times_weight(self, value: Value, weight_width: int) -> Value:
+        """X [T, h] × w [h]: the gradient of w is summed from a product as large as x."""
+        ledger, elements, width = self.ledger, value.elements, max(value.width, weight_width)
+
+        def rule(gradient: list[Gradient]) -> list[Gradient]:
+            result, product = ledger.block(elements, width), ledger.block(elements, width)
+            del product
+            return [result]
+
+        return ledger.make(elements, width, [value], rule, (value.block,))
+
+    def rotate(self, value: Value, width: int) -> Value:
+        """Rotary positions: x·cos + rotate_half(x)·sin, the cosines of this width."""
+        turned = self.scale_by_constant(value, width)
+        return self.add(turned, self.scale_by_constant(self._rotate_half(value), width))
+
+    def _rotate_half(self, value: Value) -> Value:
+        ledger, elements, before = self.ledger, value.elements, value.width
+
+        def rule(gradient: list[Gradient]) -> list[Gradient]:
+            half = ledger.block(elements / 2, before)
+            first = ledger.block(elements, before)
+            del half
+            second = ledger.block(elements, before)
+            del second
+            return [first]
+
+        half = ledger.block(elements / 2, before)
+        result = ledger.make(elements, before, [value], rule)
+        del half
+        return result
+
+    def attention(self, q: Value, k: Value, v: Value, sums: float, mask: float,
+                  packed: Value | None) -> Value:  # fmt: skip
+        """softmax(q·kᵀ)·v by a fused kernel; `packed`: q, k and v are views of one block.
+
+        Keeps q, k, v, the output, `sums` log-sum-exps (one a head and token), and where there is a mask
+        a copy of its elements in q's type.
+        """
+        q, k, v = (self.cast(value, self.low or value.width) for value in (q, k, v))
+        ledger, width, shares_heads = self.ledger, q.width, k.elements != q.elements
+        sizes = (q.elements, k.elements, v.elements)
+        bias = ledger.block(mask, width) if mask else None
+        lse = ledger.block(sums, FP32)
+
+        def rule(gradient: list[Gradient]) -> list[Gradient]:
+            results = [ledger.block(size, width) for size in sizes]
+            held = [ledger.block(sums, FP32)]
+            if width < FP32:
+                held.append(ledger.block(sizes[0], FP32))
+            if shares_heads:
+                held += [ledger.block(sizes[0], width) for _ in range(2)]
+            held.clear()
+            return [tuple(results)] if packed is not None else results
+
+        inputs = [packed] if packed is not None else [q, k, v]
+        keeps = (q.block, k.block, v.block, lse, bias)
+        return ledger.make(sizes[0], width, inputs, rule, keeps, keeps_itself=True)
+
+    def repeat(self, value: Value, elements: float) -> Value:
+        """Heads that are shared, written out for every query: its gradient is summed back."""
+        ledger, before, width = self.ledger, value.elements, value.width
+        if before == elements:
+            return value
+        return ledger.make(elements, width, [value], lambda g: [ledger.block(before, width)])
+
+    def gather_gradients(self, value: Value) -> Value:
+        """A view whose parts' gradients are put together in a new block (split, chunk)."""
+        ledger, elements, width = self.ledger, value.elements, value.width
+        return ledger.wrap(
+            value.block, elements, width, [value], lambda g: [ledger.block(elements, width)]
+        )
+
+    def checkpoint(self, value: Value, run: Callable[[Value], Value]) -> Value:
+        """Keeps only the input; backward runs it again and then backward through that."""
+        ledger = self.ledger
+        recording, ledger.is_recording = ledger.is_recording, False
+        out = run(value)
+        ledger.is_recording = recording
+        elements, width, kept = value.elements, value.width, value.block
+
+        source = value.source
+
+        def rule(gradient: list[Gradient]) -> list[Gradient]:
+            since = len(ledger.nodes)
+            with self.autocast():
+                root = run(Value(kept, elements, width, source))
+            root.block = None
+            ledger.frees_early = True
+            ledger.backward(root, gradient.pop(), since)
+            ledger.frees_early = False
+            return [None]  # what there is for the input waits at its source
+
+        return ledger.wrap(out.block, out.elements, out.width, [value], rule, (kept,))
+
+
+def token_loss(run: Operators, logits: Value, tokens: float) -> Value:
+    """Cross-entropy of [T, V] logits in fp32: 12·V·T bytes at its backward.
+
+    The log-softmax is kept; its gradient and the logits' are alive beside it.
+    """
+    ledger, elements = run.ledger, logits.elements
+    with part(ledger, "loss"):
+        chances = run.pointwise(run.cast(logits, FP32), keeps_input=False, keeps_output=True)
+        return ledger.make(
+            tokens, FP32, [chances], lambda g: [ledger.block(elements, FP32, "loss")]
+        )
+
+
+@contextmanager
+def part(ledger: Ledger, name: str) -> Iterator[None]:
+    """What is allocated in here belongs to this part of the plan's breakdown."""
+    before, ledger.part = ledger.part, name
+    yield
+    ledger.part = before

@@ -1,0 +1,52 @@
+"""Attention that holds its scores, B·H·S² of them, on a ledger: eager, and torch's math kernel."""
+
+from drumline.architectures.shapes import ModelShape
+from drumline.memory.ledger import Gradient, Value
+from drumline.memory.operators import FP32, Operators
+
+
+def eager_attention(run: Operators, shape: ModelShape, query: Value, key: Value, value: Value,
+                    scores: float, packed: Value | None) -> Value:  # fmt: skip
+    """Transformers' eager attention: scores, scaled, masked, softmax in fp32, times the values."""
+    key, value = (run.repeat(shared, query.elements) for shared in (key, value))
+    low = run.low or query.width
+    weights = _product(run, query, key, scores)
+    weights = run.scale(weights)
+    weights = run.shift_by_constant(weights, query.width)
+    if shape.family in ("llama", "vit"):  # softmax(…, fp32).to(…): what went in is held until then
+        weights = run.cast(_softmax(run, weights, FP32), query.width)
+    else:
+        weights = _softmax(run, weights, FP32 if run.low else weights.width)
+    if shape.family == "gpt2":  # BERT drops some in fp32
+        weights = run.cast(weights, query.width)
+    weights = run.dropout(weights, shape.dropout)
+    out = _product(run, weights, value, query.elements)
+    run.attention_weights = weights  # returned beside the output, and held until the layer is done
+    return run.cast(out, low)
+
+
+def math_attention(run: Operators, shape: ModelShape, query: Value, key: Value, value: Value,
+                   scores: float, packed: Value | None) -> Value:  # fmt: skip
+    """Torch's fallback: q and k scaled by the root of the scale, shared heads written out."""
+    query, key, value = (run.cast(v, run.low or v.width) for v in (query, key, value))
+    query = run.scale(query)
+    key, value = (run.repeat(shared, query.elements) for shared in (key, value))
+    key = run.scale(key)
+    weights = _product(run, query, key, scores)
+    weights = run.pointwise(weights, keeps_input=False, keeps_output=True)
+    return _product(run, weights, value, query.elements)
+
+
+def _softmax(run: Operators, scores: Value, width: int) -> Value:
+    return run.pointwise(scores, keeps_input=False, keeps_output=True, width=width)
+
+
+def _product(run: Operators, one: Value, other: Value, elements: float) -> Value:
+    """A batched matrix product: keeps both, makes both gradients."""
+    one, other = (run.cast(v, run.low or v.width) for v in (one, other))
+    ledger, width, sizes = run.ledger, one.width, (one.elements, other.elements)
+
+    def rule(gradient: list[Gradient]) -> list[Gradient]:
+        return [ledger.block(size, width) for size in sizes]
+
+    return ledger.make(elements, width, [one, other], rule, (one.block, other.block))

@@ -1,0 +1,210 @@
+"""metrics.jsonl: one JSON object a line, of three kinds; each step stands there once, none in part.
+
+    {"kind": "step", "step": 12, "loss": …}            every optimizer step, in order
+    {"kind": "evaluation", "step": 12, "eval/loss": …}  after the line of its step
+    {"kind": "event", "step": 12, "checkpoint/saved": …}  such as a save; may come after later steps
+
+Files of versions before `kind` are read as well: `with_kind` says how.
+"""
+
+import errno
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+_BLOCK = 1 << 16
+
+Line = dict[str, Any]
+
+
+class Kind(StrEnum):
+    """What a line of metrics.jsonl tells of."""
+
+    STEP = "step"
+    EVALUATION = "evaluation"
+    EVENT = "event"
+
+
+class MetricsFile:
+    """Appends lines, which are held in memory until `flush`.
+
+    A line that the disk refuses stays in memory and is written later; the file never holds part of one.
+    Opened for a run that resumes, it first drops what lies after the checkpoint's step.
+    """
+
+    def __init__(self, path: Path, resume_at: int, evaluation_due: bool = False) -> None:
+        self._path = path
+        self._waiting: list[str] = []
+        self._lock = threading.Lock()
+        self._has_warned = False
+        if path.exists():
+            cut_after(path, resume_at, evaluation_due)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._size = os.fstat(self._descriptor).st_size
+
+    def add(self, kind: Kind, **values: Any) -> None:
+        """One line; numbers that are not finite become null."""
+        plain = {"kind": kind, **{name: _finite(value) for name, value in values.items()}}
+        line = json.dumps(plain)
+        with self._lock:
+            self._waiting.append(line)
+
+    def flush(self) -> None:
+        """Write the lines held so far; an error is reported once and the lines stay in memory."""
+        try:
+            self._write()
+        except OSError as error:
+            if not self._has_warned:
+                print(f"{self._path}: {error.strerror}; its lines are kept in memory", flush=True)
+            self._has_warned = True
+
+    def sync(self) -> None:
+        """Write the lines held so far and wait for the disk; OSError where it refuses."""
+        self._write()
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self.flush()
+        os.close(self._descriptor)
+
+    def _write(self) -> None:
+        with self._lock:
+            raw = "".join(f"{line}\n" for line in self._waiting).encode()
+            try:
+                if os.write(self._descriptor, raw) < len(raw):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+            except OSError:
+                os.ftruncate(self._descriptor, self._size)
+                raise
+            self._size += len(raw)
+            self._waiting.clear()
+
+
+def iterate_metrics(path: Path) -> Iterator[Line]:
+    """Every whole line in the file's order, one at a time; a torn last line is left out."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for raw in file:
+            line = parsed_line(raw)
+            if line is not None:
+                yield line
+
+
+def read_metrics(path: Path) -> list[Line]:
+    """`iterate_metrics` as a list; for commands that need all lines at once."""
+    return list(iterate_metrics(path))
+
+
+def last_line(path: Path, is_meant: Callable[[Line], bool]) -> Line | None:
+    """The last whole line that satisfies `is_meant`, read from the end; None where there is none."""
+    for _, line in _lines_from_end(path):
+        if line is not None and is_meant(line):
+            return line
+    return None
+
+
+def last_step_line(path: Path) -> Line | None:
+    """The line of the newest step; None where there is none."""
+    return last_line(path, lambda line: line["kind"] == Kind.STEP)
+
+
+def is_torn(path: Path) -> bool:
+    """Whether the file ends in the middle of a line."""
+    try:
+        with path.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 1))
+            return file.read() not in (b"", b"\n")
+    except OSError:
+        return False
+
+
+def parsed_line(raw: bytes) -> Line | None:
+    """A line of metrics with its kind; None for one that is torn or is none."""
+    try:
+        line = json.loads(raw)
+    except ValueError:
+        return None
+    return with_kind(line) if isinstance(line, dict) and "step" in line else None
+
+
+def with_kind(line: Line) -> Line:
+    """The line with its `kind`; before that field existed, the line's other fields tell."""
+    if "kind" in line:
+        return line
+    if "lr" in line:
+        return {"kind": Kind.STEP, **line}
+    return {"kind": Kind.EVALUATION if "eval/loss" in line else Kind.EVENT, **line}
+
+
+def cut_after(path: Path, step: int, evaluation_due: bool) -> None:
+    """Drop the lines of steps after the checkpoint that the run resumes from, and a torn last line.
+
+    `evaluation_due`: the evaluation of `step` itself is to be done again, so its line goes too. Only the end
+    of the file is read and written, from the last step line that stays: memory and time do not grow with the
+    run. The lines that stay are written over the old ones before the file is shortened, so that a kill
+    in between loses none of them.
+    """
+
+    def is_kept(line: Line) -> bool:
+        again = evaluation_due and line["step"] == step and line["kind"] == Kind.EVALUATION
+        return bool(line["step"] <= step and not again)
+
+    kept: list[bytes] = []
+    start = 0
+    for offset, line in _lines_from_end(path):
+        if line is not None and line["kind"] == Kind.STEP and line["step"] <= step:
+            start = offset
+            kept.append(_encoded(line))
+            break
+        if line is not None and is_kept(line):
+            kept.append(_encoded(line))
+    raw = b"".join(reversed(kept))
+    with path.open("r+b") as file:
+        file.seek(start)
+        if file.read(len(raw) + 1) == raw:
+            return
+        file.seek(start)
+        file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
+        file.truncate(start + len(raw))
+        os.fsync(file.fileno())
+
+
+def _encoded(line: Line) -> bytes:
+    return (json.dumps(line) + "\n").encode()
+
+
+def _lines_from_end(path: Path) -> Iterator[tuple[int, Line | None]]:
+    """(byte offset, line) from the last line to the first; None for a line that is torn or empty."""
+    try:
+        file = path.open("rb")
+    except OSError:
+        return
+    with file:
+        at, rest = file.seek(0, os.SEEK_END), b""
+        while at > 0:
+            size = min(at, _BLOCK)
+            at = file.seek(at - size)
+            block = file.read(size) + rest
+            first, *lines = block.split(b"\n")
+            starts, end = [], at + len(first) + 1
+            for raw in lines:
+                starts.append(end)
+                end += len(raw) + 1
+            for start, raw in zip(reversed(starts), reversed(lines), strict=True):
+                yield start, parsed_line(raw)
+            rest = first
+        yield 0, parsed_line(rest)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,200 @@
+"""Changes that keep the effective batch, each one re-planned, with its new peak and its cost."""
+
+import bisect
+import dataclasses
+from collections.abc import Iterator
+from itertools import combinations
+from typing import Any
+
+from drumline.architectures.shapes import ModelShape
+from drumline.errors import PlanError
+from drumline.plan.cost import gpu_seconds
+from drumline.plan.model import Advice, Plan
+from drumline.plan.resolve import World, resolve, shape_of
+from drumline.recipe.schema import Recipe
+from drumline.units import divisors
+
+UNUSED_SHARE = 1 / 3
+"""A plan that leaves more than this of the device unused is advised too."""
+
+MOST_SHOWN = 6
+
+Change = dict[str, Any]
+Candidate = tuple[Change, str]
+
+_CHUNKED = ({"loss": {"chunked": True}}, "logits are never all alive; the head runs forward twice")
+_CHECKPOINTED = (
+    {"model": {"activation_checkpointing": "full"}},
+    "activations are computed twice: about a third more compute",
+)
+_SHARDED = ({"strategy": {"name": "fsdp"}}, "weights and states are sharded; more is communicated")
+_OFFLOADED = ({"strategy": {"offload": "optimizer"}}, "the optimizer steps on the host")
+
+
+def with_advice(plan: Plan, world: World) -> Plan:
+    """The plan with what would make it fit or, where much is left unused, what would be faster."""
+    memory = plan.memory
+    shape = shape_of(plan.recipe, world)
+    if memory.device is None or memory.capacity is None or isinstance(shape, str):
+        return plan
+    adviser = _Adviser(plan, world, shape, memory.capacity)
+    if memory.fits is False:
+        return dataclasses.replace(plan, advice=adviser.to_fit())
+    if memory.device.high < (1 - UNUSED_SHARE) * memory.capacity:
+        return dataclasses.replace(plan, advice=adviser.to_use())
+    return plan
+
+
+def with_change(recipe: Recipe, change: Change) -> Recipe:
+    """The recipe with a change written in."""
+    update = {
+        name: getattr(recipe, name).model_copy(update=values) for name, values in change.items()
+    }
+    return recipe.model_copy(update=update)
+
+
+class _Adviser:
+    """Candidates for one plan; a change that cannot be planned is none."""
+
+    def __init__(self, plan: Plan, world: World, shape: ModelShape, capacity: int) -> None:
+        self._plan, self._world, self._shape, self._capacity = plan, world, shape, capacity
+        self._now = gpu_seconds(plan, shape)
+
+    def to_fit(self) -> list[Advice]:
+        """What fits, the cheapest first; where nothing does, what comes nearest."""
+        singles = [self._replanned(*candidate) for candidate in self._savings()]
+        found = [item for item in singles if item]
+        fitting = [item for item in found if self._fits(item)]
+        if not fitting:
+            found += self._together(found)
+            fitting = [item for item in found if self._fits(item)]
+        if not fitting:
+            return sorted(found, key=lambda item: item.device_high)[:MOST_SHOWN]
+        return sorted(fitting, key=lambda item: (item.cost, item.device_high))[:MOST_SHOWN]
+
+    def to_use(self) -> list[Advice]:
+        """What uses the room that is left, and is cheaper for it."""
+        found = [self._replanned(*candidate) for candidate in self._spendings()]
+        cheaper = [item for item in found if item and self._fits(item) and item.cost < 0.995]
+        return sorted(cheaper, key=lambda item: item.cost)[:MOST_SHOWN]
+
+    def _fits(self, advice: Advice) -> bool:
+        return advice.device_high <= self._capacity
+
+    def _savings(self) -> Iterator[Candidate]:
+        recipe, launcher = self._plan.recipe, self._plan.recipe.launch.launcher
+        yield from self._smaller_per_device()
+        if not recipe.loss.chunked and recipe.data.facts.is_per_token:
+            yield _CHUNKED
+        if recipe.model.activation_checkpointing == "none":
+            yield _CHECKPOINTED
+        if launcher != "deepspeed" and recipe.strategy.name == "ddp" and self._plan.batch.gpus > 1:
+            yield _SHARDED
+        if launcher == "deepspeed":
+            stages = ("ddp", "zero1", "zero2", "zero3")
+            for name in stages[stages.index(recipe.strategy.name) + 1 :]:
+                yield {"strategy": {"name": name}}, "more of the states is sharded"
+            if recipe.strategy.name != "ddp" and recipe.strategy.offload == "none":
+                yield _OFFLOADED
+        yield from self._more_gpus()
+
+    def _smaller_per_device(self) -> Iterator[Candidate]:
+        """The largest smaller per_device that fits, else the smallest."""
+        split = self._plan.batch.split
+        rest = split.per_device * split.accumulation
+        smaller = [b for b in divisors(rest) if b < split.per_device]
+        if smaller:
+            b = smaller[max(0, self._count_fitting(smaller) - 1)]
+            yield self._split_change(b, split.gpus), "smaller micro-batches, more of them"
+
+    def _count_fitting(self, ascending: list[int]) -> int:
+        """How many of these per_device fit: memory grows with it, so a search by halves is exact."""
+        gpus = self._plan.batch.gpus
+
+        def does_not_fit(b: int) -> bool:
+            advice = self._replanned(self._split_change(b, gpus), "")
+            return advice is None or not self._fits(advice)
+
+        return bisect.bisect_left(ascending, True, key=does_not_fit)
+
+    def _more_gpus(self) -> Iterator[Candidate]:
+        """Where state is sharded: the smallest number of GPUs that fits."""
+        batch = self._plan.batch
+        if self._plan.recipe.strategy.name == "ddp":
+            return
+        for factor in divisors(batch.effective // batch.gpus)[1:]:
+            gpus = batch.gpus * factor
+            b = max(b for b in divisors(batch.effective // gpus) if b <= batch.per_device)
+            candidate = (self._split_change(b, gpus), "more ranks hold smaller shards")
+            advice = self._replanned(*candidate)
+            if advice and self._fits(advice):
+                yield candidate
+                return
+
+    def _spendings(self) -> Iterator[Candidate]:
+        recipe, split = self._plan.recipe, self._plan.batch.split
+        rest = split.per_device * split.accumulation
+        larger = [b for b in divisors(rest) if b > split.per_device]
+        fitting = self._count_fitting(larger)
+        if fitting:
+            change = self._split_change(larger[fitting - 1], split.gpus)
+            yield change, "larger micro-batches, fewer of them"
+        if recipe.model.activation_checkpointing == "full":
+            yield {"model": {"activation_checkpointing": "none"}}, "activations are kept"
+        if recipe.loss.chunked:
+            yield {"loss": {"chunked": False}}, "the head runs forward once"
+        if recipe.strategy.name == "fsdp" and recipe.launch.launcher != "deepspeed":
+            yield {"strategy": {"name": "ddp", "shard": "all"}}, "nothing is gathered"
+
+    def _split_change(self, b: int, gpus: int) -> Change:
+        """Another split of the same batch; evaluation shrinks with it."""
+        batch, recipe = self._plan.batch, self._plan.recipe
+        change: Change = {"batch": {"per_device": b, "accumulation": batch.effective // gpus // b}}
+        if gpus != batch.gpus:
+            per_node = self._plan.mesh.ranks_per_node
+            change["batch"]["gpus"] = gpus
+            change["cluster"] = {"nodes": gpus // per_node, "gpus_per_node": per_node}
+        evaluation = recipe.evaluation
+        if evaluation and (evaluation.per_device or b) > b:
+            change["evaluation"] = {"per_device": b}
+        return change
+
+    def _together(self, found: list[Advice]) -> list[Advice]:
+        """Two changes at once, then all that do not contradict each other."""
+        pairs = [_merged(pair) for pair in combinations([item.change for item in found], 2)]
+        every = _merged([item.change for item in found])
+        joined = [self._replanned(change, "together") for change in [*pairs, every] if change]
+        return [item for item in joined if item]
+
+    def _replanned(self, change: Change, why: str) -> Advice | None:
+        try:
+            changed = with_change(self._plan.recipe, change)
+            plan = resolve(changed, self._world, is_candidate=True)
+        except PlanError:
+            return None
+        if plan.memory.device is None:
+            return None
+        cost = gpu_seconds(plan, self._shape) / self._now
+        return Advice(change, plan.memory.device.high, round(cost, 3), why)
+
+
+def _merged(changes: Any) -> Change:
+    """All of them in one, later ones winning."""
+    merged: Change = {}
+    for change in changes:
+        for section, values in change.items():
+            merged[section] = {**merged.get(section, {}), **values}
+    return merged
+
+
+def change_words(change: dict[str, Any]) -> str:
+    """A change as overrides that can be pasted: `batch.per_device=2 batch.accumulation=4`."""
+    return " ".join(
+        f"{section}.{key}={_plain(value)}"
+        for section, values in change.items()
+        for key, value in values.items()
+    )
+
+
+def _plain(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,188 @@
+"""The batch equation B = b × G × k: checked, solved, or refused with the nearest legal splits.
+
+b is samples per rank per forward, G data-parallel ranks, k forwards per rank per optimizer step,
+B samples per optimizer step. Everything is exact integer arithmetic over divisors.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from drumline.errors import PlanError
+from drumline.recipe.schema import Batch
+from drumline.units import divisors
+
+LARGEST_PER_DEVICE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Split:
+    """One (b, G, k); its product is the effective batch."""
+
+    per_device: int
+    gpus: int
+    accumulation: int
+
+    @property
+    def effective(self) -> int:
+        """Samples per optimizer step."""
+        return self.per_device * self.gpus * self.accumulation
+
+    def written_into(self, batch: Batch) -> Batch:
+        """The recipe's batch section with all four numbers filled in."""
+        numbers = {
+            "per_device": self.per_device,
+            "gpus": self.gpus,
+            "accumulation": self.accumulation,
+        }
+        return batch.model_copy(update={"effective": self.effective, **numbers})
+
+    def __str__(self) -> str:
+        return f"{self.per_device} per_device × {self.gpus} gpus × {self.accumulation} accumulation"
+
+
+Fits = Callable[[Split], bool | None]
+"""Whether a split fits in memory; None when that is not known."""
+
+
+def solve(
+    batch: Batch,
+    cluster_gpus: int | None,
+    fits: Fits,
+    allowed: Callable[[int], bool] = lambda gpus: True,
+) -> tuple[Split, list[str]]:
+    """The split that the recipe's batch section means, and warnings about what was derived.
+
+    `cluster_gpus` is nodes × gpus_per_node where the recipe states both. Four or three given:
+    checked or computed. Fewer: gpus from the cluster, then the largest b that `fits`, then the
+    smallest k. Raises PlanError with the arithmetic and the nearest legal splits, whose numbers of
+    GPUs are `allowed` by the cluster.
+    """
+    b, gpus, k, total = batch.per_device, batch.gpus, batch.accumulation, batch.effective
+    if not any((b, gpus, k, total)):
+        raise PlanError("batch: nothing is given. Nearest: effective, per_device and gpus")
+    if gpus is None and not (total and b and k):
+        if cluster_gpus is None:
+            raise PlanError(
+                "batch: gpus is not given and cluster.nodes × cluster.gpus_per_node is not known. "
+                "Nearest: batch.gpus=N"
+            )
+        gpus = cluster_gpus
+    if total is not None:
+        return _divide(total, b, gpus, k, fits, allowed), []
+    if b is None:
+        assert gpus is not None
+        b = largest_per_device(None, gpus, k or 1, fits)
+        split = Split(b, gpus, k or 1)
+        return split, [
+            f"batch.effective {split.effective} was derived from what fits in memory: on another "
+            f"GPU it would be another training. Write batch.effective={split.effective} to fix it"
+        ]
+    assert gpus is not None
+    return Split(b, gpus, k or 1), []
+
+
+def _divide(
+    total: int,
+    b: int | None,
+    gpus: int | None,
+    k: int | None,
+    fits: Fits,
+    allowed: Callable[[int], bool],
+) -> Split:
+    """The split of a stated effective batch."""
+    given = (b or 1) * (gpus or 1) * (k or 1)
+    if total % given or (b and gpus and k and given != total):
+        raise PlanError(_explain_impossible(total, b, gpus, k, allowed))
+    rest = total // given
+    if gpus is None:
+        assert b and k
+        return Split(b, rest, k)
+    if b is not None:
+        return Split(b, gpus, k or rest)
+    if k is not None:
+        return Split(rest, gpus, k)
+    b = largest_per_device(rest, gpus, None, fits)
+    return Split(b, gpus, rest // b)
+
+
+def largest_per_device(rest: int | None, gpus: int, k: int | None, fits: Fits) -> int:
+    """The largest b that fits in memory: a divisor of `rest` = B / G, or any b when rest is None.
+
+    Memory grows with b, so a search by halves is exact when every b is legal.
+    """
+    one_fits = fits(Split(1, gpus, k or rest or 1))
+    if one_fits is None:
+        if rest == 1:
+            return 1
+        raise PlanError(
+            "batch: per_device is not given and the memory of this model is not known, so it "
+            "cannot be solved. Nearest: batch.per_device=1"
+        )
+    if rest is not None:
+        legal = [b for b in divisors(rest) if b <= LARGEST_PER_DEVICE]
+        sound = [b for b in legal if fits(Split(b, gpus, rest // b))]
+        return max(sound, default=1)
+    assert k is not None
+    low, high = 1, LARGEST_PER_DEVICE
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(Split(middle, gpus, k)) else (low, middle - 1)
+    return low
+
+
+def resplit(split: Split, gpus: int) -> Split:
+    """The same effective batch on another number of GPUs: the largest b' ≤ b that divides."""
+    total = split.effective
+    if total % gpus:
+        raise PlanError(_explain_impossible(total, None, gpus, None, lambda gpus: True))
+    rest = total // gpus
+    b = max(b for b in divisors(rest) if b <= split.per_device)
+    return Split(b, gpus, rest // b)
+
+
+def nearest_to(wanted: int, legal: list[int]) -> int:
+    """The legal number closest to the wanted one; of two as close, the larger."""
+    return min(legal, key=lambda number: (abs(number - wanted), -number))
+
+
+def _explain_impossible(
+    total: int, b: int | None, gpus: int | None, k: int | None, allowed: Callable[[int], bool]
+) -> str:
+    """Arithmetic of the mistake and every nearest fix that changes a single number."""
+    named = (("per_device", b), ("gpus", gpus), ("accumulation", k))
+    known = [(name, number) for name, number in named if number]
+    product = 1
+    for _, number in known:
+        product *= number
+    equation = " × ".join(f"{number} {name}" for name, number in known)
+    unknown = [letter for letter, number in (("b", b), ("G", gpus), ("k", k)) if not number]
+    if not unknown:
+        head = f"batch: {equation} = {product}, not effective {total}."
+        fixes = [f"effective {product}"]
+    else:
+        quotient = f"{total} / {product} = {total / product:.2f}"
+        head = (
+            f"batch: {' × '.join([equation, *unknown])} cannot make effective {total} ({quotient})."
+        )
+        fixes = [_nearest_effective(total, product, unknown)]
+    for name, number in known:
+        others = product // number
+        if total % others == 0:
+            rest = total // others
+            legal = divisors(rest) if unknown else [rest]
+            if name == "gpus":
+                legal = [number for number in legal if allowed(number)]
+            if not legal:
+                continue
+            best = nearest_to(number, legal)
+            tail = f" ({unknown[0]}={rest // best})" if len(unknown) == 1 else ""
+            fixes.append(f"{name} {best}{tail}")
+    return f"{head} Nearest: {'; or '.join(fixes)}."
+
+
+def _nearest_effective(total: int, product: int, unknown: list[str]) -> str:
+    """The multiples of the stated product on both sides of the stated effective batch."""
+    below, above = total // product, total // product + 1
+    show = f" ({unknown[0]}={{}})" if len(unknown) == 1 else ""
+    sides = [f"{product * n}{show.format(n)}" for n in (below, above) if n]
+    return f"effective {' or '.join(sides)}"

@@ -1,0 +1,58 @@
+"""What a change costs: a rough step time, for putting changes in order. Pure.
+
+Compute at a fixed share of the GPU's peak, communication at fixed rates, nothing overlapped. The
+absolute seconds mean little; the ratio of two plans of one recipe says which is dearer, and why.
+"""
+
+from drumline.architectures.gpus import find_gpu
+from drumline.architectures.shapes import ModelShape
+from drumline.plan.model import Plan
+from drumline.recipe.precision import PRECISIONS
+
+UTILISATION = 0.4
+"""Share of the peak that a well-kept run reaches (Chowdhery et al. 2022: 0.46 for PaLM)."""
+
+NODE_BYTES_PER_S = 150e9
+CLUSTER_BYTES_PER_S = 25e9
+HOST_BYTES_PER_S = 20e9
+"""Assumed rates of a rank: within a node, between nodes, and to the host."""
+
+FALLBACK_FLOPS = 100e12
+
+
+def gpu_seconds(plan: Plan, shape: ModelShape) -> float:
+    """Step time × GPUs."""
+    return plan.batch.gpus * (_compute_seconds(plan, shape) + _communication_seconds(plan, shape))
+
+
+def _compute_seconds(plan: Plan, shape: ModelShape) -> float:
+    """FLOPs of a step on one GPU; checkpointing runs the forward of all layers again, chunks the head's."""
+    recipe = plan.recipe
+    total = float(plan.cost.flops_per_step or 0)
+    head = shape.vocabulary * shape.hidden if shape.classes is None else 0
+    layers = shape.layers * shape.active_per_layer
+    again = layers if recipe.model.activation_checkpointing == "full" else 0
+    again += head if recipe.loss.chunked else 0
+    total *= 1 + again / (3 * (layers + head))
+    peak = find_gpu(recipe.cluster.gpu).bf16_flops or FALLBACK_FLOPS
+    return total / plan.batch.gpus / (peak * UTILISATION)
+
+
+def _communication_seconds(plan: Plan, shape: ModelShape) -> float:
+    """Bytes that a rank sends in a step (Rajbhandari et al. 2020, §7), over the slower of the links."""
+    recipe, batch = plan.recipe, plan.batch
+    precision = PRECISIONS[recipe.precision]
+    narrow, width = precision.computed, precision.stored
+    count, k, name = shape.parameters, batch.accumulation, recipe.strategy.name
+    if batch.gpus == 1:
+        sent = 0
+    elif name in ("fsdp", "zero3"):
+        gathers = 2 if name == "fsdp" else 3
+        sent = k * count * (gathers * narrow + width)
+    elif name == "zero2":
+        sent = count * (k * width + width)
+    else:
+        sent = 2 * count * width
+    rate = NODE_BYTES_PER_S if batch.nodes == 1 else CLUSTER_BYTES_PER_S
+    offloaded = 4 * count * width / batch.gpus if recipe.strategy.offload != "none" else 0
+    return sent / rate + offloaded / HOST_BYTES_PER_S

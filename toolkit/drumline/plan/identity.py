@@ -1,0 +1,112 @@
+"""What makes two recipes the same: hashes of their canonical JSON."""
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from drumline.recipe.schema import AddedLater, Recipe, Section
+
+_NOT_TRAINING = {
+    "recipe": None,
+    "schema": None,
+    "cluster": None,
+    "strategy": None,
+    "launch": None,
+    "checkpoint": None,
+    "model": ("attention", "activation_checkpointing", "compile"),
+    "data": ("samples",),
+    "batch": ("per_device", "gpus", "accumulation"),
+    "evaluation": ("per_device",),
+    "optimizer": ("implementation",),
+    "loss": None,
+    "anomalies": ("max_skipped",),
+}
+"""What changes how a training is computed but not, beyond rounding, what is learnt."""
+
+
+def hashes(recipe: Recipe) -> tuple[str, str]:
+    """`recipe_sha256` and `training_sha256`, of one pass over the recipe."""
+    plain = _identity(recipe.model_dump(by_alias=True))
+    return _sha256(plain), _sha256(_training(plain))
+
+
+def recipe_sha256(recipe: Recipe) -> str:
+    """SHA-256 of the resolved recipe without logging, description and absolute paths."""
+    return plain_sha256(recipe.model_dump(by_alias=True))
+
+
+def plain_sha256(recipe: dict[str, Any]) -> str:
+    """The same of a resolved recipe as it stands in a record, whatever keys this version knows."""
+    return _sha256(_identity(recipe))
+
+
+def training_sha256(recipe: Recipe) -> str:
+    """The same, also without the split, cluster, strategy and launcher."""
+    return _sha256(_training(_identity(recipe.model_dump(by_alias=True))))
+
+
+def _training(plain: dict[str, Any]) -> dict[str, Any]:
+    plain = dict(plain)
+    for section, keys in _NOT_TRAINING.items():
+        if keys is None:
+            plain.pop(section, None)
+        elif isinstance(plain.get(section), dict):
+            plain[section] = {k: v for k, v in plain[section].items() if k not in keys}
+    return plain
+
+
+def _identity(recipe: dict[str, Any]) -> dict[str, Any]:
+    plain = {k: v for k, v in recipe.items() if k not in ("logging", "description")}
+    for section, key, default in _later_keys():
+        if section is None and plain.get(key) == default:
+            plain.pop(key, None)
+        elif section is not None and isinstance(plain.get(section), dict):
+            values = plain[section]
+            if key in values and values[key] == default:
+                plain[section] = {k: v for k, v in values.items() if k != key}
+    return _without_absolute_paths(plain)  # type: ignore[no-any-return]
+
+
+@cache
+def _later_keys() -> list[tuple[str | None, str, Any]]:
+    """(section or None, key, default) of every key that came later.
+
+    At its default it is left out, so that the recipe is hashed as a version would have written it that lacks
+    the key.
+    """
+    found: list[tuple[str | None, str, Any]] = []
+    for name, field in Recipe.model_fields.items():
+        if _came_later(field):
+            found.append((None, name, _plain(field.default)))
+        candidates = (field.annotation, *getattr(field.annotation, "__args__", ()))
+        for section in candidates:
+            if isinstance(section, type) and issubclass(section, Section):
+                found += [
+                    (name, key, _plain(inner.default))
+                    for key, inner in section.model_fields.items()
+                    if _came_later(inner)
+                ]
+    return found
+
+
+def _came_later(field: Any) -> bool:
+    return any(isinstance(mark, AddedLater) for mark in field.metadata)
+
+
+def _plain(default: Any) -> Any:
+    return default.model_dump(by_alias=True) if isinstance(default, Section) else default
+
+
+def _without_absolute_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_absolute_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_absolute_paths(item) for item in value]
+    return None if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _sha256(plain: dict[str, Any]) -> str:
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,180 @@
+"""The Plan: every number resolved, nothing left to guess, immutable.
+
+It is the only contract between the command line, the launchers and the workers. Plain
+dataclasses, so that a dry run does not pay for building validators; pydantic reads them back and
+publishes their JSON Schema.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from drumline.errors import PlanError
+from drumline.memory.ranges import ByteRange
+from drumline.plan.batch import Split
+from drumline.plan.mesh import Mesh, mesh_of
+from drumline.plan.schedule import Curve
+from drumline.plan.steps import Clock
+from drumline.recipe.schema import Recipe
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SplitInvariance:
+    """Whether another split trains the same to rounding, and why not."""
+
+    level: Literal["rounding", "none"]
+    why: str
+
+
+@dataclass(frozen=True)
+class BatchFacts:
+    """The split; effective = per_device × gpus × accumulation."""
+
+    effective: int
+    per_device: int
+    gpus: int
+    accumulation: int
+    remainder: Literal["keep", "drop", "carry"]
+    nodes: int
+
+    @property
+    def split(self) -> Split:
+        """The three factors."""
+        return Split(self.per_device, self.gpus, self.accumulation)
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """Optimizer steps; None where it takes the prepared data to know."""
+
+    samples: int | None
+    per_epoch: int | None
+    epochs: float | None
+    total: int
+    forwards_per_step: int
+    last_batch: int | None
+    tokens_per_step: int | None
+    warmup: int
+
+
+@dataclass(frozen=True)
+class MemoryFacts:
+    """Peak memory of a rank; `fits` compares `device.high` with the capacity.
+
+    `parts` are what is allocated at the peak, `phases` the most that is in each phase. `basis` says
+    of each range what it rests on. `host_bytes`: pinned memory of the node for a rank's part of an
+    asynchronous checkpoint, and for offloaded state.
+    """
+
+    unit: str
+    parts: dict[str, int]
+    phases: dict[str, int]
+    allocated: ByteRange | None
+    reserved: ByteRange | None
+    device: ByteRange | None
+    capacity: int | None
+    fits: bool | None
+    method: Literal["closed-form", "traced", "measured", "unknown"]
+    peak_phase: str | None
+    why: str
+    basis: dict[str, str]
+    host_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """None where the model's shape is not known without building it."""
+
+    parameters: int | None
+    flops_per_step: int | None
+    checkpoint_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One re-planned change at the same effective batch.
+
+    `cost`: its GPU time over the plan's own, estimated (`plan/cost.py`); above 1 is dearer.
+    """
+
+    change: dict[str, Any]
+    device_high: int
+    cost: float
+    why: str
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """The prepared rows: content fingerprint, where they lie, how many are for validation."""
+
+    fingerprint: str | None
+    cache: str | None
+    validation_samples: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a launcher or a worker needs; see `drumline schema --plan` for its JSON Schema."""
+
+    plan_version: int
+    recipe: Recipe
+    recipe_sha256: str
+    training_sha256: str
+    split_invariance: SplitInvariance
+    batch: BatchFacts
+    steps: StepFacts
+    memory: MemoryFacts
+    schedule: Curve
+    cost: Cost
+    data: DataFacts
+    advice: list[Advice]
+    warnings: list[str]
+
+    @property
+    def mesh(self) -> Mesh:
+        """How the ranks are laid out over nodes, copies of the state and samples."""
+        return mesh_of(self.recipe, self.batch.gpus, self.batch.nodes)
+
+    def clock(self) -> Clock:
+        """Steps to slots; PlanError when the number of samples is not known."""
+        if self.steps.samples is None:
+            raise PlanError("the number of samples is not known; run `drumline prepare` first")
+        epochs = self.recipe.duration.epochs
+        limit = self.steps.samples * epochs if epochs else None
+        return Clock(self.steps.samples, self.batch.effective, self.batch.remainder, limit)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object that `drumline plan --json` prints."""
+        fields = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "recipe"
+        }
+        plain = {
+            key: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+            for key, value in fields.items()
+        }
+        plain["advice"] = [dataclasses.asdict(item) for item in self.advice]
+        recipe = self.recipe.model_dump(by_alias=True)
+        return {"plan_version": self.plan_version, "recipe": recipe, **plain}
+
+    def to_json(self) -> str:
+        """`to_dict` as indented JSON text."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
+
+def read_plan(text: str) -> Plan:
+    """The Plan of `to_json`'s text; a plan of another version is refused."""
+    from pydantic import TypeAdapter
+
+    try:
+        plain = json.loads(text)
+        found = plain.get("plan_version") if isinstance(plain, dict) else None
+        if found != PLAN_VERSION:
+            raise PlanError(f"plan_version {found}: this drumline reads version {PLAN_VERSION}")
+        return TypeAdapter(Plan).validate_json(text)
+    except ValueError as error:
+        raise PlanError(f"this is not a plan: {str(error).splitlines()[0]}") from None

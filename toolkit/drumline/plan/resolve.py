@@ -1,0 +1,352 @@
+"""`resolve(recipe, world) -> Plan`: a pure function from the wish to the fact."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from drumline.architectures.configs import read_shape
+from drumline.architectures.gpus import find_gpu
+from drumline.architectures.shapes import ModelShape
+from drumline.errors import PlanError
+from drumline.plan import batch as batch_equation
+from drumline.plan import identity, schedule
+from drumline.plan.batch import Split
+from drumline.plan.footprint import memory_function
+from drumline.plan.invariance import batchnorm_warnings, split_invariance
+from drumline.plan.mesh import cluster_gpus, is_laid_out, layout, mesh_of
+from drumline.plan.model import (
+    PLAN_VERSION,
+    BatchFacts,
+    Cost,
+    DataFacts,
+    Plan,
+    StepFacts,
+)
+from drumline.plan.noise import is_measurable
+from drumline.plan.optimizers import resolved_optimizer, saved_bytes
+from drumline.plan.steps import Clock
+from drumline.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from drumline.memory.calibration import Calibration
+
+DEFAULT_CLASSES = 2
+"""Of a classifier whose data are not prepared; their number hardly changes its memory."""
+
+UNKNOWN_MEMORY = "memory is not known"
+
+LAUNCHER_STRATEGIES = {
+    "torchrun": ("ddp", "fsdp"),
+    "accelerate": ("ddp", "fsdp"),
+    "deepspeed": ("ddp", "zero1", "zero2", "zero3"),
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """What a plan needs to know of the world; the command line reads it and passes it in."""
+
+    model_config: dict[str, Any] | None = None
+    samples: int | None = None
+    validation_samples: int | None = None
+    fingerprint: str | None = None
+    cache: str | None = None
+    classes: int | None = None
+    host_memory_bytes: int | None = None
+    calibration: "Calibration | None" = None
+    factory_has_batchnorm: bool = False
+    problems: Sequence[str] = ()
+
+
+def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = False) -> Plan:
+    """The Plan of a recipe, or a PlanError that names the nearest legal recipe.
+
+    `is_candidate`: it is one of many that are only compared with each other, and gets no hashes.
+    """
+    gpu = find_gpu(recipe.cluster.gpu)
+    _check_strategy(recipe)
+    found = shape_of(recipe, world)
+    shape = None if isinstance(found, str) else found
+    _check_positions(recipe, shape)
+    memory_of = memory_function(recipe, found, gpu, world.host_memory_bytes, world.calibration)
+    split, warnings = batch_equation.solve(
+        recipe.batch,
+        cluster_gpus(recipe),
+        lambda s: memory_of(s).fits,
+        partial(is_laid_out, recipe),
+    )
+    nodes = layout(recipe, split).nodes
+    resolved = _fill(recipe, split)
+    steps, clock = _steps(recipe, split, world)
+    curve = _curve(recipe, split, steps)
+    memory = memory_of(split)
+    recipe_sha256, training_sha256 = ("", "") if is_candidate else identity.hashes(resolved)
+    warnings += world.problems
+    if recipe.model.compile and memory.method != "unknown":
+        warnings.append("memory is estimated without torch.compile, which keeps less alive")
+    if memory.method == "unknown":
+        warnings.append(f"{UNKNOWN_MEMORY}: {memory.why}. Nearest: `drumline plan --trace`")
+    return Plan(
+        plan_version=PLAN_VERSION,
+        recipe=resolved,
+        recipe_sha256=recipe_sha256,
+        training_sha256=training_sha256,
+        split_invariance=split_invariance(resolved, shape, world.factory_has_batchnorm),
+        batch=BatchFacts(
+            effective=split.effective,
+            per_device=split.per_device,
+            gpus=split.gpus,
+            accumulation=split.accumulation,
+            remainder=recipe.batch.remainder,
+            nodes=nodes,
+        ),
+        steps=steps,
+        memory=memory,
+        schedule=curve,
+        cost=_cost(resolved, split, shape),
+        data=DataFacts(
+            fingerprint=world.fingerprint,
+            cache=world.cache,
+            validation_samples=world.validation_samples,
+        ),
+        advice=[],
+        warnings=warnings
+        + batchnorm_warnings(resolved, split, world.factory_has_batchnorm)
+        + _step_warnings(split, clock)
+        + _rate_warnings(curve)
+        + _noise_warnings(recipe, split),
+    )
+
+
+def _check_strategy(recipe: Recipe) -> None:
+    legal = LAUNCHER_STRATEGIES[recipe.launch.launcher]
+    if recipe.strategy.name not in legal:
+        table = " · ".join(f"{name}: {', '.join(s)}" for name, s in LAUNCHER_STRATEGIES.items())
+        raise PlanError(
+            f"strategy.name: {recipe.strategy.name} does not go with launcher "
+            f"{recipe.launch.launcher}. {table}"
+        )
+    if recipe.launch.launcher == "deepspeed":
+        _check_deepspeed(recipe)
+    if recipe.model.attention == "flash" and not find_gpu(recipe.cluster.gpu).has_flash:
+        raise PlanError(
+            f"model.attention: flash needs compute capability 8.0, and {recipe.cluster.gpu} is older. "
+            "Nearest: sdpa"
+        )
+    if recipe.logging.noise_scale and recipe.strategy.shard == "node":
+        raise PlanError(
+            "logging.noise_scale: with strategy.shard node no rank sees the gradient of a micro-batch. "
+            "Nearest: strategy.shard=all"
+        )
+    if recipe.model.sync_batchnorm and recipe.strategy.name != "ddp":
+        raise PlanError(
+            f"model.sync_batchnorm goes with strategy ddp, not {recipe.strategy.name}. "
+            "Nearest: strategy.name ddp, or GroupNorm in the model"
+        )
+    if recipe.model.sync_batchnorm and recipe.cluster.gpu == "cpu":
+        raise PlanError(
+            "model.sync_batchnorm: torch's SyncBatchNorm needs a GPU, and cluster.gpu is cpu. "
+            "Nearest: sync_batchnorm false, or GroupNorm in the model"
+        )
+
+
+def _check_deepspeed(recipe: Recipe) -> None:
+    """What DeepSpeed would do otherwise than the others."""
+    if recipe.precision == "bf16-pure":
+        raise PlanError(
+            "precision: bf16-pure does not go with launcher deepspeed, which keeps an fp32 copy of "
+            "bf16 weights. Nearest: bf16, or strategy fsdp with launcher torchrun"
+        )
+    if recipe.model.sync_batchnorm:
+        raise PlanError(
+            "model.sync_batchnorm does not go with launcher deepspeed. "
+            "Nearest: launcher torchrun, or GroupNorm in the model"
+        )
+
+
+def _fill(recipe: Recipe, split: Split) -> Recipe:
+    """The recipe with what was derived written in; it can be planned again by itself.
+
+    Nodes are not written: they follow from the split, which a resume may change.
+    """
+    update: dict[str, Any] = {"batch": split.written_into(recipe.batch)}
+    if recipe.evaluation and recipe.evaluation.per_device is None:
+        update["evaluation"] = recipe.evaluation.model_copy(update={"per_device": split.per_device})
+    update["optimizer"] = resolved_optimizer(recipe)
+    if recipe.early_stopping and recipe.early_stopping.mode is None:
+        mode = {"mode": "max" if recipe.early_stopping.metric == "eval/accuracy" else "min"}
+        update["early_stopping"] = recipe.early_stopping.model_copy(update=mode)
+    return recipe.model_copy(update=update)
+
+
+def _steps(recipe: Recipe, split: Split, world: World) -> tuple[StepFacts, Clock | None]:
+    """Counts of optimizer steps; without the number of samples, what can be said."""
+    samples = world.samples if world.samples is not None else recipe.data.samples
+    if None not in (world.samples, recipe.data.samples) and world.samples != recipe.data.samples:
+        raise PlanError(
+            f"data.samples: {recipe.data.samples}, but the prepared data hold {world.samples}. "
+            f"Nearest: samples {world.samples}, or samples null"
+        )
+    duration, length = recipe.duration, recipe.data.sequence_length
+    tokens = split.effective * length if length else None
+    if samples is None:
+        if duration.steps is None:
+            if world.problems:
+                raise PlanError("; ".join(world.problems))
+            key = "epochs" if duration.epochs else "tokens"
+            raise PlanError(
+                f"duration.{key}: the number of steps is unknown until the data are prepared. "
+                "Nearest: run `drumline prepare`, or state data.samples, or use duration.steps"
+            )
+        warmup = _warmup(recipe, duration.steps)
+        return StepFacts(
+            samples=None,
+            per_epoch=None,
+            epochs=None,
+            total=duration.steps,
+            forwards_per_step=split.accumulation,
+            last_batch=None,
+            tokens_per_step=tokens,
+            warmup=warmup,
+        ), None
+    limit = samples * duration.epochs if duration.epochs else None
+    clock = Clock(samples, split.effective, recipe.batch.remainder, limit)
+    if duration.steps:
+        total = duration.steps
+    elif duration.epochs:
+        total = clock.total_for_epochs(duration.epochs)
+    else:
+        assert duration.tokens and length
+        total = clock.total_for_samples(-(-duration.tokens // length))
+    start, stop = clock.slots(clock.steps_per_epoch)
+    row = split.per_device * mesh_of(recipe, split.gpus).data_ranks
+    widest = min(split.effective, samples) if recipe.batch.remainder != "carry" else split.effective
+    return StepFacts(
+        samples=samples,
+        per_epoch=clock.steps_per_epoch,
+        epochs=round(clock.consumed(total) / samples, 4)
+        if recipe.batch.remainder == "carry"
+        else round(total / clock.steps_per_epoch, 4),
+        total=total,
+        forwards_per_step=math.ceil(widest / row),
+        last_batch=stop - start,
+        tokens_per_step=tokens,
+        warmup=_warmup(recipe, total),
+    ), clock
+
+
+def _rate_warnings(curve: schedule.Curve) -> list[str]:
+    if schedule.rate_at(curve, curve.total) > 0 or (curve.unit == "step" and curve.total > 1):
+        return []
+    what = "last epoch" if curve.unit == "epoch" else "only step"
+    return [f"the {what} trains at rate 0: set schedule.min_lr_ratio above 0"]
+
+
+def _noise_warnings(recipe: Recipe, split: Split) -> list[str]:
+    is_sharded = recipe.strategy.name == "fsdp"
+    if not recipe.logging.noise_scale or is_measurable(is_sharded, split):
+        return []
+    return ["logging.noise_scale: a step of one micro-batch has nothing to compare; none is logged"]
+
+
+def _warmup(recipe: Recipe, total: int) -> int:
+    s = recipe.schedule
+    return schedule.resolve_warmup(s.warmup_steps, s.warmup_ratio, s.name, total)
+
+
+def _step_warnings(split: Split, clock: Clock | None) -> list[str]:
+    if clock is None or split.effective <= clock.samples or clock.remainder != "keep":
+        return []
+    return [
+        f"effective {split.effective} > {clock.samples} samples: every step takes all "
+        f"{clock.samples} (remainder: keep)"
+    ]
+
+
+def _curve(recipe: Recipe, split: Split, steps: StepFacts) -> schedule.Curve:
+    """The schedule with its peak rate scaled and its warm-up in steps."""
+    s, total = recipe.schedule, steps.total
+    warmup = steps.warmup
+    decay = max(1, round(s.decay_ratio * total))
+    if s.name == "wsd" and warmup + decay > total:
+        raise PlanError(
+            f"schedule: warm-up {warmup} + decay {decay} = {warmup + decay} > {total} steps. "
+            f"Nearest: {_nearest_decay(warmup, total)}"
+        )
+    if s.unit == "epoch" and steps.per_epoch is None:
+        raise PlanError(
+            "schedule.unit: epoch needs the number of samples. Nearest: run `drumline prepare`, "
+            "or state data.samples, or use unit step"
+        )
+    return schedule.Curve(
+        name=s.name,
+        base_lr=recipe.optimizer.lr,
+        peak_lr=recipe.optimizer.lr * _lr_factor(recipe, split),
+        min_lr_ratio=s.min_lr_ratio,
+        total=total,
+        warmup_steps=warmup,
+        unit=s.unit,
+        cycles=s.cycles,
+        power=s.power,
+        decay_steps=decay,
+        start_ratio=s.start_ratio,
+        milestones=schedule.resolve_milestones(s.milestones, total),
+    )
+
+
+def _nearest_decay(warmup: int, total: int) -> str:
+    """A decay that ends with the run; without room for one, a shorter warm-up."""
+    ratio = math.floor(1000 * (total - warmup) / total) / 1000
+    return f"decay_ratio {ratio:.3f}" if round(ratio * total) else f"a warm-up below {total} steps"
+
+
+def _lr_factor(recipe: Recipe, split: Split) -> float:
+    """B / reference (linear; Goyal et al. 2017) or its square root; 1 without a rule."""
+    scaling = recipe.optimizer.lr_scaling
+    if scaling.rule == "none" or scaling.reference_batch is None:
+        return 1.0
+    ratio = split.effective / scaling.reference_batch
+    return ratio if scaling.rule == "linear" else math.sqrt(ratio)
+
+
+def _check_positions(recipe: Recipe, shape: ModelShape | None) -> None:
+    length = recipe.data.sequence_length
+    if shape and shape.positions and length and length > shape.positions:
+        raise PlanError(
+            f"data.sequence_length: {length} > {shape.positions} positions that the model learns. "
+            f"Nearest: sequence_length {shape.positions}, or model.config.n_positions {length}"
+        )
+
+
+def shape_of(recipe: Recipe, world: World) -> ModelShape | str:
+    """The model's widths where its architecture is known, else why they are not."""
+    model = recipe.model
+    architecture, config = model.architecture, model.config
+    if model.source == "factory":
+        return f"no closed form for {model.factory}"
+    if model.source != "config":
+        if world.model_config is None:
+            return f"the config of {model.name or model.path} is not at hand"
+        architecture = str(world.model_config.get("model_type", ""))
+        config = {**world.model_config, **config}
+    assert architecture is not None
+    classes = None
+    if recipe.data.facts.head == "classification":
+        classes = world.classes or int(config.get("num_labels", DEFAULT_CLASSES))
+    return read_shape(architecture, config, classes)
+
+
+def _cost(recipe: Recipe, split: Split, shape: ModelShape | None) -> Cost:
+    """Parameters, FLOPs of one optimizer step on all ranks, bytes of one checkpoint."""
+    if shape is None:
+        return Cost(parameters=None, flops_per_step=None, checkpoint_bytes=None)
+    length = recipe.data.sequence_length
+    return Cost(
+        parameters=shape.parameters,
+        flops_per_step=split.effective * shape.flops_per_sample(length)
+        if length or shape.patches
+        else None,
+        checkpoint_bytes=saved_bytes(recipe, shape),
+    )

@@ -1,0 +1,163 @@
+"""The learning rate at step t: pure functions of (step, curve), so resume needs no state.
+
+Each shape gives the share of the way from the minimum (0) to the peak (1) after warm-up. To add
+one: a function here, its row in SCHEDULES, its name in `recipe/schema.py`; the invariant tests
+run over the dict by themselves.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from drumline.errors import PlanError
+from drumline.plan.steps import Clock
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A resolved schedule: every number that the rate at a step depends on."""
+
+    name: str
+    base_lr: float
+    peak_lr: float
+    min_lr_ratio: float
+    total: int
+    warmup_steps: int
+    unit: Literal["step", "epoch"]
+    cycles: int
+    power: float
+    decay_steps: int
+    start_ratio: float
+    milestones: list[tuple[int, float]]
+
+    def progress(self, step: int) -> float:
+        """Share of the way from the end of warm-up to the last step, in [0, 1]."""
+        if self.total == self.warmup_steps:
+            return 1.0
+        return (step - self.warmup_steps) / (self.total - self.warmup_steps)
+
+
+def constant(step: int, curve: Curve) -> float:
+    """The peak throughout."""
+    return 1.0
+
+
+def linear(step: int, curve: Curve) -> float:
+    """A straight line to the minimum at the last step."""
+    return 1.0 - curve.progress(step)
+
+
+def cosine(step: int, curve: Curve) -> float:
+    """Half a cosine to the minimum at the last step (Loshchilov and Hutter 2017)."""
+    return (1.0 + math.cos(math.pi * curve.progress(step))) / 2.0
+
+
+def cosine_restarts(step: int, curve: Curve) -> float:
+    """`cycles` equal half cosines, each from the peak; the last ends at the minimum."""
+    length = curve.total - curve.warmup_steps
+    if step >= curve.total or length == 0:
+        return 0.0
+    within = (step - curve.warmup_steps) * curve.cycles % length
+    return (1.0 + math.cos(math.pi * within / length)) / 2.0
+
+
+def polynomial(step: int, curve: Curve) -> float:
+    """(1 - progress) to the `power`."""
+    return float((1.0 - curve.progress(step)) ** curve.power)
+
+
+def inverse_sqrt(step: int, curve: Curve) -> float:
+    """sqrt(warmup / step); it does not reach the minimum (Vaswani et al. 2017 §5.3)."""
+    return math.sqrt(max(1, curve.warmup_steps) / step)
+
+
+def wsd(step: int, curve: Curve) -> float:
+    """Warm-up, stable, then a line to the minimum over the last `decay_ratio` of the run."""
+    return min(1.0, (curve.total - step) / curve.decay_steps)
+
+
+def one_cycle(step: int, curve: Curve) -> float:
+    """After a cosine rise from `start_ratio`, a cosine to the minimum (Smith and Topin 2018)."""
+    return cosine(step, curve)
+
+
+def piecewise(step: int, curve: Curve) -> float:
+    """A ratio from each milestone's step on; 1 before the first."""
+    ratio = 1.0
+    for place, value in curve.milestones:
+        if step >= place:
+            ratio = value
+    return ratio
+
+
+SCHEDULES: dict[str, Callable[[int, Curve], float]] = {
+    "constant": constant,
+    "linear": linear,
+    "cosine": cosine,
+    "cosine_restarts": cosine_restarts,
+    "polynomial": polynomial,
+    "inverse_sqrt": inverse_sqrt,
+    "wsd": wsd,
+    "one_cycle": one_cycle,
+    "piecewise": piecewise,
+}
+
+
+def _linear_rise(step: int, curve: Curve) -> float:
+    return step / curve.warmup_steps
+
+
+def _cosine_rise(step: int, curve: Curve) -> float:
+    rise = (1.0 - math.cos(math.pi * step / curve.warmup_steps)) / 2.0
+    return curve.start_ratio + (1.0 - curve.start_ratio) * rise
+
+
+WARMUPS: dict[str, Callable[[int, Curve], float]] = {"one_cycle": _cosine_rise}
+
+
+def rate_at(curve: Curve, step: int) -> float:
+    """The rate of one optimizer step, 1 ≤ step ≤ total; peak·step/warmup while it warms up."""
+    assert 1 <= step <= curve.total, (step, curve.total)
+    if step <= curve.warmup_steps:
+        return curve.peak_lr * WARMUPS.get(curve.name, _linear_rise)(step, curve)
+    share = SCHEDULES[curve.name](step, curve)
+    return curve.peak_lr * (curve.min_lr_ratio + (1.0 - curve.min_lr_ratio) * share)
+
+
+def rate(curve: Curve, step: int, clock: Clock | None) -> float:
+    """The rate of a step; with unit `epoch`, that of the last step of its epoch."""
+    if curve.unit == "epoch":
+        assert clock is not None
+        step = min(curve.total, clock.last_step_of_epoch(clock.epoch(step)))
+    return rate_at(curve, step)
+
+
+def resolve_warmup(steps: int | None, ratio: float | None, name: str, total: int) -> int:
+    """Warm-up steps of the run; a warm-up longer than the run is refused."""
+    if steps is None and ratio is None:
+        return max(1, round(0.3 * total)) if name == "one_cycle" else 0
+    if ratio is not None:
+        return round(ratio * total)
+    assert steps is not None
+    if steps > total:
+        raise PlanError(
+            f"schedule.warmup_steps: {steps} > {total} steps of the whole run, so the peak is never "
+            f"reached. Nearest: warmup_steps {total}, or duration.steps above {steps}"
+        )
+    return steps
+
+
+def resolve_milestones(milestones: dict[str, float], total: int) -> list[tuple[int, float]]:
+    """Piecewise milestones as steps; fractions of the run are rounded to the nearest step."""
+    result = []
+    for place, value in milestones.items():
+        number = float(place)
+        step = round(number * total) if number < 1 else int(number)
+        if step > total:
+            raise PlanError(
+                f"schedule.milestones: step {place} > {total} steps of the run. "
+                "Nearest: a fraction of the run, such as 0.9"
+            )
+        result.append((step, value))
+    return result

@@ -1,0 +1,99 @@
+"""Optimizer steps: how many, which slots each one takes, and where an epoch ends. Pure.
+
+A slot is a place in the endless sequence of samples that the order makes; slot s lies in epoch
+s // N + 1. Steps and epochs are counted from 1.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from drumline.errors import PlanError
+
+Remainder = Literal["keep", "drop", "carry"]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Turns steps into slots for N samples, effective batch B and one remainder rule.
+
+    `limit` is the number of slots in the whole run where an epoch count bounds it (`carry` only).
+    """
+
+    samples: int
+    effective: int
+    remainder: Remainder
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.remainder == "drop" and self.effective > self.samples:
+            raise PlanError(
+                f"batch.remainder: drop leaves no step: effective {self.effective} > "
+                f"{self.samples} samples. Nearest: remainder keep (steps of {self.samples}), "
+                f"or effective {self.samples}"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one epoch; with `carry`, in the first."""
+        whole, rest = divmod(self.samples, self.effective)
+        return whole if self.remainder == "drop" or rest == 0 else whole + 1
+
+    def total_for_epochs(self, epochs: int) -> int:
+        """Steps of a run of that many epochs."""
+        if self.remainder == "carry":
+            return -(-self.samples * epochs // self.effective)
+        return self.steps_per_epoch * epochs
+
+    def total_for_samples(self, samples: int) -> int:
+        """The first step by whose end at least that many samples were consumed."""
+        if self.remainder == "carry":
+            return -(-samples // self.effective)
+        per_epoch = self.samples
+        if self.remainder == "drop":
+            per_epoch -= self.samples % self.effective
+        epochs, rest = divmod(samples, per_epoch)
+        return epochs * self.steps_per_epoch + -(-rest // self.effective)
+
+    def slots(self, step: int) -> tuple[int, int]:
+        """First slot and end slot (exclusive) of a step; the difference is its sample count."""
+        assert step >= 1
+        if self.remainder == "carry":
+            start = (step - 1) * self.effective
+            stop = start + self.effective
+            return start, stop if self.limit is None else min(stop, self.limit)
+        epoch, within = divmod(step - 1, self.steps_per_epoch)
+        start = within * self.effective
+        stop = min(start + self.effective, self.samples)
+        return epoch * self.samples + start, epoch * self.samples + stop
+
+    def epoch(self, step: int) -> int:
+        """The epoch, from 1, in which the step begins."""
+        return self.slots(step)[0] // self.samples + 1
+
+    def last_step_of_epoch(self, epoch: int) -> int:
+        """The last step that begins in the epoch."""
+        if self.remainder == "carry":
+            return -(-epoch * self.samples // self.effective)
+        return epoch * self.steps_per_epoch
+
+    def consumed(self, step: int) -> int:
+        """Samples consumed by the end of a step (0 for step 0); dropped ones do not count."""
+        if step == 0:
+            return 0
+        if self.remainder == "drop":
+            return step * self.effective
+        return self.slots(step)[1]
+
+
+def share(count: int, per_device: int, data_ranks: int, data_rank: int) -> list[tuple[int, int]]:
+    """Slots (relative to the step) of each of a data rank's micro-batches; (a, a) where it has none.
+
+    Slot i belongs to micro-batch i ÷ (b·G) and data rank (i mod b·G) ÷ b. Micro-batches that are empty
+    on every rank do not appear, so the list is as long on every rank.
+    """
+    row = per_device * data_ranks
+    result = []
+    for start in range(0, count, row):
+        first = min(start + data_rank * per_device, count)
+        result.append((first, min(first + per_device, count)))
+    return result

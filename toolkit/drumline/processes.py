@@ -1,0 +1,118 @@
+"""Processes told apart for good: a number alone may be another process by now."""
+
+import contextlib
+import functools
+import os
+import random
+import signal
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""Finish the step, save, leave; the last is a terminal that is gone."""
+STACKS_SIGNAL = signal.SIGUSR2
+"""A rank answers it with the stacks of all its threads, in its log."""
+_PORTS, _TRIES = range(20000, 65536), 100
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process of one host, by its number and the moment it started (clock ticks since boot)."""
+
+    pid: int
+    started: int
+    host: str
+
+    @classmethod
+    def current(cls) -> Self:
+        """This process."""
+        return cls(os.getpid(), _started(os.getpid()) or 0, this_host())
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """What `str` wrote; None for anything else."""
+        parts = text.split()
+        if len(parts) != 3 or not (parts[0].isdigit() and parts[1].isdigit()):
+            return None
+        return cls(int(parts[0]), int(parts[1]), parts[2])
+
+    def __str__(self) -> str:
+        return f"{self.pid} {self.started} {self.host}"
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it belongs to this host, where alone it can be seen and signalled."""
+        return self.host == this_host()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it runs on this host; one that ended and was not yet reaped does not."""
+        return self.is_here and _started(self.pid) == self.started
+
+    def send(self, number: signal.Signals | int) -> None:
+        """Send a signal to this process, and to no other that took its number."""
+        if self.is_alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+
+SOURCE_ROOTS = tuple(
+    root
+    for name in ("toolkit", "launchers")
+    if (root := Path(__file__).resolve().parents[2] / name).is_dir()
+)
+"""In a checkout, the folders that hold `drumline` and `drumline_launchers`; none where they are installed."""
+
+
+def python_path(environment: Mapping[str, str]) -> str:
+    """PYTHONPATH for a child process, so that it imports the same drumline as this one."""
+    before = environment.get("PYTHONPATH")
+    return os.pathsep.join([*map(str, SOURCE_ROOTS), *([before] if before else [])])
+
+
+def free_port() -> int:
+    """A port of this host that nobody has now, and that nobody is given by chance before it is used.
+
+    The system gives its ephemeral ports to whoever asks for any, srun for one, in the seconds until the
+    ranks come up: those are avoided.
+    """
+    given = _ephemeral_ports()
+    others = [port for port in _PORTS if port not in given]
+    for port in random.Random().sample(others, min(len(others), _TRIES)):  # noqa: S311 - no secret
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("", port))
+            return port
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return int(free.getsockname()[1])
+
+
+def _ephemeral_ports() -> range:
+    """Those that Linux gives to sockets that ask for none in particular."""
+    try:
+        first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    except (OSError, ValueError):
+        return range(32768, 65536)
+    return range(first, last + 1)
+
+
+@functools.cache
+def this_host() -> str:
+    """This boot of this machine and the namespace of its process numbers; names may change."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _started(pid: int) -> int | None:
+    """Field 22 of /proc/<pid>/stat; None when the process is gone or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])

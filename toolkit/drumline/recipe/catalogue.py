@@ -1,0 +1,46 @@
+"""The shipped recipes: found by name, in a checkout and in an installed wheel alike."""
+
+from pathlib import Path
+
+from drumline.errors import RecipeError
+
+_LONGEST_NAME = 255
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def folder() -> Path:
+    """Where the shipped YAML recipes and the example model files lie."""
+    installed = _PACKAGE / "shipped_recipes"
+    return installed if installed.is_dir() else _PACKAGE.parent.parent / "recipes"
+
+
+def names() -> list[str]:
+    """Names of the shipped recipes, sorted."""
+    return sorted(path.stem for path in folder().glob("*.yaml"))
+
+
+def find(where: str) -> Path:
+    """The file that a path or a shipped recipe's name means."""
+    path = Path(where)
+    if len(path.name) > _LONGEST_NAME:
+        raise RecipeError(f"{where[:40]}…: {len(path.name)} characters are no file's name")
+    if path.is_file():
+        return path
+    if path.is_dir() and (path / "recipe.yaml").is_file():
+        return path / "recipe.yaml"
+    if path.suffix not in (".yaml", ".yml") and "/" not in where:
+        shipped = folder() / f"{where}.yaml"
+        if shipped.is_file():
+            return shipped
+    if path.is_dir():
+        raise RecipeError(f"{where}: a folder, not a recipe")
+    raise RecipeError(f"{where}: no such file or shipped recipe{_suggestion(where)}")
+
+
+def _suggestion(where: str) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(Path(where).stem, names(), n=1, cutoff=0.5)
+    if close:
+        return f". Did you mean the shipped recipe {close[0]!r}?"
+    return "; `drumline recipes` lists the shipped ones"

@@ -1,0 +1,156 @@
+"""From YAML files and `key.path=value` overrides to a validated Recipe."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from drumline.errors import RecipeError
+from drumline.recipe import catalogue, yaml12
+from drumline.recipe.problems import explain
+from drumline.recipe.schema import Recipe
+from drumline.secrets import secrets_in
+
+_FACTORY_KEYS = ("factory", "edits", "task_factory")
+PATH_KEYS = (("data", "path"), ("data", "tokenizer"), ("model", "path"))
+
+
+def load_recipe(where: str, overrides: list[str] | None = None) -> Recipe:
+    """Read a file or a shipped recipe's name, apply `extends:` and overrides, validate."""
+    path = catalogue.find(where)
+    raw = _read_mapping(path)
+    base_name = raw.pop("extends", None)
+    if base_name is not None:
+        raw = merge(_read_base(path, base_name), raw)
+    return _overridden(raw, overrides, str(path))
+
+
+def override(recipe: Recipe, overrides: list[str] | None) -> Recipe:
+    """A recipe with `key.path=value` overrides on top."""
+    return _overridden(recipe.model_dump(by_alias=True), overrides, "recipe")
+
+
+def _overridden(raw: dict[str, Any], overrides: list[str] | None, origin: str) -> Recipe:
+    cwd, merged = Path.cwd(), raw
+    for text in overrides or []:
+        merged = merge(merged, _absolute_paths(parse_override(text), cwd))
+    return validate(merged, "command line" if overrides and _is_valid(raw) else origin)
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Mappings merge key by key, everything else (lists too) is replaced."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        result[key] = merge(old, value) if both else value  # type: ignore[arg-type]
+    return result
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`optimizer.lr=1e-3` as a nested mapping, the value read as YAML."""
+    key, equals, value = text.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise RecipeError(f"override {text!r}: expected key.path=value, such as optimizer.lr=1e-3")
+    if parts == ["extends"]:
+        raise RecipeError(f"override {text!r}: extends belongs in the recipe's file")
+    try:
+        result = yaml12.parse(value)
+    except RecipeError as error:
+        raise RecipeError(f"override {text!r}: {error}") from None
+    for part in reversed(parts):
+        result = {part: result}
+    return result  # type: ignore[no-any-return]
+
+
+def validate(raw: dict[str, Any], origin: str) -> Recipe:
+    """The Recipe of a plain mapping; every problem in one message, each with its path and value."""
+    if isinstance(raw.get("strategy"), dict) and "parallel" in str(raw["strategy"].get("name", "")):
+        raise RecipeError(
+            f"{origin}: strategy.name: {raw['strategy']['name']!r}: drumline splits the batch only; "
+            "tensor and pipeline parallelism are not offered. Nearest: fsdp"
+        )
+    found = list(secrets_in(raw))
+    if found:
+        raise RecipeError(
+            f"{origin}: {found[0]}: secrets do not belong in a recipe, which is written into records and "
+            "trackers. Nearest: an environment variable"
+        )
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(explain(error, Recipe, origin)) from None
+
+
+def _is_valid(raw: dict[str, Any]) -> bool:
+    try:
+        Recipe.model_validate(raw)
+    except ValidationError:
+        return False
+    return True
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        raw = yaml12.parse(text)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
+    if not isinstance(raw, dict):
+        found = "is empty" if raw is None else f"holds a {type(raw).__name__}"
+        raise RecipeError(f"{path}: {found}; a recipe is a mapping that begins with `recipe:`")
+    if _names_a_factory(raw):
+        raw.setdefault("project", ".")
+    return _absolute_paths(raw, path.resolve().parent)
+
+
+def _read_base(path: Path, base_name: Any) -> dict[str, Any]:
+    if not isinstance(base_name, str):
+        raise RecipeError(f"{path}: extends: {base_name!r} is not a file or a recipe's name")
+    sibling = path.parent / base_name
+    base = _read_mapping(sibling if sibling.is_file() else catalogue.find(base_name))
+    if "extends" in base:
+        raise RecipeError(
+            f"{path}: extends: {base_name} itself extends {base['extends']}; one level is the limit"
+        )
+    return base
+
+
+def _names_a_factory(raw: dict[str, Any]) -> bool:
+    """Whether any section names code of the project."""
+    sections = [section for section in raw.values() if isinstance(section, dict)]
+    return any(section.get(key) for section in sections for key in _FACTORY_KEYS)
+
+
+def _absolute_paths(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Relative paths count from the recipe's folder (in overrides: from the current one)."""
+    result = dict(raw)
+    for section, key in PATH_KEYS:
+        values = result.get(section)
+        if isinstance(values, dict) and key in values:
+            result[section] = {**values, key: _absolute(key, values[key], folder)}
+    if isinstance(result.get("project"), str):
+        result["project"] = _expanded(result["project"], folder)
+    return result
+
+
+def _absolute(key: str, value: Any, folder: Path) -> Any:
+    if isinstance(value, list):
+        return [_absolute(key, item, folder) for item in value]
+    if not isinstance(value, str) or (key == "tokenizer" and not value.startswith((".", "~", "/"))):
+        return value
+    return _expanded(value, folder)
+
+
+def _expanded(value: str, folder: Path) -> str:
+    try:
+        return str(Path(os.path.normpath(folder / Path(value).expanduser())))
+    except RuntimeError:
+        raise RecipeError(f"{value}: no such user") from None

@@ -1,0 +1,491 @@
+"""The recipe's keys, their types and the rules that one section can check alone.
+
+Everything is strict and frozen: an unknown key, a float where a count is meant, or a string where
+a number is meant is refused. Rules that join sections (the batch equation, the strategy table)
+live in `drumline.plan`.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Count = Annotated[int, Field(ge=1, le=10**15)]
+Samples = Annotated[int, Field(ge=1, le=10**9)]
+Name = Annotated[str, Field(min_length=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Ratio = Annotated[float, Field(ge=0, le=1)]
+Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)]
+FactoryName = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*:[A-Za-z_]\w*$")]
+
+
+class AddedLater:
+    """Marks a key that came after the first release.
+
+    At its default it stays out of a recipe's hash, so that a run logged before the key existed has the
+    same hash now (`plan/identity.py`).
+    """
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """What the rest of the code needs to know of a task, without asking for its name.
+
+    `is_per_token`: every token has a target (else each row has one class). `head`: which of transformers'
+    classes the model is. `is_masked`: rows are padded, so that attention is given a mask. `counts_tokens`:
+    a row always has `sequence_length` tokens, so that a duration in tokens has a meaning.
+    """
+
+    is_per_token: bool
+    head: Literal["causal_lm", "classification"]
+    is_masked: bool = False
+    counts_tokens: bool = False
+
+
+TASKS = {
+    "causal_lm": TaskFacts(is_per_token=True, head="causal_lm", counts_tokens=True),
+    "sft": TaskFacts(is_per_token=True, head="causal_lm"),
+    "classification": TaskFacts(is_per_token=False, head="classification", is_masked=True),
+    "custom": TaskFacts(is_per_token=True, head="causal_lm"),
+}
+"""By the names that `data.task` may have; the code of each is in `data/tasks/`."""
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys refused, values never converted, immutable.
+
+    Validators are built once, for the whole recipe, at its first use: defaults are therefore made
+    with `model_construct`, which needs none.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, defer_build=True, validate_default=False
+    )
+
+
+class Model(Section):
+    """Which network; `architecture` and its config fields are those of transformers.
+
+    `edits` are functions of the recipe's project, called with the model before its weights are made.
+    """
+
+    source: Literal["config", "hub", "folder", "factory"]
+    architecture: Name | None = None
+    config: dict[str, Any] = {}
+    name: Name | None = None
+    path: Name | None = None
+    factory: FactoryName | None = None
+    attention: Literal["sdpa", "eager", "flash"] = "sdpa"
+    activation_checkpointing: Literal["none", "full"] = "none"
+    sync_batchnorm: bool = False
+    compile: bool = False
+    edits: Annotated[list[FactoryName], AddedLater()] = []
+
+    @model_validator(mode="after")
+    def _source_has_its_key(self) -> Self:
+        needed = {"config": "architecture", "hub": "name", "folder": "path", "factory": "factory"}
+        _require_only(self, "source", self.source, needed)
+        return self
+
+
+class Data(Section):
+    """Where the samples come from and how they become rows."""
+
+    source: Literal["builtin", "files", "hub", "factory"]
+    name: Name | None = None
+    path: str | list[str] | None = None
+    factory: FactoryName | None = None
+    options: dict[str, Any] = {}
+    split: str = "train"
+    task: Literal["causal_lm", "sft", "classification", "custom"]
+    task_factory: Annotated[FactoryName | None, AddedLater()] = None
+    task_options: Annotated[dict[str, Any], AddedLater()] = {}
+    text_field: str = "text"
+    prompt_field: str = "prompt"
+    completion_field: str = "completion"
+    label_field: str = "label"
+    tokenizer: str = "bytes"
+    sequence_length: Samples | None = None
+    samples: Count | None = None
+    validation: Fraction = 0.0
+
+    @model_validator(mode="after")
+    def _source_has_its_key(self) -> Self:
+        _require_only(
+            self,
+            "source",
+            self.source,
+            {"builtin": "name", "files": "path", "hub": "name", "factory": "factory"},
+        )
+        if (self.task == "custom") != (self.task_factory is not None):
+            takes = "needs" if self.task == "custom" else "takes no"
+            raise ValueError(f"task {self.task} {takes} task_factory, a module:function")
+        needs_length = self.facts.is_per_token and self.task != "custom"
+        if needs_length and self.sequence_length is None:
+            raise ValueError(f"task {self.task} needs sequence_length, in tokens")
+        return self
+
+    @property
+    def facts(self) -> TaskFacts:
+        """What is known of the task."""
+        return TASKS[self.task]
+
+
+class Batch(Section):
+    """The equation effective = per_device × gpus × accumulation; what is left out is solved."""
+
+    effective: Samples | None = None
+    per_device: Samples | None = None
+    gpus: Samples | None = None
+    accumulation: Samples | None = None
+    remainder: Literal["keep", "drop", "carry"] = "keep"
+    weighting: Literal["token", "sample"] = "token"
+
+
+class NodeRange(Section):
+    """How many nodes a run may get from a scheduler."""
+
+    min: Count
+    max: Count
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
+
+
+class Cluster(Section):
+    """The kind of device and how many of them a node has."""
+
+    gpu: str = "cpu"
+    gpus_per_node: Count | None = None
+    nodes: Count | NodeRange | None = None
+
+
+class Strategy(Section):
+    """How parameters, gradients and optimizer state are laid over the ranks."""
+
+    name: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
+    shard: Literal["all", "node"] = "all"
+    offload: Literal["none", "optimizer"] = "none"
+
+    @model_validator(mode="after")
+    def _keys_belong_to_the_strategy(self) -> Self:
+        if self.offload != "none" and not self.name.startswith("zero"):
+            raise ValueError(f"offload belongs to zero1, zero2 and zero3, not {self.name}")
+        if self.shard == "node" and self.name != "fsdp":
+            raise ValueError(f"shard: node belongs to strategy fsdp, not {self.name}")
+        return self
+
+
+class LrScaling(Section):
+    """Derive the peak rate from a reference batch: lr × B/ref (linear) or lr × sqrt(B/ref)."""
+
+    rule: Literal["none", "linear", "sqrt"] = "none"
+    reference_batch: Count | None = None
+
+    @model_validator(mode="after")
+    def _rule_has_its_reference(self) -> Self:
+        if (self.rule == "none") != (self.reference_batch is None):
+            raise ValueError(
+                f"rule {self.rule} {'takes no' if self.rule == 'none' else 'needs a'} "
+                f"reference_batch (it is {self.reference_batch})"
+            )
+        return self
+
+
+class Optimizer(Section):
+    """The update rule. Weight decay acts on tensors of two or more dimensions only.
+
+    `custom` is a function of the recipe's project (`factory`, with `options`): it gets the parameter groups
+    and the peak rate and returns a torch optimizer. `states` says how many tensors of a parameter's size it
+    keeps for each, which the memory estimate needs to know.
+    """
+
+    name: Literal["adamw", "adam", "sgd", "custom"] = "adamw"
+    lr: Positive
+    weight_decay: NonNegative = 0.0
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    eps: Positive = 1e-8
+    momentum: Fraction = 0.0
+    nesterov: bool = False
+    max_grad_norm: Positive | None = 1.0
+    implementation: Literal["fused", "foreach"] | None = None
+    lr_scaling: LrScaling = LrScaling.model_construct()
+    factory: Annotated[FactoryName | None, AddedLater()] = None
+    options: Annotated[dict[str, Any], AddedLater()] = {}
+    states: Annotated[int | None, Field(ge=0, le=16), AddedLater()] = None
+
+    @model_validator(mode="after")
+    def _keys_belong_to_the_rule(self) -> Self:
+        _require_factory(self, self.name == "custom", ("factory", "options", "states"))
+        own = {"adamw": {"betas", "eps"}, "adam": {"betas", "eps"}, "sgd": {"momentum", "nesterov"}}
+        foreign = set().union(*own.values()) - own.get(self.name, set())
+        foreign &= self.model_fields_set
+        changed = sorted(
+            key for key in foreign if getattr(self, key) != type(self).model_fields[key].default
+        )
+        if changed:
+            raise ValueError(f"{', '.join(changed)} has no meaning for {self.name}")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs momentum above 0")
+        return self
+
+
+class Objective(Section):
+    """What is minimised. `custom` is a function of the recipe's project (`factory`, with `options`)."""
+
+    name: Literal["cross_entropy", "custom"] = "cross_entropy"
+    factory: FactoryName | None = None
+    options: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _keys_belong_to_the_name(self) -> Self:
+        _require_factory(self, self.name == "custom", ("factory", "options"))
+        return self
+
+
+class Loss(Section):
+    """How the cross-entropy is computed; chunked never holds all logits at once."""
+
+    chunked: bool = False
+
+
+class Schedule(Section):
+    """The learning rate as a function of the optimizer step; shapes in `plan/schedule.py`."""
+
+    name: Literal[
+        "constant",
+        "linear",
+        "cosine",
+        "cosine_restarts",
+        "polynomial",
+        "inverse_sqrt",
+        "wsd",
+        "one_cycle",
+        "piecewise",
+    ] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_ratio: Fraction | None = None
+    min_lr_ratio: Ratio = 0.0
+    unit: Literal["step", "epoch"] = "step"
+    cycles: Count = 1
+    power: Positive = 1.0
+    decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.2
+    start_ratio: Ratio = 0.04
+    milestones: dict[str, Ratio] = {}
+
+    @model_validator(mode="after")
+    def _keys_belong_to_the_shape(self) -> Self:
+        owner = {
+            "cycles": "cosine_restarts",
+            "power": "polynomial",
+            "decay_ratio": "wsd",
+            "start_ratio": "one_cycle",
+            "milestones": "piecewise",
+        }
+        for key, name in owner.items():
+            default = type(self).model_fields[key].default
+            if name != self.name and getattr(self, key) != default:
+                raise ValueError(f"{key} belongs to schedule {name}, not {self.name}")
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} and warmup_ratio {self.warmup_ratio} "
+                "exclude each other; keep one"
+            )
+        if self.name == "piecewise":
+            _check_milestones(self.milestones)
+        return self
+
+
+class Duration(Section):
+    """How long to train: exactly one of steps, epochs, tokens (the first step that reaches it)."""
+
+    steps: Count | None = None
+    epochs: Count | None = None
+    tokens: Count | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        given = [key for key in ("steps", "epochs", "tokens") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"exactly one of steps, epochs, tokens; given: {', '.join(given) or 'none'}"
+                + (" (set the other to null)" if given else "")
+            )
+        return self
+
+
+class Evaluation(Section):
+    """Loss over the validation rows, every n optimizer steps and after the last one."""
+
+    every_steps: Count
+    per_device: Count | None = None
+
+
+class EarlyStopping(Section):
+    """Stop when the metric has not improved by min_delta for `patience` evaluations."""
+
+    metric: Literal["eval/loss", "eval/accuracy"] = "eval/loss"
+    mode: Literal["min", "max"] | None = None
+    patience: Count = 5
+    min_delta: NonNegative = 0.0
+
+
+class Checkpoint(Section):
+    """When to save and what to keep: the last n, the best n, and every k-th step for good."""
+
+    every_steps: Count | None = None
+    every_minutes: Positive | None = None
+    keep_last: Count = 2
+    keep_best: Annotated[int, Field(ge=0)] = 1
+    keep_every: Count | None = None
+    asynchronous: bool = Field(default=True, alias="async")
+    on_error: Literal["stop", "continue"] = "stop"
+
+
+class Anomalies(Section):
+    """Steps that are not finite are skipped, `max_skipped` in a row at most; leaps are logged.
+
+    A spike is a loss more than spike_sigma standard deviations above the last spike_window losses.
+    """
+
+    max_skipped: Count = 20
+    spike_sigma: Positive | None = 6.0
+    spike_window: Annotated[int, Field(ge=2, le=10000)] = 100
+    skip_spikes: bool = False
+
+
+class Launch(Section):
+    """Who starts the processes and how stubborn the supervisor is.
+
+    `hang_factor`: a step that takes so many times the median is a hang too, if that is shorter.
+    `straggler_ratio`: a rank whose forwards take so many times the median of all is named.
+    """
+
+    launcher: Literal["torchrun", "accelerate", "deepspeed"] = "torchrun"
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    hang_timeout_s: Positive = 600.0
+    hang_factor: Annotated[float, Field(ge=2)] | None = None
+    straggler_ratio: Annotated[float, Field(gt=1)] | None = 2.0
+
+
+class Wandb(Section):
+    """Weights & Biases: project and mode; keys and tokens never stand in a recipe."""
+
+    project: Name
+    entity: Name | None = None
+    mode: Literal["online", "offline"] = "offline"
+
+
+class Logging(Section):
+    """How often metrics are flushed and shown, which trackers get them, what is measured beside.
+
+    `noise_scale` estimates the gradient noise scale, which says what a larger batch would buy.
+    """
+
+    every_steps: Count = 10
+    wandb: Wandb | None = None
+    tensorboard: bool = False
+    noise_scale: bool = False
+
+
+class Recipe(Section):
+    """One training, as wished: fields may be unset until `drumline.plan` resolves them.
+
+    `project` is the folder that holds the recipe's own code (factories); default: the recipe's.
+    """
+
+    recipe: Slug
+    schema_version: Annotated[int, Field(ge=1, le=1)] = Field(alias="schema")
+    description: str = ""
+    project: str | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    model: Model
+    data: Data
+    batch: Batch
+    cluster: Cluster = Cluster.model_construct()
+    strategy: Strategy = Strategy.model_construct()
+    precision: Literal["fp32", "bf16", "bf16-pure", "fp16"] = "fp32"
+    optimizer: Optimizer
+    objective: Annotated[Objective, AddedLater()] = Objective.model_construct()
+    loss: Loss = Loss.model_construct()
+    schedule: Schedule = Schedule.model_construct()
+    duration: Duration
+    evaluation: Evaluation | None = None
+    early_stopping: EarlyStopping | None = None
+    checkpoint: Checkpoint = Checkpoint.model_construct()
+    anomalies: Anomalies = Anomalies.model_construct()
+    launch: Launch = Launch.model_construct()
+    logging: Logging = Logging.model_construct()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        if self.early_stopping and not self.evaluation:
+            raise ValueError("early_stopping needs an evaluation section")
+        if self.evaluation and self.data.validation == 0:
+            raise ValueError("evaluation needs data.validation above 0, such as 0.01")
+        by_accuracy = self.early_stopping and self.early_stopping.metric == "eval/accuracy"
+        if by_accuracy and self.data.facts.is_per_token:
+            raise ValueError(
+                f"early_stopping.metric eval/accuracy needs task classification, "
+                f"not {self.data.task}"
+            )
+        if self.duration.tokens and not self.data.facts.counts_tokens:
+            raise ValueError(f"duration.tokens needs task causal_lm, not {self.data.task}")
+        if self.loss.chunked and not self.data.facts.is_per_token:
+            raise ValueError("loss.chunked is for causal_lm and sft, not classification")
+        return self
+
+
+def factories_of(recipe: Recipe) -> list[str]:
+    """Every `module:function` that the recipe names: the only code that it can make run."""
+    named = (
+        recipe.model.factory,
+        *recipe.model.edits,
+        recipe.data.factory,
+        recipe.data.task_factory,
+        recipe.objective.factory,
+        recipe.optimizer.factory,
+    )
+    return [name for name in named if name]
+
+
+def _require_factory(section: Section, is_custom: bool, keys: tuple[str, ...]) -> None:
+    """`custom` has its factory, and nothing else has the keys that belong to it."""
+    if is_custom and getattr(section, keys[0]) is None:
+        raise ValueError(f"name custom needs {keys[0]}, a module:function")
+    defaults = {key: type(section).model_fields[key].default for key in keys}
+    foreign = [key for key in keys if getattr(section, key) != defaults[key]]
+    if not is_custom and foreign:
+        raise ValueError(f"{', '.join(foreign)} belong to name custom")
+
+
+def _require_only(section: Section, key: str, chosen: str, needed: dict[str, str]) -> None:
+    """The field that the chosen source needs is set, and no other source's field is."""
+    if getattr(section, needed[chosen]) is None:
+        raise ValueError(f"{key} {chosen} needs {needed[chosen]}")
+    foreign = {field for field in needed.values() if field != needed[chosen]}
+    extra = sorted(field for field in foreign if getattr(section, field) is not None)
+    if extra:
+        raise ValueError(f"{key} {chosen} does not take {', '.join(extra)}")
+
+
+def _check_milestones(milestones: dict[str, float]) -> None:
+    """Piecewise keys are fractions of the run or steps, ascending: {"0.5": 0.1} or {"1000": 0.1}."""
+    if not milestones:
+        raise ValueError('piecewise needs milestones, such as {"0.5": 0.1, "0.75": 0.01}')
+    try:
+        places = [float(place) for place in milestones]
+    except ValueError:
+        raise ValueError(f"milestones: {list(milestones)} must be numbers in quotes") from None
+    if places != sorted(places) or not all(0 < place < 1e15 for place in places):
+        raise ValueError(f"milestones: {places} must ascend from above 0")
+    if any(place > 1 and place != int(place) for place in places):
+        raise ValueError(f"milestones: {places}: a step is a whole number, a fraction is below 1")
+    fractions = [place < 1 for place in places]
+    if any(fractions) and not all(fractions):
+        raise ValueError(f"milestones: {places} mixes fractions of the run with steps")

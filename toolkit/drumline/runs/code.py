@@ -1,0 +1,225 @@
+"""The code that a run used: commit, what differs from it, what is not in it; and back into a folder.
+
+Everything is text inside the record, so that the record alone is enough. Ignored files, secrets, binaries,
+large files and other runs' folders are left out, and named.
+"""
+
+import hashlib
+import importlib.util
+import os
+import re
+import subprocess
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from drumline.errors import RunError
+from drumline.recipe.schema import Recipe, factories_of
+from drumline.secrets import Secrets, is_secret_file
+
+FILE_LIMIT = 256 << 10
+TOTAL_LIMIT = 1 << 20
+MOST_LEFT_OUT = 200
+"""More names than this are counted."""
+_GIT_S = 30.0
+_SLOW = f"git did not answer within {_GIT_S:.0f} s"
+_PLAIN_DIFF = ("-c", "core.quotepath=off", "diff", "--binary", "--no-renames", "--no-ext-diff",
+               "--no-textconv", "--no-color")  # fmt: skip
+
+
+def read_code(recipe: Recipe, folder: Path, secrets: Secrets) -> dict[str, Any]:
+    """The repository of the recipe's project (or of `folder`), as it is now, and the factories' files.
+
+    `commit` is null outside a repository; `left_out` maps what is not recorded to why.
+    """
+    base = Path(recipe.project) if recipe.project else folder
+    found: dict[str, Any] = {"commit": None, "remote": None, "project": ".", "diff": "",
+                             "untracked": {}, "left_out": {}}  # fmt: skip
+    root = _said(base, "rev-parse", "--show-toplevel")
+    if root:
+        top = Path(root)
+        found["commit"] = _said(top, "rev-parse", "--verify", "-q", "HEAD") or None
+        found["remote"] = secrets.hide(_said(top, "remote", "get-url", "origin")) or None
+        found["project"] = os.path.relpath(base.resolve(), top.resolve())
+        _add_diff(found, top, secrets)
+        _add_untracked(found, top, secrets)
+    found["factories"] = _factories(recipe)
+    if not found["commit"]:
+        for name in found["factories"]:
+            place = str(PurePosixPath(found["project"]) / name)
+            if place not in found["untracked"]:
+                _add_file(found, base / name, place, secrets)
+    found["left_out"] = _counted(found["left_out"])
+    return found
+
+
+def restore_code(code: dict[str, Any], near: Path, target: Path) -> Path:
+    """Recreate the recorded code in a new folder; the project's folder in it.
+
+    A worktree of the repository around `near` where there was a commit; RunError where that commit
+    is not there or the diff does not apply.
+    """
+    commit = code["commit"]
+    if commit:
+        top = _said(near, "rev-parse", "--show-toplevel")
+        if not top or not _said(Path(top), "rev-parse", "-q", "--verify", f"{commit}^{{commit}}"):
+            where = f" of {code['remote']}" if code["remote"] else ""
+            raise RunError(
+                f"--code: commit {commit[:12]}{where} is not in {top or 'any repository here'}. Nearest: git "
+                "fetch it, or run this inside a clone of that repository"
+            )
+        _git_or_fail(Path(top), "worktree", "add", "--quiet", "--detach", str(target), commit)
+        if code["diff"]:
+            _git_or_fail(target, "apply", "--binary", "--whitespace=nowarn", "-", text=code["diff"])
+    else:
+        target.mkdir(parents=True)
+    for name, text in code["untracked"].items():
+        place = inside(target, name)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text, encoding="utf-8")
+    return inside(target, code["project"])
+
+
+def inside(folder: Path, name: str) -> Path:
+    """A recorded name as a path in the folder; RunError where it would lead out of it."""
+    place = Path(os.path.normpath(folder / name))
+    if os.path.isabs(name) or not place.is_relative_to(folder) or ".git" in Path(name).parts:
+        raise RunError(f"the record's file {name!r} would lie outside {folder}")
+    for parent in [place, *place.parents]:
+        if parent == folder:
+            break
+        if parent.is_symlink():
+            raise RunError(f"the record's file {name!r} would follow the link {parent}")
+    return place
+
+
+def package_sha256() -> str:
+    """SHA-256 over drumline's own source files: an edited one shows."""
+    digest = hashlib.sha256()
+    for package in ("drumline", "drumline_launchers"):
+        spec = importlib.util.find_spec(package)
+        assert spec and spec.origin
+        folder = Path(spec.origin).parent
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{path.relative_to(folder.parent)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _factories(recipe: Recipe) -> dict[str, str]:
+    """SHA-256 of the files that the recipe's factories lie in, by name."""
+    files = {f"{name.partition(':')[0]}.py" for name in factories_of(recipe)}
+    base = Path(recipe.project or ".")
+    return {
+        name: hashlib.sha256((base / name).read_bytes()).hexdigest()
+        for name in sorted(files)
+        if (base / name).is_file()
+    }
+
+
+def _add_diff(found: dict[str, Any], top: Path, secrets: Secrets) -> None:
+    if not found["commit"]:
+        return
+    text = _git(top, *_PLAIN_DIFF, "HEAD")
+    if text is None:
+        found["left_out"]["the diff"] = _SLOW
+        return
+    kept, size = [], 0
+    for part in re.split(r"^(?=diff --git )", text, flags=re.MULTILINE):
+        if not part:
+            continue
+        name = part.partition("\n")[0].rpartition(" b/")[2]
+        why = _why_left_out(name, part, size, secrets)
+        if why:
+            found["left_out"][name] = why
+        else:
+            kept.append(part)
+            size += len(part)
+    found["diff"] = "".join(kept)
+
+
+def _add_untracked(found: dict[str, Any], top: Path, secrets: Secrets) -> None:
+    listed = _git(top, "ls-files", "--others", "--exclude-standard", "-z")
+    if listed is None:
+        found["left_out"]["untracked files"] = _SLOW
+        return
+    for name in sorted(filter(None, listed.split("\0"))):
+        path = top / name
+        in_a_run = any((p / "record.json").exists() for p in path.parents if p.is_relative_to(top))
+        if in_a_run or path.name.endswith(".part"):
+            continue
+        _add_file(found, path, name, secrets)
+
+
+def _add_file(found: dict[str, Any], path: Path, name: str, secrets: Secrets) -> None:
+    if path.is_symlink() or not path.is_file():
+        found["left_out"][name] = "not a regular file"
+        return
+    used = sum(map(len, found["untracked"].values()))
+    size = path.stat().st_size
+    if size > FILE_LIMIT or used + size > TOTAL_LIMIT:
+        most = f"{FILE_LIMIT:,}" if size > FILE_LIMIT else f"{TOTAL_LIMIT:,} in all"
+        found["left_out"][name] = f"{size:,} bytes, over {most}"
+        return
+    try:
+        text = path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError):
+        found["left_out"][name] = "not text"
+        return
+    why = _why_left_out(name, text, used, secrets)
+    if why:
+        found["left_out"][name] = why
+    else:
+        found["untracked"][name] = text
+
+
+def _why_left_out(name: str, text: str, used: int, secrets: Secrets) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "not UTF-8"
+    if is_secret_file(name) or secrets.are_in(text):
+        return "holds a secret"
+    if len(text) > FILE_LIMIT:
+        return f"{len(text):,} characters, over {FILE_LIMIT:,}"
+    return f"over {TOTAL_LIMIT:,} in all" if used + len(text) > TOTAL_LIMIT else ""
+
+
+def _counted(left_out: dict[str, str]) -> dict[str, str]:
+    """The first names, and how many more there are."""
+    more = len(left_out) - MOST_LEFT_OUT
+    if more <= 0:
+        return left_out
+    return {**dict(list(left_out.items())[:MOST_LEFT_OUT]), "…": f"{more:,} more files"}
+
+
+def _said(folder: Path, *arguments: str) -> str:
+    """One line of git's; nothing where there is none."""
+    return (_git(folder, *arguments) or "").strip()
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git says: nothing where there is no git or no repository; None where it takes too long."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            timeout=_GIT_S,
+            check=False,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"},
+        )
+    except OSError:
+        return ""
+    except subprocess.TimeoutExpired:
+        return None
+    return done.stdout.decode(errors="surrogateescape") if done.returncode == 0 else ""
+
+
+def _git_or_fail(folder: Path, *arguments: str, text: str = "") -> None:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments],
+        input=text.encode(),
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode:
+        words = done.stderr.decode(errors="replace").strip()
+        raise RunError(f"--code: git {arguments[0]} in {folder}: {words}")

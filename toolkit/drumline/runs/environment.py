@@ -1,0 +1,96 @@
+"""What a run stands on: versions, platform, processor, GPU and driver, container."""
+
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from drumline import __version__
+from drumline.runs.code import package_sha256
+
+THAT_TRAIN = (
+    "drumline",
+    "python",
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "deepspeed",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "triton",
+)
+"""Packages whose version can change a number; of the others a difference is counted, not listed."""
+
+_CONTAINERS = {
+    "DRUMLINE_IMAGE": "image",
+    "APPTAINER_CONTAINER": "apptainer",
+    "SINGULARITY_CONTAINER": "apptainer",
+    "SLURM_CONTAINER": "pyxis",
+    "KUBERNETES_SERVICE_HOST": "kubernetes",
+}
+"""DRUMLINE_IMAGE is for images to name themselves, with their digest."""
+
+
+def read_environment() -> dict[str, Any]:
+    """versions, hardware, container: what can be known without torch."""
+    return {
+        "versions": read_versions(),
+        "drumline_sha256": package_sha256(),
+        "hardware": {
+            "host": socket.gethostname(),
+            "platform": platform.platform(),
+            "cpu": _processor(),
+            "cores": len(os.sched_getaffinity(0)),
+            "gpus": read_gpus(),
+        },
+        "container": _container(),
+    }
+
+
+def read_versions() -> dict[str, str | None]:
+    """Every installed distribution, and Python; null for those that train and are not here."""
+    found: dict[str, str | None] = dict.fromkeys(THAT_TRAIN)
+    for distribution in metadata.distributions():
+        name = distribution.metadata["Name"]
+        if name:
+            found[name.lower().replace("_", "-")] = distribution.version
+    found |= {"drumline": __version__, "python": sys.version.split()[0]}
+    return found
+
+
+def read_gpus() -> list[dict[str, str]]:
+    """Name, driver and memory of each GPU that nvidia-smi lists."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    fields = "name,driver_version,memory.total"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    rows = [line.split(", ") for line in listed.stdout.splitlines() if line.count(", ") == 2]
+    return [{"name": name, "driver": driver, "memory": memory} for name, driver, memory in rows]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _container() -> str | None:
+    for variable, kind in _CONTAINERS.items():
+        value = os.environ.get(variable)
+        if value:
+            return f"{kind} {value}" if kind != "kubernetes" else kind
+    return "docker" if Path("/.dockerenv").exists() else None

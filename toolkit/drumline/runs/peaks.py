@@ -1,0 +1,56 @@
+"""Real peaks beside the predicted ones: what an attempt's entry in the record says of memory."""
+
+from pathlib import Path
+from typing import Any
+
+from drumline.errors import RunFolderError
+from drumline.memory.calibration import TOTALS, Pair
+from drumline.plan.model import Plan
+from drumline.rank_files import RankFiles
+from drumline.runs.folder import open_run
+
+
+def memory_entry(plan: Plan, ranks: list[RankFiles]) -> dict[str, Any]:
+    """Bytes predicted (expected and high) and measured: the largest of any rank; null on a CPU."""
+    memory = plan.memory
+    predicted = None
+    if memory.allocated and memory.reserved and memory.device:
+        totals = {name: getattr(memory, name) for name in TOTALS}
+        predicted = {name: three.expected for name, three in totals.items()}
+        predicted |= {f"{name}_high": three.high for name, three in totals.items()}
+    found = [peaks for files in ranks if (peaks := (files.outcome() or {}).get("memory"))]
+    measured = {name: max(peaks[name] for peaks in found) for name in TOTALS} if found else None
+    return {"method": memory.method, "phase": memory.peak_phase, "predicted": predicted,
+            "measured": measured}  # fmt: skip
+
+
+def pairs_of(run: Path) -> list[Pair]:
+    """Every attempt of a run that has both numbers and did not run out of memory."""
+    folder = open_run(run)
+    pairs = []
+    for attempt in folder.read_record()["attempts"]:
+        memory = attempt.get("memory") or {}
+        whole = memory.get("predicted") and memory.get("measured")
+        if not whole or attempt.get("kind") == "OutOfMemory":
+            continue
+        recipe = attempt.get("recipe") or folder.read_record()["recipe"]
+        pairs.append(
+            Pair(
+                run=str(run),
+                gpu=recipe["cluster"]["gpu"],
+                strategy=recipe["strategy"]["name"],
+                predicted={name: memory["predicted"][name] for name in TOTALS},
+                measured=memory["measured"],
+            )
+        )
+    return pairs
+
+
+def all_pairs(runs: list[Path]) -> list[Pair]:
+    """Of all these runs; RunFolderError where none has logged real peaks."""
+    pairs = [pair for run in runs for pair in pairs_of(run)]
+    if not pairs:
+        raise RunFolderError(
+            f"{', '.join(map(str, runs))}: no attempt has logged real peaks of a GPU beside a prediction"
+        )
+    return pairs

@@ -1,0 +1,67 @@
+"""What a finished run adds to its recipe.yaml, so that this file alone can be reproduced and checked.
+
+After the recipe come comment lines, one JSON object each: facts of the record, and a few step lines.
+"""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from drumline.runs.environment import THAT_TRAIN
+
+_COMMENT = "#| "
+_HEAD = "# What came out of this recipe, one fact a line, for `drumline reproduce`:"
+_FACTS = (
+    "recipe_sha256",
+    "training_sha256",
+    "data",
+    "model",
+    "code",
+    "versions",
+    "drumline_sha256",
+    "hardware",
+    "container",
+    "created",
+    "weights",
+)
+_STEP_FACTS = ("step", "digest", "lr", "loss", "grad_norm", "weight")
+_FIRST_STEPS = 3
+_MOST_STEPS = 64
+
+
+def facts_comment(record: dict[str, Any], steps: Iterable[dict[str, Any]], last_step: int) -> str:
+    """Facts of the record; of the step lines the first three and at most 64 more, evenly spread.
+
+    `steps` is read once and not held, so it may be a file of any length.
+    """
+    facts = {name: record.get(name) for name in _FACTS}
+    versions = record.get("versions") or {}
+    facts["versions"] = {name: versions.get(name) for name in THAT_TRAIN}
+    code = {name: value for name, value in (record.get("code") or {}).items() if name != "left_out"}
+    facts["code"] = {**code, "diff": "", "untracked": {}}
+    every = -(-last_step // _MOST_STEPS) or 1
+    lines = [_COMMENT + json.dumps({name: value}) for name, value in facts.items()]
+    lines += [
+        _COMMENT + json.dumps({"line": [line[name] for name in _STEP_FACTS]})
+        for line in steps
+        if line["step"] <= _FIRST_STEPS or line["step"] % every == 0
+    ]
+    return "\n".join(["", _HEAD, *lines, ""])
+
+
+def read_facts(text: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The record's facts and the step lines out of a recipe.yaml's comments; ValueError where they are torn.
+
+    Both are empty where the file holds none.
+    """
+    record: dict[str, Any] = {}
+    steps = []
+    for row in text.split("\n"):
+        if not row.startswith(_COMMENT):
+            continue
+        fact = json.loads(row.removeprefix(_COMMENT))
+        if "line" in fact:
+            steps.append(dict(zip(_STEP_FACTS, fact["line"], strict=True)))
+        else:
+            record |= fact
+    return record, steps

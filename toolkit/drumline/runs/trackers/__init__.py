@@ -1,0 +1,142 @@
+"""W&B and TensorBoard beside a run, each in a process of its own that follows metrics.jsonl.
+
+Whatever a tracker does, the ranks never wait for it: it is watched from here, and dropped with one warning
+when it fails, hangs, or does not leave.
+"""
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+from drumline.processes import Process, python_path
+from drumline.recipe.schema import Recipe
+from drumline.runs.folder import RunFolder
+
+HANG_S = 300.0
+"""A tracker that has not looked at the metrics for so long is hung."""
+
+LEAVE_S = 60.0
+"""How long a tracker may take to send the rest when the run is over."""
+
+
+def wanted(recipe: Recipe) -> list[str]:
+    """Names of the trackers that the recipe asks for."""
+    logging = recipe.logging
+    return [
+        name for name, on in (("wandb", logging.wandb), ("tensorboard", logging.tensorboard)) if on
+    ]
+
+
+def tracker_entries(recipe: Recipe, before: dict[str, Any] | None) -> dict[str, Any]:
+    """The record's `trackers`: W&B's run id, made once, so that a resume goes on in the same W&B run."""
+    found: dict[str, Any] = dict(before or {})
+    if recipe.logging.wandb and "wandb" not in found:
+        spec = recipe.logging.wandb
+        found["wandb"] = {**spec.model_dump(), "id": secrets.token_hex(4)}
+    return found
+
+
+class Trackers:
+    """The trackers of a run, for as long as its supervisor lives."""
+
+    def __init__(self, folder: RunFolder, recipe: Recipe, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._running: dict[str, tuple[subprocess.Popen[bytes], Path, Path]] = {}
+        names = wanted(recipe)
+        if names:
+            folder.note(trackers=tracker_entries(recipe, folder.read_record().get("trackers")))
+        for name in names:
+            self._start(folder, name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.finish()
+
+    def look(self) -> None:
+        """Drop what has ended or hangs; costs a few microseconds."""
+        for name, (process, beat, log) in list(self._running.items()):
+            if process.poll() is not None:
+                self._drop(name, _last_line(log) or f"it ended with code {process.returncode}")
+            elif time.time() - _mtime(beat) > HANG_S:
+                self._drop(name, f"it has not moved for {HANG_S:.0f} s")
+
+    def finish(self) -> None:
+        """Let them send the rest; whoever takes too long is dropped."""
+        for _, beat, _ in self._running.values():
+            over_file(beat).touch()
+        deadline = time.monotonic() + LEAVE_S
+        for name, (process, _, log) in list(self._running.items()):
+            try:
+                code = process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self._drop(name, f"it did not send the rest within {LEAVE_S:.0f} s")
+                continue
+            if code:
+                self._drop(name, _last_line(log) or f"it ended with code {code}")
+        self._running.clear()
+
+    def _start(self, folder: RunFolder, name: str) -> None:
+        place = folder.path / "trackers"
+        place.mkdir(exist_ok=True)
+        beat, log = place / f"{name}.beat", place / f"{name}.log"
+        beat.touch()
+        over_file(beat).unlink(missing_ok=True)
+        env = {
+            **os.environ,
+            "PYTHONPATH": python_path(os.environ),
+            "DRUMLINE_SUPERVISOR": str(Process.current()),
+        }
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "drumline.runs.trackers.follow",
+            name,
+            str(folder.path),
+        ]
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                command,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+        self._running[name] = (process, beat, log)
+
+    def _drop(self, name: str, why: str) -> None:
+        process, _, log = self._running.pop(name)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        self._say(f"{name} is dropped: {why} (metrics.jsonl has every step; see {log})")
+
+
+def over_file(beat: Path) -> Path:
+    """Beside a tracker's beat: the run is over."""
+    return beat.with_suffix(".over")
+
+
+def _mtime(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return time.time()
+
+
+def _last_line(log: Path) -> str:
+    try:
+        lines = log.read_text(errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    return lines[-1][:300] if lines else ""

@@ -1,0 +1,131 @@
+"""The process of one tracker: follows metrics.jsonl and passes each line on.
+
+    python -m drumline.runs.trackers.follow wandb RUN_FOLDER
+
+What was sent stands in `trackers/<name>.sent`, so that after a resume a step is sent again only where it came
+out otherwise. `trackers/<name>.over` says that the run is: the rest is sent, then it leaves. Signals to stop
+are for the ranks.
+"""
+
+import os
+import signal
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from drumline.metrics_file import parsed_line
+from drumline.processes import STOP_SIGNALS, Process
+from drumline.runs.folder import RunFolder
+from drumline.runs.trackers import over_file
+
+_POLL_S = 0.5
+
+TRACKERS = {
+    "wandb": "drumline.runs.trackers.wandb:WandbTracker",
+    "tensorboard": "drumline.runs.trackers.tensorboard:TensorboardTracker",
+}
+
+
+class Tracker(Protocol):
+    """What a tracker is to this process; any exception ends it, and nothing else."""
+
+    def __init__(self, folder: RunFolder) -> None: ...
+
+    def log(self, line: dict[str, Any]) -> None:
+        """One line of metrics.jsonl."""
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """The run is over; `record` is how it ended."""
+
+
+class MetricsTail:
+    """The lines that are new, also after a resume has cut and rewritten the file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._inode, self._offset = -1, 0
+
+    def new_lines(self) -> list[dict[str, Any]]:
+        """Whole lines since the last call; all of them again where the file was replaced."""
+        try:
+            with self._path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                if status.st_ino != self._inode or status.st_size < self._offset:
+                    self._inode, self._offset = status.st_ino, 0
+                file.seek(self._offset)
+                raw = file.read()
+        except OSError:
+            return []
+        whole = raw[: raw.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [line for text in whole.split(b"\n") if (line := parsed_line(text))]
+
+
+class Sent:
+    """Which lines have been passed on, by step, kind and loss."""
+
+    def __init__(self, path: Path) -> None:
+        self._known: dict[str, str] = {}
+        if path.exists():
+            rows = (row.split(" ", 1) for row in path.read_text(errors="replace").split("\n"))
+            self._known = {_key(row[0]): row[1] for row in rows if len(row) == 2}
+        self._file = path.open("a")
+
+    def is_new(self, line: dict[str, Any]) -> bool:
+        """Whether this line, with these values, has not been sent; it counts as sent from now on."""
+        key, value = f"{line['kind']}-{line['step']}", repr(line.get("loss", line.get("eval/loss")))
+        if self._known.get(key) == value:
+            return False
+        self._known[key] = value
+        self._file.write(f"{key} {value}\n")
+        return True
+
+    def flush(self) -> None:
+        """To disk."""
+        self._file.flush()
+
+
+def _key(text: str) -> str:
+    """As it was written before lines had a kind."""
+    return text.replace("eval-", "evaluation-") if text.startswith("eval-") else text
+
+
+def follow(name: str, folder: RunFolder) -> None:
+    """Until the run is over, or its supervisor gone."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    supervisor = Process.parse(os.environ.get("DRUMLINE_SUPERVISOR", ""))
+    place = folder.path / "trackers"
+    beat = place / f"{name}.beat"
+    tail, sent = MetricsTail(folder.metrics_file), Sent(place / f"{name}.sent")
+    module, _, kind = TRACKERS[name].partition(":")
+    tracker: Tracker = getattr(import_module(module), kind)(folder)
+    while True:
+        is_last = over_file(beat).exists() or (supervisor is not None and not supervisor.is_alive)
+        for line in tail.new_lines():
+            if sent.is_new(line):
+                tracker.log(line)
+        sent.flush()
+        beat.touch()
+        if is_last:
+            break
+        time.sleep(_POLL_S)
+    tracker.finish(folder.read_record())
+
+
+def main() -> int:
+    """One tracker; what went wrong is the last line of its log."""
+    name, path = sys.argv[1:]
+    try:
+        follow(name, RunFolder(Path(path)))
+    except Exception as error:
+        first = str(error).strip().splitlines() or [""]
+        print(f"{type(error).__name__}: {first[0]}", flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

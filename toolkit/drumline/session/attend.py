@@ -1,0 +1,189 @@
+"""Inside a job: supervise the run from its first node, on the nodes that the job got."""
+
+import contextlib
+import os
+import sys
+from dataclasses import dataclass
+
+from drumline.cluster import slurm
+from drumline.cluster.preflight import slow_nodes, table
+from drumline.cluster.site import load_site
+from drumline.errors import LaunchError, PlanError, RunFolderError
+from drumline.plan.model import Plan
+from drumline.processes import free_port
+from drumline.recipe.load import load_recipe
+from drumline.recipe.schema import NodeRange, Recipe
+from drumline.runs.folder import RunFolder
+from drumline.session import members
+from drumline.session.ending import report_end
+from drumline.session.links import links_of, slow_words
+from drumline.session.planning import make_plan, plan_on_nodes
+from drumline.session.prepare import prepare_data
+from drumline.session.submit import SITE
+from drumline.session.train_here import Render, Survive, train_here
+from drumline_launchers.base import Command, Job
+from drumline_launchers.site import Site
+from drumline_launchers.slurm import roll_call, step_command
+
+
+@dataclass
+class Allocation:
+    """The job that this process runs in; `hosts` loses those that are slow or no longer answer."""
+
+    job: str
+    hosts: list[str]
+
+
+def supervise_in_slurm(folder: RunFolder) -> int:
+    """In a Slurm job: on the nodes that it got, through srun; the exit code."""
+    place = load_site(folder.path / SITE)
+    allocation = _allocation()
+    listed = ",".join(allocation.hosts)
+    remark = _preflight(folder, place, allocation) if place.preflight else ""
+    return _supervise(
+        folder,
+        allocation.hosts,
+        f"in job {allocation.job} on {listed}{remark}",
+        lambda p, n, until: _render(p, n, until, folder, place, allocation),
+        lambda plan: _survive(plan, folder, allocation),
+    )
+
+
+def supervise_members(folder: RunFolder, nodes: int) -> int:
+    """Without Slurm: this node is the first of so many, which follow it; the exit code."""
+    members.begin(folder)
+    exit_code = LaunchError.exit_code
+    try:
+        exit_code = _supervise(
+            folder,
+            [f"node {number}" for number in range(nodes)],
+            f"on {nodes} nodes",
+            lambda p, n, until: members.render_first(p, n, folder, until),
+        )
+    finally:
+        members.end(folder, exit_code)
+    return exit_code
+
+
+def _preflight(folder: RunFolder, site: Site, allocation: Allocation) -> str:
+    """Measure the hosts, leave slow ones out where the recipe allows fewer; words for the attempt's cause."""
+    recipe = load_recipe(str(folder.recipe_file))
+    plan = make_plan(recipe)
+    per_node = plan.mesh.ranks_per_node
+    try:
+        report = links_of(allocation.hosts, per_node, folder.path / "preflight.json", site)
+    except LaunchError as error:  # the training itself will tell whether that matters
+        print(error, file=sys.stderr)
+        return "; pre-flight failed"
+    print(table(report), file=sys.stderr)
+    slow = slow_nodes(report, site.slow_node_ratio)
+    if not slow:
+        return ""
+    print(slow_words(slow, site.slow_node_ratio), file=sys.stderr)
+    left = [host for host in allocation.hosts if host not in slow]
+    if not _are_enough(left, recipe):
+        return f"; slow: {', '.join(slow)}"
+    allocation.hosts = left
+    return f"; without {', '.join(slow)}, slow in the pre-flight"
+
+
+def _survive(plan: Plan, folder: RunFolder, allocation: Allocation) -> tuple[Plan | None, str]:
+    """Without hosts that do not answer, where the recipe allows fewer; else Slurm is to give others."""
+    left = slurm.answering(allocation.hosts, roll_call(allocation.hosts))
+    lost = [host for host in allocation.hosts if host not in left]
+    if not lost:
+        return plan, ""
+    words = f"{', '.join(lost)} {'does' if len(lost) == 1 else 'do'} not answer"
+    allocation.hosts = left
+    smaller = None
+    if _are_enough(left, load_recipe(str(folder.recipe_file))):
+        with contextlib.suppress(PlanError):  # no split over any of them
+            smaller = plan_for(folder, len(left))
+    if smaller is None:
+        return None, f"{words}; the job asks Slurm for others"
+    if refused := slurm.keep_only(allocation.job, left):
+        print(f"{', '.join(lost)} still counts as the job's: {refused}", file=sys.stderr)
+    return smaller, f"{words}; goes on with {_some(smaller.batch.nodes, left)}"
+
+
+def _are_enough(hosts: list[str], recipe: Recipe) -> bool:
+    nodes = recipe.cluster.nodes
+    return isinstance(nodes, NodeRange) and len(hosts) >= nodes.min
+
+
+def _some(used: int, hosts: list[str]) -> str:
+    """The first `used` hosts train, the others idle, by name."""
+    words = f"{used} {'node' if used == 1 else 'nodes'}"
+    idle = ", ".join(hosts[used:])
+    return f"{words}; idle, because no split uses more: {idle}" if idle else words
+
+
+def _supervise(
+    folder: RunFolder,
+    hosts: list[str],
+    where: str,
+    render: Render,
+    survive: Survive = lambda plan: (plan, ""),
+) -> int:
+    """Plan for these nodes, train, report; the exit code."""
+    plan = plan_for(folder, len(hosts))
+    prepare_data(plan.recipe)
+    plan = make_plan(plan.recipe)
+    _refuse_another_training(folder, plan)
+    cause = f"{'resume' if folder.read_record()['attempts'] else 'start'} {where}"
+    if len(hosts) > plan.batch.nodes:
+        cause += f"; with {_some(plan.batch.nodes, hosts)}"
+    print(cause, file=sys.stderr)
+    result, seconds = train_here(folder, plan, cause, render=render, survive=survive)
+    report_end(folder, plan, result, seconds)
+    return result.exit_code
+
+
+def plan_for(folder: RunFolder, nodes: int) -> Plan:
+    """The run's recipe on the most of these nodes that the batch can be split over."""
+    return plan_on_nodes(load_recipe(str(folder.recipe_file)), nodes)
+
+
+def _refuse_another_training(folder: RunFolder, plan: Plan) -> None:
+    record = folder.read_record()
+    for name, was, now in (
+        ("training_sha256", record["training_sha256"], plan.training_sha256),
+        ("data fingerprint", record["data"]["fingerprint"], plan.data.fingerprint),
+    ):
+        if was != now:
+            raise RunFolderError(
+                f"{folder.path}: {name} was {was} when it was submitted, is {now} now"
+            )
+
+
+def _allocation() -> Allocation:
+    environment = os.environ
+    if not {"SLURM_JOB_ID", "SLURM_JOB_NODELIST"} <= environment.keys():
+        raise LaunchError(
+            "attend is for inside a Slurm job. Nearest: drumline submit, or drumline resume"
+        )
+    return Allocation(
+        job=environment["SLURM_JOB_ID"],
+        hosts=slurm.host_names(environment["SLURM_JOB_NODELIST"]),
+    )
+
+
+def _render(
+    plan: Plan,
+    number: int,
+    until: int | None,
+    folder: RunFolder,
+    site: Site,
+    allocation: Allocation,
+) -> Command:
+    """Srun of the attempt; the ranks meet on the first host, at a port that is free on this one now."""
+    job = Job(
+        plan_file=folder.plan_file(number),
+        run_folder=folder.path,
+        attempt=number,
+        python=sys.executable,
+        host=allocation.hosts[0],
+        port=free_port(),
+        until=until,
+    )
+    return step_command(plan, job, site, allocation.hosts)

@@ -1,0 +1,151 @@
+"""From a plan to the command that starts it here: what is refused, rendered, printed."""
+
+import json
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from drumline.errors import DoesNotFit, LaunchError, RecipeError
+from drumline.plan.model import Plan
+from drumline.processes import free_port
+from drumline.recipe.schema import Recipe
+from drumline.runs.folder import RunFolder
+from drumline.runs.trackers import wanted
+from drumline.secrets import Secrets
+from drumline.session.show import run_facts
+from drumline.units import format_bytes
+from drumline_launchers import LAUNCHERS, Command
+from drumline_launchers.base import Job
+from drumline_launchers.site import Site
+
+
+@dataclass(frozen=True)
+class Node:
+    """Which node this is, and host and port where all ranks meet."""
+
+    rank: int = 0
+    host: str = "127.0.0.1"
+    port: int = 29500
+
+
+def check_offered(recipe: Recipe) -> None:
+    """LaunchError for what this release or this machine lacks."""
+    launcher = recipe.launch.launcher
+    if launcher != "torchrun" and find_spec(launcher) is None:
+        raise LaunchError(
+            f"launch.launcher: {launcher} is not installed. "
+            f"Nearest: pip install 'drumline[{launcher}]', or launch.launcher=torchrun"
+        )
+    for tracker in wanted(recipe):
+        if find_spec(tracker) is None:
+            raise LaunchError(
+                f"logging.{tracker}: {tracker} is not installed. "
+                f"Nearest: pip install 'drumline[{tracker}]'; metrics.jsonl holds every step in any case"
+            )
+
+
+def refuse_secrets(held: Recipe | Site, secrets: Secrets) -> None:
+    """RecipeError where it holds a value that the environment holds under a secret's name."""
+    kind = type(held).__name__.lower()
+    for name, value in held.model_dump(by_alias=True).items():
+        if secrets.hide_in(value) != value:
+            raise RecipeError(
+                f"{kind}: {name}: it holds a secret of this environment, and {kind}s are written into "
+                "records. Nearest: read it from the environment where it is needed"
+            )
+
+
+def show_command(plan: Plan, run_dir: Path | None, node: Node, as_json: bool) -> None:
+    """What `--dry-run` prints: ready to paste, or as an object."""
+    if plan.data.cache is None:
+        print(
+            "the data are not prepared, so this would not train yet: `drumline prepare` first, and "
+            "print it again",
+            file=sys.stderr,
+        )
+    folder = RunFolder((run_dir or Path("runs") / f"{plan.recipe.recipe}-N").absolute())
+    command = _render(plan, folder, 0, node)
+    if as_json:
+        print(json.dumps(vars(command)))
+        return
+    where = {name: shlex.quote(str(path)) for name, path in (
+        ("logs", folder.logs(0)), ("checkpoints", folder.checkpoints), ("plan", folder.plan_file(0)),
+    )}  # fmt: skip
+    print(f"mkdir -p {where['logs']} {where['checkpoints']}")
+    print(f"printf %s {shlex.quote(plan.to_json())} > {where['plan']}")
+    print(command.to_shell())
+
+
+def refuse_what_cannot_start(plan: Plan, force: bool, as_json: bool) -> None:
+    """Exit 2 where the plan wants several nodes, 3 where it does not fit in memory."""
+    if plan.batch.nodes > 1 and plan.recipe.cluster.gpu != "cpu":
+        per_node = plan.mesh.ranks_per_node
+        raise LaunchError(
+            f"the plan wants {plan.batch.nodes} nodes, and `run` starts processes on one. "
+            f"Nearest: batch.gpus={per_node} batch.accumulation=null; or --dry-run --node-rank N "
+            "--rendezvous HOST:PORT, whose output starts one node of them"
+        )
+    refuse_what_does_not_fit(plan, force, as_json)
+
+
+def refuse_what_does_not_fit(plan: Plan, force: bool, as_json: bool) -> None:
+    """Exit 3, with the object of `--json` on stdout, unless forced."""
+    memory = plan.memory
+    if memory.fits is False and not force:
+        assert memory.device and memory.capacity
+        if as_json:
+            print(json.dumps(run_facts(None, 0, None, None, 0.0, "does not fit")))
+        raise DoesNotFit(
+            f"memory: {format_bytes(memory.device.high)} per rank at most > "
+            f"{format_bytes(memory.capacity)} of {plan.recipe.cluster.gpu}. "
+            "`drumline plan` lists what makes it fit; --force trains all the same"
+        )
+
+
+def _render(plan: Plan, folder: RunFolder, attempt: int, node: Node, **what: Any) -> Command:
+    job = Job(
+        plan_file=folder.plan_file(attempt),
+        run_folder=folder.path,
+        attempt=attempt,
+        python=sys.executable,
+        node_rank=node.rank,
+        host=node.host,
+        port=node.port,
+        **what,
+    )
+    return LAUNCHERS[plan.recipe.launch.launcher](plan, job)
+
+
+def render_alone(plan: Plan, folder: RunFolder, attempt: int, **what: Any) -> Command:
+    """What starts an attempt on this machine, at a port that nobody has; `what`: the Job's task, until."""
+    return _render(plan, folder, attempt, _alone(), **what)
+
+
+def this_node(plan: Plan, node_rank: int | None, rendezvous: str | None) -> Node:
+    """Node rank and meeting place: as stated, else from NODE_RANK, MASTER_ADDR, MASTER_PORT."""
+    if node_rank is None:
+        stated = os.environ.get("NODE_RANK", "0")
+        if not stated.isdigit():
+            raise LaunchError(f"NODE_RANK={stated!r} in the environment is not a number")
+        node_rank = int(stated)
+    if node_rank >= plan.batch.nodes:
+        raise LaunchError(
+            f"--node-rank {node_rank}: the plan has {plan.batch.nodes} nodes, counted from 0"
+        )
+    if rendezvous is None:
+        rendezvous = ":".join(
+            [os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")]
+        )
+    host, _, port = rendezvous.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+        raise LaunchError(f"--rendezvous {rendezvous}: expected HOST:PORT, such as node-0:29500")
+    return Node(node_rank, host, int(port))
+
+
+def _alone() -> Node:
+    """One node, and a port that nobody has."""
+    return Node(port=free_port())

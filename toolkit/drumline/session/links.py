@@ -1,0 +1,54 @@
+"""`drumline doctor --preflight`, and what a job does first with `submit --preflight`: the nodes' links."""
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from drumline.cluster import slurm
+from drumline.cluster.preflight import measure, slow_nodes, table
+from drumline.errors import LaunchError
+from drumline.processes import free_port
+from drumline_launchers.measure import measure_command
+from drumline_launchers.site import Site
+from drumline_launchers.slurm import on_each, python_of
+
+CPU_RANKS = 2
+
+
+def doctor_preflight(gpus: int, ratio: float, as_json: bool) -> None:
+    """This machine, or inside a Slurm job all its nodes; LaunchError where some are slow."""
+    hosts = None
+    if "SLURM_JOB_ID" in os.environ:
+        hosts = slurm.host_names(os.environ["SLURM_JOB_NODELIST"])
+    with tempfile.TemporaryDirectory(
+        prefix="drumline-preflight-", dir=Path.cwd() if hosts else None
+    ) as name:
+        report = links_of(hosts, gpus or CPU_RANKS, Path(name) / "preflight.json", None)
+    slow = slow_nodes(report, ratio)
+    if as_json:
+        print(json.dumps({**report, "ratio": ratio, "slow": slow}))
+    else:
+        print(table(report))
+    if slow:
+        raise LaunchError(slow_words(slow, ratio))
+
+
+def links_of(hosts: list[str] | None, ranks: int, out: Path, site: Site | None) -> dict[str, Any]:
+    """The report about these hosts of the job, or about this machine; `out` is where all nodes see it."""
+    python = python_of(site, sys.executable, out.parent) if site else [sys.executable]
+    if hosts is None:
+        return measure(measure_command(python, 1, ranks, "127.0.0.1", free_port(), out), out)
+    each = measure_command(python, len(hosts), ranks, hosts[0], free_port(), out)
+    return measure(on_each(hosts, each, site), out)
+
+
+def slow_words(slow: dict[str, str], ratio: float) -> str:
+    """Who is slow, by how much, and what to do."""
+    told = "; ".join(f"{host}: {words}" for host, words in slow.items())
+    return (
+        f"pre-flight: below {ratio:g} of the others: {told}. "
+        f"Nearest: leave them out, `exclude: [{', '.join(slow)}]` in the site file"
+    )

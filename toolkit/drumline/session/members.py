@@ -1,0 +1,168 @@
+"""The nodes of a cluster without srun: the first supervises the run, the others follow it through its folder.
+
+For each attempt the first node writes where the ranks meet into the attempt's logs; the others start their
+launcher then, and end it when the attempt has ended.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from drumline.errors import RunFolderError
+from drumline.files import write_json, write_text
+from drumline.plan.model import Plan, read_plan
+from drumline.processes import free_port
+from drumline.recipe.load import load_recipe
+from drumline.runs.folder import RunFolder
+from drumline.runs.record import new_record
+from drumline.secrets import Secrets
+from drumline.session.planning import make_plan
+from drumline.session.prepare import prepare_data
+from drumline_launchers import LAUNCHERS
+from drumline_launchers.base import Command, Job
+
+_POLL_S = 0.5
+_GRACE_S = 15.0
+_FRESH_S = 60.0
+"""Before its first attempt a follower may see the end of an earlier start; after this long it counts."""
+_MEET = "meet.json"
+_OVER = "attend-over.json"
+
+
+def adopt(source: Path, folder: RunFolder) -> None:
+    """Make the run folder from its configuration (a recipe.yaml at least), unless it is there already."""
+    if not (source / "recipe.yaml").is_file():
+        raise RunFolderError(f"--from {source}: it holds no recipe.yaml")
+    if folder.record_file.is_file():
+        ours = _training_of(source)
+        if ours != (theirs := folder.read_record()["training_sha256"]):
+            raise RunFolderError(
+                f"{folder.path}: another run has this folder (training_sha256 {theirs}, not {ours}). "
+                "Nearest: submit with another --run-dir, whose name is the run's"
+            )
+        return
+    folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.glob("*.yaml")):
+        shutil.copyfile(path, folder.path / path.name)
+    record = source / "record.json"
+    if record.is_file():
+        write_text(folder.record_file, record.read_text(encoding="utf-8"))
+        return
+    recipe = load_recipe(str(source / "recipe.yaml"))
+    prepare_data(recipe)
+    plan = make_plan(recipe)
+    folder.write_recipe(plan.recipe.model_dump(by_alias=True))
+    folder.write_record(new_record(plan, sys.argv, Secrets(os.environ)))
+
+
+def _training_of(source: Path) -> str:
+    record = source / "record.json"
+    if record.is_file():
+        return str(json.loads(record.read_text(encoding="utf-8"))["training_sha256"])
+    recipe = load_recipe(str(source / "recipe.yaml"))
+    prepare_data(recipe)
+    return make_plan(recipe).training_sha256
+
+
+def render_first(plan: Plan, number: int, folder: RunFolder, until: int | None) -> Command:
+    """The first node's own launcher; the others are told where to meet it."""
+    host = os.environ.get("POD_IP") or socket.gethostbyname(socket.gethostname())
+    port = free_port()
+    write_json(folder.logs(number) / _MEET, {"host": host, "port": port, "until": until})
+    command = _launcher(plan, number, folder, 0, {"host": host, "port": port, "until": until})
+    return Command(command.argv, command.env, command.files, is_remote=plan.batch.nodes > 1)
+
+
+def begin(folder: RunFolder) -> None:
+    """The first node has started: what an earlier start left is void."""
+    (folder.path / _OVER).unlink(missing_ok=True)
+
+
+def end(folder: RunFolder, exit_code: int) -> None:
+    """The first node leaves; so do the others, with this code."""
+    write_json(folder.path / _OVER, {"exit_code": exit_code})
+
+
+def follow(folder: RunFolder, node: int) -> int:
+    """Another node than the first: a launcher for each attempt; the exit code when all is over."""
+    began, done = time.monotonic(), -1
+    while True:
+        over = _object(folder.path / _OVER)
+        if over and (done >= 0 or time.monotonic() - began > _FRESH_S):
+            return int(over["exit_code"])
+        newest = _newest_attempt(folder)
+        if newest is not None and newest > done:
+            done = newest
+            _take_part(folder, newest, node)
+        time.sleep(_POLL_S)
+
+
+def _take_part(folder: RunFolder, number: int, node: int) -> None:
+    """This node's launcher until it ends, or a while after the attempt has."""
+    plan = read_plan(folder.plan_file(number).read_text(encoding="utf-8"))
+    if node >= plan.batch.nodes:
+        print(f"attempt {number} leaves node {node} idle", flush=True)
+        return
+    meet = _object(folder.logs(number) / _MEET)
+    assert meet
+    command = _launcher(plan, number, folder, node, meet)
+    for path, text in command.files.items():
+        write_text(Path(path), text)
+    env = {**os.environ, **command.env, "DRUMLINE_SUPERVISOR": _supervisor(folder)}
+    process = subprocess.Popen(
+        command.argv, env=env, stdin=subprocess.DEVNULL, start_new_session=True
+    )
+    ended = None
+    while process.poll() is None:
+        if (folder.logs(number) / "ended").exists():
+            ended = ended or time.monotonic()
+            if time.monotonic() - ended > _GRACE_S:
+                process.kill()
+        time.sleep(_POLL_S)
+
+
+def _launcher(
+    plan: Plan, number: int, folder: RunFolder, node: int, meet: dict[str, Any]
+) -> Command:
+    job = Job(
+        plan_file=folder.plan_file(number),
+        run_folder=folder.path,
+        attempt=number,
+        python=sys.executable,
+        node_rank=node,
+        host=meet["host"],
+        port=meet["port"],
+        until=meet["until"],
+        address=os.environ.get("POD_IP"),
+    )
+    return LAUNCHERS[plan.recipe.launch.launcher](plan, job)
+
+
+def _newest_attempt(folder: RunFolder) -> int | None:
+    """The newest attempt that has a meeting place and has not ended."""
+    found = [
+        int(path.parent.name.rpartition("-")[2])
+        for path in folder.path.glob(f"logs/attempt-*/{_MEET}")
+        if not (path.parent / "ended").exists()
+    ]
+    return max(found, default=None)
+
+
+def _supervisor(folder: RunFolder) -> str:
+    try:
+        return (folder.path / ".lock").read_text()
+    except OSError:
+        return ""
+
+
+def _object(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,81 @@
+"""From a recipe to a plan, with what the plan needs to know of this machine read and passed in."""
+
+import gc
+import sys
+from pathlib import Path
+
+from drumline.errors import DoesNotFit, PlanError
+from drumline.plan.advise import with_advice
+from drumline.plan.model import Plan
+from drumline.plan.resolve import UNKNOWN_MEMORY, resolve
+from drumline.recipe.schema import Recipe
+from drumline.session.world import read_world
+
+
+def make_plan(recipe: Recipe, gpus: int | None = None, gpu: str | None = None) -> Plan:
+    """Read the world, re-split if asked, resolve, and advise."""
+    world = read_world(recipe)
+    if gpus or gpu:
+        from drumline.plan.resplit import on_gpus
+
+        recipe = on_gpus(recipe, gpus, gpu, world)
+        world = read_world(recipe)
+    return with_advice(resolve(recipe, world), world)
+
+
+def plan_on_nodes(recipe: Recipe, nodes: int) -> Plan:
+    """The recipe on the most of these nodes that its batch can be split over; PlanError where on none."""
+    as_stated = make_plan(recipe)
+    per_node = as_stated.mesh.ranks_per_node
+    for count in range(nodes, 0, -1):
+        if as_stated.batch.nodes == count:
+            return as_stated
+        try:
+            return make_plan(recipe, count * per_node)
+        except PlanError:
+            continue
+    raise PlanError(
+        f"batch.effective {as_stated.batch.effective} cannot be split over {per_node} GPUs of a node"
+    )
+
+
+def traced(plan: Plan) -> Plan:
+    """The same plan with its memory traced."""
+    import dataclasses
+    import warnings
+
+    from drumline.architectures.gpus import find_gpu
+    from drumline.data.dataset_manifest import read_dataset_manifest
+    from drumline.plan.traced import traced_facts
+
+    gc.enable()
+    warnings.filterwarnings("ignore")
+    from drumline.trace.rehearse import rehearse
+
+    manifest = read_dataset_manifest(Path(plan.data.cache)) if plan.data.cache else None
+    memory = traced_facts(rehearse(plan, manifest), plan, find_gpu(plan.recipe.cluster.gpu))
+    told = [warning for warning in plan.warnings if not warning.startswith(UNKNOWN_MEMORY)]
+    if plan.recipe.model.compile:
+        told.append("traced without torch.compile, which fuses operations and keeps less alive")
+    return dataclasses.replace(plan, memory=memory, warnings=told, advice=[])
+
+
+def fixed(plan: Plan) -> Plan:
+    """A plan that does not fit, with the cheapest change that was found; told on stderr."""
+    if plan.memory.fits is not False:
+        print("--fix: nothing to do", file=sys.stderr)
+        return plan
+    from drumline.plan.advise import change_words, with_change
+
+    capacity = plan.memory.capacity or 0
+    best = next((item for item in plan.advice if item.device_high <= capacity), None)
+    if best is None:
+        raise DoesNotFit("--fix: no change that is known makes this fit; see `drumline plan`")
+    print(f"--fix: {change_words(best.change)}   {best.why}", file=sys.stderr)
+    return make_plan(with_change(plan.recipe, best.change))
+
+
+def needs_data(recipe: Recipe) -> bool:
+    """Whether the number of steps is known only once the data are prepared."""
+    counted = recipe.duration.steps is None or recipe.schedule.unit == "epoch"
+    return counted and recipe.data.samples is None

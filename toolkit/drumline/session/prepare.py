@@ -1,0 +1,25 @@
+"""Prepares a recipe's data, with a progress bar on a terminal."""
+
+import sys
+from pathlib import Path
+
+from drumline.recipe.schema import Recipe
+
+
+def prepare_data(recipe: Recipe) -> Path:
+    """The prepared rows of a recipe, with a progress bar on a terminal."""
+    from drumline.data.prepare import prepare
+
+    if not sys.stderr.isatty():
+        return prepare(recipe.data, recipe.project)
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("preparing")
+
+        def show(documents: int, written: int) -> None:
+            progress.update(task, description=f"preparing: {documents:,} documents, {written:,}")
+
+        return prepare(recipe.data, recipe.project, show)

@@ -1,0 +1,141 @@
+"""A plan as a table that a person reads at a glance. Pure text; no rich, so a dry run stays quick."""
+
+import math
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from drumline.memory.ranges import ByteRange
+from drumline.plan.advise import change_words
+from drumline.plan.model import Plan
+from drumline.plan.schedule import rate_at
+from drumline.units import format_bytes, format_count, format_flops
+
+_WIDTH = 100
+_LABEL = 11
+
+
+def plan_table(plan: Plan) -> str:
+    """The plan's facts, a labelled paragraph each."""
+    recipe = plan.recipe
+    rows = [
+        ("batch", _batch(plan)),
+        ("steps", _steps(plan)),
+        ("schedule", _schedule(plan)),
+        ("memory", _memory(plan)),
+        ("model", _model(plan)),
+        ("split", f"{plan.split_invariance.level}: {plan.split_invariance.why}"),
+    ]
+    rows += [("advice", _advice(plan))] if plan.advice else []
+    rows += [("warning", warning) for warning in plan.warnings]
+    return "\n".join([f"{recipe.recipe}", "", *(_row(label, text) for label, text in rows)])
+
+
+def _row(label: str, text: str) -> str:
+    indent = " " * (_LABEL + 2)
+    lines = []
+    for part in text.split("\n"):
+        lines += textwrap.wrap(part, _WIDTH - len(indent), break_on_hyphens=False) or [""]
+    return f"  {label:<{_LABEL}}" + f"\n{indent}".join(lines)
+
+
+def _batch(plan: Plan) -> str:
+    b = plan.batch
+    nodes = "" if b.nodes == 1 else f", {b.nodes} nodes"
+    return (
+        f"{b.effective:,} = {b.per_device:,} per_device × {b.gpus} gpus × {b.accumulation} accumulation"
+        f"  ({plan.recipe.cluster.gpu}{nodes}, {plan.recipe.strategy.name}, {plan.recipe.precision})"
+    )
+
+
+def _steps(plan: Plan) -> str:
+    s = plan.steps
+    tokens = f", {s.tokens_per_step:,} tokens a step" if s.tokens_per_step else ""
+    first = f"{s.total:,} optimizer steps{tokens}, {s.forwards_per_step} forwards a step"
+    if s.samples is None:
+        return f"{first}\nsamples and steps an epoch are unknown until `drumline prepare`"
+    short = ""
+    if s.last_batch != plan.batch.effective and plan.batch.remainder != "drop":
+        short = f", the last of {s.last_batch:,}"
+    return f"{first}\n{s.samples:,} samples: {s.per_epoch:,} steps an epoch{short}; {s.epochs:g} epochs"
+
+
+def _schedule(plan: Plan) -> str:
+    c = plan.schedule
+    derived = ""
+    if c.peak_lr != c.base_lr:
+        scaling = plan.recipe.optimizer.lr_scaling
+        derived = (
+            f" (derived: {c.base_lr:g} × {plan.batch.effective}/{scaling.reference_batch}, "
+            f"{scaling.rule})"
+        )
+    warmup = f"warm-up {c.warmup_steps:,} steps, " if c.warmup_steps else ""
+    end = f"{rate_at(c, c.total):g} at step {c.total:,}"
+    held = ", held within an epoch" if c.unit == "epoch" else ""
+    return f"{c.name}: {warmup}peak {c.peak_lr:g}{derived}, {end}{held}"
+
+
+def _memory(plan: Plan) -> str:
+    m = plan.memory
+    if m.device is None or m.allocated is None or m.reserved is None:
+        return "unknown"
+    verdict = {True: "fits", False: "DOES NOT FIT", None: "capacity unknown"}[m.fits]
+    capacity = f" of {format_bytes(m.capacity)}" if m.capacity else ""
+    rows = [
+        f"{verdict}: up to {format_bytes(m.device.high)}{capacity} per rank ({m.method})",
+        *(_range(name, getattr(m, name)) for name in ("allocated", "reserved", "device")),
+    ]
+    if m.allocated == m.device:  # on a CPU they are one
+        del rows[2:]
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in m.parts.items() if size)
+    rows.append(f"peak in {m.peak_phase}: {parts}")
+    if m.host_bytes:
+        rows.append(f"{format_bytes(m.host_bytes)} of the host's memory per rank")
+    return "\n".join(rows)
+
+
+def _range(name: str, three: ByteRange) -> str:
+    low, expected, high = (format_bytes(n) for n in (three.low, three.expected, three.high))
+    return f"{name:<10} {expected:>9}  ({low} to {high})"
+
+
+def _model(plan: Plan) -> str:
+    c, model = plan.cost, plan.recipe.model
+    name = model.architecture or model.factory or model.name or model.path or ""
+    if c.parameters is None:
+        return name
+    flops = f", {format_flops(c.flops_per_step)} a step" if c.flops_per_step else ""
+    saved = f", {format_bytes(c.checkpoint_bytes)} a checkpoint" if c.checkpoint_bytes else ""
+    return f"{name}, {format_count(c.parameters)} parameters{flops}{saved}"
+
+
+def _advice(plan: Plan) -> str:
+    head = "this would fit:" if plan.memory.fits is False else "room is left for:"
+    capacity = plan.memory.capacity or 0
+    if plan.memory.fits is False and all(a.device_high > capacity for a in plan.advice):
+        head = "nothing known fits; nearest:"
+    rows = [
+        f"{change_words(item.change)}\n  -> {format_bytes(item.device_high)}, about "
+        f"{item.cost:.2f} × the GPU time: {item.why}"
+        for item in plan.advice
+    ]
+    return "\n".join([head, *rows])
+
+
+def run_facts(
+    run: Path | None,
+    steps: int,
+    loss: float | None,
+    evaluation: dict[str, float] | None,
+    seconds: float,
+    outcome: str,
+) -> dict[str, Any]:
+    """The object of `--json`; a number that is not finite is null."""
+    return {
+        "run": str(run) if run else None,
+        "steps": steps,
+        "loss": loss if loss is not None and math.isfinite(loss) else None,
+        "eval": evaluation and {k: v if math.isfinite(v) else None for k, v in evaluation.items()},
+        "seconds": round(seconds, 3),
+        "outcome": outcome,
+    }

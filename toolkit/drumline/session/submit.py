@@ -1,0 +1,195 @@
+"""Submitting to a cluster: the run folder, then its script or manifests, then the jobs."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from drumline.cluster import slurm
+from drumline.cluster.site import load_site, validate_site
+from drumline.errors import DoesNotFit, LaunchError
+from drumline.files import write_text
+from drumline.plan.model import Plan
+from drumline.processes import SOURCE_ROOTS
+from drumline.recipe import yaml12
+from drumline.recipe.schema import NodeRange, Recipe
+from drumline.runs import folder as run_folder
+from drumline.runs.folder import RunFolder
+from drumline.runs.record import new_record, now
+from drumline.secrets import Secrets
+from drumline.session.launch import check_offered, refuse_what_does_not_fit
+from drumline.session.planning import plan_on_nodes
+from drumline_launchers.kubernetes import check_manifests, render_manifests
+from drumline_launchers.site import Site
+from drumline_launchers.skypilot import render_task
+from drumline_launchers.slurm import Batch, render_script
+
+SCRIPT = "job.sh"
+
+SITE = "site.yaml"
+
+_LONGEST_LABEL = 50
+"""Kubernetes allows 63 letters, of which a JobSet takes some for its pods."""
+
+
+def read_place(file: Path | None, preflight: bool, to: str) -> Site:
+    """The site of the file, or one that says nothing, with what the command line adds."""
+    site = load_site(file) if file else validate_site({"site": "default"}, "default site")
+    if preflight:
+        site = site.model_copy(update={"preflight": True})
+    if site.preflight and to != "slurm":
+        raise LaunchError(
+            f"--preflight: not with --to {to}. Nearest: --to slurm, or in a pod "
+            "drumline doctor --preflight"
+        )
+    return site
+
+
+def submit_all(
+    plan: Plan,
+    place: Site,
+    run_dir: Path | None,
+    to: str,
+    secrets: Secrets,
+    chain: int,
+    hold: bool,
+) -> tuple[RunFolder, list[str]]:
+    """The run folder, then its jobs; all of a chain or nothing."""
+    folder = run_folder.create(plan.recipe, run_dir, runs_of(place))
+    jobs: list[str] = []
+    try:
+        folder.write_record({**new_record(plan, sys.argv, secrets), "jobs": []})
+        write_text(folder.path / SITE, yaml12.dump(place.model_dump()))
+        if to == "kubernetes":
+            jobs.append(_apply(plan, place, folder))
+        for _ in range(chain if to == "slurm" else 0):
+            jobs.append(_submit_one(plan, place, folder, jobs, hold, chain))
+    except BaseException:
+        for job in jobs if to == "slurm" else []:
+            slurm.cancel(job, gently=False)
+        shutil.rmtree(folder.path, ignore_errors=True)
+        raise
+    return folder, jobs
+
+
+def check_fewest(plan: Plan, force: bool, as_json: bool) -> None:
+    """On the fewest nodes that Slurm may give, where a rank holds most: does it fit, and do nodes idle?"""
+    nodes = plan.recipe.cluster.nodes
+    if not isinstance(nodes, NodeRange):
+        return
+    fewest = plan_on_nodes(plan.recipe, nodes.min)
+    try:
+        refuse_what_does_not_fit(fewest, force, as_json)
+    except DoesNotFit as error:
+        raise DoesNotFit(
+            f"on {fewest.batch.nodes} of cluster.nodes {nodes.min} to {nodes.max}: {error}"
+        ) from None
+    idle = nodes.min - fewest.batch.nodes
+    if idle:
+        print(
+            f"warning: given {nodes.min} nodes, {idle} would idle: effective {plan.batch.effective} can be "
+            f"split over {fewest.batch.nodes} of them at most",
+            file=sys.stderr,
+        )
+
+
+def refuse_without(to: str, recipe: Recipe) -> None:
+    """LaunchError before anything is prepared or written, where what submits is not here."""
+    check_offered(recipe)
+    program = {"slurm": "sbatch", "kubernetes": "kubectl"}[to]
+    if shutil.which(program) is None:
+        raise LaunchError(
+            f"{program} is not on this machine's PATH. Nearest: submit from a login node of the cluster, or "
+            "--dry-run and take what it prints there"
+        )
+
+
+def dry_text(to: str, plan: Plan, site: Site, run_dir: Path | None, secrets: Secrets) -> str:
+    """What would be submitted."""
+    folder = RunFolder((run_dir or runs_of(site) / f"{plan.recipe.recipe}-N").absolute())
+    if to == "slurm":
+        return render_script(plan, site, batch_of(plan, [folder]))
+    if to == "skypilot":
+        return yaml12.dump(render_task(plan, site, folder.recipe_file))
+    record = new_record(plan, sys.argv, secrets)
+    name = run_dir.name if run_dir else plan.recipe.recipe
+    return _manifest_text(_manifests(plan, site, name, record))
+
+
+def _manifests(plan: Plan, site: Site, name: str, record: dict[str, Any]) -> list[dict[str, Any]]:
+    files = {
+        "recipe.yaml": yaml12.dump(plan.recipe.model_dump(by_alias=True)),
+        "record.json": json.dumps(record),
+        SITE: yaml12.dump(site.model_dump()),
+    }
+    label = re.sub(r"[^a-z0-9]+", "-", name.lower())[:_LONGEST_LABEL].strip("-")
+    if not label:
+        raise LaunchError(f"{name}: no name for Kubernetes is in it. Nearest: another --run-dir")
+    found = render_manifests(plan, site, label, files)
+    check_manifests(found)
+    return found
+
+
+def _manifest_text(manifests: list[dict[str, Any]]) -> str:
+    return "---\n".join(yaml12.dump(manifest) for manifest in manifests)
+
+
+def _apply(plan: Plan, site: Site, folder: RunFolder) -> str:
+    """`kubectl apply` of the manifests, which stay in the run folder; the object's name."""
+    name = folder.path.name
+    manifests = _manifests(plan, site, name, folder.read_record())
+    text = _manifest_text(manifests)
+    write_text(folder.path / "manifests.yaml", text)
+    command = ["kubectl", "apply", "-f", "-"]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise LaunchError(
+            f"kubectl apply: {(done.stderr.strip() or 'no word of why').splitlines()[-1]}"
+        )
+    kind, meta = manifests[-1]["kind"].lower(), manifests[-1]["metadata"]
+    entry = {"target": "kubernetes", "id": f"{kind}/{meta['name']}", "namespace": meta["namespace"]}
+    folder.add_job({**entry, "submitted": now()})
+    return str(entry["id"])
+
+
+def _submit_one(
+    plan: Plan, site: Site, folder: RunFolder, before: list[str], hold: bool, chain: int
+) -> str:
+    """A job that waits for the last of those before it; in the record as soon as it is submitted."""
+    path = folder.path / (f"job-{len(before)}.sh" if before else SCRIPT)
+    after = before[-1] if before else None
+    batch = batch_of(plan, [folder], after, is_followed=len(before) + 1 < chain)
+    write_text(path, render_script(plan, site, batch))
+    job = slurm.submit(path, hold)
+    folder.add_job({"target": "slurm", "id": job, "submitted": now()})
+    return job
+
+
+def batch_of(
+    plan: Plan,
+    folders: list[RunFolder],
+    after: str | None = None,
+    is_followed: bool = False,
+    at_most: int | None = None,
+) -> Batch:
+    """What the script needs beside plan and site."""
+    nodes = plan.recipe.cluster.nodes
+    is_range = isinstance(nodes, NodeRange)
+    return Batch(
+        run_folders=[folder.path for folder in folders],
+        python=sys.executable,
+        import_path=list(SOURCE_ROOTS),
+        fewest=nodes.min if is_range else plan.batch.nodes,  # type: ignore[union-attr]
+        most=nodes.max if is_range else plan.batch.nodes,  # type: ignore[union-attr]
+        after=after,
+        is_followed=is_followed,
+        at_most=at_most,
+    )
+
+
+def runs_of(site: Site) -> Path:
+    """Where run folders go."""
+    return Path(site.runs) if site.runs else Path.cwd() / "runs"

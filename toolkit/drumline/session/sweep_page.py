@@ -1,0 +1,121 @@
+"""`drumline plan --sweep`: the sweep as a table, and as one HTML page with a heat map."""
+
+from collections.abc import Iterable
+from html import escape
+
+from drumline.plan.model import Plan
+from drumline.plan.sweep import Cell
+from drumline.units import format_bytes
+
+
+def sweep_table(cells: list[Cell]) -> str:
+    """A row for every number of GPUs and per_device, a column for every strategy."""
+    columns = _columns(cells)
+    names = [
+        f"{strategy}{', checkpointed' if full == 'full' else ''}" for strategy, full in columns
+    ]
+    widths = [max(12, len(name)) for name in names]
+    head = f"{'gpus':>5} {'per_device':>10}  " + "  ".join(
+        f"{name:>{width}}" for name, width in zip(names, widths, strict=True)
+    )
+    rows = [head]
+    for gpus, b in _rows(cells):
+        found = [_at(cells, gpus, b, column) for column in columns]
+        texts = ["" if cell is None else _text(cell) for cell in found]
+        line = "  ".join(f"{text:>{width}}" for text, width in zip(texts, widths, strict=True))
+        rows.append(f"{gpus:>5} {b:>10}  {line}")
+    return "\n".join([*rows, "(up to so much per rank; ! does not fit)"])
+
+
+def _text(cell: Cell) -> str:
+    return f"{format_bytes(cell.device_high)}{'!' if cell.fits is False else ' '}"
+
+
+def _rows(cells: Iterable[Cell]) -> list[tuple[int, int]]:
+    return sorted({(cell.gpus, cell.per_device) for cell in cells})
+
+
+def _columns(cells: Iterable[Cell]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((cell.strategy, cell.checkpointing) for cell in cells))
+
+
+def _at(cells: Iterable[Cell], gpus: int, b: int, column: tuple[str, str]) -> Cell | None:
+    for cell in cells:
+        if (cell.gpus, cell.per_device, cell.strategy, cell.checkpointing) == (gpus, b, *column):
+            return cell
+    return None
+
+
+def sweep_page(plan: Plan, cells: list[Cell]) -> str:
+    """One self-contained page: colour by how full the device is, the exact bytes in every cell."""
+    capacity = plan.memory.capacity
+    columns = _columns(cells)
+    head = "".join(
+        f'<th scope="col">{escape(strategy)}{"<br>checkpointed" if full == "full" else ""}</th>'
+        for strategy, full in columns
+    )
+    body = []
+    for gpus, b in _rows(cells):
+        tds = []
+        for column in columns:
+            cell = _at(cells, gpus, b, column)
+            tds.append("<td></td>" if cell is None else _cell(cell, capacity, plan))
+        k = plan.batch.effective // gpus // b
+        equation = f"{b} × {gpus} × {k}"
+        body.append(f'<tr><th scope="row">{equation}</th>{"".join(tds)}</tr>')
+    of = f" of {format_bytes(capacity)}" if capacity else ""
+    return _PAGE.format(
+        title=escape(f"{plan.recipe.recipe}: memory at effective batch {plan.batch.effective:,}"),
+        device=escape(f"{plan.recipe.cluster.gpu}{of} per rank, {plan.recipe.precision}"),
+        head=head,
+        body="\n".join(body),
+    )
+
+
+def _cell(cell: Cell, capacity: int | None, plan: Plan) -> str:
+    share = cell.device_high / capacity if capacity else 0.0
+    hue = 120 - round(120 * min(1.0, share))  # green when empty, red when full
+    verdict = {True: "fits", False: "does not fit", None: "capacity unknown"}[cell.fits]
+    now = (plan.batch.per_device, plan.batch.gpus, plan.recipe.strategy.name,
+           plan.recipe.model.activation_checkpointing)  # fmt: skip
+    is_now = now == (cell.per_device, cell.gpus, cell.strategy, cell.checkpointing)
+    classes = " ".join(["no" if cell.fits is False else "yes", *(["now"] if is_now else [])])
+    return (
+        f'<td class="{classes}" style="--hue:{hue}" title="{verdict}, {share:.0%}">'
+        f"{escape(format_bytes(cell.device_high))}</td>"
+    )
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif; }}
+body {{ margin: 1.5rem; }}
+h1 {{ font-size: 1.2rem; }}
+.scroll {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; }}
+th, td {{ padding: .35rem .7rem; text-align: right; white-space: nowrap; }}
+td {{ background: hsl(var(--hue) 70% 78%); color: #111; font-variant-numeric: tabular-nums; }}
+td.no {{ text-decoration: line-through; }}
+td.now {{ outline: 3px solid currentColor; outline-offset: -3px; font-weight: 700; }}
+@media (prefers-color-scheme: dark) {{ td {{ background: hsl(var(--hue) 45% 30%); color: #eee; }} }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p>{device}. Rows: per_device × gpus × accumulation. Struck through: does not fit. Outlined: the recipe.</p>
+<div class="scroll">
+<table>
+<thead><tr><th scope="col">split</th>{head}</tr></thead>
+<tbody>
+{body}
+</tbody>
+</table>
+</div>
+</body>
+</html>
+"""

@@ -1,0 +1,92 @@
+"""Reads what a plan needs to know of the world: prepared data, a model's config, host memory."""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from drumline.errors import DataError, PlanError
+from drumline.plan.resolve import World
+from drumline.recipe.schema import Model, Recipe
+
+if TYPE_CHECKING:
+    from drumline.memory.calibration import Calibration
+
+
+def read_world(recipe: Recipe) -> World:
+    """Everything cheap to look at; nothing is downloaded, tokenised or imported."""
+    facts: dict[str, Any] = {"problems": []}
+    try:
+        facts.update(_prepared(recipe))
+    except DataError as error:
+        facts["problems"].append(str(error).replace(f"{Path.cwd()}/", ""))
+    if recipe.model.source in ("hub", "folder"):
+        facts["model_config"] = _model_config(recipe.model)
+    if recipe.model.factory:
+        from drumline.data.factory import mentions_batchnorm
+
+        facts["factory_has_batchnorm"] = mentions_batchnorm(recipe.model.factory, recipe.project)
+    if recipe.cluster.gpu == "cpu":
+        facts["host_memory_bytes"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    facts["calibration"] = _calibration()
+    return World(**facts)
+
+
+def _calibration() -> "Calibration | None":
+    """The table that the environment names, if it does."""
+    path = os.environ.get("DRUMLINE_CALIBRATION")
+    if not path:
+        return None
+    from drumline.memory.calibration import from_plain
+    from drumline.recipe import yaml12
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"DRUMLINE_CALIBRATION: {path}: {error.strerror}") from None
+    return from_plain(yaml12.parse(text), path)
+
+
+def _prepared(recipe: Recipe) -> dict[str, Any]:
+    from drumline.data.cache import cache_folder
+
+    folder = cache_folder(recipe.data, recipe.project)
+    if not folder.is_dir():
+        return {}
+    from drumline.data.dataset_manifest import read_dataset_manifest
+
+    manifest = read_dataset_manifest(folder)
+    if manifest is None:
+        return {}
+    return {
+        "samples": manifest.samples,
+        "classes": manifest.classes,
+        "validation_samples": manifest.validation_samples,
+        "fingerprint": manifest.fingerprint,
+        "cache": str(folder),
+    }
+
+
+def _model_config(model: Model) -> dict[str, Any] | None:
+    """config.json of a folder, or of a hub model that is in the local cache."""
+    if model.source == "folder":
+        assert model.path
+        file = Path(model.path) / "config.json"
+        if not file.is_file():
+            raise PlanError(f"model.path: {model.path} has no config.json")
+        return _read_config(file)
+    from huggingface_hub import try_to_load_from_cache
+
+    assert model.name
+    try:
+        found = try_to_load_from_cache(model.name, "config.json")
+    except ValueError as error:
+        raise PlanError(f"model.name: {model.name!r}: {error}") from None
+    return _read_config(Path(found)) if isinstance(found, str) else None
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except ValueError as error:
+        raise PlanError(f"{file}: not JSON: {error}") from None

@@ -1,0 +1,1 @@
+"""Attempt after attempt of one run: starts the launcher, watches the ranks, decides what comes next."""

@@ -1,0 +1,112 @@
+"""How an attempt ended, as its ranks tell it, whatever the launcher's exit code was."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from drumline.errors import RunError
+from drumline.supervise.ranks import Ranks
+
+STOPPED_EXIT_CODE = 75
+KILLED_EXIT_CODE = 130
+"""Ended at once by a second Ctrl-C: no new checkpoint, nothing older lost, no restart."""
+
+Kind = Literal["finished", "stopped", "killed", "mistake", "disk", "OutOfMemory", "NotFinite",
+               "NotFiniteAfterLoad", "CheckpointError", "hang", "lost", "error"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """How an attempt or a run ended; `exit_code` is 0, 4 or 75, or the code of a user's mistake.
+
+    `kind` decides what the supervisor does next; `step` is the last one that was finished;
+    `suspect` names the checkpoint whose load was followed by nothing finite.
+    """
+
+    kind: Kind
+    outcome: str
+    step: int
+    loss: float | None
+    evaluation: dict[str, float] | None
+    message: str
+    exit_code: int
+    suspect: str = ""
+
+    @classmethod
+    def failure(cls, kind: Kind, step: int, message: str, exit_code: int = 4) -> Self:
+        """An attempt that failed."""
+        return cls(
+            kind=kind,
+            outcome="failed",
+            step=step,
+            loss=None,
+            evaluation=None,
+            message=message,
+            exit_code=exit_code,
+        )
+
+    def saying(self, message: str) -> "Result":
+        """The same with other words."""
+        return replace(self, message=message)
+
+
+AGREED = {"NotFinite", "NotFiniteAfterLoad", "CheckpointError"}
+"""Kinds that every rank raises alike, in the same step."""
+
+
+def judge(ranks: Ranks, logs: Path, at_once: bool, died: list[int]) -> Result:
+    """What the outcome files say; a rank's own error counts more than what it did to the others.
+
+    `at_once`: a second Ctrl-C has ended the ranks; `died`: those that had exited without an outcome file
+    before the supervisor ended the others.
+    """
+    ranks.refresh()
+    step = ranks.steps_done
+    outcomes = [(view.rank, view.files.outcome()) for view in ranks]
+    failed = sorted(
+        ((rank, o) for rank, o in outcomes if o and o["outcome"] == "failed"),
+        key=lambda pair: pair[1]["when"],
+    )
+    own = [(rank, o) for rank, o in failed if o["kind"] != "PeerLost"]
+    missing = [rank for rank, outcome in outcomes if outcome is None]
+    if not at_once and (own or (failed and not missing)):
+        rank, first = (own or failed)[0]
+        return _failed_rank(rank, first, step)
+    if missing or failed:
+        named = ", ".join(map(str, died or missing))
+        if at_once:
+            message = "ended at once, without a new checkpoint"
+            return Result.failure("killed", step, message, KILLED_EXIT_CODE)
+        message = f"rank {named} ended without a word; see {logs}{_last_words(logs)}"
+        return Result.failure("lost", step, message)
+    told = outcomes[0][1]
+    assert told
+    stopped = told["outcome"] == "stopped"
+    return Result(
+        kind="stopped" if stopped else "finished",
+        outcome=told["outcome"],
+        step=told["step"],
+        loss=told["loss"],
+        evaluation=told["evaluation"],
+        message=told["reason"],
+        exit_code=STOPPED_EXIT_CODE if stopped else 0,
+    )
+
+
+def _failed_rank(rank: int, outcome: dict[str, Any], step: int) -> Result:
+    kind, message = outcome["kind"], outcome["message"]
+    if outcome["exit_code"] != RunError.exit_code:
+        return Result.failure("mistake", step, message, outcome["exit_code"])
+    if kind in AGREED:
+        return replace(Result.failure(kind, step, message), suspect=outcome["suspect"])
+    message = f"rank {rank}: {outcome['error']}: {message}"
+    return Result.failure("OutOfMemory" if kind == "OutOfMemory" else "error", step, message)
+
+
+def _last_words(logs: Path) -> str:
+    """The end of the launcher's log, where an import error would stand."""
+    try:
+        text = (logs / "launcher.log").read_text(errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    return "\n" + "\n".join(text[-5:]) if text else ""

@@ -1,0 +1,109 @@
+"""What the ranks of an attempt are doing, read from their files often enough and no more."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from drumline.phases import Phase
+from drumline.processes import Process
+from drumline.rank_files import Heartbeat, RankFiles
+
+_SHORTEST_LOOK_S = 0.1
+_FILES_PER_S = 256
+"""Heartbeats opened a second, however many ranks there are (benchmarks/supervisor.py)."""
+
+
+@dataclass
+class RankView:
+    """One rank as it was last seen. `outcome` is how it ended, in its own words."""
+
+    files: RankFiles
+    heartbeat: Heartbeat | None = None
+    outcome: dict[str, Any] | None = None
+    is_gone: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Its number."""
+        return self.files.rank
+
+    @property
+    def process(self) -> Process | None:
+        """Its process, once it has started."""
+        return self.files.process()
+
+    @property
+    def has_died(self) -> bool:
+        """Whether its process, on this host, has exited without an outcome file."""
+        return self.is_gone and self.outcome is None
+
+    def refresh(self) -> None:
+        """Read its heartbeat; its outcome once that can be there."""
+        if self.outcome is not None:
+            return
+        self.heartbeat = self.files.heartbeat() or self.heartbeat
+        process = self.files.process()
+        self.is_gone = process is not None and process.is_here and not process.is_alive
+        if self.is_gone or (self.heartbeat and self.heartbeat.phase is Phase.ENDED):
+            self.outcome = self.files.outcome()
+
+
+class Ranks:
+    """All ranks of an attempt, as they were last seen."""
+
+    def __init__(self, logs: Path, count: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.views = [RankView(RankFiles(logs, rank)) for rank in range(count)]
+        self._clock = clock
+        self._interval_s = max(_SHORTEST_LOOK_S, count / _FILES_PER_S)
+        self._next = float("-inf")
+
+    def __iter__(self) -> Iterator[RankView]:
+        return iter(self.views)
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    @property
+    def files(self) -> list[RankFiles]:
+        """The files of each, by rank."""
+        return [view.files for view in self.views]
+
+    def is_due(self) -> bool:
+        """Whether it is time to look again."""
+        return self._clock() >= self._next
+
+    def refresh(self) -> None:
+        """Look at every rank now."""
+        for view in self.views:
+            view.refresh()
+        self._next = self._clock() + self._interval_s
+
+    @property
+    def have_failed(self) -> bool:
+        """Whether some rank has said so, or has died."""
+        return any(
+            view.has_died or (view.outcome and view.outcome["outcome"] == "failed")
+            for view in self.views
+        )
+
+    @property
+    def have_all_ended(self) -> bool:
+        """Whether every rank has said how it ended."""
+        return all(view.outcome for view in self.views)
+
+    @property
+    def died(self) -> list[int]:
+        """Ranks that exited without an outcome file."""
+        return [view.rank for view in self.views if view.has_died]
+
+    @property
+    def alive(self) -> list[RankView]:
+        """Those whose process runs on this host."""
+        return [view for view in self.views if (p := view.process) and p.is_alive]
+
+    @property
+    def steps_done(self) -> int:
+        """Steps that some rank has finished."""
+        return max((view.heartbeat.done for view in self.views if view.heartbeat), default=0)

@@ -1,0 +1,202 @@
+"""Stand-ins for CUDA kernels, for tracing where there is no GPU: they allocate what those allocate.
+
+On a CPU torch takes other kernels than on a GPU: attention that materialises its scores, dropout that
+keeps a mask as wide as its input, other types under autocast. Inside `cuda_kernels()` each of these
+is replaced by what the CUDA build does, as far as memory is concerned; values are meaningless.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from drumline.memory.attention import choose_kernel
+
+_FP32_INPUTS = (
+    "acos", "asin", "cosh", "erfinv", "exp", "expm1", "layer_norm", "log", "log10", "log1p", "log2",
+    "mse_loss", "native_layer_norm", "nll_loss", "nll_loss_nd", "norm.Scalar", "pow.Scalar",
+    "pow.Tensor_Scalar", "pow.Tensor_Tensor", "reciprocal", "rsqrt", "sinh", "softplus", "tan",
+)  # fmt: skip
+_FP32_RESULT = (
+    "cumprod",
+    "cumsum",
+    "log_softmax.int",
+    "prod",
+    "softmax.int",
+    "sum",
+    "sum.dim_IntList",
+)
+"""CUDA's two lists (aten/src/ATen/autocast_mode.h): inputs are cast, or the result is asked for in fp32."""
+
+_LOW = (torch.bfloat16, torch.float16)
+
+
+class _Attention(torch.autograd.Function):
+    """The flash and the memory-efficient kernel: both keep q, k, v, the output and a log-sum-exp.
+
+    q, k, v [B, H, S, D]; k and v may have fewer heads. Backward makes the three gradients, an fp32
+    accumulator of q's shape, a row sum, and where heads are shared the unshared gradients of k and v.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        out = _by_rows(q)
+        sums = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        ctx.save_for_backward(q, k, v, out, sums, bias)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, _, sums, _ = ctx.saved_tensors
+        dq, dk, dv = _by_rows(q), _by_rows(k), _by_rows(v)
+        held = [torch.empty_like(sums)]
+        if q.dtype in _LOW:
+            held.append(torch.empty(q.shape, dtype=torch.float32, device=q.device))
+        if k.shape[1] != q.shape[1]:
+            held += [_by_rows(q), _by_rows(q)]
+        del held
+        return dq, dk, dv, None
+
+
+def _by_rows(like: Tensor) -> Tensor:
+    """[B, H, S, D], laid out as [B, S, H, D]."""
+    return torch.empty_like(like.transpose(1, 2)).transpose(1, 2)
+
+
+class _GroupedMatmul(torch.autograd.Function):
+    """Rows sorted by expert [T, h] × experts [E, h, n] -> [T, n]; keeps both, in any type."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        return rows.new_empty(rows.shape[0], weight.shape[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        rows, weight = ctx.saved_tensors
+        return torch.empty_like(rows), torch.empty_like(weight)
+
+
+def _grouped_mm(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    return _GroupedMatmul.apply(rows.to(weight.dtype), weight)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _WideSoftmax(torch.autograd.Function):
+    """softmax of a narrow tensor to fp32 in one kernel: no fp32 copy of the input."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        out = torch.empty_like(values, dtype=torch.float32)
+        ctx.save_for_backward(out)
+        ctx.dtype = values.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.empty_like(grad, dtype=ctx.dtype)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+               dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
+               enable_gqa: bool = False) -> Tensor:  # fmt: skip
+    """scaled_dot_product_attention as the CUDA build dispatches it."""
+    if torch.is_autocast_enabled("cpu"):
+        low = torch.get_autocast_dtype("cpu")
+        query, key, value = query.to(low), key.to(low), value.to(low)
+    kernel = choose_kernel(
+        is_narrow=query.dtype in _LOW,
+        is_masked=attn_mask is not None,
+        shares_heads=enable_gqa and key.shape[1] != query.shape[1],
+        head_dim=query.shape[-1],
+    )
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device)
+    if kernel == "math":
+        return torch.ops.aten._scaled_dot_product_attention_math(  # type: ignore[no-any-return]
+            query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale,
+            enable_gqa=enable_gqa,
+        )[0]  # fmt: skip
+    return _Attention.apply(query, key, value, attn_mask)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """The fused kernel: the output, and a mask of one byte an element."""
+    return torch.native_dropout(input, p, training)[0] if training and p else input
+
+
+def _softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3,
+             dtype: torch.dtype | None = None) -> Tensor:  # fmt: skip
+    if dtype is torch.float32 and input.dtype in _LOW:
+        return _WideSoftmax.apply(input)  # type: ignore[no-any-return, no-untyped-call]
+    assert dim is not None
+    return torch.softmax(input, dim, dtype=dtype)
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in _LOW else value
+
+
+@contextmanager
+def _cuda_autocast() -> Iterator[None]:
+    """CUDA's list of operators that run in fp32, on the CPU's autocast."""
+    library = torch.library.Library("aten", "IMPL", "AutocastCPU")
+    hidden = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+
+    def with_wide_inputs(operator: Any) -> Any:
+        def run(*arguments: Any, **options: Any) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(hidden):
+                return operator(
+                    *(_wide(value) for value in arguments),
+                    **{name: _wide(value) for name, value in options.items()},
+                )
+
+        return run
+
+    def with_wide_result(operator: Any) -> Any:
+        def run(values: Tensor, *arguments: Any, **options: Any) -> Any:
+            if values.dtype in _LOW and options.get("dtype") is None:
+                options["dtype"] = torch.float32
+            with torch._C._ExcludeDispatchKeyGuard(hidden):
+                return operator(values, *arguments, **options)
+
+        return run
+
+    try:
+        for names, changed in ((_FP32_INPUTS, with_wide_inputs), (_FP32_RESULT, with_wide_result)):
+            for name in names:
+                packet, _, overload = name.partition(".")
+                operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
+                library.impl(name, changed(operator), allow_override=True)
+        yield
+    finally:
+        library._destroy()
+
+
+@contextmanager
+def cuda_kernels() -> Iterator[None]:
+    """Within, torch on a CPU allocates what it would on a GPU. Not for threads beside this one."""
+    import transformers.integrations.moe
+    import transformers.masking_utils
+
+    with ExitStack() as stack:
+        stack.enter_context(_cuda_autocast())
+        for name, stand_in in (
+            ("scaled_dot_product_attention", _attention),
+            ("dropout", _dropout),
+            ("softmax", _softmax),
+        ):
+            stack.enter_context(patch.object(functional, name, stand_in))
+        stack.enter_context(patch.object(transformers.integrations.moe, "_grouped_mm", _grouped_mm))
+        # It looks at values, which fake tensors lack, and would then build a mask of S² elements.
+        stack.enter_context(
+            patch.object(transformers.masking_utils, "find_packed_sequence_indices", _nothing)
+        )
+        yield
+
+
+def _nothing(*arguments: Any, **options: Any) -> None:
+    return None

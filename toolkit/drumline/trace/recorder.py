@@ -1,0 +1,155 @@
+"""Records every storage that a program makes and drops, in order, fake or real. Imports torch.
+
+A `Recorder` sees operators through torch's dispatch mode and storages through weak references, so it
+counts what autograd keeps alive, as the CUDA allocator would. What a kernel allocates inside itself
+is not seen: the kernels for which that matters have stand-ins in `toolkit/drumline/trace/kernels.py`.
+"""
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, UntypedStorage
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from drumline.memory.allocator import FREE
+from drumline.memory.recording import Birth, Recording
+
+_DESUGARED = ("DTensor", "AsyncCollectiveTensor")
+"""Tensor subclasses that must first become operations on local tensors."""
+
+
+class Recorder(TorchDispatchMode):
+    """Records while it is entered; storages that already exist can be taken in with `adopt`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recording = Recording()
+        self._numbers: dict[int, int] = {}  # of living storages, by address
+        self._watchers: dict[int, Any] = {}
+        self._living: set[int] = set()
+        self._paused = False
+        self._phase = ""
+        self._streams: dict[int, int] = {}
+        self._stream = 0
+
+    @contextmanager
+    def paused(self, paused: bool = True) -> Iterator[None]:
+        """Nothing in here is recorded, whatever it makes; False: it is again."""
+        before, self._paused = self._paused, paused
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def adopt(self, tensors: Iterable[Tensor], operator: str) -> None:
+        """Take in storages that were made while paused."""
+        for tensor in tensors:
+            self._take_in(_local(tensor), operator)
+
+    @contextmanager
+    def on_stream(self, key: int) -> Iterator[None]:
+        """Blocks made in here belong to another stream, whose free blocks nobody else may reuse."""
+        before = self._stream
+        self._stream = self._streams.setdefault(key, len(self._streams) + 1)
+        try:
+            yield
+        finally:
+            self._stream = before
+
+    def phase(self, name: str) -> None:
+        """What the program does from here on."""
+        if name != self._phase:
+            self._phase = name
+            self.recording.phases.append((len(self.recording.events), name))
+
+    def label(self, tensors: Iterable[Tensor | None], part: str) -> None:
+        """Say what the storages of these tensors hold."""
+        for tensor in tensors:
+            if tensor is not None:
+                number = self._numbers.get(_local(tensor).untyped_storage()._cdata)
+                if number is not None:
+                    self.recording.parts[number] = part
+
+    def __enter__(self) -> Any:
+        self._resize = UntypedStorage.resize_
+        recorder = self
+
+        def resize(storage: UntypedStorage, size: int) -> Any:
+            result = recorder._resize(storage, size)  # FSDP2 frees and remakes parameters like this
+            recorder._resized(storage, size)
+            return result
+
+        UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator, then take in what it made."""
+        if any(getattr(kind, "__name__", "") in _DESUGARED for kind in types):
+            return NotImplemented
+        if func is torch.ops.aten.add.Tensor and _is_accumulation(*args):
+            func = torch.ops.aten.add_.Tensor
+        result = func(*args, **(kwargs or {}))
+        if not self._paused:
+            for value in tree_iter(result):
+                if isinstance(value, Tensor) and value.device.type != "meta":
+                    self._take_in(value, func)
+        return result
+
+    def _take_in(self, tensor: Tensor, operator: Any) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._numbers:
+            return
+        self._watchers[key] = weakref.ref(storage, lambda _, key=key: self._gone(key))  # type: ignore[misc]
+        self._born(key, storage.nbytes(), str(operator), tuple(tensor.shape), str(tensor.dtype))
+
+    def _resized(self, storage: UntypedStorage, size: int) -> None:
+        key = storage._cdata
+        if self._paused or key not in self._numbers:
+            return
+        birth = self.recording.births[self._numbers[key]]
+        self._end(key)
+        self._born(key, size, "resize_", birth.shape, birth.dtype)
+
+    def _born(self, key: int, size: int, operator: str, shape: tuple[int, ...], dtype: str) -> None:
+        number = len(self.recording.births)
+        self._numbers[key] = number
+        self.recording.births.append(Birth(self._phase, operator, shape, dtype))
+        if size:
+            self.recording.events.append((number, size, self._stream))
+            self._living.add(number)
+
+    def _gone(self, key: int) -> None:
+        self._watchers.pop(key, None)
+        self._end(key)
+
+    def _end(self, key: int) -> None:
+        number = self._numbers.pop(key, None)
+        if number is not None and number in self._living:
+            self._living.remove(number)
+            self.recording.events.append((number, FREE, 0))
+
+
+def _is_accumulation(one: Any, other: Any) -> bool:
+    """Whether autograd adds up two gradients of one tensor.
+
+    It does so in place, but not while a dispatch mode looks on (torch/csrc/autograd/input_buffer.cpp).
+    """
+    return (
+        torch._C._current_graph_task_id() != -1
+        and not torch.is_grad_enabled()
+        and isinstance(other, Tensor)
+        and (one.shape, one.dtype) == (other.shape, other.dtype)
+    )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -1,0 +1,305 @@
+"""The real engine and the real training step on one rank of any world, without a device.
+
+Tensors are fake (shapes and types, no data), the other ranks are a process group that answers at
+once, and CUDA's kernels are stood in for; everything else is what a run executes. What comes out is
+a recording of every allocation.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp._fully_shard import _fsdp_param
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.nn.parallel import distributed as ddp
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
+
+from drumline.data.dataset_manifest import DatasetManifest
+from drumline.data.tasks import find_task
+from drumline.errors import PlanError
+from drumline.memory.recording import Recording
+from drumline.phases import MemoryPhase, Phase
+from drumline.plan.model import Plan
+from drumline.plan.resolve import DEFAULT_CLASSES
+from drumline.trace.kernels import cuda_kernels
+from drumline.trace.recorder import Recorder
+from drumline.train.batches import MicroBatch, Step, as_tensors
+from drumline.train.engines.torch import TorchEngine
+from drumline.train.loop import forward_backward
+from drumline.train.models import ModelBuilder, build
+from drumline.train.watch import Watch
+
+
+def rehearse(
+    plan: Plan, manifest: DatasetManifest | None = None, fake: bool = True, micro_batches: int = 1
+) -> Recording:
+    """Everything rank 0 of the plan would allocate on its device, from building to saving.
+
+    `fake=False` computes on real CPU tensors, to show that both allocate the same; `micro_batches`: how
+    many of a step's are played, 1 for its last, which needs what any of them does.
+    """
+    assert not dist.is_initialized(), "a rehearsal makes a process group of its own"
+    _refuse_what_cannot_be_rehearsed(plan)
+    recorder = Recorder()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_other_ranks(plan.mesh.ranks))
+        stack.enter_context(_quiet_propagation(recorder))
+        stack.enter_context(_streams(recorder))
+        stack.enter_context(cuda_kernels())
+        if fake:
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(recorder)
+        try:
+            _play(plan, manifest or blank_manifest(plan), recorder, micro_batches)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise PlanError(
+                f"--trace: this model's forward looks at values, which a trace has not: {error}"
+            ) from None
+    return recorder.recording
+
+
+def _play(plan: Plan, manifest: DatasetManifest, recorder: Recorder, micro_batches: int) -> None:
+    """build, warm-up, one step, evaluation, save: as `train` does them."""
+    recipe = plan.recipe
+    recorder.phase(MemoryPhase.LOAD)
+    engine = RehearsedEngine(plan, manifest, recorder)
+    _label(engine, recorder)
+    config = getattr(engine.module.model, "config", None)
+    recorder.recording.vocabulary = getattr(config, "vocab_size", None)
+    tensors = rehearsal_batch(plan, manifest, plan.batch.per_device)
+    step, phases = _step(plan, tensors, micro_batches), _Phases(recorder)
+    if engine.wrapped is not engine.module:
+        # After the warm-up, DDP's gradients are there.
+        forward_backward(engine, _step(plan, tensors, 1), phases)
+        engine.skip()
+    elif plan.batch.accumulation > 1 and micro_batches == 1:
+        # From the second micro-batch on, gradients are there.
+        recorder.phase(MemoryPhase.BACKWARD)
+        for parameter in engine._parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+    losses = forward_backward(engine, step, phases)
+    total = torch.stack(losses).sum() / step.weight
+    _label(engine, recorder)
+    recorder.phase(MemoryPhase.OPTIMIZER_STEP)
+    norm = engine.clip(recipe.optimizer.max_grad_norm)
+    engine.step(recipe.optimizer.lr)
+    del losses, total, norm, step, tensors
+    if recipe.evaluation:
+        recorder.phase(MemoryPhase.EVALUATION)
+        tensors = rehearsal_batch(plan, manifest, recipe.evaluation.per_device or 1)
+        engine.evaluate(tensors)
+    recorder.phase(MemoryPhase.SAVE)
+    engine.shards()
+
+
+class _Phases(Watch):
+    """Follows the loop's own phases."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def enter(self, phase: Phase, detail: str = "", limit_s: float = 0.0) -> None:
+        """Forward and loss are one phase of memory; the rest of the loop is not played with this."""
+        is_forward = phase is Phase.FORWARD
+        self._recorder.phase(MemoryPhase.FORWARD if is_forward else MemoryPhase.BACKWARD)
+
+
+class RehearsedEngine(TorchEngine):
+    """The torch engine, recorded from where its model is on the device.
+
+    DDP's C++ part is kept from looking at values and from waiting for other ranks.
+    """
+
+    def __init__(self, plan: Plan, manifest: DatasetManifest, recorder: Recorder) -> None:
+        self._recorder = recorder
+        with (
+            recorder.paused(),
+            patch.object(ModelBuilder, "_draw", _nothing),
+            patch.object(ModelBuilder, "_hand_out", _materialise),
+            patch.object(build, "load_weights", _without_weights),
+            patch.object(_fsdp_param, "_chunk_with_empty", _Chunks),
+            patch.object(nn.Module, "to", lambda module, device: module),
+        ):
+            super().__init__(plan, manifest, torch.device("cpu"))
+
+    def _wrap(self) -> Any:
+        self._recorder.adopt(self.module.parameters(), "parameters")
+        self._recorder.adopt(self.module.buffers(), "buffers")
+        with self._recorder.paused(False):
+            return super()._wrap()
+
+    def _make_mesh(self) -> DeviceMesh:
+        with self._recorder.paused(), _disable_current_modes():  # a mesh is of real numbers
+            return super()._make_mesh()
+
+    def _allocate_optimizer_state(self) -> None:
+        with self._recorder.paused(False):
+            super()._allocate_optimizer_state()
+
+    def _replicated_module(self) -> Any:
+        with (
+            patch.object(ddp, "_verify_param_shape_across_processes", _nothing),
+            patch.object(ddp, "_sync_module_states", _nothing),
+        ):
+            wrapped = super()._replicated_module()
+        wrapped.register_comm_hook(None, _answer_at_once)
+        wrapped.reducer = _Reducer(wrapped.reducer)
+        return wrapped
+
+
+class _Chunks:
+    """A tensor's chunks, made when asked for: FSDP2 wants one or two of as many as there are ranks."""
+
+    def __init__(self, tensor: Tensor, count: int, dim: int) -> None:
+        self._tensor, self._dim = tensor, dim
+        self._size = -(-tensor.shape[dim] // count)
+
+    def __getitem__(self, number: int) -> Tensor:
+        whole = self._tensor.shape[self._dim]
+        start = min(whole, number * self._size)
+        return self._tensor.narrow(self._dim, start, min(self._size, whole - start))
+
+
+class _Reducer:
+    """DDP's reducer, whose buckets stay in their first order: agreeing on another needs values."""
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def _rebuild_buckets(self) -> bool:
+        return False
+
+
+def _answer_at_once(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+    future: Any = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+def _materialise(builder: ModelBuilder, modules: list[nn.Module], source: int) -> None:
+    """Zeros in place of the meta device's weights: no time is spent on drawing them."""
+    for module in modules:
+        for parameter_name, parameter in module._parameters.items():
+            if parameter is not None:
+                dtype = builder._dtype or parameter.dtype
+                zeros = torch.zeros_like(parameter, device="cpu", dtype=dtype)
+                module._parameters[parameter_name] = nn.Parameter(zeros)
+        for buffer_name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[buffer_name] = torch.zeros_like(buffer, device="cpu")
+
+
+def _without_weights(kind: Any, where: Any, config: Any, common: dict[str, Any]) -> nn.Module:
+    with torch.device("meta"):
+        return kind.from_config(config, dtype=torch.float32, **common)  # type: ignore[no-any-return]
+
+
+def _nothing(*arguments: Any, **options: Any) -> None:
+    return None
+
+
+def _label(engine: TorchEngine, recorder: Recorder) -> None:
+    parameters = list(engine._parameters.values())
+    recorder.label(parameters, "parameters")
+    recorder.label((p.grad for p in parameters), "gradients")
+    states = engine.optimizer.state.values()
+    recorder.label((v for s in states for v in s.values() if isinstance(v, Tensor)), "optimizer")
+
+
+def _step(plan: Plan, tensors: dict[str, Tensor], count: int) -> Step:
+    """So many micro-batches of a step, the last one with them."""
+    nothing = np.zeros(0, dtype=np.int64)
+    one = MicroBatch(tensors=tensors, first_slot=0, is_dummy=False, indices=nothing)
+    return Step(
+        number=1,
+        epoch=1,
+        samples=plan.batch.effective,
+        tokens=1,
+        weight=1.0,
+        digest="",
+        indices=nothing,
+        micro_batches=[one] * count,
+    )
+
+
+def rehearsal_batch(plan: Plan, manifest: DatasetManifest, rows: int) -> dict[str, Tensor]:
+    """Tensors as `StepReader` would give them, at the largest shape, all zero."""
+    task = find_task(plan.recipe.data, plan.recipe.project)
+    return as_tensors(task.blank(rows, manifest), np.zeros(rows), dummy=False)
+
+
+def blank_manifest(plan: Plan) -> DatasetManifest:
+    """What is needed of data that are not prepared yet."""
+    data, model = plan.recipe.data, plan.recipe.model
+    features = None
+    if model.architecture == "vit":
+        side = model.config.get("image_size", 224)
+        features = [model.config.get("num_channels", 3), side, side]
+    return DatasetManifest(
+        task=data.task,
+        fingerprint="",
+        samples=1,
+        validation_samples=1,
+        sequence_length=data.sequence_length,
+        feature_shape=features,
+        classes=DEFAULT_CLASSES,
+    )
+
+
+def _refuse_what_cannot_be_rehearsed(plan: Plan) -> None:
+    recipe = plan.recipe
+    if recipe.strategy.name.startswith("zero") or recipe.launch.launcher == "deepspeed":
+        raise PlanError(
+            "--trace: DeepSpeed cannot be traced without a GPU. Nearest: the closed form (no --trace), "
+            "or launch.launcher=torchrun strategy.name=fsdp"
+        )
+    if recipe.model.sync_batchnorm:
+        raise PlanError("--trace: torch's SyncBatchNorm needs a GPU. Nearest: sync_batchnorm false")
+
+
+@contextlib.contextmanager
+def _other_ranks(world: int) -> Iterator[None]:
+    hook = sys.excepthook  # torch puts its own there, once more for every group
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        sys.excepthook = hook
+
+
+@contextlib.contextmanager
+def _quiet_propagation(recorder: Recorder) -> Iterator[None]:
+    """DTensor finds shapes out by running operators on whole tensors; those are not the rank's."""
+    real = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def quiet(self: Any, *arguments: Any) -> Any:
+        with recorder.paused():
+            return real(self, *arguments)
+
+    with patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", quiet):
+        yield
+
+
+@contextlib.contextmanager
+def _streams(recorder: Recorder) -> Iterator[None]:
+    """What FSDP2 allocates on its side streams cannot be reused by the others."""
+    with patch.object(torch.cpu, "stream", lambda stream: recorder.on_stream(id(stream))):
+        yield

@@ -1,0 +1,190 @@
+"""The micro-batches of a rank, step after step, read ahead in a thread.
+
+`StepReader` turns the plan's order into arrays; nothing here depends on history, so a resumed run
+reads step t without having read the steps before it.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from drumline.data.rows import Rows
+from drumline.data.tasks import IGNORED, Arrays, find_task
+from drumline.plan import order, steps
+from drumline.plan.model import Plan
+
+READ_AHEAD_STEPS = 2
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward of one rank: tensors on the host, and the first slot, which seeds dropout.
+
+    `indices`: its samples; `weight`: its part of W. A rank without a sample gets a dummy row of the
+    same step whose targets do not count.
+    """
+
+    tensors: dict[str, Tensor]
+    first_slot: int
+    is_dummy: bool
+    indices: NDArray[np.int64]
+    weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """All that a rank needs for one optimizer step; `weight` is W of the whole effective batch.
+
+    `first_weight`: the part of it that the first micro-batches of all ranks have.
+    """
+
+    number: int
+    epoch: int
+    samples: int
+    tokens: int
+    weight: float
+    digest: str
+    indices: NDArray[np.int64]
+    micro_batches: list[MicroBatch]
+    first_weight: float = 0.0
+
+
+def open_rows(plan: Plan, part: str) -> Rows:
+    """The plan's prepared samples of `train` or `validation`."""
+    assert plan.data.cache
+    data = plan.recipe.data
+    return Rows(Path(plan.data.cache), part, find_task(data, plan.recipe.project))
+
+
+class StepReader:
+    """Builds the steps of one rank from the prepared rows."""
+
+    def __init__(self, plan: Plan, rows: Rows, rank: int, pin: bool = False) -> None:
+        self._plan, self._rows, self._pin = plan, rows, pin
+        self._data_ranks, self._data_rank = plan.mesh.data_ranks, plan.mesh.data_rank(rank)
+        self._clock = plan.clock()
+        self._by_sample = plan.recipe.batch.weighting == "sample"
+
+    def step_indices(self, number: int) -> NDArray[np.int64]:
+        """The samples of a step in slot order, on every rank the same."""
+        first, end = self._clock.slots(number)
+        return order.slot_indices(self._plan.recipe.seed, self._clock.samples, first, end)
+
+    def read(self, number: int) -> Step:
+        """One step: its facts, and this rank's micro-batches."""
+        indices = self.step_indices(number)
+        counts = self._rows.counts[indices]
+        batch, first_slot = self._plan.batch, self._clock.slots(number)[0]
+        micro_batches = [
+            self._micro_batch(indices, start, stop, first_slot)
+            for start, stop in steps.share(
+                len(indices), batch.per_device, self._data_ranks, self._data_rank
+            )
+        ]
+        return Step(
+            number=number,
+            epoch=self._clock.epoch(number),
+            samples=len(indices),
+            tokens=int(counts.sum()),
+            weight=self._weight(indices),
+            digest=order.digest(indices),
+            indices=indices,
+            micro_batches=micro_batches,
+            first_weight=self._weight(indices[: batch.per_device * self._data_ranks]),
+        )
+
+    def _weight(self, indices: NDArray[np.int64]) -> float:
+        """Samples, or label tokens."""
+        return float(len(indices) if self._by_sample else self._rows.counts[indices].sum())
+
+    def widest(self) -> MicroBatch:
+        """The largest micro-batch shape of the run, for warm-up passes; it carries no weight."""
+        count = min(self._plan.batch.per_device, len(self._rows))
+        arrays = self._rows.task.widen(self._rows.collate(np.zeros(count, dtype=np.int64)))
+        nothing = np.zeros(0, dtype=np.int64)
+        return MicroBatch(
+            tensors=as_tensors(arrays, np.zeros(count), dummy=True),
+            first_slot=0,
+            is_dummy=True,
+            indices=nothing,
+        )
+
+    def _micro_batch(
+        self, indices: NDArray[np.int64], start: int, stop: int, first_slot: int
+    ) -> MicroBatch:
+        dummy = start == stop
+        chosen = indices[:1] if dummy else indices[start:stop]
+        tensors = micro_batch_tensors(self._rows, chosen, self._by_sample, dummy)
+        if self._pin:
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        own = indices[start:stop]
+        return MicroBatch(
+            tensors=tensors,
+            first_slot=first_slot + start,
+            is_dummy=dummy,
+            indices=own,
+            weight=self._weight(own),
+        )
+
+
+def micro_batch_tensors(
+    rows: Rows, indices: NDArray[np.int64], by_sample: bool, dummy: bool
+) -> dict[str, Tensor]:
+    """Rows as tensors, with `weights` float32 [n]: what one counted token of each row weighs."""
+    weights = 1.0 / rows.counts[indices] if by_sample else np.ones(len(indices))
+    arrays = rows.collate(indices)
+    if "attention_mask" in arrays and arrays["attention_mask"].all():
+        del arrays[
+            "attention_mask"
+        ]  # it hides nothing, and to find that out on a GPU would take a wait
+    return as_tensors(arrays, weights, dummy)
+
+
+def as_tensors(arrays: Arrays, weights: NDArray[np.float64], dummy: bool) -> dict[str, Tensor]:
+    """A micro-batch on the host, with `weights`; the targets of a dummy do not count."""
+    tensors = {name: torch.from_numpy(np.array(values)) for name, values in arrays.items()}
+    tensors["weights"] = torch.from_numpy(weights.astype(np.float32))
+    if dummy:
+        tensors["targets"].fill_(IGNORED)
+    return tensors
+
+
+def read_ahead(reader: StepReader, first: int, last: int) -> Iterator[Step]:
+    """Steps first..last in order, prepared in a thread while the device works."""
+    waiting: queue.Queue[Step | BaseException] = queue.Queue(maxsize=READ_AHEAD_STEPS)
+    stopped = threading.Event()
+
+    def put(item: Step | BaseException) -> None:
+        while not stopped.is_set():
+            try:
+                return waiting.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for number in range(first, last + 1):
+                put(reader.read(number))
+                if stopped.is_set():
+                    return
+        except BaseException as error:  # handed to the loop, which raises it
+            put(error)
+
+    thread = threading.Thread(target=work, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        for _ in range(first, last + 1):
+            item = waiting.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        thread.join()

@@ -1,0 +1,38 @@
+"""Who owns backward and step inside a process, by the launcher that starts it."""
+
+from importlib import import_module
+
+import torch
+
+from drumline.data.dataset_manifest import DatasetManifest
+from drumline.errors import LaunchError
+from drumline.plan.model import Plan
+from drumline.train.engines.base import Engine, TensorShard
+from drumline.train.models.builder import Progress, ignore_progress
+
+ENGINES = {
+    "torchrun": ("drumline.train.engines.torch", "TorchEngine"),
+    "accelerate": ("drumline.train.engines.accelerate", "AccelerateEngine"),
+    "deepspeed": ("drumline.train.engines.deepspeed", "DeepSpeedEngine"),
+}
+
+__all__ = ["ENGINES", "Engine", "TensorShard", "build_engine"]
+
+
+def build_engine(
+    plan: Plan,
+    manifest: DatasetManifest,
+    device: torch.device,
+    progress: Progress = ignore_progress,
+) -> Engine:
+    """The engine of the plan's launcher; LaunchError where its library is not installed."""
+    module, name = ENGINES[plan.recipe.launch.launcher]
+    try:
+        engine_class = getattr(import_module(module), name)
+    except ModuleNotFoundError as error:
+        raise LaunchError(
+            f"launch.launcher: {plan.recipe.launch.launcher} needs {error.name}, which is not "
+            f"installed. Nearest: pip install 'drumline[{plan.recipe.launch.launcher}]'"
+        ) from None
+    engine: Engine = engine_class(plan, manifest, device, progress=progress)
+    return engine

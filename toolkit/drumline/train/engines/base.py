@@ -1,0 +1,236 @@
+"""What every engine is to the loop: micro-batches in, one optimizer step out, state as pieces.
+
+An engine knows ranks, wrapping and precision; it does not know schedules, cadences or files.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from drumline.plan.model import Plan
+from drumline.recipe.precision import PRECISIONS
+from drumline.train.models import BATCHNORM, derived_seed
+from drumline.train.optimizers import set_rate
+from drumline.train.scaler import LossScaler
+
+
+@dataclass(frozen=True)
+class TensorShard:
+    """A rank's part of one state tensor of `shape`; `tensor` is local, of any shape.
+
+    Its elements, in row-major order, are those from `start` on. `copies`: the ranks that hold exactly the
+    same elements, None where this one is alone. `owned` is true on the one of them that writes them.
+    """
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+    start: int
+    owned: bool
+    copies: dist.ProcessGroup | None = None
+
+
+class Engine:
+    """The training module of one rank. Subclasses own wrapping, backward, and the optimizer.
+
+    `module` is model and objective, `wrapped` what a forward calls, `scaler` the dynamic loss scale of fp16
+    (None otherwise). `averaging_ranks`: over how many ranks the engine averages gradients.
+    """
+
+    module: Any
+    wrapped: Any
+    optimizer: torch.optim.Optimizer
+    has_batchnorm: bool
+    _parameters: dict[str, nn.Parameter]
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.plan, self.device, self.mesh = plan, device, plan.mesh
+        self.rank, self.averaging_ranks = dist.get_rank(), plan.mesh.averaging_ranks
+        self._autocast = autocast_dtype(plan)
+        self.scaler = LossScaler() if plan.recipe.precision == "fp16" else None
+
+    def accumulate(self, tensors: dict[str, Tensor], first_slot: int, weight: float, *, step: int,
+                   dummy: bool, last: bool,
+                   before_backward: Callable[[], None] = lambda: None) -> Tensor:  # fmt: skip
+        """Forward and backward of one micro-batch; gradients are reduced on the last one only.
+
+        Backward runs on Σ·G/W, because engines average over G ranks. Returns the undivided sum of losses,
+        float32 [], on the device.
+        """
+        self._seed_dropout(step, first_slot)
+        with self._reduce_gradients(last), self._frozen_batchnorm(dummy):
+            with self._precision():
+                total = self.wrapped(self._to_device(tensors))[0]
+            scale = self.averaging_ranks / weight
+            if self.scaler:
+                scale *= self.scaler.scale
+            before_backward()
+            self._backward(total * scale)
+        return total.detach()
+
+    def clip(self, max_norm: float | None) -> Tensor:
+        """Unscale, measure the norm of the whole gradient, clip to it: float32 [], equal on all ranks."""
+        raise NotImplementedError
+
+    def step(self, rate: float) -> None:
+        """One optimizer update at this learning rate; forgets the gradients."""
+        raise NotImplementedError
+
+    def skip(self) -> None:
+        """Forget the gradients without an update."""
+        raise NotImplementedError
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """The whole gradient of every parameter, after `clip` and before `step`; a collective."""
+        raise NotImplementedError
+
+    def state_shards(self) -> Iterator[tuple[str, TensorShard]]:
+        """This rank's part of every tensor of model and optimizer, under a name that all engines share."""
+        raise NotImplementedError
+
+    def loaded(self) -> None:
+        """The shards have been filled from a checkpoint: bring everything else in line with them."""
+
+    def warm_up(self, tensors: dict[str, Tensor], passes: int = 2) -> None:
+        """Forward and backward of weight zero on the largest shape; leaves no trace in any state.
+
+        They bring DDP's buckets to their final order, so that a resumed run is bitwise equal, and
+        run out of memory before a real step does.
+        """
+        buffers = {name: value.clone() for name, value in self.module.named_buffers()}
+        for _ in range(passes):
+            self.accumulate(tensors, 0, 1.0, step=0, dummy=True, last=True)
+            self.skip()
+        with torch.no_grad():
+            for name, value in self.module.named_buffers():
+                value.copy_(buffers[name])
+
+    @torch.no_grad()
+    def evaluate(self, tensors: dict[str, Tensor]) -> Tensor:
+        """The objective's sums over a micro-batch, float32 [1 + 2·metrics], on the device."""
+        self.module.eval()
+        try:
+            with self._precision():
+                return self.wrapped(self._to_device(tensors)).detach()  # type: ignore[no-any-return]
+        finally:
+            self.module.train()
+            self._after_evaluation()
+
+    def shards(self) -> dict[str, TensorShard]:
+        """`state_shards` and the buffers, for saving to or loading from a checkpoint."""
+        self.agree_on_buffers()
+        result = dict(self.state_shards())
+        for number, (name, buffer) in enumerate(self.module.named_buffers()):
+            if self._is_persistent(name):
+                key = f"buffer.{name.removeprefix('model.')}"
+                result[key] = self._replicated(buffer, number)
+        return result
+
+    @torch.no_grad()
+    def agree_on_buffers(self) -> None:
+        """Give every rank the first one's BatchNorm statistics, which are those that are saved."""
+        if self.has_batchnorm and self.mesh.ranks > 1:
+            for buffer in self.module.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def _reduce_gradients(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Let the ranks exchange gradients in this backward, or not."""
+        raise NotImplementedError
+
+    def _after_evaluation(self) -> None:
+        """Free what evaluation gathered."""
+
+    def _replicated(self, value: Tensor, number: int) -> TensorShard:
+        """A tensor that every rank holds whole; the ranks take turns in writing."""
+        owned = self.mesh.writer(number) == self.rank
+        copies = dist.group.WORLD if self.mesh.ranks > 1 else None
+        return TensorShard(value, tuple(value.shape), start=0, owned=owned, copies=copies)
+
+    def _clip_gradients(self, max_norm: float | None) -> Tensor:
+        """`clip` for gradients that lie in the parameters, whole or as FSDP2's shards."""
+        parameters = self._parameters.values()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.scaler:
+            torch._foreach_mul_(gradients, 1.0 / self.scaler.scale)
+        norm = nn.utils.get_total_norm(gradients)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        if max_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm.detach().float()
+
+    @torch.no_grad()
+    def _allocate_optimizer_state(self) -> None:
+        """Make the optimizer's tensors exist, at zero, without moving a weight.
+
+        A checkpoint then has something to be loaded into, and memory runs out now or never.
+        """
+        with self._without_update():
+            for parameter in self._parameters.values():
+                if parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _set_rate(self, rate: float) -> None:
+        set_rate(self.optimizer, rate)
+
+    @contextlib.contextmanager
+    def _without_update(self) -> Iterator[None]:
+        """An optimizer step in here moves nothing: rate and decay are zero, and so is the state after."""
+        groups = self.optimizer.param_groups
+        kept = [(group["lr"], group["weight_decay"]) for group in groups]
+        for group in groups:
+            group["lr"], group["weight_decay"] = 0.0, 0.0
+        yield
+        for group, (rate, decay) in zip(groups, kept, strict=True):
+            group["lr"], group["weight_decay"] = rate, decay
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+
+    def _is_persistent(self, name: str) -> bool:
+        path, _, leaf = name.rpartition(".")
+        return leaf not in self.module.get_submodule(path)._non_persistent_buffers_set
+
+    def _seed_dropout(self, step: int, first_slot: int) -> None:
+        """This device's generator alone: torch.manual_seed looks for every kind of device there is."""
+        seed = derived_seed("step", self.plan.recipe.seed, step, first_slot)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)
+
+    def _to_device(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()}
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        if self._autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self._autocast)
+
+    @contextlib.contextmanager
+    def _frozen_batchnorm(self, dummy: bool) -> Iterator[None]:
+        """A dummy row leaves BatchNorm's running statistics alone."""
+        layers = [m for m in self.module.modules() if isinstance(m, BATCHNORM)] if dummy else []
+        layers = [layer for layer in layers if not isinstance(layer, nn.SyncBatchNorm)]
+        for layer in layers:
+            layer.eval()
+        yield
+        for layer in layers:
+            layer.train()
+
+
+def autocast_dtype(plan: Plan) -> torch.dtype | None:
+    """The dtype of matrix products under the plan's precision; None without autocast."""
+    name = PRECISIONS[plan.recipe.precision].autocast
+    return None if name is None else getattr(torch, name)  # type: ignore[no-any-return]

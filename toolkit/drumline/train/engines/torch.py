@@ -1,0 +1,170 @@
+"""Plain torch: one process, DDP, and FSDP2 (sharded over all ranks, or within each node)."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from drumline.data.dataset_manifest import DatasetManifest
+from drumline.plan.model import Plan
+from drumline.train.engines.base import Engine, TensorShard
+from drumline.train.models import ModelBuilder, has_batchnorm
+from drumline.train.models.builder import Progress, ignore_progress
+from drumline.train.objectives import ObjectiveModule, build_objective
+from drumline.train.optimizers import build_optimizer
+
+
+class TorchEngine(Engine):
+    """DDP or FSDP2 around the loss module, or nothing around it.
+
+    `dtype` overrides the recipe's type of parameters, for checks in fp64.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        manifest: DatasetManifest,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        progress: Progress = ignore_progress,
+    ) -> None:
+        super().__init__(plan, device)
+        recipe = plan.recipe
+        self._sharded = recipe.strategy.name == "fsdp"
+        builder = ModelBuilder(recipe, manifest, device, dtype, progress)
+        model = self._shard(builder) if self._sharded else builder.whole()
+        self.module = ObjectiveModule(model, build_objective(recipe))
+        self.has_batchnorm = has_batchnorm(model)
+        self.wrapped = self._wrap()
+        self._parameters = {  # FSDP2's sharded ones, whatever state a forward leaves the module in
+            name.removeprefix("model."): parameter
+            for name, parameter in self.module.named_parameters()
+        }
+        self.optimizer = build_optimizer(self.module, recipe)
+        self._allocate_optimizer_state()
+
+    def _shard(self, builder: ModelBuilder) -> nn.Module:
+        for block in builder.blocks():
+            fully_shard(block, **self._shard_options())
+        return builder.finish()
+
+    def _shard_options(self) -> dict[str, Any]:
+        """The mesh and the precision policy of FSDP2, the same for every block and the root."""
+        if not hasattr(self, "_device_mesh"):
+            self._device_mesh = self._make_mesh()
+        policy = MixedPrecisionPolicy()
+        if self._autocast:
+            policy = MixedPrecisionPolicy(
+                param_dtype=self._autocast, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+        return {"mesh": self._device_mesh, "mp_policy": policy}
+
+    def _make_mesh(self) -> DeviceMesh:
+        """All ranks in a row, or replicas × shards."""
+        if self.mesh.replicas == 1:
+            return init_device_mesh(self.device.type, (self.mesh.shards,))
+        shape = (self.mesh.replicas, self.mesh.shards)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("replica", "shard"))
+
+    def _wrap(self) -> Any:
+        """The module whose call is a forward: compiled, then DDP or the FSDP2 root."""
+        if self.plan.recipe.model.sync_batchnorm:
+            self.module = nn.SyncBatchNorm.convert_sync_batchnorm(self.module)
+        if self._sharded:
+            fully_shard(self.module, **self._shard_options())
+        if self.plan.recipe.model.compile:
+            self.module.compile()
+        if self._sharded or self.mesh.ranks == 1:
+            return self.module
+        return self._replicated_module()
+
+    def _replicated_module(self) -> Any:
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(
+            self.module,
+            device_ids=devices,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=self.has_batchnorm,
+        )
+
+    def clip(self, max_norm: float | None) -> Tensor:
+        """Unscale, measure the norm of the whole gradient, clip to it: float32 [], equal on all ranks."""
+        return self._clip_gradients(max_norm)
+
+    def step(self, rate: float) -> None:
+        """One optimizer update at this learning rate; forgets the gradients."""
+        self._set_rate(rate)
+        self.optimizer.step()
+        self.skip()
+
+    def skip(self) -> None:
+        """Forget the gradients without an update.
+
+        DDP's stay, at zero, as views of its buckets: new ones would be a second copy until the last
+        micro-batch.
+        """
+        self.optimizer.zero_grad(set_to_none=self._sharded or self.mesh.ranks == 1)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """What the optimizer is about to use, put together from the shards."""
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                gradient = parameter.grad
+                yield name, gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+    def _after_evaluation(self) -> None:
+        if self._sharded:
+            self.module.reshard()
+
+    def state_shards(self) -> Iterator[tuple[str, TensorShard]]:
+        """Weights, then the optimizer's tensors; what is replicated is dealt round the ranks."""
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
+        tensors: list[tuple[str, Any]] = [
+            (f"model.{name}", weight.data) for name, weight in self._parameters.items()
+        ]
+        for parameter, state in self.optimizer.state.items():
+            tensors += [
+                (f"optimizer.{names[id(parameter)]}.{key}", value)
+                for key, value in state.items()
+                if isinstance(value, Tensor)
+            ]
+        for number, (name, value) in enumerate(tensors):
+            if isinstance(value, DTensor):
+                yield name, self._sharded_part(value)
+            else:
+                yield name, self._replicated(value, number)
+
+    def _sharded_part(self, value: DTensor) -> TensorShard:
+        """FSDP2 shards dimension 0 as torch.chunk does; the first replica writes."""
+        mesh = value.device_mesh
+        shards, position = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
+        rows = value.shape[0] if value.ndim else 1
+        start = min(rows, position * -(-rows // shards))
+        first_replica = mesh.ndim == 1 or mesh.get_local_rank(0) == 0
+        local = value.to_local()
+        row = math.prod(value.shape[1:])
+        return TensorShard(
+            local,
+            tuple(value.shape),
+            start=start * row,
+            owned=first_replica and local.numel() > 0,
+            copies=mesh.get_group(0) if mesh.ndim > 1 else None,
+        )
+
+    @contextlib.contextmanager
+    def _reduce_gradients(self, last: bool) -> Iterator[None]:
+        if self._sharded:  # reduce-scatter every time: summed unsharded, gradients fill a rank
+            self.module.set_requires_all_reduce(last)
+            yield
+        elif self.mesh.ranks > 1 and not last:
+            with self.wrapped.no_sync():
+                yield
+        else:
+            yield

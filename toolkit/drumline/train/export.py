@@ -1,0 +1,52 @@
+"""A checkpoint as a plain model folder that transformers loads: config.json and safetensors."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from drumline.checkpoint.manifest import read_entries, read_manifest, shard_name
+from drumline.data.dataset_manifest import DatasetManifest
+from drumline.errors import CheckpointError
+from drumline.plan.model import Plan
+from drumline.train.models import ModelBuilder
+
+
+def export(plan: Plan, manifest: DatasetManifest, checkpoint: Path, target: Path) -> int:
+    """Write the model of a verified checkpoint into `target`; the number of parameters.
+
+    Needs the whole model in host memory once.
+    """
+    model: Any = ModelBuilder(plan.recipe, manifest).whole()
+    if not hasattr(model, "save_pretrained"):
+        raise CheckpointError(
+            f"{plan.recipe.model.factory}: a factory's model is not one of transformers'. Nearest: "
+            f"load {checkpoint} yourself; docs/failures.md says what lies in it"
+        )
+    wanted = {f"model.{name}": p for name, p in model.named_parameters()}
+    wanted |= {f"buffer.{name}": b for name, b in model.named_buffers()}
+    filled = dict.fromkeys(wanted, 0)
+    for rank in range(read_manifest(checkpoint)["ranks"]):
+        entries = read_entries(checkpoint, rank)
+        with safe_open(checkpoint / shard_name(rank), framework="pt") as file:
+            for name in wanted.keys() & entries.keys():
+                part = file.get_tensor(name)
+                start = entries[name]["start"]
+                flat = wanted[name].data.view(-1)
+                flat[start : start + part.numel()].copy_(part)
+                filled[name] += part.numel()
+    short = [n for n, p in wanted.items() if n.startswith("model.") and filled[n] != p.numel()]
+    if short:
+        raise CheckpointError(f"{checkpoint}: {short[0]} is not whole in it")
+    model.save_pretrained(target, safe_serialization=True)
+    return sum(p.numel() for p in model.parameters())
+
+
+def check_finite(target: Path) -> list[str]:
+    """Names of exported tensors that hold a value that is not finite."""
+    bad = []
+    for path in sorted(target.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            bad += [n for n in file.keys() if not torch.isfinite(file.get_tensor(n)).all()]  # noqa: SIM118
+    return bad

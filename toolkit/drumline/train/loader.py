@@ -1,0 +1,210 @@
+"""Loading a checkpoint, whatever split, engine or mesh wrote it.
+
+Each manifest is parsed once and each shard opened by the ranks that need something of it: the ranks share the
+manifests, rank 0 works out who reads what from which shard, and state that several ranks hold is read by one
+of them and broadcast.
+"""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor
+
+from drumline.checkpoint import retention
+from drumline.checkpoint.manifest import read_entries, read_manifest, shard_name, verify
+from drumline.checkpoint.state import TrainState
+from drumline.errors import CheckpointError
+from drumline.train.engines.base import TensorShard
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The checkpoint to load (None: begin anew), and the names under which bad ones were kept."""
+
+    path: Path | None
+    state: TrainState
+    has_older: bool
+    set_aside: list[str]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A stored part of a tensor: in the shard of `rank`, from element `start` of the whole on."""
+
+    rank: int
+    start: int
+    count: int
+
+
+Sources = dict[str, list[Source]]
+Need = tuple[tuple[int, ...], int, int]
+"""What a rank reads of a tensor: its global shape, the first element, and how many."""
+
+
+def choose(folder: Path) -> Choice:
+    """The newest sound checkpoint; every rank calls it, verifies its share, and gets the same.
+
+    CheckpointError where there were checkpoints and none is sound, or the folder itself is gone: to
+    begin anew in silence would lose what metrics.jsonl still tells.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    set_aside: list[str] = []
+    while True:
+        shared: list[Any] = [None, set_aside]
+        if rank == 0 and folder.is_dir():
+            shared[0] = [path.name for path in retention.find_checkpoints(folder)]
+        dist.broadcast_object_list(shared, src=0)
+        names, set_aside = shared
+        if names is None:
+            raise CheckpointError(f"{folder}: it is gone. Nearest: put it back, or run anew")
+        if not names:
+            if set_aside:
+                raise CheckpointError(
+                    f"{folder}: no checkpoint is sound; they are kept as {', '.join(set_aside)}. "
+                    "Nearest: put a sound copy in their place, or run anew"
+                )
+            return Choice(None, TrainState(), has_older=False, set_aside=[])
+        path = folder / names[-1]
+        state, error = TrainState(), ""
+        try:
+            ranks = read_manifest(path)["ranks"]
+            state = verify(path, range(rank, ranks, world))
+        except CheckpointError as problem:
+            error = str(problem)
+        errors: list[str] = [""] * world
+        dist.all_gather_object(errors, error)
+        problem_found = next(filter(None, errors), "")
+        if not problem_found:
+            return Choice(path, state, has_older=len(names) > 1, set_aside=set_aside)
+        if rank == 0:
+            aside = retention.set_aside(path).name
+            set_aside = [*set_aside, aside]
+            print(f"{problem_found}; kept as {aside}, falling back to the one before", flush=True)
+
+
+def load(path: Path, shards: dict[str, TensorShard]) -> None:
+    """Fill this rank's tensors from a verified checkpoint; every rank calls it."""
+    own = {
+        name: (shard.shape, shard.start, shard.tensor.numel())
+        for name, shard in shards.items()
+        if _reader(name, shard) == _rank()
+    }
+    sources = _shared_out(path, own, shards)
+    with contextlib.ExitStack() as stack:
+        files: dict[int, Any] = {}
+        for name in sorted(shards):
+            shard = shards[name]
+            if name in own:
+                for source in sources[name]:
+                    if source.rank not in files:
+                        file = safe_open(path / shard_name(source.rank), framework="pt")
+                        files[source.rank] = stack.enter_context(file)
+                _read(
+                    shard,
+                    [(files[source.rank].get_slice(name), source) for source in sources[name]],
+                )
+            if shard.copies is not None:
+                _broadcast(shard, _reader(name, shard))
+
+
+def _reader(name: str, shard: TensorShard) -> int:
+    """Of the ranks that hold the same elements, the one that reads them; they take turns."""
+    if shard.copies is None:
+        return _rank()
+    members = dist.get_process_group_ranks(shard.copies)
+    return members[sum(name.encode()) % len(members)]
+
+
+def _shared_out(path: Path, own: dict[str, Need], shards: dict[str, TensorShard]) -> Sources:
+    """Where each tensor that this rank reads lies; CheckpointError on all ranks where they do not agree.
+
+    Rank 0 gathers what the manifests say (each is parsed by one rank) and what each rank needs.
+    """
+    rank, world = _rank(), dist.get_world_size() if dist.is_initialized() else 1
+    ranks = read_manifest(path)["ranks"]
+    said = {number: read_entries(path, number) for number in range(rank, ranks, world)}
+    told = (said, own, sorted(shards) if rank == 0 else None)
+    if world == 1:
+        return _answers(path, [told])[0]
+    everyone: list[Any] | None = [None] * world if rank == 0 else None
+    dist.gather_object(told, everyone, dst=0)
+    answers: list[Any] = [None] * world
+    if everyone is not None:
+        try:
+            answers = _answers(path, everyone)
+        except CheckpointError as error:
+            answers = [str(error)] * world
+    mine: list[Any] = [None]
+    dist.scatter_object_list(mine, answers if rank == 0 else None, src=0)
+    if isinstance(mine[0], str):
+        raise CheckpointError(mine[0])
+    return mine[0]  # type: ignore[no-any-return]
+
+
+def _answers(path: Path, everyone: list[Any]) -> list[Sources]:
+    """For each rank, where what it needs lies."""
+    stored: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for said, _, _ in everyone:
+        for number, entries in said.items():
+            for name, entry in entries.items():
+                stored.setdefault(name, []).append((number, entry))
+    here = set(everyone[0][2])
+    missing = sorted(here ^ set(stored))
+    if missing:
+        side = "the checkpoint" if missing[0] in here else "this model"
+        raise CheckpointError(f"{path}: {len(missing)} tensors differ; {side} lacks {missing[0]}")
+    return [
+        {name: _sources(name, need, stored[name]) for name, need in own.items()}
+        for _, own, _ in everyone
+    ]
+
+
+def _sources(name: str, need: Need, parts: list[tuple[int, dict[str, Any]]]) -> list[Source]:
+    """The stored parts that overlap with what is needed."""
+    shape, first, count = need
+    saved = tuple(parts[0][1]["shape"])
+    if saved != shape:
+        raise CheckpointError(f"tensor {name}: {list(saved)} saved, {list(shape)} here")
+    found = []
+    for rank, entry in parts:
+        size = entry["bytes"] // _WIDTHS[entry["dtype"]]
+        if max(first, entry["start"]) < min(first + count, entry["start"] + size):
+            found.append(Source(rank, entry["start"], size))
+    return found
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+_WIDTHS = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2,
+    "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
+"""Bytes of an element, by the name that the manifest has."""
+
+
+@torch.no_grad()
+def _read(shard: TensorShard, parts: list[tuple[Any, Source]]) -> None:
+    target = shard.tensor.contiguous().view(-1)
+    end = shard.start + target.numel()
+    for stored, source in parts:
+        low, high = max(shard.start, source.start), min(end, source.start + source.count)
+        piece = stored[low - source.start : high - source.start]
+        target[low - shard.start : high - shard.start].copy_(piece)
+    if not shard.tensor.is_contiguous():
+        shard.tensor.copy_(target.view(shard.tensor.shape))
+
+
+@torch.no_grad()
+def _broadcast(shard: TensorShard, source: int) -> None:
+    """From the rank that has read it to all that hold the same."""
+    value: Tensor = shard.tensor.detach().contiguous()
+    dist.broadcast(value, src=source, group=shard.copies)
+    if value.data_ptr() != shard.tensor.data_ptr():
+        shard.tensor.copy_(value)

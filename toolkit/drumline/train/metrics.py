@@ -1,0 +1,119 @@
+"""What the loop tells of each step, into metrics.jsonl."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+from drumline.checkpoint.state import TrainState
+from drumline.metrics_file import Kind, MetricsFile
+from drumline.plan.model import Plan
+from drumline.plan.noise import noise_scale
+from drumline.train.anomalies import Judgement
+from drumline.train.batches import Step
+from drumline.train.device_memory import MemoryGauge
+from drumline.train.step_reduce import Verdict
+
+
+class Logbook:
+    """What the loop has to tell of each step; only rank 0 writes."""
+
+    def __init__(self, plan: Plan, path: Path, device: torch.device, state: TrainState) -> None:
+        self._plan, self._gauge = plan, MemoryGauge(device)
+        self._file = None
+        if dist.get_rank() == 0:
+            self._file = MetricsFile(path, state.step, state.evaluation_due)
+        self._started = 0.0
+
+    def timed(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """The steps as they come; a step's time runs from asking for its data to `record`."""
+        while True:
+            self._started = time.perf_counter()
+            step = next(steps, None)
+            if step is None:
+                return
+            yield step
+
+    def record(
+        self,
+        step: Step,
+        state: TrainState,
+        verdict: Verdict,
+        rate: float,
+        judgement: Judgement,
+        culprits: dict[str, Any],
+    ) -> None:
+        """One line of metrics.jsonl; an odd step's also says why, on which ranks, of which samples."""
+        if self._file is None:
+            return
+        seconds = time.perf_counter() - self._started
+        self._file.add(
+            Kind.STEP,
+            step=step.number,
+            epoch=step.epoch,
+            loss=verdict.loss,
+            lr=rate,
+            grad_norm=verdict.grad_norm,
+            samples=state.samples,
+            weight=step.weight,
+            digest=step.digest,
+            seconds=seconds,
+            samples_per_s=step.samples / seconds,
+            tokens_per_s=step.tokens / seconds,
+            mfu=self._gauge.mfu(self._plan, seconds),
+            **self._gauge.read(),
+            skipped=judgement.skip,
+            **({"why": judgement.why, "sigma": judgement.sigma} if judgement.why else {}),
+            **culprits,
+            **_noise_values(state),
+        )
+        if step.number % self._plan.recipe.logging.every_steps == 0:
+            self.flush()
+
+    def record_evaluation(self, step: int, evaluation: dict[str, float]) -> None:
+        """A line of its own, shown at once."""
+        if self._file:
+            self._file.add(Kind.EVALUATION, step=step, **evaluation)
+            self.flush()
+
+    def record_save(self, step: int) -> None:
+        """A checkpoint is published: when, in seconds since 1970."""
+        self.record_event(step, **{"checkpoint/saved": round(time.time(), 3)})
+
+    def record_event(self, step: int, **values: str | float) -> None:
+        """Something that happened beside the steps, such as a save, or one that failed."""
+        if self._file:
+            self._file.add(Kind.EVENT, step=step, **values)
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the lines held so far; what cannot be written now is held on."""
+        if self._file:
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Put every line on disk, before a checkpoint that counts on them; OSError where it fails."""
+        if self._file:
+            self._file.sync()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file:
+            self._file.close()
+
+
+def _noise_values(state: TrainState) -> dict[str, float]:
+    """B_simple in samples with its interval, once enough steps were measured."""
+    found = noise_scale(state.noise)
+    if found is None:
+        return {}
+    return {
+        "noise_scale": found.value,
+        "noise_scale_low": found.low,
+        "noise_scale_high": found.high,
+    }

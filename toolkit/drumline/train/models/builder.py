@@ -1,0 +1,176 @@
+"""Materialises a model block by block, each from a generator seeded by (seed, block name).
+
+No draw depends on how many ranks there are, and no rank holds more than a few unsharded blocks. The draws of
+torch's CPU generator are the same on every machine; those of its CUDA generator are not, so a run could not
+be reproduced on other hardware. Blocks are therefore drawn on the CPU, but each by one rank only, all ranks
+at the same time, and broadcast to the others on the device that will hold them.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from drumline.data.dataset_manifest import DatasetManifest
+from drumline.recipe.precision import PRECISIONS
+from drumline.recipe.schema import Recipe
+from drumline.train.models.blocks import named_blocks, own_tensors
+from drumline.train.models.build import build_model, check_vocabulary, enable_checkpointing
+from drumline.train.models.edits import apply_edits
+from drumline.train.models.seeds import derived_seed
+
+_OUTSIDE = "rest"
+_RANDOM = ("uniform_", "normal_", "xavier_uniform_", "xavier_normal_", "kaiming_uniform_", "kaiming_normal_",
+           "trunc_normal_", "orthogonal_", "sparse_")  # fmt: skip
+_LARGEST_ROUND = 8
+"""Blocks that are drawn at the same time, each by another rank."""
+
+Progress = Callable[[str], None]
+"""Called with what has been made: `block 3 of 80`."""
+
+
+def ignore_progress(what: str) -> None:
+    """Nobody watches."""
+
+
+class ModelBuilder:
+    """A model whose blocks are materialised one at a time, by `blocks()` and then `finish()`.
+
+    Every rank of a process group calls these alike. `device`: where the weights are to lie; `progress` hears
+    of every block. `dtype` overrides the recipe's type of parameters, for checks in fp64.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        manifest: DatasetManifest,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        progress: Progress = ignore_progress,
+    ) -> None:
+        self._seed, self._device = recipe.seed, device or torch.device("cpu")
+        self._is_random = recipe.model.source == "config"
+        is_narrow = PRECISIONS[recipe.precision].stored == 2
+        self._dtype = dtype or (torch.bfloat16 if is_narrow else None)
+        self._progress = progress
+        self.model: Any = build_model(recipe, manifest)
+        check_vocabulary(self.model, manifest)
+        apply_edits(self.model, recipe)
+        if recipe.model.activation_checkpointing == "full":
+            enable_checkpointing(self.model)
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """The repeated blocks (a transformer's layers), each with its initial weights."""
+        named = named_blocks(self.model)
+        size = min(_LARGEST_ROUND, _world())
+        for start in range(0, len(named), size):
+            batch = named[start : start + size]
+            self._draw([(name, list(block.modules())) for name, block in batch])
+            for number, (_, block) in enumerate(batch):
+                self._hand_out(list(block.modules()), source=number % _world())
+                self._progress(f"block {start + number + 1} of {len(named)}")
+                yield block
+                for parameter in block.parameters():  # sharding made new ones
+                    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+
+    def finish(self) -> nn.Module:
+        """Everything outside the blocks; then weights that are tied are tied."""
+        inside = {id(m) for _, block in named_blocks(self.model) for m in block.modules()}
+        outside = [module for module in self.model.modules() if id(module) not in inside]
+        self._draw([(_OUTSIDE, outside)])
+        self._hand_out(outside, source=0)
+        if self._is_random:
+            self.model.tie_weights()
+        return self.model
+
+    def whole(self) -> nn.Module:
+        """All of it at once, for a rank that holds the model unsharded."""
+        for _ in self.blocks():
+            pass
+        return self.finish()
+
+    def _draw(self, units: list[tuple[str, list[nn.Module]]]) -> None:
+        """This rank's unit of a round, on the CPU; the others stay on the meta device."""
+        for number, (name, modules) in enumerate(units):
+            if self._is_random and number % _world() == _rank():
+                _allocate(modules, torch.device("cpu"))
+                torch.manual_seed(derived_seed("init", self._seed, name))
+                _initialise(self.model, modules)
+
+    def _hand_out(self, modules: list[nn.Module], source: int) -> None:
+        """To the device that will hold it, in its type, and from the rank that has drawn it to all."""
+        if self._is_random and source != _rank():
+            _allocate(modules, self._device)
+            with _without_draws():
+                _initialise(self.model, modules)
+        for module in modules:
+            for store in (module._parameters, module._buffers):
+                for name, tensor in store.items():
+                    if tensor is not None and not isinstance(tensor, DTensor):
+                        self._place(store, name, tensor)
+        if self._is_random and _world() > 1:
+            for module in modules:
+                for tensor in own_tensors(module):
+                    if not isinstance(tensor, DTensor):  # tied to what is sharded already
+                        dist.broadcast(tensor.data, src=source)
+
+    def _place(self, store: dict[str, Any], name: str, tensor: Tensor) -> None:
+        is_parameter = isinstance(tensor, nn.Parameter)
+        dtype = self._dtype if self._dtype and is_parameter else tensor.dtype
+        if is_parameter:
+            tensor.data = tensor.data.to(self._device, dtype)
+        else:
+            store[name] = tensor.to(self._device)
+
+
+def _allocate(modules: list[nn.Module], device: torch.device) -> None:
+    """Memory in place of what is on the meta device."""
+    for module in modules:
+        if any(tensor.is_meta for tensor in own_tensors(module)):
+            module.to_empty(device=device, recurse=False)
+
+
+@torch.no_grad()
+def _initialise(model: Any, modules: list[nn.Module]) -> None:
+    """Transformers' own initialisation of these modules, children before parents.
+
+    What is initialised is marked, so that a parent's rule cannot touch a block a second time.
+    """
+    from transformers.initialization import guard_torch_init_functions
+
+    with guard_torch_init_functions():
+        for module in reversed(modules):
+            model._init_weights(module)
+    for module in modules:
+        for parameter in module.parameters(recurse=False):
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _without_draws() -> Iterator[None]:
+    """Initialisation leaves random numbers out and sets only what is computed: buffers, ones, zeros."""
+    from transformers.initialization import TORCH_INIT_FUNCTIONS
+
+    kept = {name: TORCH_INIT_FUNCTIONS[name] for name in _RANDOM if name in TORCH_INIT_FUNCTIONS}
+    for name in kept:
+        TORCH_INIT_FUNCTIONS[name] = _leave
+    try:
+        yield
+    finally:
+        TORCH_INIT_FUNCTIONS.update(kept)
+
+
+def _leave(tensor: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    return tensor
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0

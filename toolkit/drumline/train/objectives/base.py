@@ -1,0 +1,79 @@
+"""What every objective is to engines, evaluation and verification."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drumline.train.models.masks import positions_given
+
+Batch = dict[str, Tensor]
+
+_NOT_INPUTS = {"targets", "weights"}
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Undivided sums over a micro-batch, each a float tensor [].
+
+    `loss` in nats, each sample's (or token's) times its weight. `metrics`: name -> (numerator, denominator),
+    such as right answers and answers; their quotient over all samples is what is reported.
+    """
+
+    loss: Tensor
+    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class Objective:
+    """What is minimised. Subclasses give `sums`.
+
+    `metrics`: the names that `sums` returns, reported by evaluation as `eval/<name>`. `why_not_additive`:
+    empty where the loss of a batch is the sum of its samples' losses, which is what makes every split train
+    the same; else why it is not.
+    """
+
+    metrics: tuple[str, ...] = ()
+    why_not_additive: str = ""
+
+    def sums(self, model: nn.Module, batch: Batch) -> Sums:
+        """Run the model on a micro-batch and sum its losses.
+
+        `batch`: the arrays of the task's `collate` as tensors, and `weights`, float32 [n]: what one counted
+        token (or the one class) of each row weighs. A target of -100 must add exactly zero to every sum and
+        to every gradient: that is how a rank without a sample takes part.
+        """
+        raise NotImplementedError
+
+
+class ObjectiveModule(nn.Module):
+    """Model and objective as one module, so that DDP and FSDP wrap the whole forward.
+
+    forward(batch) -> float [1 + 2·m]: the loss, then numerator and denominator of each of m metrics.
+    """
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The sums of this micro-batch, as one tensor."""
+        found = self.objective.sums(self.model, batch)
+        parts = [found.loss]
+        for name in self.objective.metrics:
+            parts += [value.to(found.loss.dtype) for value in found.metrics[name]]
+        return torch.stack(parts)
+
+
+def model_inputs(model: nn.Module, batch: Batch) -> Any:
+    """The model's output for a micro-batch: `features` as its first argument, all else by name."""
+    inputs = {name: value for name, value in batch.items() if name not in _NOT_INPUTS}
+    first = [inputs.pop("features")] if "features" in inputs else []
+    with positions_given("position_ids" in inputs):
+        return model(*first, **inputs)
+
+
+def at_least_fp32(logits: Tensor) -> Tensor:
+    """Narrow logits as fp32: their softmax needs it."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

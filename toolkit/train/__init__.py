@@ -1,1 +1,0 @@
-"""What runs in a worker: the only package (with memory/trace.py) that imports torch."""
