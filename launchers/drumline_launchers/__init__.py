@@ -1,4 +1,4 @@
-"""Who starts the processes: pure renderers from a Plan to a command. Never imports torch."""
+"""Launchers: pure functions from a Plan to the command that starts its ranks. Never imports torch."""
 
 from drumline_launchers import accelerate, deepspeed, torchrun
 from drumline_launchers.base import Command, Renderer

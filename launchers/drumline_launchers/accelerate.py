@@ -1,7 +1,7 @@
-"""`accelerate launch`, with a configuration of its own, so that a user's default one changes nothing.
+"""`accelerate launch` with its own configuration file, so that the user's default one has no effect.
 
-On a CPU accelerate starts one process, whatever --num_processes says, unless it is told that these
-are GPUs; the worker then takes the CPU, as the plan says.
+Configured for a CPU, accelerate starts one process whatever --num_processes is. So the configuration always
+says GPU; the worker still uses the CPU if the plan says so.
 """
 
 import json
@@ -12,8 +12,8 @@ from drumline_launchers.base import WORKER_ENVIRONMENT, Command, Job, start_modu
 
 
 def render(plan: Plan, job: Job) -> Command:
-    """`python -m accelerate.commands.launch` of this node's ranks."""
-    # Each node has its own, with its number in it, in a folder that all share.
+    """Render `python -m accelerate.commands.launch` for this node's ranks."""
+    # One file per node: it contains the node rank, and all nodes share the run folder.
     config_file = str(job.run_folder / f"accelerate-{job.attempt}-node-{job.node_rank}.json")
     argv = [
         *start_module(job.python, "accelerate.commands.launch"),

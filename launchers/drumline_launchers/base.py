@@ -1,4 +1,4 @@
-"""What every launcher renders: arguments, environment and files; no shell anywhere."""
+"""The job that a launcher is given, and the command that it renders; no shell is involved."""
 
 import shlex
 from collections.abc import Callable
@@ -10,11 +10,11 @@ from drumline.plan.model import Plan
 
 @dataclass(frozen=True)
 class Job:
-    """Where an attempt lies: the workers read `plan_file` and write below `run_folder`.
+    """One attempt on one node: the workers read `plan_file` and write below `run_folder`.
 
-    `node_rank` is this node's number; `host` and `port` are where the ranks of all nodes meet; `task`
-    is what the workers do there, by a name that the worker knows; `until` the step to stop after;
-    `address` this node's own, where its name is not the one that it is reached by.
+    `host` and `port`: the rendezvous of all nodes. `task`: what the workers run, as in their `--task`.
+    `until`: the step to stop after. `address`: this node's own address, where other nodes do not reach it
+    by its host name.
     """
 
     plan_file: Path
@@ -33,7 +33,7 @@ class Job:
 class Command:
     """Arguments for exec, environment variables on top of the caller's, and files to write first.
 
-    `is_remote`: it starts processes on other hosts, and must be let go to end them.
+    `is_remote`: it starts processes on other hosts, and needs time to end them before it is killed.
     """
 
     argv: list[str]
@@ -42,7 +42,7 @@ class Command:
     is_remote: bool = False
 
     def to_shell(self) -> str:
-        """The same as text that a shell can run; every value quoted."""
+        """Return the command as shell text, every value quoted."""
         settings = [f"{name}={shlex.quote(value)}" for name, value in sorted(self.env.items())]
         writes = [
             f"printf %s {shlex.quote(text)} > {shlex.quote(path)}"
@@ -53,8 +53,8 @@ class Command:
 
 WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # the worker sets its own number of compute threads
-    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads starve the others of a shared machine
-    "PYTHONSAFEPATH": "1",  # `-P` for the ranks, which the launchers start
+    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads take CPU time from other processes
+    "PYTHONSAFEPATH": "1",  # what `-P` does, for the ranks too, which launchers start without it
     "TOKENIZERS_PARALLELISM": "false",
 }
 
@@ -62,12 +62,12 @@ Renderer = Callable[[Plan, Job], Command]
 
 
 def start_module(python: str, module: str) -> list[str]:
-    """`python -P -m module`: with a safe path, so that nothing in the current folder can be imported."""
+    """Return `python -P -m module`; `-P` keeps the current folder off the import path."""
     return [python, "-P", "-m", module]
 
 
 def worker_arguments(job: Job) -> list[str]:
-    """What every launcher puts after its own options."""
+    """Return the worker module and its arguments, which follow the launcher's own options."""
     return [
         "drumline.train.worker",
         "--plan",
@@ -82,6 +82,6 @@ def worker_arguments(job: Job) -> list[str]:
 
 
 def attend_command(run: str, nodes: int, configuration: str) -> list[str]:
-    """What every node of a cluster without srun starts: the first supervises, the others follow."""
+    """Return the command of every node without srun: the first supervises the run, the others follow it."""
     start = start_module("python", "drumline.cli")
     return [*start, "attend", run, "--nodes", str(nodes), "--from", configuration]

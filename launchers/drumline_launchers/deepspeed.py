@@ -1,4 +1,4 @@
-"""DeepSpeed's per-node launcher. The `deepspeed` command itself leaves ranks running when it is ended."""
+"""DeepSpeed's per-node launcher; the `deepspeed` command itself leaves ranks running when it is killed."""
 
 import base64
 import json
@@ -15,9 +15,9 @@ from drumline_launchers.base import (
 
 
 def render(plan: Plan, job: Job) -> Command:
-    """`python -m deepspeed.launcher.launch` of this node's ranks.
+    """Render `python -m deepspeed.launcher.launch` for this node's ranks.
 
-    The configuration is written for people to read; the workers make the same from the plan.
+    The configuration file is for reference only; the workers build the same configuration from the plan.
     """
     slots = list(range(plan.mesh.ranks_per_node))
     world = {f"node-{number}": slots for number in range(plan.batch.nodes)}

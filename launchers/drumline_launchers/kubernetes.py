@@ -1,7 +1,7 @@
-"""Kubernetes: a TrainJob (Kubeflow Trainer), a JobSet, or an Indexed Job, with the run as a ConfigMap. Pure.
+"""Renders a Kubernetes job (Kubeflow TrainJob, JobSet or Indexed Job) and the run's ConfigMap. Pure.
 
 One pod per node runs `drumline attend`: the first supervises, the others follow it through the run folder,
-which lies on a volume that all of them mount. Secrets are referred to, never held.
+which is on a volume that all pods mount. Manifests refer to Secrets by name and never contain their values.
 """
 
 from typing import Any
@@ -14,13 +14,13 @@ from drumline_launchers.site import Kubernetes, Site
 CONFIG = "/etc/drumline"
 _MAX_CONFIG = 1 << 20
 _CONTAINER = "node"
-"""The name that Kubeflow's runtimes give to the container that trains."""
+"""Kubeflow's runtimes give this name to the container that trains."""
 
 Manifest = dict[str, Any]
 
 
 def render_manifests(plan: Plan, site: Site, name: str, files: dict[str, str]) -> list[Manifest]:
-    """A ConfigMap with the run's files, and the job that mounts it; `name` is the run's."""
+    """Render a ConfigMap with the run's `files`, and the job that mounts it; both are called `name`."""
     place = site.kubernetes
     if place is None:
         raise PlanError(
@@ -43,9 +43,10 @@ def render_manifests(plan: Plan, site: Site, name: str, files: dict[str, str]) -
 
 
 def check_manifests(manifests: list[Manifest]) -> None:
-    """LaunchError where a field is wrong, missing, or one that Kubernetes does not know.
+    """Raise LaunchError if a field is wrong, missing or unknown to Kubernetes.
 
-    The models of `kubeflow-trainer-api` drop unknown fields in silence, so what they give back is compared.
+    The models of `kubeflow-trainer-api` silently drop unknown fields, so their output is compared with the
+    manifest.
     """
     try:
         from kubeflow_trainer_api import models
@@ -126,7 +127,7 @@ def _job(plan: Plan, site: Site, place: Kubernetes, name: str) -> Manifest:
 
 
 def _pod(plan: Plan, site: Site, place: Kubernetes, name: str) -> Manifest:
-    """Its run folder and its configuration mounted, memory to share between processes, names of secrets."""
+    """Render the pod: the volumes of run folder and configuration, shared memory, references to Secrets."""
     run = f"{place.mount.rstrip('/')}/{name}"
     resources: dict[str, str] = {}
     if plan.recipe.cluster.gpu != "cpu":
@@ -144,7 +145,7 @@ def _pod(plan: Plan, site: Site, place: Kubernetes, name: str) -> Manifest:
         "volumeMounts": [
             {"name": "config", "mountPath": CONFIG, "readOnly": True},
             {"name": "runs", "mountPath": place.mount},
-            {"name": "shared-memory", "mountPath": "/dev/shm"},  # noqa: S108 - the kernel's
+            {"name": "shared-memory", "mountPath": "/dev/shm"},  # noqa: S108 - not a temporary file
         ],
     }
     pod: Manifest = {
@@ -183,7 +184,7 @@ def _environment(site: Site, place: Kubernetes) -> list[Manifest]:
 
 
 def _lost(given: Any, known: Any, path: str = "") -> list[str]:
-    """Paths of what is in the one and not in the other."""
+    """Return the paths of values in `given` that are missing or different in `known`."""
     if isinstance(given, dict):
         known = known if isinstance(known, dict) else {}
         missing = [f"{path}{key}" for key in given if key not in known]

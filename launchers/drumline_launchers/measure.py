@@ -1,4 +1,4 @@
-"""One node of a measurement of links: what srun or a shell starts, which becomes torchrun.
+"""Measures one node's links: srun or a shell starts this on each node, and it execs torchrun.
 
 python -m drumline_launchers.measure --nodes N --ranks R --host NODE-0 --port P --out FILE
 """
@@ -16,13 +16,13 @@ from drumline_launchers.torchrun import Meeting, meet
 def measure_command(
     python: list[str], nodes: int, ranks: int, host: str, port: int, out: Path
 ) -> list[str]:
-    """What every node runs, the same on each; `python` is what starts it there."""
+    """Return the command that every node runs, the same on each; `python` starts Python there."""
     place = ["--nodes", str(nodes), "--ranks", str(ranks), "--host", host, "--port", str(port)]
     return [*python, "-P", "-m", "drumline_launchers.measure", *place, "--out", str(out)]
 
 
 def main() -> None:
-    """Become torchrun."""
+    """Exec torchrun, which runs `drumline.train.bandwidth`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--nodes", type=int, required=True)
     parser.add_argument("--ranks", type=int, required=True)

@@ -1,9 +1,9 @@
-"""One node of several: what srun or a pod starts everywhere, which becomes that node's launcher.
+"""One node of several: srun starts this on each node, and it execs that node's launcher.
 
     python -m drumline_launchers.node --plan FILE --run-dir DIR --attempt N --host NODE-0 --port P
 
-The node's number comes from SLURM_NODEID, JOB_COMPLETION_INDEX or NODE_RANK, its own address from
-SLURMD_NODENAME, where these are set.
+The node rank comes from SLURM_NODEID, JOB_COMPLETION_INDEX or NODE_RANK (default 0), the node's own address
+from SLURMD_NODENAME, if it is set.
 """
 
 import argparse
@@ -21,14 +21,14 @@ _NODE_NUMBER = ("SLURM_NODEID", "JOB_COMPLETION_INDEX", "NODE_RANK")
 
 
 def node_number(environment: Mapping[str, str]) -> int:
-    """Which node this is, from 0."""
+    """Return this node's rank, counted from 0."""
     return int(next((environment[name] for name in _NODE_NUMBER if name in environment), "0"))
 
 
 def node_command(
     plan: Plan, arguments: argparse.Namespace, environment: Mapping[str, str]
 ) -> Command:
-    """What this node runs."""
+    """Render this node's launcher."""
     job = Job(
         plan_file=arguments.plan,
         run_folder=arguments.run_dir,
@@ -44,7 +44,7 @@ def node_command(
 
 
 def main() -> None:
-    """Write the launcher's files and become it."""
+    """Write the launcher's files, then exec the launcher."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--plan", type=Path, required=True)
     parser.add_argument("--run-dir", type=Path, required=True)

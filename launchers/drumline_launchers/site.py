@@ -1,4 +1,4 @@
-"""A site: what a cluster is like, in a YAML file that is validated like a recipe and never part of one."""
+"""A site: a cluster's properties, in a YAML file that is validated like a recipe but never part of one."""
 
 from typing import Annotated, Literal
 
@@ -26,7 +26,7 @@ class Container(Section):
 
 
 class Fabric(Section):
-    """Which network NCCL and gloo use: interface names, InfiniBand adapters."""
+    """The network: interfaces of NCCL and gloo, InfiniBand adapters of NCCL."""
 
     interface: Adapters | None = None
     infiniband: Adapters | None = None
@@ -40,10 +40,10 @@ class SecretReference(Section):
 
 
 class Kubernetes(Section):
-    """Namespace, image and volumes of a Kubernetes cluster; `secrets` maps variables to keys of Secrets.
+    """Namespace, image and volumes of a Kubernetes cluster.
 
-    `kind`: a Kubeflow TrainJob (of `runtime`), a JobSet, or an Indexed Job. `claim` is the volume claim that
-    holds run folders, mounted at `mount`.
+    `kind`: a Kubeflow TrainJob (of `runtime`), a JobSet, or an Indexed Job. `claim`: the volume claim that
+    holds run folders, mounted at `mount`. `secrets` maps environment variables to keys of Secrets.
     """
 
     kind: Literal["trainjob", "jobset", "job"] = "trainjob"
@@ -65,9 +65,10 @@ SLOW_NODE_RATIO = 0.8
 class Site(Section):
     """Partition, hardware, limits and set-up of a cluster.
 
-    `environment` names variables of the submitter to pass on, by name only; `setup` are shell lines before
-    anything starts; `sbatch` further options, one each. `warning_s` before the time limit the run saves.
-    `preflight`: a job measures its nodes' links first; a node below `slow_node_ratio` of the others is slow.
+    `environment`: names of the submitter's variables to pass on. `setup`: shell lines to run before anything
+    starts. `sbatch`: further sbatch options, one per item. `warning_s`: seconds before the time limit at
+    which the run saves. `preflight`: a job first measures its nodes' links; a node below `slow_node_ratio`
+    times the median of the others is slow.
     """
 
     site: Slug

@@ -1,4 +1,4 @@
-"""SkyPilot: a task for `sky launch`, as a plain mapping. Pure."""
+"""Renders a SkyPilot task for `sky launch`, as a plain mapping. Pure."""
 
 import shlex
 from pathlib import Path
@@ -23,11 +23,11 @@ ACCELERATORS = {
     "rtx-5090": "RTX5090",
     "mi300x": "MI300X",
 }
-"""drumline's names of GPUs to SkyPilot's."""
+"""Maps drumline's GPU names to SkyPilot's."""
 
 
 def render_task(plan: Plan, site: Site, recipe_file: Path) -> dict[str, Any]:
-    """Every node attends the same run folder; SkyPilot numbers the nodes and names the first."""
+    """Render the task: every node runs `drumline attend` on one run folder, with SkyPilot's node rank."""
     gpu, per_node = plan.recipe.cluster.gpu, plan.mesh.ranks_per_node
     resources: dict[str, Any] = {}
     if gpu != "cpu":

@@ -1,4 +1,4 @@
-"""Slurm: one batch script for people to read, and the srun that starts an attempt on its nodes. Pure."""
+"""Slurm: renders the batch script, and the srun that starts an attempt on the job's nodes. Pure."""
 
 import shlex
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from drumline_launchers.base import Command, Job
 from drumline_launchers.site import Container, Site
 
 _ALWAYS = ("PATH", "HOME", "USER", "SHELL", "LANG", "SLURM_CONF", "DRUMLINE_CACHE")
-"""Passed on beside what the site names, where it names any."""
+"""Variables to pass on besides the site's `environment`; unused if that is empty."""
 
 _TEMPLATE = Path(__file__).with_name("slurm.sh.j2")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What the script needs beside plan and site: `fewest` to `most` nodes, where things lie.
+    """What the batch script needs besides plan and site.
 
-    Several run folders make a job array, one task each. `after` is the job that this one waits for,
-    `is_followed` that another waits for this one, which then does not start itself again. `at_most`: tasks
-    of the array that run at the same time.
+    `fewest` to `most`: the nodes to ask for. Several run folders make a job array, one task each. `after`:
+    the job that this one waits for. `is_followed`: another job waits for this one, which then does not
+    requeue itself after saving (exit 75). `at_most`: array tasks that run at the same time.
     """
 
     run_folders: list[Path]
@@ -37,7 +37,7 @@ class Batch:
 
 
 def render_script(plan: Plan, site: Site, batch: Batch) -> str:
-    """The sbatch script, every value quoted."""
+    """Render the sbatch script; every value is quoted, except in #SBATCH lines."""
     per_node = plan.mesh.ranks_per_node
     return _template().render(
         options=_options(plan, site, batch, per_node),
@@ -55,7 +55,7 @@ def render_script(plan: Plan, site: Site, batch: Batch) -> str:
 
 
 def step_command(plan: Plan, job: Job, site: Site, hosts: list[str]) -> Command:
-    """Srun of one launcher per node, on as many of these hosts as the plan has nodes, the first ones."""
+    """Render the srun of one launcher per node, on the first hosts, as many as the plan has nodes."""
     node = ["-P", "-m", "drumline_launchers.node", "--plan", str(job.plan_file),
             "--run-dir", str(job.run_folder), "--attempt", str(job.attempt),
             "--host", job.host, "--port", str(job.port),
@@ -65,7 +65,7 @@ def step_command(plan: Plan, job: Job, site: Site, hosts: list[str]) -> Command:
 
 
 def on_each(hosts: list[str], command: list[str], site: Site | None = None) -> list[str]:
-    """Srun of the command once on each of these hosts of the job; all end when one fails."""
+    """Render an srun of the command, once on each of the job's hosts; if one fails, all are ended."""
     cores = site.cpus_per_node if site else None
     return [
         *_one_task_on_each(hosts),
@@ -78,7 +78,7 @@ def on_each(hosts: list[str], command: list[str], site: Site | None = None) -> l
 
 
 def python_of(site: Site, python: str, run_folder: Path) -> list[str]:
-    """What starts Python in a step: the one given, or inside the site's container its own."""
+    """Return what starts Python in a job step: `python`, or that of the site's container."""
     container = site.container
     if container is None:
         return [python]
@@ -87,7 +87,7 @@ def python_of(site: Site, python: str, run_folder: Path) -> list[str]:
 
 
 def roll_call(hosts: list[str]) -> list[str]:
-    """Srun whose tasks print the names of their hosts; a host that is lost prints nothing, the others do."""
+    """Render an srun whose tasks print their host names; a lost host does not end the other tasks."""
     return [
         *_one_task_on_each(hosts),
         "--no-kill",
@@ -104,12 +104,12 @@ def _one_task_on_each(hosts: list[str]) -> list[str]:
         f"--ntasks={len(hosts)}",
         "--ntasks-per-node=1",
         f"--nodelist={','.join(hosts)}",
-        "--overlap",  # a step that is still being cleared away must not hold up the next
+        "--overlap",  # otherwise srun waits until Slurm has cleaned up the previous step
     ]
 
 
 def _options(plan: Plan, site: Site, batch: Batch, per_node: int) -> list[str]:
-    """#SBATCH lines, in sbatch's own syntax: an unquoted line each, so values are checked beforehand."""
+    """Return the #SBATCH options; they cannot be quoted, so the schemas restrict their values."""
     nodes = str(batch.most) if batch.fewest == batch.most else f"{batch.fewest}-{batch.most}"
     gpus = None
     if plan.recipe.cluster.gpu != "cpu":
@@ -117,7 +117,7 @@ def _options(plan: Plan, site: Site, batch: Batch, per_node: int) -> list[str]:
         gpus = f"--gpus-per-node={kind}{per_node}"
     found = [
         f"--job-name={plan.recipe.recipe}",
-        f"--nodes={nodes}",  # with --ntasks-per-node Slurm would give the fewest of a range
+        f"--nodes={nodes}",  # no --ntasks-per-node: with it Slurm gives the fewest nodes of a range
         gpus,
         f"--cpus-per-task={site.cpus_per_node}" if site.cpus_per_node else None,
         f"--mem={site.memory_per_node}" if site.memory_per_node else None,
@@ -169,7 +169,7 @@ def _apptainer(container: Container, run_folder: Path) -> list[str]:
 
 @cache
 def _template() -> Template:
-    """Every value goes through `quoted`; a name that is not given is an error."""
+    """Return the parsed template; its filter `quoted` quotes a value, and an undefined name is an error."""
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
                               keep_trailing_newline=True, autoescape=False)  # fmt: skip  # noqa: S701 - shell
     environment.filters["quoted"] = lambda value: shlex.quote(str(value))

@@ -1,4 +1,4 @@
-"""torchrun; its own restarts stay off, because drumline's supervisor decides."""
+"""torchrun, with its own restarts off: drumline's supervisor decides about restarts."""
 
 from dataclasses import dataclass
 
@@ -12,12 +12,12 @@ from drumline_launchers.base import (
 )
 
 PATIENCE_S = 600
-"""Nodes import torch from a shared disk at their own pace; by default the first ones give up after 60 s."""
+"""Rendezvous timeouts: the default read_timeout, 60 s, is short for nodes on a shared, slow disk."""
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the nodes meet, under which name, and which of them this is; `address` is its own."""
+    """A rendezvous: host, port and id (`name`), with this node's rank and its own `address`."""
 
     host: str
     port: int
@@ -27,7 +27,7 @@ class Meeting:
 
 
 def render(plan: Plan, job: Job) -> Command:
-    """One worker per rank of this node."""
+    """Render `python -m torch.distributed.run` for this node's ranks."""
     name = f"{job.run_folder.name}-{job.attempt}"
     place = Meeting(job.host, job.port, name, job.node_rank, job.address)
     start = meet(job.python, plan.batch.nodes, plan.mesh.ranks_per_node, place)
@@ -35,7 +35,7 @@ def render(plan: Plan, job: Job) -> Command:
 
 
 def meet(python: str, nodes: int, ranks: int, place: Meeting) -> list[str]:
-    """`python -m torch.distributed.run` with its options: `ranks` on each of `nodes`."""
+    """Return `python -m torch.distributed.run` with its options: `nodes` nodes, `ranks` processes on each."""
     return [
         *start_module(python, "torch.distributed.run"),
         f"--nnodes={nodes}",
@@ -50,7 +50,7 @@ def meet(python: str, nodes: int, ranks: int, place: Meeting) -> list[str]:
 
 
 def _address(place: Meeting) -> list[str]:
-    """Which node hosts the meeting, said outright where names alone cannot tell."""
+    """Return rendezvous options; with an own address, `is_host` says whether this node hosts the store."""
     conf = f"--rdzv-conf=join_timeout={PATIENCE_S},read_timeout={PATIENCE_S}"
     if place.address is None:
         return [conf]

@@ -166,6 +166,21 @@ def test_two_numbers_are_solved_by_the_memory_estimate() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"model": {**LLAMA, "edits": ["mine:freeze"]}},
+        {"objective": {"name": "custom", "factory": "mine:freeze"}},
+        {"data": {**TEXT, "task": "custom", "task_factory": "mine:freeze"}},
+    ],
+)
+def test_code_of_the_project_makes_the_estimate_unknown(changed: dict[str, Any]) -> None:
+    """An edit, an objective or a task that the closed form cannot see is never estimated as if it were not there."""
+    plan = plan_of(**{"model": LLAMA, "data": TEXT, **changed})
+    assert (plan.memory.fits, plan.memory.device, plan.cost.flops_per_step) == (None, None, None)
+    assert any("mine:freeze" in line and "--trace" in line for line in plan.warnings)
+
+
 def test_what_does_not_fit_is_advised_with_plans_that_do() -> None:
     """Every advice keeps the effective batch and was re-planned; applying it gives its number."""
     recipe = load_recipe("llama-1b-8xh100", ["batch.per_device=16", "batch.accumulation=4"])

@@ -1,30 +1,30 @@
-"""Every mistake a user can make, as a tree; the exit code belongs to the class.
+"""The tree of errors that a user can fix; each class has an exit code.
 
     DrumlineError
     ├── RecipeError        2   the YAML, a key, a value, an override
     ├── PlanError          2   the batch equation, the steps, the strategy table
     │   └── DoesNotFit     3   the plan is sound but its peak memory exceeds the GPU
-    ├── DataError          2   a file that is missing, empty or not what it says
+    ├── DataError          2   a file that is missing, empty or not in its stated format
     ├── LaunchError        2   this machine cannot start what the plan asks for
     ├── CheckpointError    4   no sound checkpoint, or one of another training
-    ├── RunFolderError     2   the folder named is not a run, or is one already
+    ├── RunFolderError     2   the folder is not a run folder, or already holds a run
     └── RunError           4   the run failed
         ├── NotFinite          too many steps in a row were skipped; a restart would repeat them
-        ├── NotFiniteAfterLoad all steps after a load were; the checkpoint before is tried
-        └── PeerLost           another rank is gone; the cause is there
+        ├── NotFiniteAfterLoad the first steps after a load were all non-finite; an older checkpoint is tried
+        └── PeerLost           another rank is gone; its outcome has the cause
 
-Exit code 75 is no error: the run stopped on a signal with a checkpoint saved; resume goes on.
+Exit code 75 is not an error: the run stopped on a signal with a checkpoint saved, and can be resumed.
 
-A message gives path, value, arithmetic and the nearest legal fix. A mistake of ours is an
-`assert` or a plain exception and keeps its traceback.
+A message gives path, value, arithmetic and the nearest legal fix. A bug in drumline is an `assert` or a
+plain exception and keeps its traceback.
 """
 
 NOT_EQUAL_EXIT_CODE = 5
-"""What was to be equal is not: `verify`, `reproduce`. No error either: the command did its work."""
+"""`verify` and `reproduce` found a difference. Not an error: the command itself succeeded."""
 
 
 class DrumlineError(Exception):
-    """Base of every error that is the user's to mend; `exit_code` is what the command returns."""
+    """Base of every error that the user can fix; `exit_code` is the command's exit code."""
 
     exit_code = 2
 
@@ -34,7 +34,7 @@ class RecipeError(DrumlineError):
 
 
 class PlanError(DrumlineError):
-    """The recipe is well-formed but no plan can be made of it."""
+    """The recipe is well-formed but has no valid plan."""
 
 
 class DoesNotFit(PlanError):
@@ -48,7 +48,7 @@ class DataError(DrumlineError):
 
 
 class LaunchError(DrumlineError):
-    """The processes that the plan names cannot be started here."""
+    """This machine cannot start the processes that the plan needs."""
 
 
 class CheckpointError(DrumlineError):
@@ -64,11 +64,11 @@ class RunError(DrumlineError):
 
 
 class NotFinite(RunError):
-    """Loss or gradient stayed non-finite."""
+    """`anomalies.max_skipped` steps in a row were skipped as non-finite or, if configured, as spikes."""
 
 
 class NotFiniteAfterLoad(RunError):
-    """Loss or gradient was non-finite from the first step after `checkpoint` was loaded."""
+    """Loss or gradient was non-finite in each of the first steps after `checkpoint` was loaded."""
 
     def __init__(self, message: str, checkpoint: str) -> None:
         super().__init__(message)
@@ -76,8 +76,8 @@ class NotFiniteAfterLoad(RunError):
 
 
 class PeerLost(RunError):
-    """Another rank, or the store that the ranks share, is gone."""
+    """Another rank, or the key-value store that the ranks share, is gone."""
 
 
 class RunFolderError(DrumlineError):
-    """The folder named is not a run folder, or already holds something."""
+    """The folder is not a run folder, or is not empty where a new one is needed."""

@@ -1,4 +1,4 @@
-"""Files that are whole at any moment: written beside, fsynced, renamed."""
+"""Atomic file replacement: write a temporary file in the same folder, fsync it, rename it."""
 
 import contextlib
 import io
@@ -9,9 +9,9 @@ from typing import Any
 
 
 def write_durably(path: Path, raw: bytes) -> None:
-    """Replace a file's content; a reader, also after a power cut, sees the old or the new.
+    """Replace a file's content atomically: a reader, even after a power cut, sees the old or the new one.
 
-    OSError with the file's name; nothing half-written stays.
+    On failure, removes the temporary file and raises OSError with the file's name.
     """
     temporary = path.with_name(f".{path.name}.part")
     try:
@@ -27,17 +27,17 @@ def write_durably(path: Path, raw: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_durably` of UTF-8 text."""
+    """Write UTF-8 text with `write_durably`."""
     write_durably(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_durably` of indented JSON."""
+    """Write indented JSON with `write_durably`."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def fsync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
+    """Fsync a folder, so that renames and new files in it survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -46,9 +46,9 @@ def fsync_folder(path: Path) -> None:
 
 
 class ForgivingOutput(io.TextIOBase):
-    """Text to a descriptor, unbuffered; what nobody takes any more, or no disk, is dropped.
+    """Unbuffered text output to a file descriptor; text that cannot be written is dropped.
 
-    A reader that leaves (`| head`, a closed terminal) must not end a training.
+    A closed pipe (`| head`), a closed terminal or a full disk must not end a training.
     """
 
     encoding = "utf-8"
@@ -57,15 +57,15 @@ class ForgivingOutput(io.TextIOBase):
         self._descriptor = descriptor
 
     def write(self, text: str) -> int:
-        """All of it, or what can be written."""
+        """Write the text and ignore OSError."""
         with contextlib.suppress(OSError):
             os.write(self._descriptor, text.encode(errors="replace"))
         return len(text)
 
     def fileno(self) -> int:
-        """The descriptor."""
+        """The file descriptor."""
         return self._descriptor
 
     def isatty(self) -> bool:
-        """Whether it is a terminal."""
+        """Whether the descriptor is a terminal."""
         return os.isatty(self._descriptor)

@@ -1,4 +1,4 @@
-"""How long a rank may stay in one phase before it counts as hung: one rule for rank and supervisor."""
+"""How long a rank may stay in one phase before it counts as hung; the rank and the supervisor share it."""
 
 import statistics
 from collections import deque
@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from drumline.rank_files import Heartbeat
 
 _START_S = 600.0
-"""At least so long is allowed for each phase before the first step."""
+"""Lower bound of the timeout, in seconds, for each phase before the first step."""
 _FEWEST_STEPS = 10
-"""Steps to be timed before `hang_factor` has a median to multiply."""
+"""Number of step times needed before `hang_factor` applies."""
 _SHORTEST_S = 5.0
-"""Lower bound of the timeout that comes from `hang_factor`."""
+"""Lower bound of the timeout from `hang_factor`, in seconds."""
 
 
 @dataclass
 class HangTimeout:
-    """`timeout_s` in every phase; in a step, if shorter, `factor` times the median of the last steps."""
+    """Hang timeout of a phase: `timeout_s`; within a step, `factor` × the median step time if shorter."""
 
     timeout_s: float
     factor: float | None = None
@@ -26,8 +26,8 @@ class HangTimeout:
     def limit_s(self, heartbeat: Heartbeat | None) -> float:
         """Seconds that a rank may stay at this heartbeat; a rank without one is still starting.
 
-        A rank that knows how long its phase takes, such as the save of so many bytes, says so in `limit_s` of
-        its heartbeat, and the longer of the two counts.
+        Outside of steps, a heartbeat's own `limit_s` (such as the time to save a known number of bytes)
+        replaces `timeout_s` if it is longer.
         """
         if heartbeat is None or heartbeat.phase.is_before_the_first_step:
             return max(self.timeout_s, _START_S)
@@ -37,7 +37,7 @@ class HangTimeout:
         return max(self.timeout_s, heartbeat.limit_s)
 
     def time_steps(self, now: float, done: int) -> None:
-        """Learn how long steps take: at `now`, in seconds of any clock, so many are done."""
+        """Record that `done` steps are finished at `now`, in seconds of any monotonic clock."""
         if self._done and done > self._done[0]:
             self._steps_s.append((now - self._done[1]) / (done - self._done[0]))
         if not self._done or done != self._done[0]:

@@ -1,10 +1,10 @@
-"""metrics.jsonl: one JSON object a line, of three kinds; each step stands there once, none in part.
+"""metrics.jsonl: one JSON object per line, of three kinds; one step line per step, and no partial lines.
 
     {"kind": "step", "step": 12, "loss": …}            every optimizer step, in order
     {"kind": "evaluation", "step": 12, "eval/loss": …}  after the line of its step
     {"kind": "event", "step": 12, "checkpoint/saved": …}  such as a save; may come after later steps
 
-Files of versions before `kind` are read as well: `with_kind` says how.
+Files written before the `kind` field existed can be read too; see `with_kind`.
 """
 
 import errno
@@ -23,7 +23,7 @@ Line = dict[str, Any]
 
 
 class Kind(StrEnum):
-    """What a line of metrics.jsonl tells of."""
+    """Kind of a line of metrics.jsonl."""
 
     STEP = "step"
     EVALUATION = "evaluation"
@@ -33,8 +33,8 @@ class Kind(StrEnum):
 class MetricsFile:
     """Appends lines, which are held in memory until `flush`.
 
-    A line that the disk refuses stays in memory and is written later; the file never holds part of one.
-    Opened for a run that resumes, it first drops what lies after the checkpoint's step.
+    A line that cannot be written stays in memory and is written later; the file never holds a partial line.
+    Opening it for a resumed run first drops the lines after the checkpoint's step.
     """
 
     def __init__(self, path: Path, resume_at: int, evaluation_due: bool = False) -> None:
@@ -48,7 +48,7 @@ class MetricsFile:
         self._size = os.fstat(self._descriptor).st_size
 
     def add(self, kind: Kind, **values: Any) -> None:
-        """One line; numbers that are not finite become null."""
+        """Append one line; non-finite numbers become null."""
         plain = {"kind": kind, **{name: _finite(value) for name, value in values.items()}}
         line = json.dumps(plain)
         with self._lock:
@@ -64,7 +64,7 @@ class MetricsFile:
             self._has_warned = True
 
     def sync(self) -> None:
-        """Write the lines held so far and wait for the disk; OSError where it refuses."""
+        """Write the lines held so far and fsync; OSError if that fails."""
         self._write()
         os.fsync(self._descriptor)
 
@@ -87,7 +87,7 @@ class MetricsFile:
 
 
 def iterate_metrics(path: Path) -> Iterator[Line]:
-    """Every whole line in the file's order, one at a time; a torn last line is left out."""
+    """Yield every complete line in file order; a torn last line is left out."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -98,12 +98,12 @@ def iterate_metrics(path: Path) -> Iterator[Line]:
 
 
 def read_metrics(path: Path) -> list[Line]:
-    """`iterate_metrics` as a list; for commands that need all lines at once."""
+    """Read all complete lines into a list, for commands that need them at once."""
     return list(iterate_metrics(path))
 
 
 def last_line(path: Path, is_meant: Callable[[Line], bool]) -> Line | None:
-    """The last whole line that satisfies `is_meant`, read from the end; None where there is none."""
+    """The last complete line for which `is_meant` is true, reading from the end; None if there is none."""
     for _, line in _lines_from_end(path):
         if line is not None and is_meant(line):
             return line
@@ -111,7 +111,7 @@ def last_line(path: Path, is_meant: Callable[[Line], bool]) -> Line | None:
 
 
 def last_step_line(path: Path) -> Line | None:
-    """The line of the newest step; None where there is none."""
+    """The last step line; None if there is none."""
     return last_line(path, lambda line: line["kind"] == Kind.STEP)
 
 
@@ -127,7 +127,7 @@ def is_torn(path: Path) -> bool:
 
 
 def parsed_line(raw: bytes) -> Line | None:
-    """A line of metrics with its kind; None for one that is torn or is none."""
+    """Parse a line of metrics and add its kind; None if it is torn or not a metrics line."""
     try:
         line = json.loads(raw)
     except ValueError:
@@ -136,7 +136,7 @@ def parsed_line(raw: bytes) -> Line | None:
 
 
 def with_kind(line: Line) -> Line:
-    """The line with its `kind`; before that field existed, the line's other fields tell."""
+    """Return the line with a `kind`; for older files it is derived from the other fields."""
     if "kind" in line:
         return line
     if "lr" in line:
@@ -147,10 +147,9 @@ def with_kind(line: Line) -> Line:
 def cut_after(path: Path, step: int, evaluation_due: bool) -> None:
     """Drop the lines of steps after the checkpoint that the run resumes from, and a torn last line.
 
-    `evaluation_due`: the evaluation of `step` itself is to be done again, so its line goes too. Only the end
-    of the file is read and written, from the last step line that stays: memory and time do not grow with the
-    run. The lines that stay are written over the old ones before the file is shortened, so that a kill
-    in between loses none of them.
+    `evaluation_due`: the evaluation of `step` itself will be repeated, so its line is dropped too. Only the
+    end of the file is read and written, from the last kept step line on, so memory and time do not grow with
+    the run. The kept lines are written before the file is truncated, so a kill in between loses none.
     """
 
     def is_kept(line: Line) -> bool:
@@ -184,7 +183,7 @@ def _encoded(line: Line) -> bytes:
 
 
 def _lines_from_end(path: Path) -> Iterator[tuple[int, Line | None]]:
-    """(byte offset, line) from the last line to the first; None for a line that is torn or empty."""
+    """Yield (byte offset, line) from the last line to the first; the line is None if torn or empty."""
     try:
         file = path.open("rb")
     except OSError:

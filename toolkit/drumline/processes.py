@@ -1,4 +1,4 @@
-"""Processes told apart for good: a number alone may be another process by now."""
+"""Process identity that survives PID reuse, signals to such processes, and free ports."""
 
 import contextlib
 import functools
@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Self
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-"""Finish the step, save, leave; the last is a terminal that is gone."""
+"""A rank finishes the step, saves and exits. SIGHUP means that the terminal was closed."""
 STACKS_SIGNAL = signal.SIGUSR2
-"""A rank answers it with the stacks of all its threads, in its log."""
+"""A rank answers it by writing the stacks of all its threads to its log."""
 _PORTS, _TRIES = range(20000, 65536), 100
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process of one host, by its number and the moment it started (clock ticks since boot)."""
+    """A process identified by PID, start time (clock ticks since boot) and host."""
 
     pid: int
     started: int
@@ -33,7 +33,7 @@ class Process:
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """What `str` wrote; None for anything else."""
+        """Parse what `str` wrote; None for any other text."""
         parts = text.split()
         if len(parts) != 3 or not (parts[0].isdigit() and parts[1].isdigit()):
             return None
@@ -44,16 +44,16 @@ class Process:
 
     @property
     def is_here(self) -> bool:
-        """Whether it belongs to this host, where alone it can be seen and signalled."""
+        """Whether it belongs to this host; only then can it be inspected and signalled."""
         return self.host == this_host()
 
     @property
     def is_alive(self) -> bool:
-        """Whether it runs on this host; one that ended and was not yet reaped does not."""
+        """Whether it runs on this host; a zombie does not."""
         return self.is_here and _started(self.pid) == self.started
 
     def send(self, number: signal.Signals | int) -> None:
-        """Send a signal to this process, and to no other that took its number."""
+        """Send a signal to this process, but not to another one that reuses its PID."""
         if self.is_alive:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
@@ -64,7 +64,7 @@ SOURCE_ROOTS = tuple(
     for name in ("toolkit", "launchers")
     if (root := Path(__file__).resolve().parents[2] / name).is_dir()
 )
-"""In a checkout, the folders that hold `drumline` and `drumline_launchers`; none where they are installed."""
+"""In a checkout, the folders that hold `drumline` and `drumline_launchers`; empty if they are installed."""
 
 
 def python_path(environment: Mapping[str, str]) -> str:
@@ -74,10 +74,10 @@ def python_path(environment: Mapping[str, str]) -> str:
 
 
 def free_port() -> int:
-    """A port of this host that nobody has now, and that nobody is given by chance before it is used.
+    """Find a free TCP port of this host, outside the ephemeral range if possible.
 
-    The system gives its ephemeral ports to whoever asks for any, srun for one, in the seconds until the
-    ranks come up: those are avoided.
+    Linux assigns ephemeral ports to sockets that ask for no particular one, such as srun's, so one of those
+    could be taken in the seconds until the ranks bind it.
     """
     given = _ephemeral_ports()
     others = [port for port in _PORTS if port not in given]
@@ -91,7 +91,7 @@ def free_port() -> int:
 
 
 def _ephemeral_ports() -> range:
-    """Those that Linux gives to sockets that ask for none in particular."""
+    """Ports that Linux assigns to sockets that ask for no particular one."""
     try:
         first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
     except (OSError, ValueError):
@@ -101,7 +101,7 @@ def _ephemeral_ports() -> range:
 
 @functools.cache
 def this_host() -> str:
-    """This boot of this machine and the namespace of its process numbers; names may change."""
+    """Identify this host by boot ID and PID namespace, because its name may change; by name without /proc."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
@@ -110,7 +110,7 @@ def this_host() -> str:
 
 
 def _started(pid: int) -> int | None:
-    """Field 22 of /proc/<pid>/stat; None when the process is gone or a zombie."""
+    """Start time of a process (field 22 of /proc/<pid>/stat); None if it is gone or a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,14 +1,15 @@
-"""What a rank leaves in its attempt's log folder for the supervisor to read.
+"""Files in an attempt's log folder by which ranks and supervisor communicate.
 
-rank-0.pid            the process; written first
-rank-0.heartbeat      where the rank is, in one line that is overwritten in place
-rank-0.device.json    the device that it trains on, and what drives it
+rank-0.pid            the process identity; written first
+rank-0.heartbeat      the rank's phase and progress, in one line that is overwritten in place
+rank-0.device.json    host, device, compute threads, and versions of torch, CUDA, NCCL and cuDNN
 rank-0.begun.json     which checkpoint was loaded, and which were set aside
-rank-0.outcome.json   how it ended; a launcher's exit code does not tell
-rank-0.log            everything it printed
-rank-0.collectives.json  after a hang: its last collectives, as torch's flight recorder has them
-ended                 written by the supervisor: a rank that is there or starts after this leaves at once
-stop, stacks          the same, for ranks that no signal reaches: finish the step and leave; dump the stacks
+rank-0.outcome.json   how the rank ended; a launcher's exit code does not say it reliably
+rank-0.log            everything the rank printed
+rank-0.collectives.json  after a hang: its last collectives, from torch's flight recorder
+ended                 from the supervisor: ranks on other hosts, and ranks that start later, exit at once
+stop, stacks          from the supervisor, for ranks on other hosts, which get no signals: finish the step and
+                      exit; dump the stacks
 """
 
 import contextlib
@@ -25,18 +26,18 @@ from drumline.processes import Process
 
 _HEARTBEAT_BYTES = 256
 _OUTCOME_BYTES = 1 << 14
-"""Reserved on disk when a rank starts, so that a full disk cannot hide how it ended."""
+"""Reserved on disk when a rank starts, so that its outcome can be written even if the disk is full."""
 _READS = 5
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Where a rank is.
+    """A rank's progress.
 
-    `count` grows with every phase that the rank enters and is comparable between ranks, which all enter the
-    same ones in the same order. `waits` grows while a rank waits in one phase, for a disk say, and lives.
-    `done` is the steps that are finished; `busy_ms` the time spent in forwards, where no rank waits for
-    another; `limit_s` how long this phase may take, where the rank knows (0: it does not).
+    `count` grows with every phase that the rank enters; it is comparable between ranks, because all enter the
+    same phases in the same order. `waits` grows while a rank that is not stuck waits within a phase, for
+    example for a disk. `done` is the number of finished steps; `busy_ms` the total time in forwards, where no
+    rank waits for another; `limit_s` how long this phase may take, in seconds (0: the rank does not know).
     """
 
     count: int = 0
@@ -50,12 +51,12 @@ class Heartbeat:
 
     @property
     def words(self) -> str:
-        """The phase for people: `forward of micro-batch 1 of 2`."""
+        """The phase as readable text: `forward of micro-batch 1 of 2`."""
         return f"{self.phase} of {self.detail}" if self.detail else str(self.phase)
 
 
 class Asked(NamedTuple):
-    """What a supervisor asks of all ranks by files: to be gone, to stop, to dump their stacks."""
+    """The supervisor's requests to all ranks by file: exit at once, stop after the step, dump stacks."""
 
     ended: bool
     stop: bool
@@ -85,14 +86,14 @@ class RankFiles:
         return self._process
 
     def heartbeat(self) -> Heartbeat | None:
-        """Where the rank is now; None as long as it has not said."""
+        """The rank's latest heartbeat; None before the first, or if no consistent read succeeds."""
         try:
             descriptor = os.open(self._heartbeat, os.O_RDONLY)
         except OSError:
             return None
         try:
             raw = os.pread(descriptor, _HEARTBEAT_BYTES, 0)
-            for _ in range(_READS):  # the rank may be writing: until two reads are the same
+            for _ in range(_READS):  # the rank may be writing: read until two reads agree
                 before, raw = raw, os.pread(descriptor, _HEARTBEAT_BYTES, 0)
                 if raw == before:
                     return _heartbeat_of(raw)
@@ -103,59 +104,59 @@ class RankFiles:
         return None
 
     def outcome(self) -> dict[str, Any] | None:
-        """How the rank ended; None as long as it has not said."""
+        """How the rank ended; None before it has written that."""
         return _object(self._outcome)
 
     def begun(self) -> dict[str, Any] | None:
-        """What the rank has loaded: from_step, checkpoint, set_aside; None as long as it has not."""
+        """What the rank loaded (from_step, checkpoint, set_aside); None if it has loaded no checkpoint."""
         return _object(self._begun)
 
     def device(self) -> dict[str, Any] | None:
-        """Host, device, and the versions below torch; None as long as it has not said."""
+        """Host, device, threads and library versions; None before the rank has written them."""
         return _object(self._device)
 
     def end_attempt(self) -> None:
-        """Turn away ranks that come up from now on."""
-        if not self._ended.exists():  # its time is when that was first said
-            with contextlib.suppress(OSError):  # a folder that is gone turns them away too
+        """Make ranks that start from now on, and ranks on other hosts, exit."""
+        if not self._ended.exists():  # keep its first modification time
+            with contextlib.suppress(OSError):  # without the folder no rank can start either
                 self._ended.touch()
 
     def ask_to_stop(self) -> None:
-        """Of all ranks of the attempt: what a signal asks of those on this host."""
+        """Ask ranks on other hosts to finish the step and exit, as a stop signal does on this host."""
         with contextlib.suppress(OSError):
             self._stop.touch()
 
     def ask_for_stacks(self) -> None:
-        """Of all ranks of the attempt, into their logs."""
+        """Ask every rank for its last collectives, and ranks on other hosts also for their stacks."""
         with contextlib.suppress(OSError):
             self._stacks.touch()
 
     def asked(self) -> Asked:
-        """In the rank: what the supervisor wants of all ranks."""
+        """In the rank: read the supervisor's requests."""
         return Asked(self._ended.exists(), self._stop.exists(), self._stacks.exists())
 
     def announce(self) -> bool:
-        """In the rank: say who it is and reserve its files; false when the attempt has ended."""
+        """In the rank: write its process and reserve its outcome file; False if the attempt has ended."""
         self._pid.write_text(str(Process.current()))
         self._reserved().write_bytes(b" " * _OUTCOME_BYTES)
         return not self._ended.exists()
 
     def open_heartbeat(self) -> "HeartbeatWriter":
-        """In the rank: the writer of its heartbeats."""
+        """In the rank: open the writer of its heartbeats."""
         return HeartbeatWriter(self._heartbeat)
 
     def write_begun(self, facts: dict[str, Any]) -> None:
-        """In the rank: what it has loaded."""
+        """In the rank: write what it loaded."""
         with contextlib.suppress(OSError):
             write_json(self._begun, facts)
 
     def write_device(self, facts: dict[str, Any]) -> None:
-        """In the rank: what it trains on."""
+        """In the rank: write what device it trains on."""
         with contextlib.suppress(OSError):
             write_json(self._device, facts)
 
     def write_outcome(self, outcome: dict[str, Any]) -> None:
-        """In the rank: into the reserved space, then renamed, so that it is whole or absent."""
+        """In the rank: write the outcome to the reserved file and rename it, so it is complete or absent."""
         raw = json.dumps(outcome).encode()
         reserved = self._reserved()
         with reserved.open("r+b" if reserved.exists() else "wb") as file:
@@ -168,12 +169,12 @@ class RankFiles:
 
 
 class HeartbeatWriter:
-    """The rank's heartbeat, in a small file that is mapped into memory.
+    """Writes the rank's heartbeat to a small memory-mapped file.
 
-    The training thread only copies some bytes into that memory: no system call, however often it reports.
-    Processes on the same host see them at once, also after this one was killed; `sync` sends them to a shared
-    file system, for a supervisor on another host, and belongs in another thread. Where the file cannot be
-    made or mapped (a full disk), heartbeats stay in memory and the rank goes on.
+    The training thread only copies bytes into the mapping, without a system call. Processes on the same host
+    see them at once, even after this one was killed. `sync` flushes them to a shared file system for a
+    supervisor on another host; call it from another thread, since it blocks. If the file cannot be created or
+    mapped (for example on a full disk), heartbeats stay in memory and the rank continues.
     """
 
     def __init__(self, path: Path) -> None:
@@ -186,15 +187,15 @@ class HeartbeatWriter:
             self._map = mmap.mmap(file.fileno(), _HEARTBEAT_BYTES)
 
     def enter(self, heartbeat: Heartbeat) -> None:
-        """The rank has entered a phase."""
+        """Report that the rank has entered a phase."""
         self._store(replace(heartbeat, count=self.last.count + 1, waits=self.last.waits))
 
     def wait(self) -> None:
-        """The rank is where it was, and lives."""
+        """Report that the rank is still waiting in the same phase and is not stuck."""
         self._store(replace(self.last, waits=self.last.waits + 1))
 
     def sync(self) -> bool:
-        """Send what is new to the file system; False where nothing was."""
+        """Flush a new heartbeat to the file system; False if there was none."""
         last = self.last
         if last is self._synced or self._map is None:
             return False
@@ -210,7 +211,7 @@ class HeartbeatWriter:
 
 
 def _line_of(heartbeat: Heartbeat) -> bytes:
-    """One line of JSON, padded to its fixed length; a long detail is cut short."""
+    """Encode as one line of JSON, padded to a fixed length; a detail that does not fit is dropped."""
     plain = asdict(heartbeat)
     raw = json.dumps(plain).encode()
     if len(raw) > _HEARTBEAT_BYTES:

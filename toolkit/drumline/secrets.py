@@ -1,7 +1,7 @@
-"""Tokens, keys and passwords: found by name, by shape, or because the environment holds them.
+"""Finds tokens, keys and passwords by name, by pattern, or as values of environment variables.
 
-They are refused in recipes and hidden in everything else that is written. Pure: the environment is
-given.
+They are refused in recipes and hidden in everything else that is written. Pure: the environment is an
+argument.
 """
 
 import re
@@ -74,9 +74,9 @@ _SIGNS = (
     "eyJ",
     "PRIVATE KEY",
 )
-"""No shape without one of them: a dry run need not build the expression."""
+"""Every pattern in `_SHAPES` contains one of these, so text without them does not need the regex compiled."""
 _SHORTEST = 8
-"""An environment's secret shorter than this would be found in innocent text."""
+"""Shorter values of secret environment variables are not searched for: they would match ordinary text."""
 
 
 def is_secret_name(name: str) -> bool:
@@ -95,7 +95,7 @@ def is_secret_file(path: str) -> bool:
 
 
 def secrets_in(value: Any, path: str = "") -> Iterator[str]:
-    """Dotted paths of a plain value's secrets: text under a secret's name, or of a secret's shape."""
+    """Yield dotted paths of secrets in plain data: text under a secret name or matching a pattern."""
     if isinstance(value, dict):
         for key, item in value.items():
             where = f"{path}.{key}" if path else str(key)
@@ -117,7 +117,7 @@ def _hide_shapes(text: str) -> str:
 
 
 class Secrets:
-    """What must not be written: the environment's own secrets, and what looks like one."""
+    """Hides the values of secret environment variables, and text that matches a secret pattern."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._known = sorted(
@@ -127,17 +127,17 @@ class Secrets:
         )
 
     def are_in(self, text: str) -> bool:
-        """Whether the text holds one."""
+        """Whether the text contains a secret."""
         return self.hide(text) != text
 
     def hide(self, text: str) -> str:
-        """The text with `[secret]` in their place."""
+        """Replace each secret in the text by `[secret]`."""
         for value in self._known:
             text = text.replace(value, HIDDEN)
         return _hide_shapes(text)
 
     def hide_in(self, value: Any) -> Any:
-        """A plain value, with every secret in it hidden; under a secret's name, all text is one."""
+        """Hide every secret in plain data; any text under a secret name counts as one."""
         if isinstance(value, dict):
             return {
                 key: HIDDEN
@@ -150,7 +150,7 @@ class Secrets:
         return self.hide(value) if isinstance(value, str) else value
 
     def hide_arguments(self, argv: list[str]) -> list[str]:
-        """A command line: `--token X`, `--token=X` and `data.options.api_key=X` lose their X."""
+        """Hide secrets in a command line: the X of `--token X`, `--token=X` and `data.options.api_key=X`."""
         hidden, is_value = [], False
         for argument in argv:
             name, equals, _ = argument.partition("=")

@@ -1,11 +1,11 @@
-"""Numbers as people read them, and back. Pure."""
+"""Formats bytes, counts, FLOPs and durations for people; divisors of integers. Pure."""
 
 MIB = 1 << 20
 GIB = 1 << 30
 
 
 def format_bytes(count: float) -> str:
-    """Bytes with a binary unit and three significant digits: `13.4 GiB`."""
+    """Format bytes with a binary unit and three significant digits: `13.4 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
@@ -14,7 +14,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_count(count: float) -> str:
-    """A large count with its suffix, three significant digits: `124M`, `8.03B`."""
+    """Format a large count with a suffix and three significant digits: `124M`, `8.03B`."""
     for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if abs(count) >= limit:
             return f"{count / limit:.3g}{suffix}"
@@ -22,7 +22,7 @@ def format_count(count: float) -> str:
 
 
 def format_flops(count: float) -> str:
-    """Floating-point operations with an SI prefix, three significant digits: `54 PFLOP`."""
+    """Format floating-point operations with an SI prefix and three significant digits: `54 PFLOP`."""
     for limit, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
         if count >= limit:
             return f"{count / limit:.3g} {prefix}FLOP"
@@ -30,7 +30,7 @@ def format_flops(count: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as `45 s`, `3 min 20 s` or `2 h 05 min`."""
+    """Format seconds as `45 s`, `3 min 20 s` or `2 h 05 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -1,1 +1,1 @@
-"""What a model is made of, without torch: its config, its parameter shapes, and the device table."""
+"""Model shapes from transformers configs, and the table of GPUs; no torch."""

@@ -1,6 +1,6 @@
-"""From a transformers config to a ModelShape, for the architectures that are known. Pure.
+"""Reads a ModelShape from a transformers config, for the known architectures. Pure.
 
-Defaults are those of the config classes of transformers 5; a test holds every count against the
+Defaults are those of the config classes of transformers 5; a test compares every parameter count with the
 real model built on the meta device.
 """
 
@@ -41,10 +41,10 @@ _VIT_KEYS = (*_COMMON_KEYS, *BERT_DROPOUTS, "intermediate_size", "image_size", "
 def read_shape(
     architecture: str, config: dict[str, Any], classes: int | None = None
 ) -> ModelShape | str:
-    """The shape of a known architecture, or why it is not known (its memory is then not either).
+    """The model's shape, or a text that says why it is not known (then its memory is not known either).
 
-    `classes`: of a classifier; None for a language model. PlanError for a width that is not a positive
-    whole number, or a key that is nearly a known one.
+    `classes`: number of classes of a classifier; None for a language model. Raises PlanError for a value
+    that is not legal, or a key that looks like a misspelt known one.
     """
     if architecture not in _READERS:
         return f"no closed form for {architecture}"
@@ -57,7 +57,7 @@ def read_shape(
 
 
 def refuse_near_misses(config: dict[str, Any], known: Collection[str]) -> None:
-    """Transformers ignores unknown keys; one that is nearly a known one is a slip."""
+    """Raise PlanError for keys that look misspelt; transformers would silently ignore them."""
     for key in config:
         if key not in known:
             from difflib import get_close_matches
@@ -68,7 +68,7 @@ def refuse_near_misses(config: dict[str, Any], known: Collection[str]) -> None:
 
 
 def _whole(config: dict[str, Any], keys: tuple[str, ...], default: int | None) -> int:
-    """The first key that is set, a positive whole number, or the default."""
+    """The value of the first key that is set, or the default; raises PlanError if not a positive integer."""
     for key in keys:
         value = config.get(key)
         if value is not None:
@@ -184,7 +184,7 @@ def _moe(architecture: str, config: dict[str, Any], classes: int | None) -> Mode
 
 def _encoder(family: str, architecture: str, config: dict[str, Any], classes: int,
              dropout: float, **its_own: Any) -> ModelShape:  # fmt: skip
-    """What BERT and ViT name alike; `dropout` is their default."""
+    """The shape of BERT or ViT from the config keys that both share; `dropout` is the default."""
     h = _whole(config, ("hidden_size",), 768)
     heads = _whole(config, ("num_attention_heads",), 12)
     _refuse_remainder(h, heads)
@@ -252,4 +252,4 @@ _READERS: dict[str, tuple[tuple[str, ...], str, Reader]] = {
     "bert": (_BERT_KEYS, "gelu", _bert),
     "vit": (_VIT_KEYS, "gelu", _vit),
 }
-"""Known keys, the activation that is known, and what reads the rest."""
+"""By architecture: known config keys, the only supported activation, and the reader of the shape."""

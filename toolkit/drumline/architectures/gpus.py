@@ -1,4 +1,4 @@
-"""The devices that a recipe may name: rows of gpus.yaml."""
+"""The kinds of GPU that a recipe may name, read from gpus.yaml."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +11,7 @@ from drumline.units import GIB
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of device; memory in bytes, None where the machine decides (cpu)."""
+    """One kind of device; memory in bytes, None for cpu, where it is that of the machine."""
 
     name: str
     memory_bytes: int | None
@@ -27,7 +27,7 @@ class Gpu:
 
 @cache
 def find_gpu(name: str) -> Gpu:
-    """The row of that name; PlanError with the nearest one otherwise."""
+    """The device of this name; raises PlanError with the nearest name if there is none."""
     rows = yaml12.parse((Path(__file__).parent / "gpus.yaml").read_text(encoding="utf-8"))
     if name not in rows:
         from difflib import get_close_matches

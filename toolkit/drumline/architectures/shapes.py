@@ -1,21 +1,21 @@
-"""The shape of a known transformer: its widths, and every weight that it has. Pure."""
+"""The shape of a known transformer: its widths and the shapes of all its weights. Pure."""
 
 from dataclasses import dataclass
 from functools import cached_property
 
 Tensors = dict[str, tuple[int, int]]
-"""Weights by name: rows, which is what sharding divides, and the product of the other dimensions."""
+"""Weights by name: (rows, columns). FSDP2 shards the rows; columns is the product of other dimensions."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Widths of a transformer; counts are numbers of parameters, not bytes.
+    """Widths of a transformer; sizes are numbers of elements, not bytes.
 
-    `family` is how its layers run. `ffn` is one expert's where there are `experts`, of which each
-    token goes through `top_k`. `positions` is how many positions the model learns, None where they
-    are computed. `classes` is what a classifier tells apart, None for a language model. `patches` are
-    an image's and `patch_inputs` the numbers of one, 0 for text. `window`: beyond so many tokens
-    attention is given a mask.
+    `family`: the structure of its layers. `ffn`: the feed-forward width, with `experts` that of one expert.
+    Each token is routed to `top_k` experts. `positions`: learned position embeddings, None if it has none.
+    `classes`: classes of a classifier, None for a language model. `patches`: patches per image, and
+    `patch_inputs` the numbers in one; 0 for text. `window`: the sliding window in tokens; longer rows give
+    attention a mask.
     """
 
     family: str
@@ -43,39 +43,39 @@ class ModelShape:
 
     @property
     def query_width(self) -> int:
-        """Heads × head width."""
+        """Output features of the query projection: heads × head_dim."""
         return self.heads * self.head_dim
 
     @cached_property
     def layer_parameters(self) -> int:
-        """Parameters of one layer."""
+        """Number of parameters of one layer."""
         return count(layer_tensors(self))
 
     @cached_property
     def parameters(self) -> int:
-        """Parameters of the whole model."""
+        """Number of parameters of the whole model."""
         return self.layers * self.layer_parameters + count(outer_tensors(self))
 
     @cached_property
     def active_per_layer(self) -> int:
-        """Matrix weights of one layer that a token is multiplied with: of the experts, `top_k`."""
+        """Elements of one layer's matrices that a token is multiplied with; only `top_k` experts count."""
         matrices = {n: rows * cols for n, (rows, cols) in layer_tensors(self).items() if cols > 1}
         for name in ("gate_up", "down") if self.experts else ():
             matrices[name] = matrices[name] // self.experts * self.top_k
         return sum(matrices.values())
 
     def tokens(self, sequence_length: int | None) -> int:
-        """Tokens of one sample: an image's patches and its class token, or the text's length."""
+        """Tokens per sample: patches plus the class token for an image, or the sequence length."""
         if self.patches:
             return self.patches + 1
         assert sequence_length
         return sequence_length
 
     def flops_per_sample(self, sequence_length: int | None) -> int:
-        """FLOPs of forward and backward of one sample.
+        """FLOPs of forward and backward for one sample.
 
-        Per token 6 × active matrix weights + 12 × layers × query width × tokens (Chowdhery et al.
-        2022, PaLM, appendix B).
+        Per token: 6 × active matrix elements + 12 × layers × query width × tokens (Chowdhery et al. 2022,
+        PaLM, appendix B).
         """
         tokens = self.tokens(sequence_length)
         head = self.vocabulary * self.hidden if self.classes is None else 0
@@ -85,7 +85,7 @@ class ModelShape:
 
 
 def layer_tensors(shape: ModelShape) -> Tensors:
-    """Every weight of one layer; vectors have one column."""
+    """All weights of one layer; vectors have one column."""
     h, f, q, kv, e = shape.hidden, shape.ffn, shape.query_width, shape.kv_width, shape.experts
     tensors: Tensors
     if shape.family == "gpt2":  # Conv1D keeps its weights transposed
@@ -110,7 +110,7 @@ def layer_tensors(shape: ModelShape) -> Tensors:
 
 
 def outer_tensors(shape: ModelShape) -> Tensors:
-    """Every weight outside the layers."""
+    """All weights outside the layers: embeddings, final norm and head."""
     h, classes = shape.hidden, shape.classes
     tensors: Tensors
     if shape.patches:
@@ -133,15 +133,15 @@ def outer_tensors(shape: ModelShape) -> Tensors:
 
 
 def _vectors(length: int, number: int) -> Tensors:
-    """Norms' scales and shifts, and biases of that length."""
+    """`number` vectors of one length: scales and shifts of norms, and biases."""
     return {f"vector_{index}": (length, 1) for index in range(number)}
 
 
 def count(tensors: Tensors) -> int:
-    """Elements of all of them."""
+    """Total number of elements."""
     return sum(rows * columns for rows, columns in tensors.values())
 
 
 def sharded(tensors: Tensors, ranks: int) -> int:
-    """Elements of the first rank's shards: rows are dealt in equal chunks, rounded up."""
+    """Elements of the first rank's shards; rows are split into equal chunks, rounded up."""
     return sum(-(-rows // ranks) * columns for rows, columns in tensors.values())

@@ -1,17 +1,17 @@
-"""What a checkpoint says of itself, and whether it is true.
+"""Writes, reads and verifies the manifests of a checkpoint.
 
     checkpoints/step-00000200/
         rank-0.safetensors   the tensors (or ranges of them) that rank 0 owns, each as one dimension
         rank-0.json          tensor, global shape, first element in row-major order, dtype, size,
                              SHA-256; size of the file and SHA-256 of its header
         state.json           step, samples, tokens, early stopping …
-        manifest.json        SHA-256 of the others and of itself, the resolved recipe; written last, deleted
-                             first
-        amendment.json       state.json anew, where an evaluation was made up for after a resume; with
-                             its own SHA-256
+        manifest.json        SHA-256 of the other JSON files and of itself, the resolved recipe; written
+                             last, deleted first
+        amendment.json       a newer state.json, if an evaluation was completed after a resume; with its
+                             own SHA-256
 
-Every bit of every file is covered: tensors by their digests, the header by its own, the JSON files
-by the manifest, the manifest by itself. Only regular files of exactly these names are read.
+A SHA-256 covers every bit of every file: rank-N.json has those of the tensors and of the safetensors header,
+manifest.json those of the JSON files and of itself. Only regular files of exactly these names are read.
 """
 
 import hashlib
@@ -44,23 +44,23 @@ _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U1
 
 
 def checkpoint_name(step: int) -> str:
-    """The folder of a step: `step-00000200`."""
+    """The folder name of a step, such as `step-00000200`."""
     return f"step-{step:08d}"
 
 
 def step_of(path: Path) -> int | None:
-    """The step that a checkpoint's name says; None for other names."""
+    """The step in a checkpoint's folder name; None for other names."""
     match = _NAME.match(path.name)
     return int(match.group(1)) if match else None
 
 
 def shard_name(rank: int) -> str:
-    """The tensors of a rank."""
+    """The file name of a rank's tensors."""
     return f"rank-{rank}.safetensors"
 
 
 def rank_manifest_name(rank: int) -> str:
-    """What the tensors of a rank are."""
+    """The file name of a rank's manifest, which describes its tensors."""
     return f"rank-{rank}.json"
 
 
@@ -75,10 +75,10 @@ def write_rank_manifest(
     tensors: dict[str, dict[str, Any]],
     weight_sums: dict[str, Any] | None = None,
 ) -> str:
-    """Describe a rank's shard, which is on disk already; the SHA-256 of the description.
+    """Write the manifest of a rank's shard, which is already on disk; returns the manifest's SHA-256.
 
-    `tensors`: name -> shape (global), start (first element), dtype, bytes, sha256. `weight_sums`: of the
-    weights among them, where they were made (`checkpoint/weights.py`).
+    `tensors`: name -> shape (global), start (first element), dtype, bytes, sha256. `weight_sums`: sums over
+    the weights among them, if computed (`checkpoint/weights.py`).
     """
     path = folder / shard_name(rank)
     start = _data_start(path)
@@ -97,9 +97,9 @@ def write_manifest(
     rank_digests: list[str],
     recipe: dict[str, Any] | None = None,
 ) -> None:
-    """state.json, then manifest.json, which makes the folder a checkpoint.
+    """Write state.json, then manifest.json, which completes the checkpoint.
 
-    `recipe`: the resolved one, so that a checkpoint alone can be reproduced.
+    `recipe`: the resolved recipe, so that the run can be reproduced from the checkpoint alone.
     """
     raw = _encode(state)
     write_durably(folder / STATE, raw)
@@ -110,9 +110,9 @@ def write_manifest(
 
 
 def verify(path: Path, ranks: Iterable[int] | None = None) -> TrainState:
-    """Check a checkpoint, and every bit of these ranks' shards (default: of all).
+    """Verify the state, and every bit of the shards of `ranks` (default: all); returns the state.
 
-    CheckpointError names the first file that is not what was saved.
+    CheckpointError names the first file that differs from what was saved.
     """
     index = read_manifest(path)
     try:
@@ -129,7 +129,7 @@ def verify(path: Path, ranks: Iterable[int] | None = None) -> TrainState:
 
 
 def write_amendment(path: Path, state: dict[str, Any]) -> None:
-    """The state of a published checkpoint as it is now known, whole or absent."""
+    """Write amendment.json with the newer state of a published checkpoint, atomically."""
     write_durably(path / AMENDMENT, _encode(_with_digest({"state": state})))
     fsync_folder(path)
 
@@ -152,7 +152,7 @@ def _with_digest(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _self_checked(where: Path) -> dict[str, Any]:
-    """A file that holds the digest of the rest of it, without that digest."""
+    """Read a file that contains the SHA-256 of its own content, verify it, and drop the digest."""
     raw = _read(where)
     found = _parse(where, raw)
     digest = found.pop("sha256", None)
@@ -162,7 +162,7 @@ def _self_checked(where: Path) -> dict[str, Any]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """manifest.json, checked against itself and against the folder's name."""
+    """Read manifest.json; CheckpointError where its digest, file list or step is wrong."""
     if path.is_symlink():
         raise CheckpointError(f"{path}: is a symbolic link, not a checkpoint")
     where = path / MANIFEST
@@ -180,19 +180,19 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def read_entries(path: Path, rank: int) -> dict[str, Any]:
-    """What a rank's shard holds: tensor name -> shape, start, dtype, bytes, sha256."""
+    """The entries of a rank's manifest: tensor name -> shape, start, dtype, bytes, sha256."""
     where = path / rank_manifest_name(rank)
     return _parse(where, _read(where))["tensors"]  # type: ignore[no-any-return]
 
 
 def read_weight_sums(path: Path, rank: int) -> dict[str, Any] | None:
-    """The sums over a rank's weights, made when it saved; None where there are none."""
+    """The sums over a rank's weights from its manifest; None where it has none."""
     where = path / rank_manifest_name(rank)
     return _parse(where, _read(where)).get("weight_sums")
 
 
 def tensor_bytes(path: Path, rank: int, name: str) -> bytes:
-    """A tensor's raw bytes in a rank's shard, little-endian, as one dimension."""
+    """A tensor's raw little-endian bytes from a rank's shard."""
     where = path / shard_name(rank)
     start = _data_start(where)
     with where.open("rb") as file:
@@ -202,7 +202,7 @@ def tensor_bytes(path: Path, rank: int, name: str) -> bytes:
 
 
 def _verify_shard(path: Path, rank: int, digest: str) -> None:
-    """The rank's description, the shard's size and header, then every tensor's bytes."""
+    """Verify a rank's manifest, its shard's size and header, then the bytes of every tensor."""
     described = _json_of(path, rank_manifest_name(rank), digest)
     where = path / shard_name(rank)
     tensors = described["tensors"]
@@ -246,7 +246,7 @@ def _digest_of(descriptor: int, offset: int, size: int) -> str:
 
 
 def _data_start(path: Path) -> int:
-    """Where the tensors begin in a safetensors file: 8 bytes of length, then the JSON header."""
+    """Byte offset of the tensors in a safetensors file, after 8 bytes of length and the JSON header."""
     descriptor = _open(path)
     try:
         first, size = os.pread(descriptor, 8, 0), os.fstat(descriptor).st_size
@@ -259,7 +259,7 @@ def _data_start(path: Path) -> int:
 
 
 def _places(path: Path, header: bytes, size: int) -> dict[str, tuple[int, int]]:
-    """Tensor name -> its bytes; they must follow each other without a gap to the end of the file."""
+    """Tensor name -> (begin, end) in bytes; CheckpointError unless the tensors fill the file without gaps."""
     fields = _parse(path, header[8:])
     fields.pop("__metadata__", None)
     places = {}
@@ -295,7 +295,7 @@ def _read(path: Path) -> bytes:
 
 
 def _open(path: Path) -> int:
-    """A regular file, opened without following a link; CheckpointError for anything else."""
+    """Open a regular file without following a link; CheckpointError for anything else."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
@@ -317,5 +317,5 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
 
 
 def _encode(value: dict[str, Any]) -> bytes:
-    """The one way in which a value is written, so that a file can be compared with its content."""
+    """Canonical JSON bytes, so that a file can be compared with its re-encoded content."""
     return json.dumps(value, separators=(",", ":")).encode()

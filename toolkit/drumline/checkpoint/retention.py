@@ -1,4 +1,4 @@
-"""The folder that holds a run's checkpoints: which are published, which are sound, which to keep."""
+"""Finds, sets aside and deletes checkpoints in a run's checkpoint folder."""
 
 import contextlib
 import shutil
@@ -12,7 +12,7 @@ from drumline.recipe.schema import Checkpoint
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """Published checkpoints, oldest first; a folder gets such a name only once it is whole."""
+    """Published checkpoints, oldest first; a folder gets its `step-*` name only once it is complete."""
     found = [(step, path) for path in folder.glob("step-*") if (step := step_of(path)) is not None]
     return [path for _, path in sorted(found)]
 
@@ -28,7 +28,7 @@ def newest_sound(folder: Path, report: Callable[[str], None]) -> tuple[Path, Tra
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a checkpoint to `.bad-<n>`, so that no start uses it; its new path."""
+    """Rename a checkpoint to `<name>.bad-<n>`, so that no attempt loads it; returns the new path."""
     number = 1
     while (path.parent / f"{path.name}.bad-{number}").exists():
         number += 1
@@ -39,13 +39,13 @@ def set_aside(path: Path) -> Path:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Delete what earlier attempts left half saved or half deleted; before an attempt's first save."""
+    """Delete half-saved and half-deleted folders of earlier attempts; call it before the first save."""
     for path in folder.glob(".step-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def apply_retention(folder: Path, spec: Checkpoint, state: TrainState) -> None:
-    """Keep the last n, the best n of those there are by `state.scores`, and every k-th."""
+    """Delete all but the last `keep_last`, the best `keep_best`, and multiples of `keep_every` steps."""
     everything = find_checkpoints(folder)
     keep = set(everything[-spec.keep_last :])
     scored = [(badness(state, score), path) for path in everything
@@ -61,7 +61,7 @@ def apply_retention(folder: Path, spec: Checkpoint, state: TrainState) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Hidden by one rename, then the manifest, then the rest: never a checkpoint in part."""
+    """Delete a checkpoint; a rename comes first, so that an incomplete one is never found."""
     doomed = path.with_name(f".{path.name}.deleted.tmp")
     path.rename(doomed)
     (doomed / MANIFEST).unlink(missing_ok=True)

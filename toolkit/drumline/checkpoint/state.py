@@ -1,4 +1,4 @@
-"""What a checkpoint keeps besides tensors."""
+"""The state in a checkpoint besides tensors."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,12 +8,11 @@ MOST_SCORES = 100
 
 @dataclass
 class TrainState:
-    """What a run needs besides tensors to go on as if it had never stopped.
+    """What a run needs besides tensors to resume exactly where it stopped.
 
-    `scores` holds the metric of saved steps, the best of them; `recent_losses` the losses that a
-    spike is measured against; `noise` what the last steps tell of the gradient noise scale.
-    `evaluation` is the last one; `evaluation_due` says that the evaluation of this very step is still
-    to come.
+    `scores`: step -> metric of the `MOST_SCORES` best saved steps. `recent_losses`: the losses against which
+    a spike is measured. `noise`: the noise-scale pairs of the last steps (`plan/noise.py`). `evaluation`:
+    the last result. `evaluation_due`: this step's evaluation has not been made yet.
     """
 
     step: int = 0
@@ -38,11 +37,11 @@ class TrainState:
     loss_scale: dict[str, Any] | None = None
 
     def advance(self, step: int, samples: int, tokens: int, loss: float) -> None:
-        """One step further: samples consumed in all, label tokens of this step, its loss."""
+        """Advance to `step`; `samples`: consumed in total, `tokens`: label tokens of this step."""
         self.step, self.samples, self.tokens, self.loss = step, samples, self.tokens + tokens, loss
         self.metric, self.is_best, self.evaluation_due = None, False, False
 
 
 def badness(state: TrainState, metric: float) -> float:
-    """The metric, less being better."""
+    """The metric with its sign set so that less is better."""
     return -metric if state.metric_mode == "max" else metric

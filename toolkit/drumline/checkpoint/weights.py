@@ -1,16 +1,15 @@
-"""A checkpoint's weights in a few numbers, the same however they were split over ranks.
+"""Summarises a checkpoint's weights in a few numbers that do not depend on how ranks shard them.
 
-Every number is a sum over elements, so each rank sums up its own part while it saves, and the parts add up:
+Every number is a sum over elements, so each rank sums its own shards while it saves, and the sums are added:
 
-- `checksum`: 128 bits, equal only where every bit of every element is (no defence against forgery);
+- `checksum`: 128 bits, equal only if every bit of every element is equal (no defence against forgery);
 - `norm`: the L2 norm;
 - `sketch`: a count-sketch (Charikar, Chen, Farach-Colton 2002): each element, with a fixed random sign, is
-added
-  to one of 64 sums. The distance of two sketches estimates the distance of the weights, to a factor of 1 ±
-  0.09.
-  So a line in a log is enough to tell how far two runs came apart.
+  added to one of 64 sums. The distance of two sketches estimates the distance of the weights, to a factor of
+  1 ± 0.09, so two log lines are enough to compare the weights of two runs.
 
-Records of earlier versions hold a `sha256` of all weights instead of the checksum; `weights_sha256` makes it.
+Records of earlier versions have a `sha256` of all weights instead of the checksum; `weights_sha256` computes
+it.
 """
 
 import hashlib
@@ -31,22 +30,22 @@ from drumline.checkpoint.manifest import (
 )
 
 WEIGHTS = "model."
-"""How the names of weights begin, among all tensors of a checkpoint."""
+"""Prefix of the weights' names among all tensors of a checkpoint."""
 BUCKETS = 64
 _AT_ONCE = 1 << 20
-"""Elements that are summed at a time; a multiple of the 64 signs of one random word."""
+"""Elements summed at a time; a multiple of the 64 signs in one random word."""
 _DTYPES = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 _LANES = 2
 _MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _SHIFTS = (np.uint64(31), np.uint64(29), np.uint64(32))
 
 Part = tuple[int, int, dict[str, Any]]
-"""First element, rank, entry."""
+"""First element, rank, manifest entry."""
 
 
 @dataclass
 class WeightSums:
-    """Sums over some of the weights: how many, their squares, the sketch, the checksum's two lanes."""
+    """Sums over some weights: their number, their squares, the sketch, the checksum's two 64-bit halves."""
 
     elements: int = 0
     squares: float = 0.0
@@ -63,7 +62,7 @@ class WeightSums:
         )
 
     def to_plain(self) -> dict[str, Any]:
-        """As a rank's manifest holds it."""
+        """The JSON form for a rank's manifest."""
         return {
             "elements": self.elements,
             "squares": self.squares,
@@ -73,16 +72,16 @@ class WeightSums:
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Self:
-        """Out of a rank's manifest."""
+        """From the JSON form in a rank's manifest."""
         return cls(plain["elements"], plain["squares"], np.array(plain["sketch"]), plain["lanes"])
 
 
 def sum_weights(
     name: str, dtype: str, shape: list[int], start: int, raw: NDArray[np.uint8]
 ) -> WeightSums:
-    """The sums over a part of one tensor: its raw bytes, from element `start` of the whole on.
+    """The sums over a part of one tensor; `raw`: its bytes, from element `start` of the whole tensor on.
 
-    Bits count for the checksum whatever the type, values for the rest where they are floating.
+    The checksum covers every dtype; the other sums cover floating-point dtypes only.
     """
     width = _width_of(dtype)
     bits = raw.view(f"<u{width}")
@@ -110,9 +109,9 @@ def sum_weights(
 
 
 def weight_facts(path: Path) -> dict[str, Any]:
-    """Of a sound checkpoint: step, checksum, elements, norm (L2), sketch [64].
+    """Step, checksum, elements, norm (L2) and sketch [64] of a sound checkpoint.
 
-    From the sums that the ranks made when they saved; where there are none, from the weights themselves.
+    Adds the sums in the per-rank manifests; if one has none, computes them from the weights.
     """
     index = read_manifest(path)
     total = WeightSums()
@@ -132,7 +131,7 @@ def weight_facts(path: Path) -> dict[str, Any]:
 
 
 def weights_sha256(path: Path) -> str:
-    """SHA-256 over the whole weights in the order of their names, as records before the checksum have it."""
+    """SHA-256 over all weights in the order of their names, as in records of earlier versions."""
     digest = hashlib.sha256()
     for name, parts in sorted(_tensors(path, read_manifest(path)["ranks"]).items()):
         entry = parts[0][2]
@@ -143,12 +142,12 @@ def weights_sha256(path: Path) -> str:
 
 
 def identity_of(facts: dict[str, Any]) -> str | None:
-    """What is equal only where the weights are, bit for bit, in whichever form a record has it."""
+    """The checksum or, in earlier records, the SHA-256; equal only if the weights are bitwise equal."""
     return facts.get("checksum") or facts.get("sha256")
 
 
 def distance(a: dict[str, Any], b: dict[str, Any]) -> float:
-    """‖a − b‖ / ‖a‖, estimated; 0 where they are bitwise equal, infinite where not comparable."""
+    """Estimate of ‖a − b‖ / ‖a‖; 0 where bitwise equal, infinite where not comparable."""
     for exact in ("checksum", "sha256"):
         if a.get(exact) is not None and a.get(exact) == b.get(exact):
             return 0.0
@@ -178,14 +177,14 @@ def _tensors(path: Path, ranks: int) -> dict[str, list[Part]]:
 
 
 def _width_of(dtype: str) -> int:
-    """Bytes of an element."""
+    """Bytes per element of a dtype."""
     if dtype in _DTYPES:
         return int(_DTYPES[dtype][-1])
     return 1 if dtype == "bool" else int(dtype.lstrip("uint")) // 8
 
 
 def _values(raw: NDArray[np.uint8], dtype: str) -> NDArray[Any] | None:
-    """All elements as floating numbers; None for whole numbers."""
+    """The elements as floating-point numbers; None for integer and bool dtypes."""
     if dtype not in _DTYPES:
         return None
     stored: NDArray[Any] = raw.view(_DTYPES[dtype])
@@ -195,7 +194,7 @@ def _values(raw: NDArray[np.uint8], dtype: str) -> NDArray[Any] | None:
 
 
 def _mixed(bits: NDArray[np.uint64], places: NDArray[np.uint64], seed: np.uint64) -> np.uint64:
-    """Σ of a 64-bit hash of each element's bits and place, modulo 2^64."""
+    """Σ of a 64-bit hash of each element's bits and position, modulo 2^64."""
     mixed = (bits + seed) * _MIX[1] ^ (places * _MIX[0])
     for multiplier, shift in zip(_MIX, _SHIFTS, strict=True):
         mixed ^= mixed >> shift
@@ -207,7 +206,7 @@ def _mixed(bits: NDArray[np.uint64], places: NDArray[np.uint64], seed: np.uint64
 def _sketch(
     values: NDArray[np.float64], signs: NDArray[np.bool_], lead: int
 ) -> NDArray[np.float64]:
-    """Signed sums: element i of the whole goes to sum i mod 64; these begin at sum `lead`."""
+    """Signed sums [64]: element i of the tensor is added to sum i mod 64; the first one here to `lead`."""
     signed = np.zeros(-(-(lead + len(values)) // BUCKETS) * BUCKETS)
     signed[lead : lead + len(values)] = np.where(signs, values, -values)
     total: NDArray[np.float64] = signed.reshape(-1, BUCKETS).sum(axis=0)
@@ -215,9 +214,9 @@ def _sketch(
 
 
 def _signs(name: str, first_word: int) -> Iterator[NDArray[np.bool_]]:
-    """Endless blocks of fair bits from word number `first_word` on; the name seeds them.
+    """Endless blocks of random bits, seeded by the name, from 64-bit word `first_word` on.
 
-    PCG64's raw stream is the same in every version of numpy, and can be entered anywhere.
+    PCG64's raw stream is the same in every version of numpy and can start at any word.
     """
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
     source = np.random.PCG64(seed)

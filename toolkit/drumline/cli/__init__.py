@@ -1,4 +1,4 @@
-"""The command line: one file per command group, each reads the world and calls the pure core."""
+"""The command line: one file per command group; each reads files and this machine, and calls the rest."""
 
 import gc
 import os
@@ -33,7 +33,7 @@ COMMANDS = {
     "logs": "jobs",
     "cancel": "jobs",
 }
-"""Which file of this package holds a command; only that one is imported."""
+"""Maps each command to its module in this package; only that module is imported."""
 
 KILLED_EXIT_CODE = 130
 
@@ -48,22 +48,23 @@ app = typer.Typer(
 
 @app.callback()
 def _group() -> None:
-    """Every rank in step: plan, train, resume. One recipe, one batch equation.
+    """Plan, train and resume distributed training from one recipe.
 
-    `--debug` anywhere shows the traceback of an error.
+    `--debug` anywhere on the command line shows the traceback of an error.
     """
 
 
 def _leave(number: int, frame: object) -> None:
-    """A signal outside a supervised attempt: unwind, so that nothing half-written stays."""
+    """Handle a signal outside a supervised attempt: raise SystemExit, so that cleanup code runs."""
     print(f"drumline: interrupted by {signal.Signals(number).name}", file=sys.stderr)
     sys.exit(128 + number)
 
 
 def _skip_pydantic_plugins() -> None:
-    """Pydantic looks for plugins in every installed package; even told not to, it imports what it looks with.
+    """Replace pydantic's plugin loader with an empty one, before pydantic is imported.
 
-    That takes a tenth of a dry run, so an empty loader stands in its place.
+    Pydantic searches all installed packages for plugins. Even with plugins disabled it imports the modules
+    for that search, which takes a tenth of a dry run.
     """
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     loader = ModuleType("pydantic.plugin._loader")
@@ -72,9 +73,9 @@ def _skip_pydantic_plugins() -> None:
 
 
 def main() -> None:
-    """Entry point: a mistake of the user is one message on stderr and its class's exit code."""
+    """Run the command line; a DrumlineError becomes one message on stderr and its class's exit code."""
     _skip_pydantic_plugins()
-    gc.disable()  # nothing that starting up makes is garbage; it takes a tenth of a dry run
+    gc.disable()  # collecting takes a tenth of a dry run, and start-up makes no garbage
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     asked = COMMANDS.get(arguments[0]) if arguments else None
     for name in [asked] if asked else dict.fromkeys(COMMANDS.values()):
@@ -100,4 +101,4 @@ def main() -> None:
         print(f"drumline: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(DrumlineError.exit_code)
     finally:
-        gc.freeze()  # nor is there anything worth collecting at the end
+        gc.freeze()  # nothing is worth collecting at exit either

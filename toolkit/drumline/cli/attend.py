@@ -1,6 +1,7 @@
-"""`drumline attend RUN`: what a job's script starts on its first node; supervises the run from there.
+"""`drumline attend RUN`: supervises a run from inside its job.
 
-At every start the plan is made anew for the nodes that the job got, at the same effective batch.
+A Slurm job starts it on its first node, other clusters on every node. Each start plans again for the nodes
+that the job got, at the same effective batch.
 """
 
 import os
@@ -25,7 +26,7 @@ def attend_command(
         typer.Option("--from", help="Where to take the run from, if it is not there yet."),
     ] = None,
 ) -> None:
-    """Inside a job: start the run or go on with it, on the nodes that there are."""
+    """Inside a job: start or resume the run, on the nodes that the job got."""
     folder = RunFolder(run.absolute())
     number = node_number(os.environ) if nodes else 0
     if number:

@@ -1,4 +1,4 @@
-"""`drumline calibrate RUN…`: a correction table from runs that logged their real peaks."""
+"""`drumline calibrate RUN…`: a correction table for memory plans, from the measured peaks of runs."""
 
 import statistics
 import sys
@@ -13,7 +13,7 @@ from drumline.recipe import yaml12
 from drumline.runs.peaks import all_pairs
 
 ENOUGH = 3
-"""From so many runs on, the error afterwards is that of runs which the table has not seen."""
+"""From this many attempts on, the corrected error of each is by a table fitted without it."""
 
 
 def calibrate_command(
@@ -22,7 +22,7 @@ def calibrate_command(
         Path, typer.Option("--output", help="Where the table goes; it is replaced.")
     ] = Path("calibration.yaml"),
 ) -> None:
-    """Learn from real peaks: writes a small table, and says how far off the plans were and would be.
+    """Fit a correction table to measured memory peaks; print the plans' errors before and after it.
 
     `DRUMLINE_CALIBRATION=calibration.yaml drumline plan …` uses it.
     """

@@ -29,7 +29,7 @@ def compare_command(
     tolerance: Tolerance = TOLERANCE,
     as_json: AsJson = False,
 ) -> None:
-    """Recipe and environment differences, the first differing step with its samples, the curves.
+    """Show recipe and environment differences, the first differing step with its samples, the loss curves.
 
     Exit 0: identical, or equal within the tolerance; 5: diverged.
     """
@@ -70,7 +70,7 @@ def _page(
 
 
 def _curves(a: Logged, b: Logged) -> list[str]:
-    """Losses side by side: both as bars, then some steps of them as numbers."""
+    """Format the losses of both runs: as bars, then as numbers at some steps."""
     theirs = {line["step"]: line for line in b.steps}
     both = [(line, theirs[line["step"]]) for line in a.steps if line["step"] in theirs]
     if not both:

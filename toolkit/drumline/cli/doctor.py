@@ -46,7 +46,7 @@ def doctor_command(
     ] = SLOW_NODE_RATIO,
     as_json: AsJson = False,
 ) -> None:
-    """What this machine has; whether it can run a recipe; what state a run folder is in."""
+    """Show what this machine has, whether it can run a recipe, or what state a run folder is in."""
     if preflight:
         return doctor_preflight(len(_gpus()), ratio, as_json)
     if what and _is_run(Path(what)):
@@ -66,7 +66,7 @@ def doctor_command(
 
 
 def _is_run(path: Path) -> bool:
-    """A run folder, or what is left of one that never got its record."""
+    """Whether this is a run folder, even one without a record.json."""
     return path.is_dir() and any((path / n).exists() for n in ("record.json", "checkpoints"))
 
 
@@ -91,7 +91,7 @@ def _tell_run(path: Path, as_json: bool) -> None:
 
 
 def _machine() -> dict[str, str]:
-    """What this machine has, by name."""
+    """Return facts about this machine by name: Python, cores, memory, GPUs, packages, launchers."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "python": f"{platform.python_version()} on {platform.platform()}",

@@ -18,7 +18,7 @@ def export_command(
     target: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty.")],
     best: Annotated[bool, typer.Option("--best", help="The best evaluated one instead.")] = False,
 ) -> None:
-    """Write the model as config.json and safetensors, whatever engine and split trained it."""
+    """Write a checkpoint's model as config.json and safetensors, from any engine and split."""
     folder = open_run(run)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunFolderError(f"{target}: is not an empty folder. Nearest: another one")
@@ -49,7 +49,7 @@ def _newest(folder: RunFolder) -> Path:
 
 
 def _best(folder: RunFolder) -> Path:
-    """Of the evaluated checkpoints that there are, the best; CheckpointError where it is damaged."""
+    """Return the best of the evaluated checkpoints; CheckpointError if it is damaged."""
     state = verify(_newest(folder))
     scored = [
         (badness(state, state.scores[str(step_of(path))]), path)

@@ -23,12 +23,12 @@ from drumline.runs.health import state_of
 
 _FOLLOW_S = 0.5
 _ASK_S = 5.0
-"""A scheduler that many people follow their runs on is not asked more often."""
+"""Interval between queries of the scheduler, which many users may query at once."""
 _LAST_BYTES = 4000
 
 
 def status_command(run: RunFolderArgument, as_json: AsJson = False) -> None:
-    """State, step and loss of a run; of its jobs, what the scheduler says, with the reason."""
+    """Show a run's state, step and loss, and what the scheduler says about its jobs."""
     folder = open_run(run)
     record = folder.read_record()
     attempts = record["attempts"]
@@ -65,7 +65,7 @@ def logs_command(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the run ends.")] = False,
     rank: Annotated[int, typer.Option("--rank", min=0, help="Whose.")] = 0,
 ) -> None:
-    """The job's log (here: the metrics), and a rank's of the newest attempt."""
+    """Print the job's log (without a job: the metrics), and the newest attempt's launcher and rank log."""
     folder = open_run(run)
     shown: dict[Path, int] = {}
     asked, is_over = float("-inf"), not follow
@@ -83,23 +83,23 @@ def cancel_command(
     run: RunFolderArgument,
     now: Annotated[bool, typer.Option("--now", help="Without saving.")] = False,
 ) -> None:
-    """Stop a run: all ranks finish the step and save; jobs that wait are taken out of the queue."""
+    """Stop a run: all ranks finish the step and save; waiting jobs are removed from the queue."""
     folder = open_run(run)
     jobs = [(entry, job_state(entry)) for entry in folder.read_record().get("jobs") or []]
     live = [(entry, state) for entry, state in jobs if state is None or not state.is_final]
     supervisor = folder.supervisor()
     if supervisor and all(state is None for _, state in live):
-        live = []  # it goes on here, and the scheduler has forgotten its jobs
+        live = []  # the run is on this host; the scheduler no longer knows its jobs
     if not live and supervisor is None:
         raise RunFolderError(
             f"{run}: nothing runs. Nearest: drumline status {shlex.quote(str(run))}"
         )
-    for entry, state in reversed(live):  # those that wait for others first
+    for entry, state in reversed(live):  # a chain's last job first, as it waits for the others
         gently = not now and state is not None and state.state == "RUNNING"
         (folder.path / "logs").mkdir(exist_ok=True)
         (
             folder.path / "logs" / f"cancelled-{entry['id'].replace('/', '-')}"
-        ).touch()  # no new start
+        ).touch()  # the job script then does not requeue
         cancel_job(entry, gently)
         print(f"job {entry['id']}: {'asked to save and stop' if gently else 'cancelled'}")
     if not live and supervisor:
@@ -122,7 +122,7 @@ def _job_facts(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _state(folder: RunFolder, attempts: list[dict[str, Any]], jobs: list[dict[str, Any]]) -> str:
-    """The run's own state, or the job's where the run has not begun."""
+    """Return the run's own state, or the job's if one waits in the queue and nothing supervises the run."""
     waiting = [job["state"].lower() for job in jobs if job["state"] in ("PENDING", "CONFIGURING")]
     if waiting and not folder.is_locked():
         return str(waiting[0])
@@ -135,7 +135,7 @@ def _has_live_jobs(folder: RunFolder) -> bool:
 
 
 def _new_texts(folder: RunFolder, rank: int, shown: dict[Path, int]) -> Iterator[str]:
-    """What is new in each log since it was last shown; at first its last part."""
+    """Yield what each log has gained since it was last shown; the first time, its last `_LAST_BYTES`."""
     found = folder.path.glob("logs/attempt-*")
     numbered = [path for path in found if path.name.removeprefix("attempt-").isdigit()]
     attempts = sorted(numbered, key=lambda path: int(path.name.removeprefix("attempt-")))

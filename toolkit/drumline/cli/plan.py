@@ -29,7 +29,7 @@ Sweep = Annotated[
 
 
 def _sweep(plan: Plan, as_json: bool) -> None:
-    """The table on stdout, the page beside it; or the cells as JSON."""
+    """Print the table and write the HTML page, or print the cells as JSON."""
     from drumline.files import write_text
     from drumline.plan.sweep import sweep
     from drumline.session.sweep_page import sweep_page, sweep_table
@@ -59,9 +59,9 @@ def plan_command(
     sweep: Sweep = False,
     as_json: AsJson = False,
 ) -> None:
-    """The dry run: batch equation, optimizer steps, schedule and memory; no GPU, no torch.
+    """Show batch equation, optimizer steps, schedule and memory of a run; needs no GPU and no torch.
 
-    `--trace` does import torch: it runs the model's real training step on tensors without data.
+    `--trace` does need torch: it runs the model's real training step on tensors without data.
     """
     plan = make_plan(load_recipe(recipe, overrides), gpus, gpu)
     if fix:
@@ -99,7 +99,7 @@ def prepare_command(recipe: RecipeArgument, overrides: Overrides = None) -> None
 def schema_command(
     plan: Annotated[bool, typer.Option("--plan", help="The plan's schema instead.")] = False,
 ) -> None:
-    """The JSON Schema of a recipe (or of a plan), for editors and scripts."""
+    """Print the JSON Schema of a recipe (or of a plan), for editors and scripts."""
     import json
 
     if plan:

@@ -40,7 +40,7 @@ def list_recipes() -> None:
 
 @group.command("show")
 def show(name: Name) -> None:
-    """The recipe's YAML."""
+    """Print the recipe's YAML."""
     print(_find(name).read_text(encoding="utf-8"), end="")
 
 
@@ -49,7 +49,7 @@ def copy(
     name: Name,
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A new file or a folder.")],
 ) -> None:
-    """Write the recipe, and the files it needs beside it, for editing."""
+    """Copy the recipe, and the files that it needs, for editing."""
     source = _find(name)
     target = path / source.name if path.is_dir() else path
     if target.suffix not in (".yaml", ".yml"):
@@ -78,7 +78,7 @@ def _find(name: str) -> Path:
 
 
 def _needed(source: Path, recipe: Recipe) -> list[Path]:
-    """The base that it extends, and the factories' file."""
+    """Return the recipe's base, if it extends one, and the files of its factories."""
     from drumline.recipe.yaml12 import parse
 
     base = parse(source.read_text(encoding="utf-8")).get("extends")

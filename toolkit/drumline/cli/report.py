@@ -1,4 +1,4 @@
-"""`drumline report RUN…`: one HTML page."""
+"""`drumline report RUN…`: one HTML page about one or several runs."""
 
 import sys
 from pathlib import Path
@@ -23,7 +23,7 @@ def report_command(
         ),
     ] = None,
 ) -> None:
-    """One self-contained page: curves, memory, timeline, environment; several runs overlay."""
+    """Write one self-contained HTML page: curves, memory, timeline, environment; several runs overlaid."""
     logged = [read_logged(where) for where in runs]
     page = write_report(logged)
     if output is None:

@@ -1,4 +1,4 @@
-"""`drumline reproduce`: train again from a record, and say whether it came out the same, or exit 5."""
+"""`drumline reproduce`: trains again from a run's record and compares; exit 5 if the runs diverge."""
 
 import dataclasses
 import json
@@ -65,7 +65,7 @@ def reproduce_command(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train again from a record, here, at another split if asked, and compare step by step.
+    """Train again here from a run's record, at another split if asked, and compare step by step.
 
     Exit 0: identical, or equal within the tolerance; 5: diverged.
     """
@@ -109,7 +109,7 @@ def reproduce_command(
 
 
 def _recorded_recipe(logged: Logged) -> Recipe:
-    """The record's recipe; RecipeError where it is not the one that the record's hash is of."""
+    """Return the record's recipe; RecipeError if its hash is not the recorded recipe_sha256."""
     told = logged.record.get("recipe_sha256")
     found = plain_sha256(logged.recipe)
     if told not in (None, found):
@@ -121,7 +121,7 @@ def _recorded_recipe(logged: Logged) -> Recipe:
 
 
 def _adapted(recipe: Recipe, overrides: list[str] | None) -> Recipe:
-    """With overrides that leave the training what it is, and without the original's trackers."""
+    """Apply overrides and turn trackers off; RecipeError if an override changes training_sha256."""
     before = training_sha256(recipe)
     quiet = recipe.model_copy(
         update={"logging": recipe.logging.model_copy(update={"wandb": None, "tensorboard": False})}
@@ -159,7 +159,10 @@ def _with_restored_code(recipe: Recipe, logged: Logged, folder: RunFolder) -> Re
 def _plan_here(
     recipe: Recipe, logged: Logged, gpus: int | None, gpu: str | None, changed_data: bool
 ) -> tuple[Plan, dict[str, Any]]:
-    """The plan and the record of the run that would start here, after showing what differs."""
+    """Return the new run's plan and record; print what differs from the original.
+
+    DataError if the data fingerprint differs, unless `changed_data`.
+    """
     prepare_data(recipe)
     plan = make_plan(recipe, gpus, gpu)
     old = logged.record
@@ -188,7 +191,7 @@ def _plan_here(
 
 
 def _until(logged: Logged, plan: Plan, steps: int | None) -> int | None:
-    """The step to stop after; None for the plan's last one."""
+    """Return the step to stop after; None if it is the plan's last one."""
     total, last = plan.steps.total, logged.last_step
     if steps is not None and steps > total:
         raise PlanError(f"--steps {steps}: the run has {total:,} steps")
@@ -199,7 +202,7 @@ def _until(logged: Logged, plan: Plan, steps: int | None) -> int | None:
 
 
 def _remove(folder: RunFolder) -> None:
-    """What was made for a run that does not start; a worktree is taken out of git's list, too."""
+    """Delete the folder of a run that does not start, and deregister its git worktree."""
     import shutil
     import subprocess
 
@@ -213,7 +216,7 @@ def _remove(folder: RunFolder) -> None:
 
 
 def _tell(found: Comparison, logged: Logged, folder: RunFolder, as_json: bool) -> None:
-    """The verdict, on stdout and in the new run's record."""
+    """Write the verdict to stdout and into the new run's record."""
     plain = {"verdict": found.verdict, "words": found.words, **dataclasses.asdict(found)}
     folder.note(reproduced=plain)
     if as_json:

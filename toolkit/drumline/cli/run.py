@@ -47,7 +47,7 @@ def run_command(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Plan, then train here through the recipe's launcher."""
+    """Plan, then train on this machine with the recipe's launcher."""
     loaded = load_recipe(recipe, overrides)
     if not dry_run:
         check_offered(loaded)
@@ -79,7 +79,7 @@ def resume_command(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Go on from the newest sound checkpoint; another split or strategy, the same training."""
+    """Resume from the newest sound checkpoint; split and strategy may change, the training may not."""
     folder = run_folder.open_run(run)
     record = folder.read_record()
     if record["outcome"] == "finished" and record.get("weights") is None:
@@ -116,7 +116,7 @@ def resume_command(
 
 
 def _finish(folder: RunFolder, plan: Plan, cause: str, as_json: bool) -> None:
-    """Run the attempts, say how it ended, and leave with the right code."""
+    """Run the attempts, report how the run ended, and exit with its code."""
     result, seconds = train_here(folder, plan, cause)
     report_end(folder, plan, result, seconds)
     if as_json:

@@ -1,4 +1,4 @@
-"""`drumline submit RECIPE --to slurm`: plan, render, submit; the run folder comes before the job."""
+"""`drumline submit RECIPE --to slurm`: plans, creates the run folder, then renders and submits the job."""
 
 import json
 import os

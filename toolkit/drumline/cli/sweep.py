@@ -1,4 +1,4 @@
-"""`drumline sweep RECIPE key=a,b other=c,d`: every combination, here in turn or as a Slurm array."""
+"""`drumline sweep RECIPE key=a,b other=c,d`: every combination, one by one here or as a Slurm job array."""
 
 import itertools
 import json
@@ -92,7 +92,7 @@ def sweep_command(
 
 
 def combine(values: list[str]) -> list[list[str]]:
-    """Every combination as a list of overrides; commas inside brackets do not separate."""
+    """Return every combination as a list of overrides; commas inside brackets do not separate values."""
     choices = []
     for text in values:
         key, equals, rest = text.partition("=")
@@ -109,7 +109,7 @@ def combine(values: list[str]) -> list[list[str]]:
 
 
 def split_outside_brackets(text: str) -> list[str]:
-    """`1,[2,3],{a: 4, b: 5}` as three values."""
+    """Split text at commas outside brackets: `1,[2,3],{a: 4, b: 5}` gives three values."""
     parts, depth = [""], 0
     for letter in text:
         depth += (letter in _OPENING) - (letter in _CLOSING)
@@ -137,7 +137,7 @@ def _planned(recipe: str, overrides: list[str], site: Site, to: str, dry_run: bo
 def _one_after_the_other(
     base: Path, names: list[str], recipe: str, combinations: list[list[str]]
 ) -> dict[str, list[str]]:
-    """`drumline run` of each; one that fails does not stop the others; a report of all at the end."""
+    """Call `drumline run` for each, also after one has failed; then write a report of all."""
     failed = []
     for name, overrides in zip(names, combinations, strict=True):
         print(f"\n{name}  {shlex.join(overrides)}", file=sys.stderr)
@@ -181,7 +181,7 @@ def _size_words(plan: Plan) -> str:
 def _as_array(
     base: Path, names: list[str], plans: list[Plan], site: Site, at_most: int | None
 ) -> dict[str, list[str]]:
-    """One job array; every run folder is there before it starts."""
+    """Create all run folders, then submit one job array."""
     folders = []
     for name, plan in zip(names, plans, strict=True):
         made = run_folder.create(plan.recipe, base / name)

@@ -1,4 +1,4 @@
-"""`drumline verify`: the gradient of a recipe's split is that of the undivided batch, or exit 5."""
+"""`drumline verify`: compares a split's gradient with the undivided batch's; exit 5 if they differ."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def verify_command(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Prove on the real model and data that this split's gradient is the undivided batch's."""
+    """Check on the real model and data that this split's gradient equals that of the undivided batch."""
     loaded = load_recipe(recipe, overrides)
     if layers is not None:
         if loaded.model.source == "factory":
@@ -55,7 +55,7 @@ def verify_command(
 
 
 def _gradient(plan: Plan) -> dict[str, Any]:
-    """The report of the ranks, and the verdict."""
+    """Compare gradients and learning rates in the ranks; return their report with the verdict."""
     report = _in_ranks(plan, "verify")
     tolerance = report["tolerance"]
     wrong = [s for s in report["steps"] if not s["relative_error"] <= tolerance]
@@ -72,7 +72,7 @@ def _gradient(plan: Plan) -> dict[str, Any]:
 
 
 def _bitwise(plan: Plan) -> dict[str, Any]:
-    """The weights after a few steps of one gradient per sample: this split's, and one process's."""
+    """Compare weights after a few steps with one gradient per sample: of this split, and of one process."""
     alone = override(
         plan.recipe,
         [f"batch={{effective: {plan.batch.effective}, per_device: 1, gpus: 1, accumulation: null}}",
@@ -93,7 +93,7 @@ def _bitwise(plan: Plan) -> dict[str, Any]:
 
 
 def _in_ranks(plan: Plan, task: str) -> dict[str, Any]:
-    """Run a task in the recipe's ranks, in a run folder of its own that is thrown away."""
+    """Run a worker task in the recipe's ranks, in a temporary run folder; return its report."""
     with tempfile.TemporaryDirectory(prefix="drumline-verify-") as name:
         folder = run_folder.create(plan.recipe, Path(name))
         folder.write_record(new_record(plan, sys.argv, Secrets(os.environ)))
@@ -108,11 +108,11 @@ def _in_ranks(plan: Plan, task: str) -> dict[str, Any]:
 
 
 def _quiet(told: object) -> None:
-    """Nobody watches these ranks."""
+    """Do nothing: progress and messages of these ranks are not shown."""
 
 
 def _words(found: dict[str, Any]) -> list[str]:
-    """The verdict for people."""
+    """Format the verdict as lines of text."""
     verdict = "equal" if found["equal"] else "NOT EQUAL"
     if "sha256" in found:
         rows = [f"{digest}  {name}" for name, digest in found["sha256"].items()]

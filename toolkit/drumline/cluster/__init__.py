@@ -1,1 +1,1 @@
-"""A cluster as seen from a command: its site file, Slurm, Kubernetes, the links of its nodes."""
+"""Access to a cluster: its site file, Slurm and Kubernetes jobs, and link measurements of its nodes."""

@@ -1,4 +1,4 @@
-"""A run's jobs, whoever schedules them: what state they are in, and how to end them."""
+"""State and cancellation of a run's jobs, on Slurm or Kubernetes."""
 
 import json
 import subprocess
@@ -13,14 +13,14 @@ _FINAL_CONDITIONS = {"Complete": "COMPLETED", "Completed": "COMPLETED", "Failed"
 
 
 def job_state(entry: dict[str, Any]) -> JobState | None:
-    """Of an entry of the record's `jobs`; None where the scheduler has forgotten it."""
+    """State of the job of an entry in the record's `jobs`; None if the scheduler cannot report it."""
     if entry["target"] == "kubernetes":
         return _from_kubectl(entry)
     return slurm.job_state(entry["id"])
 
 
 def cancel_job(entry: dict[str, Any], gently: bool) -> None:
-    """End it; a pod gets SIGTERM and its grace in any case."""
+    """Cancel the job. On Kubernetes `gently` has no effect: pods always get SIGTERM and a grace period."""
     if entry["target"] == "slurm":
         return slurm.cancel(entry["id"], gently)
     done = _kubectl("delete", entry["id"], "--namespace", entry["namespace"], "--wait=false")
@@ -29,7 +29,7 @@ def cancel_job(entry: dict[str, Any], gently: bool) -> None:
 
 
 def _from_kubectl(entry: dict[str, Any]) -> JobState | None:
-    """From the object's conditions: the newest that is true."""
+    """State from the object's conditions: the last one whose status is True."""
     done = _kubectl("get", entry["id"], "--namespace", entry["namespace"], "--output=json")
     if done.returncode:
         return None

@@ -1,4 +1,4 @@
-"""Pre-flight: the links of every node, measured before a run, and which nodes are below the others."""
+"""Pre-flight: link bandwidths of every node, measured before a run, and nodes slower than the others."""
 
 import json
 import os
@@ -20,7 +20,7 @@ LINKS = {
 
 
 def measure(command: list[str], out: Path) -> dict[str, Any]:
-    """The report that the command leaves at `out`; LaunchError with its last words."""
+    """Run the command and return the report that it writes to `out`; LaunchError with its last lines."""
     with tempfile.TemporaryFile("w+") as log:
         try:
             done = subprocess.run(
@@ -42,7 +42,7 @@ def measure(command: list[str], out: Path) -> dict[str, Any]:
 
 
 def slow_nodes(report: dict[str, Any], ratio: float) -> dict[str, str]:
-    """Hosts whose figure is below `ratio` times the median of the other nodes', each with the words."""
+    """Hosts with a bandwidth below `ratio` × the median of the other nodes, each with a description."""
     found: dict[str, list[str]] = {}
     for link, words in LINKS.items():
         figures = {node["host"]: node[link] for node in report["nodes"] if node[link] is not None}
@@ -56,7 +56,7 @@ def slow_nodes(report: dict[str, Any], ratio: float) -> dict[str, str]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """For people: a line for each node, in GB/s."""
+    """Format the report as text: one line per node, in GB/s."""
     wide = max(len(node["host"]) for node in report["nodes"])
     head = f"{'GB/s':<{wide}}  {'  '.join(LINKS.values())}"
     lines = [

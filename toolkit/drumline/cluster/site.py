@@ -1,4 +1,4 @@
-"""Reads a site's file; validated like a recipe, and never part of one."""
+"""Reads a site file, which is validated like a recipe but never part of one."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from drumline_launchers.site import Site
 
 
 def load_site(path: Path) -> Site:
-    """The site of a file; RecipeError with every problem, each with its key and value."""
+    """Read a site file; RecipeError lists every problem with its key and value."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -28,10 +28,10 @@ def load_site(path: Path) -> Site:
 
 
 def validate_site(raw: dict[str, Any], origin: str) -> Site:
-    """The Site of a plain mapping; secrets are refused."""
+    """Validate a plain mapping as a Site; RecipeError if it contains secrets."""
     plain = {key: value for key, value in raw.items() if key != "kubernetes"}
     kubernetes = raw.get("kubernetes")
-    if isinstance(kubernetes, dict):  # its secrets are names of Kubernetes Secrets
+    if isinstance(kubernetes, dict):  # `kubernetes.secrets` holds only names of Secrets
         plain["kubernetes"] = {k: v for k, v in kubernetes.items() if k != "secrets"}
     found = list(secrets_in(plain))
     for key in ("setup", "sbatch"):
@@ -59,7 +59,7 @@ def validate_site(raw: dict[str, Any], origin: str) -> Site:
 
 
 def _seconds(time_limit: str) -> int:
-    """Of Slurm's days-hours:minutes[:seconds], hours:minutes:seconds or minutes:seconds."""
+    """Seconds of Slurm's days-hours:minutes[:seconds], hours:minutes:seconds or minutes:seconds."""
     days, _, clock = time_limit.rpartition("-")
     parts = [int(part) for part in clock.split(":")]
     if days or len(parts) == 3:
@@ -70,7 +70,7 @@ def _seconds(time_limit: str) -> int:
 
 
 def on_site(recipe: Recipe, site: Site) -> Recipe:
-    """The recipe with the site's hardware where it names none; PlanError where the two disagree."""
+    """Fill the recipe's unset hardware keys from the site; PlanError if the two contradict each other."""
     cluster = recipe.cluster
     update: dict[str, str | int] = {}
     if site.gpu and "gpu" not in cluster.model_fields_set:

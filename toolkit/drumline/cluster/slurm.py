@@ -1,4 +1,4 @@
-"""Slurm's commands: submit, ask, signal, requeue, cancel. What they print is read here and nowhere else."""
+"""Slurm's commands to submit, query, shrink and cancel jobs; the only place that parses their output."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 from drumline.errors import LaunchError
 
 OUR_COMMENT = "the run folder is not visible"
-"""How the script's own comment on its job begins; any other is the site's."""
+"""Prefix of the job comment that our batch script sets; other comments are the site's."""
 _SLURM_S = 60.0
 _HINTS = {
     "invalid partition": "sinfo lists the partitions",
@@ -27,7 +27,7 @@ _FINAL = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAI
 
 @dataclass(frozen=True)
 class JobState:
-    """As Slurm tells it; `source` is the command that did, `reason` also what our script said of it."""
+    """A job's state; `source` is the command that reported it, `reason` Slurm's or our script's comment."""
 
     state: str
     reason: str
@@ -36,12 +36,12 @@ class JobState:
 
     @property
     def is_final(self) -> bool:
-        """Whether the job will not run any more."""
+        """Whether the job has ended."""
         return self.state.startswith(_FINAL)
 
 
 def submit(script: Path, hold: bool = False) -> str:
-    """The job's id; LaunchError in sbatch's words with the nearest fix, and nothing submitted."""
+    """Submit a batch script and return the job id; LaunchError with sbatch's message and the nearest fix."""
     done = _run("sbatch", "--parsable", *(["--hold"] if hold else []), str(script))
     job = done.stdout.strip().partition(";")[0]
     if done.returncode or not job.isdigit():
@@ -50,7 +50,7 @@ def submit(script: Path, hold: bool = False) -> str:
 
 
 def job_state(job: str) -> JobState | None:
-    """From scontrol while Slurm remembers the job, then sacct, then its job completion log; or None."""
+    """State of a job from scontrol, else sacct, else sacct's job completion log; None if none knows it."""
     for ask in (_from_scontrol, _from_sacct, _from_completions):
         found = ask(job)
         if found:
@@ -59,7 +59,7 @@ def job_state(job: str) -> JobState | None:
 
 
 def host_names(node_list: str) -> list[str]:
-    """Slurm's `node[1-3,7]` as names; LaunchError where scontrol cannot tell."""
+    """Expand Slurm's `node[1-3,7]` to host names; LaunchError if scontrol fails."""
     done = _run("scontrol", "show", "hostnames", node_list)
     if done.returncode or not done.stdout.split():
         raise LaunchError(f"scontrol show hostnames {node_list}: {_words(done)}")
@@ -67,21 +67,21 @@ def host_names(node_list: str) -> list[str]:
 
 
 def answering(hosts: list[str], command: list[str]) -> list[str]:
-    """Those whose names the command prints, in the same order; all where none is, which tells nothing."""
+    """Hosts whose names the command prints, in the given order; all hosts if it prints none of them."""
     answers = set(_run(*command).stdout.split())
     return [host for host in hosts if host in answers] or hosts
 
 
 def keep_only(job: str, hosts: list[str]) -> str:
-    """Give the job's other nodes back, so that a dead one does not end it; words if Slurm refuses."""
-    with tempfile.TemporaryDirectory() as where:  # scontrol leaves two scripts where it is called
+    """Release the job's other nodes, so that a dead one does not end it; returns Slurm's error or ""."""
+    with tempfile.TemporaryDirectory() as where:  # scontrol writes two scripts to its cwd
         change = ["update", f"JobId={job}", f"NodeList={','.join(hosts)}"]
         done = _run("scontrol", *change, where=Path(where))
     return _words(done) if done.returncode else ""
 
 
 def cancel(job: str, gently: bool) -> None:
-    """End the job: by SIGTERM to its script, which lets all ranks save; or at once."""
+    """Cancel the job; `gently` sends SIGTERM to its script, so that all ranks save first."""
     arguments = ["--signal=TERM", "--batch", job] if gently else [job]
     done = _run("scancel", *arguments)
     if done.returncode:
@@ -136,7 +136,7 @@ def _first_row(done: subprocess.CompletedProcess[str], source: str) -> JobState 
 
 
 def _run(*command: str, where: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """One of Slurm's commands; one that is missing or never answers counts as failed."""
+    """Run one of Slurm's commands; a missing command or a timeout counts as a failure."""
     try:
         return subprocess.run(
             command,
@@ -151,12 +151,12 @@ def _run(*command: str, where: Path | None = None) -> subprocess.CompletedProces
         return subprocess.CompletedProcess(command, 127, "", f"{command[0]}: not found")
     except subprocess.TimeoutExpired as late:
         words = f"{command[0]} did not answer within {_SLURM_S:.0f} s"
-        said = (late.stdout or b"").decode(errors="replace")  # bytes, whatever `text` is
+        said = (late.stdout or b"").decode(errors="replace")  # bytes, even with text=True
         return subprocess.CompletedProcess(command, 124, said, words)
 
 
 def _words(done: subprocess.CompletedProcess[str]) -> str:
-    """The command's own last words, and what to do about them."""
+    """The command's error message, with a hint on what to do."""
     lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or [
         "no word of why"
     ]

@@ -1,1 +1,1 @@
-"""Logged runs read back, compared step by step, and shown on one page."""
+"""Reads logged runs, compares them step by step, and renders them as an HTML page."""

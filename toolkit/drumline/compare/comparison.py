@@ -1,4 +1,4 @@
-"""Two runs, step by step: identical, equal within a tolerance, or diverged at a step, and why. Pure."""
+"""Compares two runs step by step: identical, equal within a tolerance, or diverged, and why. Pure."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,19 +17,19 @@ from drumline.plan.steps import Clock
 
 TOLERANCE = 1e-5
 _RATE_TOLERANCE = 1e-9
-"""Rates are computed from the step alone; another version of Python may round a cosine otherwise."""
+"""Learning rates depend only on the step, but another Python version may round a cosine differently."""
 
 _CAUSES = {
     "samples": ("seed", "data", "batch.effective", "batch.remainder", "duration"),
     "learning rate": ("optimizer", "schedule", "duration", "batch.effective"),
     "weight": ("data", "batch.effective", "batch.remainder", "batch.weighting"),
 }
-"""Which keys of a recipe can make this differ first; a loss, any."""
+"""Recipe keys that can cause each kind of first difference; for other kinds, such as the loss, any key."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The first step at which two runs are not the same training, and in what."""
+    """The first step at which two runs differ, what differs, and both values."""
 
     step: int
     what: str
@@ -39,7 +39,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`loss_error`: the largest |a − b| / max(1, |a|); `weights_error`: ‖a − b‖ / ‖a‖ of the final ones."""
+    """`loss_error`: largest |a − b| / max(1, |a|); `weights_error`: ‖a − b‖ / ‖a‖ of the final weights."""
 
     verdict: Literal["identical", "equal", "diverged"]
     tolerance: float
@@ -71,7 +71,7 @@ class Comparison:
 
 
 def compare(a: Logged, b: Logged, tolerance: float = TOLERANCE) -> Comparison:
-    """Every step that both have, then the final weights where both have them at the same step."""
+    """Compare all common steps, then the final weights if both runs have them for the same step."""
     until = min((run.until for run in (a, b) if run.until is not None), default=None)
     theirs = {line["step"]: line for line in b.steps}
     pairs = [
@@ -110,7 +110,7 @@ def compare(a: Logged, b: Logged, tolerance: float = TOLERANCE) -> Comparison:
 
 
 def step_indices(run: Logged, step: int) -> list[int] | None:
-    """The samples of a step, in slot order; None where the record does not say how many there are."""
+    """Sample indices of a step, in slot order; None if the record lacks the number of samples."""
     samples = (run.record.get("data") or {}).get("samples")
     recipe = run.recipe
     if not samples:
@@ -164,7 +164,7 @@ def _because(
     code: dict[str, Pair],
     environment: dict[str, Pair],
 ) -> list[str]:
-    """The recorded differences that can have caused it, likeliest first."""
+    """Recorded differences that can have caused `first`, most likely first."""
     keys = _CAUSES.get(first.what)
     named = {k: v for k, v in recipe.items() if keys is None or k.startswith(keys)}
     groups: list[dict[str, Pair]] = [named]

@@ -1,4 +1,4 @@
-"""What differs between two records, by name: the recipe's keys, and what the runs stood on. Pure."""
+"""Differences between two records by name: recipe keys, inputs, code and environment. Pure."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ _NOT_COMPARED = ("recipe", "description", "schema", "project", "logging")
 
 
 def recipe_differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Pair]:
-    """Dotted keys of two plain recipes whose values differ."""
+    """Differing values of two plain recipes, by dotted key."""
     ours, theirs = _flat(a), _flat(b)
     return {
         key: (ours.get(key), theirs.get(key))
@@ -23,7 +23,7 @@ def recipe_differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Pair]:
 
 
 def input_differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Pair]:
-    """Data, tokenizer and model, by fingerprint."""
+    """Differing fingerprints of data, tokenizer and model."""
     places = {
         "data": ("data", "fingerprint"),
         "tokenizer": ("data", "tokenizer"),
@@ -33,7 +33,7 @@ def input_differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Pair]:
 
 
 def code_differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Pair]:
-    """Commit, changed files by content, the factories' files, drumline's own source."""
+    """Differences in commit, content of changed files, factory files, and drumline's own source."""
     pairs = {
         "commit": (_at(a, "code", "commit"), _at(b, "code", "commit")),
         "drumline's source": (a.get("drumline_sha256"), b.get("drumline_sha256")),
@@ -45,7 +45,7 @@ def code_differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Pair]:
 
 
 def environment_differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Pair]:
-    """Versions that train, GPU, driver, CUDA and NCCL, processor, platform, container."""
+    """Differences in versions of training packages, GPU, driver, CUDA, NCCL, CPU, platform and container."""
     pairs = {
         f"version of {name}": (_at(a, "versions", name), _at(b, "versions", name))
         for name in THAT_TRAIN
@@ -73,7 +73,7 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def _differing(pairs: dict[str, Pair]) -> dict[str, Pair]:
-    """Where both are known and differ."""
+    """Keep the pairs where both values are known and differ."""
     return {k: (a, b) for k, (a, b) in pairs.items() if a is not None and b is not None and a != b}
 
 
@@ -85,7 +85,7 @@ def _at(record: dict[str, Any], *path: str) -> Any:
 
 
 def _code_files(record: dict[str, Any]) -> dict[str, str]:
-    """Changed, untracked and factory files, by the first 12 digits of what they hold or change."""
+    """Changed, untracked and factory files, each with 12 hex digits of the SHA-256 of its diff or content."""
     code = record.get("code") or {}
     found = {}
     for part in re.split(r"^(?=diff --git )", code.get("diff") or "", flags=re.MULTILINE):
@@ -110,7 +110,7 @@ def _gpus(record: dict[str, Any]) -> Any:
 
 
 def _device(record: dict[str, Any], name: str) -> Any:
-    """Of the last attempt that told."""
+    """A device fact of the last attempt that recorded its devices."""
     told = [entry["devices"] for entry in record.get("attempts") or [] if entry.get("devices")]
     return told[-1][0].get(name) if told else None
 
@@ -124,7 +124,7 @@ def _other_versions(a: dict[str, Any], b: dict[str, Any]) -> int:
 
 
 def difference_lines(found: dict[str, Pair]) -> list[str]:
-    """`name  a -> b`, a line each."""
+    """Format each difference as a line `name  a -> b`."""
     width = max(map(len, found), default=0)
     return [
         f"{name:<{width}}  {_shown(a)} -> {_shown(b)}" if (a, b) != ("", "") else f"{name} differ"

@@ -1,4 +1,4 @@
-"""A run as it was logged: its record and its lines, whatever they were read from."""
+"""A logged run: its record and its metrics lines, independent of the source that they were read from."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,10 +8,10 @@ from drumline.metrics_file import Kind
 
 @dataclass(frozen=True)
 class Logged:
-    """What is known of a run: its record (or a part of it) and its step lines, each step once.
+    """A run's record (or part of it) and its step lines, one per step.
 
-    `events` are lines beside the steps: saves, and saves that failed.
-    `until`: compare up to this step only, where a checkpoint was named.
+    `events` are the lines of kind event: saves and failed saves. `until`: compare only up to this step,
+    because the source is the checkpoint of that step.
     """
 
     name: str
@@ -23,12 +23,12 @@ class Logged:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The resolved recipe, plain."""
+        """The resolved recipe as plain data."""
         return self.record["recipe"]  # type: ignore[no-any-return]
 
     @property
     def last_step(self) -> int | None:
-        """The last step that is known; None where none is."""
+        """The last known step; None if there is none."""
         if self.until is not None:
             return self.until
         weights = self.record.get("weights")
@@ -40,7 +40,7 @@ Lines = list[dict[str, Any]]
 
 
 def split_lines(lines: Lines) -> tuple[Lines, Lines, Lines]:
-    """Step lines, evaluations, events; of a step that stands there twice, the later one."""
+    """Split into step, evaluation and event lines; if a step occurs twice, its later line is kept."""
     steps: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, dict[str, Any]] = {}
     events = []

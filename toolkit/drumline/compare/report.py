@@ -1,4 +1,4 @@
-"""One self-contained HTML page of one run or several: no network, no build step, nothing to install."""
+"""Renders one or several runs as a self-contained HTML page, without network access or a build step."""
 
 import json
 import shlex
@@ -22,16 +22,16 @@ CURVES = {
     "tokens_per_s": ("Throughput", "tokens/s"),
 }
 MOST_POINTS = 2000
-"""Of a curve; of more, each bucket keeps its first, least, greatest and last."""
+"""Approximate maximum per curve; beyond it, each bucket keeps its first, last, smallest and largest point."""
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 _COMPARED = 2
 _TOTALS = ("allocated", "reserved", "device")
-"""On a CPU they are one."""
+"""The three memory totals; on a CPU they are equal and only the first is shown."""
 
 
 def write_report(logged: list[Logged]) -> str:
-    """The page's text."""
+    """Render the page as HTML text."""
     pages = [_page(run, number) for number, run in enumerate(logged)]
     data = {"runs": [page.pop("data") for page in pages], "curves": CURVES}
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -47,7 +47,7 @@ def write_report(logged: list[Logged]) -> str:
 
 
 def thinned(points: list[list[Any]], most: int = MOST_POINTS) -> list[list[Any]]:
-    """At most about `most` of [step, value]; no peak is lost, every point is one that was measured."""
+    """Thin [step, value] points to about `most`; all are measured points, and no peak is lost."""
     if len(points) <= most:
         return points
     size = -(-len(points) * 4 // most)
@@ -63,7 +63,7 @@ def thinned(points: list[list[Any]], most: int = MOST_POINTS) -> list[list[Any]]
 
 
 def _page(run: Logged, number: int) -> dict[str, Any]:
-    """What the template shows of a run; `data` is what its script draws."""
+    """Template variables of one run; `data` is what the page's script draws."""
     record = run.record
     curves = {
         name: thinned([[line["step"], line.get(name)] for line in run.steps]) for name in CURVES
@@ -123,14 +123,14 @@ def _facts(run: Logged) -> list[tuple[str, str]]:
 
 
 def _noise(run: Logged) -> str:
-    """What the last steps tell of a larger batch."""
+    """Describe what the logged gradient noise says about a larger batch."""
     batch = (run.record.get("plan") or {}).get("batch")
     found = logged_noise(run.steps[-1]) if run.steps else None
     return noise_words(found, batch["effective"], batch["accumulation"]) if found and batch else ""
 
 
 def _memory(record: dict[str, Any]) -> dict[str, Any] | None:
-    """Predicted parts as shares of the largest number shown; the three totals, and what was measured."""
+    """Predicted and measured totals in percent of the largest one shown; parts in percent of their sum."""
     memory = (record.get("plan") or {}).get("memory") or {}
     if not memory.get("device"):
         return None
@@ -165,7 +165,7 @@ def _total_words(three: dict[str, int], measured: int | None) -> str:
 
 
 def _timeline(record: dict[str, Any], events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every start with its split and cause, its saves, its end; times as shares of the whole."""
+    """One row per attempt: split, cause, saves and end, with times in percent of the whole run."""
     attempts = record.get("attempts") or []
     known = [_time(attempt["started"]) for attempt in attempts]
     known += [_time(attempt["ended"]) for attempt in attempts if attempt["ended"]]
@@ -233,7 +233,7 @@ def _environment(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _differences(logged: list[Logged]) -> list[tuple[str, str, str]]:
-    """Between two runs, recipe and environment."""
+    """Recipe and environment differences, if exactly two runs are shown."""
     if len(logged) != _COMPARED:
         return []
     a, b = logged
@@ -242,7 +242,7 @@ def _differences(logged: list[Logged]) -> list[tuple[str, str, str]]:
 
 
 def _script_safe(data: Any) -> str:
-    """JSON that cannot end the script element that it stands in."""
+    """Encode as JSON that cannot close the surrounding script element."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 

@@ -1,4 +1,4 @@
-"""Reads a logged run from wherever its record lies: a run folder, a recipe.yaml, a checkpoint, W&B."""
+"""Reads a logged run from a run folder, a recipe.yaml, a checkpoint or W&B."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from drumline.runs.recipe_facts import read_facts
 
 
 def read_logged(where: str) -> Logged:
-    """What `drumline reproduce`, `compare` and `report` are given; RunFolderError for anything else."""
+    """Read any source that `drumline reproduce`, `compare` or `report` accepts; else RunFolderError."""
     if where.startswith("wandb:"):
         from drumline.compare.wandb_runs import read_online
 
@@ -40,7 +40,7 @@ def read_logged(where: str) -> Logged:
 
 
 def read_folder(folder: RunFolder, until: int | None = None) -> Logged:
-    """A run folder's record and metrics."""
+    """Read a run folder's record and metrics."""
     steps, evaluations, events = split_lines(read_metrics(folder.metrics_file))
     return Logged(
         str(folder.path),
@@ -68,7 +68,7 @@ def _read_recipe_file(path: Path) -> Logged:
 
 
 def _read_checkpoint(path: Path) -> Logged:
-    """The run that the checkpoint lies in, up to its step; or what the checkpoint knows by itself."""
+    """Read the run that contains the checkpoint, up to its step; without one, the checkpoint's own facts."""
     state = verify(path)
     parent = path.parent.parent
     recipe = read_manifest(path)["recipe"]

@@ -1,8 +1,8 @@
-"""Runs read back from W&B: offline `.wandb` files without network, `wandb:ENTITY/PROJECT/ID` by its API.
+"""Reads runs from W&B: offline `.wandb` files without network, `wandb:ENTITY/PROJECT/ID` through its API.
 
 A `.wandb` file is a LevelDB log (a header of 7 bytes, blocks of 32 KiB, records of CRC, length, type) of
-protobuf records. The client's own reader is gone since 0.31, so the framing is read here, the records by
-the client's own protobuf classes. A file that was cut short is read up to its last sound record.
+protobuf records. The client's reader was removed in 0.31, so this module reads the framing and parses the
+records with the client's protobuf classes. A truncated file is read up to its last valid record.
 """
 
 import json
@@ -25,7 +25,7 @@ _STEP_DEFAULTS = {"loss": None, "grad_norm": None}
 
 
 def read_offline(path: Path) -> Logged:
-    """One W&B run out of a `.wandb` file, or out of a folder with the files of its starts."""
+    """Read one W&B run from a `.wandb` file, or from a folder with one file per start."""
     files = _files_of(path)
     config: dict[str, Any] = {}
     summary: dict[str, Any] = {}
@@ -36,7 +36,7 @@ def read_offline(path: Path) -> Logged:
 
 
 def read_online(where: str) -> Logged:
-    """`wandb:ENTITY/PROJECT/ID`, through W&B's public API and the login of this machine."""
+    """Read `wandb:ENTITY/PROJECT/ID` through W&B's public API with this machine's login."""
     name = where.removeprefix("wandb:")
     if name.count("/") != 2:
         raise RunFolderError(f"{where}: expected wandb:ENTITY/PROJECT/ID")
@@ -100,7 +100,7 @@ def _read_file(
         record = wandb_internal_pb2.Record()
         try:
             record.ParseFromString(data)
-        except Exception:  # protobuf's DecodeError: what is left is not sound either
+        except Exception:  # protobuf's DecodeError: what follows is damaged too
             return
         kind = record.WhichOneof("record_type")
         if kind in ("run", "config"):
@@ -117,7 +117,7 @@ def _values(items: Any) -> dict[str, Any]:
 
 
 def _records(raw: bytes) -> Iterator[bytes]:
-    """The payloads up to the first that is torn or whose checksum is wrong."""
+    """Yield payloads up to the first that is truncated or has a wrong checksum."""
     at, parts = _FILE_HEADER, b""
     while at + _RECORD_HEADER <= len(raw):
         left = _BLOCK - at % _BLOCK

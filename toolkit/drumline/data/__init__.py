@@ -1,1 +1,1 @@
-"""From files to prepared rows: tokenised once, packed, fingerprinted, memory-mapped."""
+"""Prepares rows from data sources: tokenised once, packed, fingerprinted, memory-mapped."""

@@ -1,4 +1,4 @@
-"""Data that every machine has: Python's own source, and a small synthetic classification set."""
+"""Builtin data: the Python standard library's source, and a small synthetic classification set."""
 
 import platform
 import sysconfig
@@ -17,7 +17,7 @@ _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib"
 
 
 def label(name: str) -> str:
-    """What the fingerprint begins with; the source of Python names its version."""
+    """Prefix of the fingerprint; for `python-stdlib` it contains the Python version."""
     if name == "python-stdlib":
         return f"{platform.python_implementation().lower()}-{platform.python_version()}"
     return name
@@ -46,7 +46,7 @@ def python_stdlib(max_files: int | None = None) -> Iterator[dict[str, Any]]:
 
 
 def text_blocks(text: str) -> Iterator[dict[str, Any]]:
-    """One document as blocks; only the last one `ends` it."""
+    """Split one document into blocks; `ends` is true for the last one only."""
     for start in range(0, len(text), BLOCK_CHARACTERS):
         stop = start + BLOCK_CHARACTERS
         yield {"text": text[start:stop], "ends": stop >= len(text)}

@@ -1,7 +1,7 @@
-"""Where prepared rows lie, and the key under which a later run finds them again.
+"""Locates the folder of prepared rows, by a key computed from the recipe's data section.
 
-The key is cheap (names, sizes and times of files, never their content); the fingerprint inside
-the manifest is what identifies the content.
+The key is cheap: it uses names, sizes and times of data files, not their content. The fingerprint in the
+dataset manifest identifies the content.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ FORMAT_VERSION = 1
 
 
 def cache_root() -> Path:
-    """$DRUMLINE_CACHE, or drumline's folder in the user's cache."""
+    """The folder $DRUMLINE_CACHE, or `drumline` in the user's cache folder."""
     stated = os.environ.get("DRUMLINE_CACHE")
     if stated:
         return Path(stated).absolute()
@@ -37,7 +37,7 @@ def cache_folder(data: Data, project: str | None) -> Path:
 
 
 def _stamps(data: Data, project: str | None) -> Any:
-    """What changes when the source does: file sizes and times, code, Python's version."""
+    """Values that change with the source: file sizes and times, hashes of factory code, Python's version."""
     stamps: list[Any] = []
     if data.source == "builtin":
         stamps.append(platform.python_version())

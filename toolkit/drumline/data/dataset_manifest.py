@@ -1,4 +1,4 @@
-"""What a prepared folder holds, readable without numpy or torch."""
+"""The dataset manifest, which describes a prepared folder; readable without numpy or torch."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -10,9 +10,9 @@ _FILE = "card.json"
 
 @dataclass(frozen=True)
 class DatasetManifest:
-    """What a prepared folder holds; `fingerprint` and `tokenizer` depend on content alone, never on paths.
+    """Describes a prepared folder; `fingerprint` and `tokenizer` depend on content only, not on paths.
 
-    `arrays`: the dtype of each further array that a custom task stores. `files`: bytes of each file.
+    `arrays`: the dtype of each extra array that a custom task stores. `files`: bytes of each file.
     """
 
     task: str
@@ -33,12 +33,12 @@ class DatasetManifest:
     version: int = MANIFEST_VERSION
 
     def write(self, folder: Path) -> None:
-        """Write it, as the last file of a prepared folder."""
+        """Write the manifest, the last file of a prepared folder."""
         (folder / _FILE).write_text(json.dumps(asdict(self), indent=2))
 
 
 def read_dataset_manifest(folder: Path) -> DatasetManifest | None:
-    """The manifest of a prepared folder; None where there is none, or where its files are damaged."""
+    """The manifest of a prepared folder; None if it is missing or outdated, or if file sizes differ."""
     try:
         raw = json.loads((folder / _FILE).read_text())
     except (OSError, ValueError):
@@ -50,5 +50,5 @@ def read_dataset_manifest(folder: Path) -> DatasetManifest | None:
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    """Bytes of each array of a prepared folder: what is missing or cut short is seen by it."""
+    """Bytes of each array file in a prepared folder; detects missing and truncated files."""
     return {str(path.relative_to(folder)): path.stat().st_size for path in folder.glob("*/*.bin")}

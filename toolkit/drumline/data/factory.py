@@ -1,4 +1,4 @@
-"""`module:function` from the recipe's own project: the only code that a recipe can name."""
+"""Loads `module:function` from the recipe's project folder, the only code that a recipe can name."""
 
 import importlib.util
 import sys
@@ -10,7 +10,7 @@ from drumline.errors import DataError
 
 
 def factory_file(name: str, project: str | None) -> Path:
-    """The Python file that `module:function` means: one beside the recipe, nothing else."""
+    """The Python file of `module:function`, in the project folder; DataError where it does not exist."""
     module = name.partition(":")[0]
     path = Path(project or ".") / f"{module}.py"
     if not path.is_file():
@@ -21,8 +21,8 @@ def factory_file(name: str, project: str | None) -> Path:
 def load_factory(name: str, project: str | None) -> Callable[..., Any]:
     """Import the file and return the function.
 
-    The file may import others that lie beside it: its folder comes last on the path, behind everything
-    that is installed.
+    The file may import other files of its folder, which is appended to `sys.path` so that installed packages
+    take precedence.
     """
     path = factory_file(name, project)
     folder = str(path.resolve().parent)
@@ -41,9 +41,9 @@ def load_factory(name: str, project: str | None) -> Callable[..., Any]:
 
 
 def mentions_batchnorm(name: str, project: str | None) -> bool:
-    """Whether the factory's function, or what it uses in its file, names a BatchNorm. Reads, never runs.
+    """Whether the factory's function, or a definition it uses in its file, names a BatchNorm.
 
-    Follows names from the function through the module's own definitions.
+    Parses the file without running it, and follows names through the file's top-level definitions.
     """
     import ast
 

@@ -1,4 +1,4 @@
-"""Which local files a recipe means, and their formats. No numpy, so that a plan can look."""
+"""Finds the local files of a recipe and their formats. No numpy, so that planning can import it."""
 
 import glob
 from pathlib import Path
@@ -18,7 +18,7 @@ FORMATS = {
 
 
 def matching_files(data: Data) -> list[Path]:
-    """The files that data.path means, sorted by name; DataError when there are none."""
+    """The files of `data.path`, each pattern's sorted; DataError for no match or an unknown format."""
     patterns = [data.path] if isinstance(data.path, str) else data.path or []
     found: list[Path] = []
     for pattern in patterns:

@@ -1,7 +1,7 @@
-"""Tokenise, pack and fingerprint once; every later run maps the result.
+"""Tokenises, packs and fingerprints data once; later runs memory-map the result.
 
-The rows are written into a locked temporary folder and appear under their key by one rename, so a
-killed prepare leaves no half cache and two at once do not collide: the first to finish wins.
+Rows are written to a locked temporary folder, which one rename publishes under its key. So a killed prepare
+leaves no partial result, and of two concurrent ones the first to finish publishes.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ Progress = Callable[[int, int], None]
 
 
 def prepare(data: Data, project: str | None, progress: Progress | None = None) -> Path:
-    """The folder of prepared rows, made if it is not there yet."""
+    """Return the folder of prepared rows, writing it if it does not exist yet."""
     final = cache.cache_folder(data, project)
     if read_dataset_manifest(final) is not None:
         return final
@@ -65,7 +65,7 @@ def prepare(data: Data, project: str | None, progress: Progress | None = None) -
 
 
 class _Writer:
-    """Appends samples of one part and hashes them; holds nothing but what it is given."""
+    """Appends and hashes the samples of one part; keeps none of them in memory."""
 
     def __init__(self, folder: Path, token_dtype: str | None) -> None:
         folder.mkdir()
@@ -80,7 +80,7 @@ class _Writer:
         self.label_tokens = 0
 
     def append_sample(self, sample: Encoded) -> None:
-        """One row of every column that the sample has."""
+        """Append one sample to every column that it has."""
         columns: dict[str, Any] = {}
         if sample.features is not None:
             columns["features"] = sample.features
@@ -100,7 +100,7 @@ class _Writer:
         self.append(**columns, counts=sample.count)
 
     def append(self, **columns: Any) -> None:
-        """One value, or an array of them, to each named column."""
+        """Append one value, or an array of values, to each named column."""
         for name, value in columns.items():
             if name not in self._files:
                 self._files[name] = (self._folder / f"{name}.bin").open("wb")
@@ -112,7 +112,7 @@ class _Writer:
             self.label_tokens += int(np.sum(columns["counts"]))
 
     def close(self, names: Iterable[str]) -> None:
-        """Flush to disk; columns that got no row become empty files."""
+        """Flush and close the files; columns without a row become empty files."""
         for name in names:
             if name not in self._files:
                 self._files[name] = (self._folder / f"{name}.bin").open("wb")
@@ -135,7 +135,7 @@ class _Writer:
 
 
 class _Packer:
-    """Documents end to end in one stream; a row every `length` tokens, plus the next as target.
+    """Packs documents end to end into one stream, cut into rows of `length` tokens plus the last target.
 
     Every token but the first is a target exactly once; the last row may be shorter.
     """
@@ -162,7 +162,7 @@ class _Packer:
 
 @dataclass
 class _Seen:
-    """What the rows turned out to hold."""
+    """Counts and shapes found while writing the rows."""
 
     documents: int = 0
     truncated: int = 0
@@ -171,7 +171,7 @@ class _Seen:
     feature_shape: list[int] | None = None
 
     def note(self, sample: Encoded) -> None:
-        """Count a sample; DataError where its features have another shape than those before."""
+        """Count a sample; DataError where its features have another shape than earlier ones."""
         self.truncated += sample.was_truncated
         if sample.label is not None:
             self.classes = max(self.classes, sample.label + 1)
@@ -225,7 +225,7 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
 
 
 def _part_of(document: int, validation: Fraction) -> str:
-    """Every 1/validation-th document is for validation: floor(n × validation) of any first n."""
+    """The part of a document: of the first n documents, floor(n × validation) are for validation."""
     before, after = int(document * validation), int((document + 1) * validation)
     return "validation" if after > before else "train"
 
@@ -237,7 +237,7 @@ def _write_stream(
     writers: Writers,
     progress: Progress,
 ) -> _Seen:
-    """Documents joined and cut into rows; one may come in several pieces, of which the last `ends` it."""
+    """Pack documents into rows; a document may span several source rows, of which the last has `ends`."""
     length = task.data.sequence_length
     assert length
     share, seen, written = Fraction(str(task.data.validation)), _Seen(), 0
@@ -262,7 +262,7 @@ def _write_samples(
     writers: Writers,
     progress: Progress,
 ) -> _Seen:
-    """One row, one sample; a row of which nothing would be learnt is dropped and counted."""
+    """Write one sample per source row; rows without a target are dropped and counted."""
     share, seen = Fraction(str(task.data.validation)), _Seen()
     for row in rows:
         writer = writers[_part_of(seen.documents, share)]
@@ -308,14 +308,14 @@ def _fingerprint(
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the temporary folder's lock for as long as this process lives."""
+    """Context that holds the temporary folder's lock; it is also released if the process dies."""
     with (folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    """One rename; where another process was first, its rows are the same."""
+    """Publish the folder by one rename; rows that another process published first are kept."""
     (temporary / ".lock").unlink()
     try:
         temporary.rename(final)
@@ -326,7 +326,7 @@ def _publish(temporary: Path, final: Path) -> None:
 
 
 def _remove_abandoned(final: Path) -> None:
-    """Temporary folders of this key whose process is gone."""
+    """Delete temporary folders of this key whose process has ended."""
     for folder in final.parent.glob(f".{final.name}.*"):
         lock = folder / ".lock"
         with contextlib.suppress(OSError), lock.open("r") as file:

@@ -1,10 +1,10 @@
-"""Prepared rows, memory-mapped: random access to the samples that `prepare` has stored.
+"""Memory-mapped random access to the prepared rows that `prepare` has written.
 
 A folder has `card.json` and, for `train` and `validation`, raw little-endian arrays:
 
     tokens   uint16/uint32   all tokens of all rows          starts  int64 [N]   first token of a row
-    lengths  int32 [N]       tokens of a row                 skipped int32 [N]   leading targets that
-    counts   int32 [N]       label tokens of a row                               do not count (the prompt's)
+    lengths  int32 [N]       tokens of a row                 skipped int32 [N]   leading targets ignored,
+    counts   int32 [N]       label tokens of a row                               those of the prompt
     features float32 [N, …]  labels int64 [N]                (classification)
     array-X  any             all values of array X           ends-X  int64 [N]   where a row's values end
 """
@@ -30,14 +30,14 @@ DTYPES = {
 
 
 def array_columns(name: str) -> tuple[str, str]:
-    """The two columns that a task's own array is stored in: its values, and where each row's end."""
+    """The two columns of a task's own array: its values, and the index at which each row's values end."""
     return f"array-{name}", f"ends-{name}"
 
 
 class Rows:
-    """The samples of one part (`train` or `validation`); nothing is held in memory.
+    """The samples of one part (`train` or `validation`), memory-mapped.
 
-    `counts`: int32 [N], the label tokens of each.
+    `counts`: int32 [N], the label tokens of each sample.
     """
 
     def __init__(self, folder: Path, part: str, task: Task) -> None:
@@ -54,13 +54,13 @@ class Rows:
         return len(self.counts)
 
     def collate(self, indices: NDArray[np.int64]) -> Arrays:
-        """Samples as arrays of one micro-batch, as their task makes them."""
+        """Samples as the arrays of one micro-batch, collated by their task."""
         return self.task.collate(self, indices)
 
     def tokens(
         self, indices: NDArray[np.int64], width: int | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Tokens [n, width] (default: the longest row's) and which of them belong to the row."""
+        """Tokens [n, width] (default: longest row) and a mask [n, width], false for padding."""
         lengths = self.column("lengths")[indices]
         place = np.arange(width or int(lengths.max()))
         inside = place < lengths[:, None]
@@ -68,7 +68,7 @@ class Rows:
         return self.column("tokens")[where].astype(np.int64), inside
 
     def array(self, name: str, indices: NDArray[np.int64]) -> list[NDArray[Any]]:
-        """A task's own array, of each of these rows."""
+        """The values of a task's own array, one array per row."""
         values, ends = (self.column(column) for column in array_columns(name))
         firsts = np.where(indices > 0, ends[indices - 1], 0)
         return [
@@ -76,7 +76,7 @@ class Rows:
         ]
 
     def column(self, name: str) -> NDArray[Any]:
-        """A stored column; DataError where it is missing."""
+        """A memory-mapped column; DataError where it is missing."""
         if name not in self._columns:
             self._columns[name] = self._map(name)
         return self._columns[name]

@@ -1,6 +1,6 @@
-"""Where rows come from: builtin sets, local files, the hub, or a factory of the recipe's project.
+"""Reads rows from builtin sets, local files, the hub, or a factory of the recipe's project.
 
-Every source is an iterator of plain dicts, read once and never held whole.
+Every source is an iterator of plain dicts, streamed once and never held in memory as a whole.
 """
 
 import glob
@@ -16,7 +16,7 @@ from drumline.recipe.schema import Data
 
 
 def read(data: Data, project: str | None) -> Iterator[dict[str, Any]]:
-    """The rows that the recipe's data section means."""
+    """Iterate over the rows of the recipe's data source."""
     if data.source == "builtin":
         assert data.name
         return builtin.documents(data.name, data.options)
@@ -28,7 +28,7 @@ def read(data: Data, project: str | None) -> Iterator[dict[str, Any]]:
 
 
 def _from_factory(data: Data, project: str | None) -> Iterator[dict[str, Any]]:
-    """Rows of the project's own function; what it raises is told as its own."""
+    """Rows of the project's factory; its exceptions become DataErrors that name it."""
     assert data.factory
     function = load_factory(data.factory, project)
     try:
@@ -41,7 +41,7 @@ def _from_factory(data: Data, project: str | None) -> Iterator[dict[str, Any]]:
 
 
 def source_label(data: Data) -> str:
-    """What the fingerprint begins with."""
+    """Prefix of the fingerprint."""
     if data.source == "builtin":
         assert data.name
         return builtin.label(data.name)
@@ -61,7 +61,7 @@ def _from_files(data: Data) -> Iterator[dict[str, Any]]:
 
 
 def _text_file(path: Path) -> Iterator[dict[str, Any]]:
-    """A text file is one document, read in blocks."""
+    """Read a text file as one document, in blocks."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             block = file.read(builtin.BLOCK_CHARACTERS)
@@ -74,13 +74,13 @@ def _text_file(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _table_file(path: Path) -> Iterator[dict[str, Any]]:
-    """jsonl, csv and parquet through `datasets`, streamed."""
+    """Stream rows of JSON, CSV and Parquet files through `datasets`."""
     load_dataset = _load_dataset()
     try:
         yield from load_dataset(
             FORMATS[path.suffix], data_files=glob.escape(str(path)), split="train", streaming=True
         )
-    except Exception as error:  # datasets wraps its readers' errors in many types
+    except Exception as error:  # datasets wraps reader errors in many types
         cause = str(error.__cause__ or error) or type(error).__name__
         raise DataError(
             f"data.path: {path} cannot be read as {path.suffix[1:]}: {cause}"
@@ -103,5 +103,5 @@ def _load_dataset() -> Any:
         import datasets
     except ImportError:
         raise DataError("this data source needs the package `datasets`") from None
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are told by ours
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our DataError reports its errors
     return datasets.load_dataset

@@ -25,7 +25,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """One token a UTF-8 byte; 256 ends a document."""
+    """One token per UTF-8 byte; token 256 ends a document."""
 
     vocabulary = 257
     end = 256
@@ -63,7 +63,7 @@ class HubTokenizer:
 
 
 def find_tokenizer(name: str) -> Tokenizer:
-    """`bytes`, a folder (begins with . ~ or /), or a hub name."""
+    """The tokenizer `bytes`, or one from a folder (an absolute path) or from the hub."""
     if name == "bytes":
         return ByteTokenizer()
     if name.startswith("/") and not Path(name).is_dir():

@@ -1,13 +1,13 @@
-"""A model of CUDA's caching allocator: what a sequence of allocations makes it reserve. No torch.
+"""A model of CUDA's caching allocator: the bytes reserved by a sequence of allocations. No torch.
 
 The rules are those of c10's CUDACachingAllocator (torch 2.x). A request is rounded up to 512 B and
 served from the smallest free block of its pool and stream that is large enough: requests of at most
 1 MiB from 2 MiB segments, others below 10 MiB from 20 MiB segments, larger ones from segments of
-their own size rounded up to 2 MiB. What is left over of a block is split off where it is worth it,
-neighbours of a segment merge when both are free, and before the device refuses a segment all
-segments that are wholly free are given back to it.
+their own size rounded up to 2 MiB. The unused rest of a block is split off if it is at least 512 B
+(small pool) or more than 1 MiB (large pool). Adjacent free blocks of a segment merge. If a new
+segment would exceed the device's limit, all completely free segments are released first.
 
-With expandable segments there is one segment a pool and stream, which grows at its end in pages of
+With expandable segments there is one segment per pool and stream, which grows at its end in pages of
 2 or 20 MiB and whose blocks are always split.
 """
 
@@ -26,16 +26,16 @@ ROUND_LARGE = 2 * MIB
 FREE = -1
 
 Event = tuple[int, int, int]
-"""(block number, bytes or FREE, stream): one allocation or the end of one."""
+"""(block number, bytes or FREE, stream): one allocation, or one free if the size is FREE."""
 
 
 class DeviceFull(Exception):
-    """The limit does not hold what is asked for, not even with every free segment given back."""
+    """Out of memory: the request exceeds the limit even after all free segments were released."""
 
 
 @dataclass(slots=True, eq=False)
 class _Block:
-    """A part of a segment; `before` and `after` are its neighbours there."""
+    """A part of a segment; `before` and `after` are the adjacent blocks of the same segment."""
 
     size: int
     pool: "_Pool"
@@ -46,12 +46,12 @@ class _Block:
 
 
 class _Pool:
-    """The free blocks of one size class on one stream, by size."""
+    """The free blocks of one size class (small or large) on one stream, sorted by size."""
 
     def __init__(self, is_small: bool) -> None:
         self.is_small = is_small
         self.free: list[tuple[int, int, _Block]] = []
-        self.last: _Block | None = None  # of the expandable segment
+        self.last: _Block | None = None  # last block of the expandable segment
 
     def add(self, block: _Block) -> None:
         bisect.insort(self.free, (block.size, block.number, block))
@@ -66,9 +66,9 @@ class _Pool:
 
 
 class CachingAllocator:
-    """Bytes allocated (rounded requests alive) and reserved (segments held), and the peaks of both.
+    """Bytes allocated (live requests, rounded up) and reserved (segments held), and the peaks of both.
 
-    `limit`: bytes of the device; None where it never refuses.
+    `limit` is the device's memory in bytes; None means unlimited.
     """
 
     def __init__(self, expandable: bool = False, limit: int | None = None) -> None:
@@ -80,7 +80,7 @@ class CachingAllocator:
         self._count = 0
 
     def replay(self, events: Iterable[Event]) -> None:
-        """Every event in order."""
+        """Apply all events in order."""
         for number, size, stream in events:
             if size == FREE:
                 self.free(number)
@@ -88,7 +88,7 @@ class CachingAllocator:
                 self.allocate(number, size, stream)
 
     def allocate(self, number: int, size: int, stream: int = 0) -> None:
-        """Serve a request of `size` bytes under this number; DeviceFull beyond the limit."""
+        """Allocate `size` bytes as block `number`; raises DeviceFull if the limit is exceeded."""
         assert number not in self._living, f"block {number} is alive already"
         size = max(ROUND, -(-size // ROUND) * ROUND)
         pool = self._pool(size <= SMALL_REQUEST, stream)
@@ -101,7 +101,7 @@ class CachingAllocator:
         self.peak_allocated = max(self.peak_allocated, self.allocated)
 
     def free(self, number: int) -> None:
-        """End the block of this number; it merges with free neighbours of its segment."""
+        """Free block `number` and merge it with adjacent free blocks of its segment."""
         block = self._living.pop(number)
         self.allocated -= block.size
         block.is_free = True
@@ -114,7 +114,7 @@ class CachingAllocator:
             block.pool.add(block)
 
     def segments(self) -> list[list[tuple[int, bool]]]:
-        """Every segment as its blocks in order: (bytes, is free). For tests and for people."""
+        """All segments, each a list of its blocks in address order: (bytes, is free). For inspection."""
         blocks = {
             block.number: block for pool in self._pools.values() for _, _, block in pool.free
         } | {block.number: block for block in self._living.values()}
@@ -154,7 +154,10 @@ class CachingAllocator:
         return block
 
     def _extend(self, pool: _Pool, size: int) -> _Block:
-        """Map whole pages at the end of the pool's segment; its last block, if free, grows."""
+        """Map whole pages at the end of the pool's expandable segment.
+
+        The last block grows if it is free; otherwise a new block is appended.
+        """
         page = SMALL_SEGMENT if pool.is_small else LARGE_SEGMENT
         last = pool.last
         open_end = last.size if last and last.is_free else 0
@@ -187,7 +190,11 @@ class CachingAllocator:
         block.pool.add(remainder)
 
     def _absorb(self, block: _Block, after: _Block, is_listed: bool = True) -> None:
-        """Merge a free block with its right neighbour; `is_listed`: which of them the pool lists."""
+        """Merge a free block with the block after it.
+
+        `is_listed`: True if `after` is in the pool's free list, False if `block` is. With False, the merged
+        block is added to the list again.
+        """
         pool = block.pool
         pool.remove(after if is_listed else block)
         block.size += after.size
@@ -208,7 +215,7 @@ class CachingAllocator:
         self.peak_reserved = max(self.peak_reserved, self.reserved)
 
     def _give_back(self) -> None:
-        """Return segments that are wholly free; of an expandable one, the free pages at its end."""
+        """Release completely free segments; of an expandable segment, the free pages at its end."""
         for pool in self._pools.values():
             if self._expandable:
                 self._unmap_end(pool)

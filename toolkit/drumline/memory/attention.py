@@ -1,4 +1,4 @@
-"""Which attention kernel a CUDA build of torch takes. Pure: the estimate and the trace share it."""
+"""Which attention kernel torch selects on CUDA. Pure; used by the closed form and by the trace."""
 
 from typing import Literal
 
@@ -10,10 +10,11 @@ _FLASH_HEAD_DIM = 256
 def choose_kernel(
     *, is_narrow: bool, is_masked: bool, shares_heads: bool, head_dim: int, has_flash: bool = True
 ) -> Kernel:
-    """What `scaled_dot_product_attention` dispatches to (aten/native/transformers/sdp_utils).
+    """The kernel that `scaled_dot_product_attention` dispatches to (aten/native/transformers/sdp_utils).
 
-    Flash: 16-bit types, no mask, heads of at most 256, compute capability 8.0 (`has_flash`).
-    Memory-efficient: any type, but no heads shared between queries. Else math, which holds S² scores.
+    Flash: 16-bit dtypes, no mask, head dimension at most 256, compute capability 8.0 (`has_flash`).
+    Memory-efficient: any dtype, but no grouped-query attention (`shares_heads`). Otherwise math, which
+    materializes the S² scores.
     """
     if is_narrow and not is_masked and head_dim <= _FLASH_HEAD_DIM and has_flash:
         return "flash"

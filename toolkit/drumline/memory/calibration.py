@@ -1,8 +1,8 @@
-"""Corrections learnt from runs that logged their real peaks beside the prediction. Pure.
+"""Corrections of memory estimates, fitted to runs that logged predicted and measured peaks. Pure.
 
-A table has a row for every kind of GPU and strategy: by what factor allocated and reserved bytes
-came out, and how many bytes the device used beyond what was reserved. It is small, can be read and
-edited by people, and changes a plan only where it has a row.
+A table has one row per kind of GPU and strategy: the ratios of measured to predicted allocated and
+reserved bytes, and the bytes that the device used beyond the reserved ones. It can be edited by hand.
+Plans for a GPU and strategy without a row are not changed.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ TOTALS = ("allocated", "reserved", "device")
 
 @dataclass(frozen=True)
 class Pair:
-    """What one attempt was predicted to need and what it did: bytes by total."""
+    """Predicted and measured peak bytes of one attempt, keyed by the names in TOTALS."""
 
     run: str
     gpu: str
@@ -29,9 +29,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Row:
-    """Factors on predicted bytes: the smallest, the median and the largest seen in so many runs.
+    """Measured over predicted bytes, for one kind of GPU and one strategy.
 
-    `outside` are bytes of the device beyond the reserved ones (context, NCCL): low, median, high.
+    `runs` is the number of runs. `allocated` and `reserved` are [smallest, median, largest] ratios.
+    `outside`: device bytes beyond the reserved ones (CUDA context, NCCL), [smallest, median, largest].
     """
 
     gpu: str
@@ -44,16 +45,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The table."""
+    """A calibration table: at most one row per kind of GPU and strategy."""
 
     rows: tuple[Row, ...] = ()
 
     def row(self, gpu: str, strategy: str) -> Row | None:
-        """The row of that kind of GPU and strategy."""
+        """The row of this kind of GPU and strategy, or None."""
         return next((r for r in self.rows if (r.gpu, r.strategy) == (gpu, strategy)), None)
 
     def correct(self, totals: Totals, gpu: str, strategy: str) -> Totals:
-        """Totals with the row's factors; as they are where there is none."""
+        """Totals corrected by the matching row; unchanged if there is none."""
         row = self.row(gpu, strategy)
         if row is None:
             return totals
@@ -67,12 +68,12 @@ class Calibration:
         return Totals(_times(totals.allocated, row.allocated), reserved, device, basis)
 
     def to_plain(self) -> dict[str, Any]:
-        """As written to a file."""
+        """The table as a JSON object; `from_plain` reads it."""
         return {"calibration": TABLE_VERSION, "rows": [asdict(row) for row in self.rows]}
 
 
 def _times(three: ByteRange, factors: Sequence[float]) -> ByteRange:
-    """The expected value by the median factor; low and high at least as far out as was seen."""
+    """Scale by the median ratio; low and high are widened to cover the smallest and largest ratio."""
     low, median, high = factors
     expected = three.expected * median
     return ByteRange(
@@ -83,7 +84,7 @@ def _times(three: ByteRange, factors: Sequence[float]) -> ByteRange:
 
 
 def fit(pairs: Sequence[Pair]) -> Calibration:
-    """The table that makes the median error of every kind of GPU and strategy zero."""
+    """The calibration table of these pairs, grouped by kind of GPU and strategy."""
     kinds = sorted({(pair.gpu, pair.strategy) for pair in pairs})
     return Calibration(tuple(_row(gpu, strategy, pairs) for gpu, strategy in kinds))
 
@@ -106,7 +107,7 @@ def _row(gpu: str, strategy: str, pairs: Sequence[Pair]) -> Row:
 
 
 def errors(pairs: Sequence[Pair], calibration: Calibration) -> dict[str, list[float]]:
-    """Predicted over measured, less one, of every pair and total, after correction."""
+    """Relative errors after correction, predicted / measured - 1: for each total, one value per pair."""
     result: dict[str, list[float]] = {name: [] for name in TOTALS}
     for pair in pairs:
         row = calibration.row(pair.gpu, pair.strategy)
@@ -121,7 +122,7 @@ def errors(pairs: Sequence[Pair], calibration: Calibration) -> dict[str, list[fl
 
 
 def errors_left_out(pairs: Sequence[Pair]) -> dict[str, list[float]]:
-    """The same, each pair corrected by a table that was made without it: what a new run can expect."""
+    """Leave-one-out errors: each pair is corrected by a table fitted to the other pairs."""
     result: dict[str, list[float]] = {name: [] for name in TOTALS}
     for left_out in pairs:
         others = [pair for pair in pairs if pair is not left_out]
@@ -131,7 +132,7 @@ def errors_left_out(pairs: Sequence[Pair]) -> dict[str, list[float]]:
 
 
 def from_plain(plain: Any, where: str) -> Calibration:
-    """A table as read from a file; DataError where it is none."""
+    """Read a table from its JSON object; raises DataError if it is invalid. `where` names the file."""
     if not isinstance(plain, dict) or plain.get("calibration") != TABLE_VERSION:
         raise DataError(f"{where}: not a calibration table of version {TABLE_VERSION}")
     try:

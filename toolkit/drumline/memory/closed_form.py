@@ -1,7 +1,7 @@
-"""Peak bytes of one rank in closed form: no torch, a millisecond, for known families.
+"""Peak memory of one rank, computed without torch in about a millisecond, for known model families.
 
-What is alive is played on a ledger (`rank.py`), whose sizes are formulas of the model's widths; the
-largest moment is the peak. What surrounds it (fragmentation, the CUDA context, NCCL) is a range.
+An attempt is simulated on a ledger (`rank.py`) of live tensors, whose sizes follow from the model's
+widths; the largest total is the peak. Fragmentation, the CUDA context and NCCL are added as ranges.
 """
 
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ STATES = PARTS[:3]
 
 @dataclass(frozen=True)
 class Peak:
-    """The estimate: bytes of each part at the peak, the totals with ranges, and the phase.
+    """The estimate: bytes of each part at the peak, the totals with ranges, and the phase of the peak.
 
-    `phases` are the bytes allocated at the largest moment of each phase.
+    `phases` gives the peak of allocated bytes in each phase.
     """
 
     parts: dict[str, int]
@@ -29,7 +29,7 @@ class Peak:
 
 
 def estimate(load: Load, gpu: Gpu) -> Peak:
-    """The largest moment of a whole attempt: load, forward, backward, optimizer step, evaluation."""
+    """Peak memory over a whole attempt: load, forward, backward, optimizer step, evaluation."""
     ledger = play(load)
     parts = {name: ledger.peak_parts.get(name, 0) for name in PARTS}
     parts["workspace"] = gpu.workspace_bytes

@@ -1,6 +1,7 @@
-"""The layers of the model families that are known, written as transformers' forwards run.
+"""The layers of the known model families, in the order in which transformers' forward runs them.
 
-Names that hold a value here are those that hold it there: what a Python frame refers to stays alive.
+A local variable keeps its tensor alive, so variables here have the same lifetimes as in transformers'
+code; hence the `del` statements.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from drumline.memory.scores import eager_attention, math_attention
 
 @dataclass(frozen=True)
 class Rows:
-    """One micro-batch on one rank: `samples` of `length` tokens, and how attention sees them."""
+    """One micro-batch on one rank: `samples` rows of `length` tokens, its attention kernel and mask."""
 
     samples: int
     length: int
@@ -29,7 +30,7 @@ class Rows:
 
 
 class Layer:
-    """One repeated block: its weights, and its forward."""
+    """One transformer layer: its weights and its forward."""
 
     def __init__(self, shape: ModelShape, width: int) -> None:
         self.shape = shape
@@ -40,7 +41,7 @@ class Layer:
         self.rest = Parameter(vectors, width)  # norms and biases
 
     def forward(self, run: Operators, rows: Rows, stream: Value, dropout: float) -> Value:
-        """[T, h] -> [T, h]."""
+        """Run the layer's forward on the ledger: [T, h] -> [T, h]."""
         out = _LAYERS[self.shape.family](self, run, rows, stream, dropout)
         run.attention_weights = None
         return out
@@ -74,7 +75,7 @@ def _gpt2_attention(layer: Layer, run: Operators, rows: Rows, hidden: Value) -> 
 
 
 def _gelu_new(run: Operators, value: Value) -> Value:
-    """0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))), written out in Python."""
+    """0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))), unfused: one operation per term."""
     half = run.scale(value)
     inner = run.scale(run.add(value, run.scale(run.power(value))))
     bent = run.pointwise(inner, keeps_input=False, keeps_output=True)
@@ -122,14 +123,14 @@ def _gated(layer: Layer, run: Operators, rows: Rows, hidden: Value) -> Value:
 
 
 def _experts(layer: Layer, run: Operators, rows: Rows, hidden: Value) -> Value:
-    """Every token through its `top_k` experts, rows sorted by expert, grouped matrix products."""
+    """Route every token to its `top_k` experts; rows are sorted by expert for grouped matrix products."""
     shape, w = layer.shape, layer.weights
     weights = route(run, run.linear(hidden, w["router"], shape.experts), rows.tokens, shape)
     return experts(run, shape, hidden, weights, w["gate_up"], w["down"])
 
 
 def _bert(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: float) -> Value:
-    """Post-norm: norm(x + f(x)) after attention and after the feed-forward part."""
+    """Post-norm layer: norm(x + f(x)) for attention and for the feed-forward part."""
     shape, w = layer.shape, layer.weights
     query = run.linear(stream, w["q"], shape.hidden)
     key = run.linear(stream, w["k"], shape.hidden)
@@ -147,7 +148,7 @@ def _bert(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: floa
 
 
 def _vit(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: float) -> Value:
-    """Pre-norm, an exact GELU."""
+    """Pre-norm layer with exact GELU."""
     shape, w = layer.shape, layer.weights
     residual = stream
     hidden = run.layer_norm(stream, shape.hidden)
@@ -169,7 +170,7 @@ def _vit_attention(layer: Layer, run: Operators, rows: Rows, hidden: Value) -> V
 
 def _attend(layer: Layer, run: Operators, rows: Rows, query: Value, key: Value, value: Value,
             packed: Value | None = None) -> Value:  # fmt: skip
-    """The kernel that the build of torch takes."""
+    """Attention with the kernel in `rows.kernel`; `packed` is set if q, k and v are views of one tensor."""
     scores = rows.samples * rows.length * rows.length
     heads = layer.shape.heads
     if rows.kernel in ("flash", "efficient"):

@@ -1,8 +1,8 @@
-"""Bytes alive on a rank, step by step, through a forward and its backward. Pure, no torch.
+"""Simulates autograd with tensor sizes only, to find the peak of live bytes on a rank. Pure, no torch.
 
-A `Ledger` is autograd reduced to sizes: an operation makes a block, says what it keeps for its
-backward and what its backward allocates; a block ends when the last reference to it goes, as in
-torch. So the bytes at any moment follow from the operations alone, and their largest is the peak.
+An operation allocates a block and states what it saves for its backward and what its backward
+allocates. A block is freed when the last Python reference to it is dropped, as in torch. The ledger
+sums the live bytes after every operation; the largest sum is the peak.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,14 +12,15 @@ ROUND = 512
 """The CUDA allocator's granularity in bytes."""
 
 Gradient = Any
-"""A Block, a tuple of blocks where an operation had several outputs, or None."""
+"""A Block, a tuple of blocks if the operation had several outputs, or None."""
 
 Rule = Callable[[list[Gradient]], Sequence[Gradient]]
-"""From the gradient of the output, handed over in a list of one, to those of the inputs."""
+"""Maps the output's gradient to the inputs' gradients. The argument is a list of one, so that the rule can
+pop it and thereby free the gradient."""
 
 
 class Block:
-    """Bytes on the device, from here until nobody refers to them; `width` is bytes an element."""
+    """An allocation, freed when its last reference is dropped; `width` is bytes per element."""
 
     __slots__ = ("_ledger", "elements", "part", "size", "width")
 
@@ -33,10 +34,10 @@ class Block:
 
 
 class Parameter:
-    """A weight of the forward: how many elements, bytes of each, and its gradient once there is one.
+    """A weight: its number of elements, bytes per element, and its gradient, None before the first.
 
-    `uses` counts the gradients that are still to come in this backward: autograd adds them up in
-    `waiting` and only then to what is there.
+    `uses` counts the gradients still expected in this backward. As in autograd, they are summed in
+    `waiting` first, and the sum is then added to `gradient`.
     """
 
     __slots__ = ("elements", "gradient", "uses", "waiting", "width")
@@ -49,10 +50,10 @@ class Parameter:
 
 
 class Node:
-    """One operation's part in the backward.
+    """One operation in the backward graph.
 
-    `rule` makes a gradient for every source (a Node, a Parameter or None); `keeps` are the blocks
-    that it needs until then; `widths` are bytes an element that the sources expect.
+    `rule` computes one gradient per source (a Node, a Parameter or None); `keeps` are the blocks saved
+    for it; `widths` are the bytes per element of the gradient that each source expects.
     """
 
     __slots__ = ("keeps", "rule", "sources", "widths")
@@ -63,7 +64,10 @@ class Node:
 
 
 class Value:
-    """A tensor: its block, and the node that made it (or the parameter it is, or None)."""
+    """A tensor: its block, and its source.
+
+    The source is the Node that produced it, the Parameter that it is, or None if it needs no gradient.
+    """
 
     __slots__ = ("block", "elements", "source", "width")
 
@@ -72,7 +76,7 @@ class Value:
 
 
 class Ledger:
-    """The running total, its parts, and the largest total of each phase."""
+    """Live bytes in total and by part, with the peak overall and the peak of each phase."""
 
     def __init__(self) -> None:
         self.live = self.peak = 0
@@ -82,12 +86,12 @@ class Ledger:
         self.phase_peaks: dict[str, int] = {}
         self.nodes: list[Node] = []
         self.is_recording = True
-        self.frees_early = False  # what a checkpointed region computed again goes once it was used
+        self.frees_early = False  # checkpointing frees a recomputed activation once it was used
         self._parts: dict[str, int] = {}
         self._waiting: dict[int, Gradient] = {}
 
     def enter(self, phase: str) -> None:
-        """What the rank does from here on."""
+        """Start a phase; what is live already counts towards its peak."""
         self.phase = phase
         self._add(0, self.part)
 
@@ -102,7 +106,7 @@ class Ledger:
                 self.phase_peaks[self.phase] = self.live
 
     def block(self, elements: float, width: int, part: str | None = None) -> Block:
-        """Allocate."""
+        """Allocate a block of `elements` × `width` bytes, counted under `part` (default: the current one)."""
         return Block(self, elements, width, part or self.part)
 
     def make(
@@ -114,7 +118,7 @@ class Ledger:
         keeps: Sequence[Block | None] = (),
         keeps_itself: bool = False,
     ) -> Value:
-        """The output of an operation, in a block of its own."""
+        """The output of an operation, in a newly allocated block."""
         block = self.block(elements, width)
         return self.wrap(
             block, elements, width, inputs, rule, (*keeps, block) if keeps_itself else keeps
@@ -129,7 +133,7 @@ class Ledger:
         rule: Rule | None,
         keeps: Sequence[Block | None] = (),
     ) -> Value:
-        """The output of an operation, in a block that is there already (a view)."""
+        """The output of an operation that allocates nothing: a view of `block`."""
         source = None
         if self.is_recording and rule and any(value.source is not None for value in inputs):
             for value in inputs:
@@ -141,7 +145,10 @@ class Ledger:
         return Value(block, elements, width, source)
 
     def backward(self, root: Value, gradient: Gradient, since: int = 0) -> None:
-        """Run the nodes made since, last first; what reaches an earlier source waits there for it."""
+        """Run the backward of all nodes after the first `since` ones, in reverse order.
+
+        Gradients for earlier nodes are kept until a later call runs those nodes.
+        """
         waiting = self._waiting
         waiting[id(root.source)] = gradient
         del gradient
@@ -155,7 +162,7 @@ class Ledger:
                 node.keeps = ()
             for place, width in enumerate(node.widths):
                 results[place] = self._as_expected(results[place], width)
-            del handed  # the gradient that came in lives until those that go out have their types
+            del handed  # as in torch, the incoming gradient lives until the outgoing ones are cast
             for place, source in enumerate(node.sources):
                 result, results[place] = results[place], None
                 if source is None or result is None:
@@ -163,19 +170,19 @@ class Ledger:
                 if isinstance(source, Parameter):
                     self._accumulate(source, result)
                 else:
-                    # Two gradients of one tensor are added up in place, so the first one stays.
+                    # Two gradients of one tensor are added in place, so only the first stays allocated.
                     waiting.setdefault(id(source), result)
                 del result
             node.keeps, node.rule = (), _spent
 
     def _as_expected(self, gradient: Gradient, width: int) -> Gradient:
-        """In its input's type: a copy, where the rule made another."""
+        """Cast the gradient to its input's dtype; a copy if the widths differ."""
         if isinstance(gradient, Block) and gradient.width != width:
             return self.block(gradient.elements, width, gradient.part)
         return gradient
 
     def _accumulate(self, parameter: Parameter, gradient: Block) -> None:
-        """Keep a parameter's first gradient; add later ones to it in place."""
+        """Store a parameter's first gradient; later ones are added to it in place and free their block."""
         parameter.uses -= 1
         if parameter.waiting is None:
             parameter.waiting = gradient

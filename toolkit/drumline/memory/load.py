@@ -1,4 +1,4 @@
-"""What one rank is asked to hold, and the widths that follow from it. Pure."""
+"""The input of the memory estimate: everything that one rank's peak depends on. Pure."""
 
 from dataclasses import dataclass
 
@@ -7,17 +7,18 @@ from drumline.memory.attention import Kernel, choose_kernel
 from drumline.recipe.precision import PRECISIONS
 
 CHUNK_TOKENS = 1024
-"""Tokens whose logits are alive at once when the loss is chunked (`train/loss.py`)."""
+"""Tokens whose logits are alive at once with a chunked loss (`train/objectives/cross_entropy.py`)."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """One rank's share of a plan; `shard_ranks` is how many ranks share a sharded tensor.
+    """One rank's share of a plan; `shard_ranks` is the number of ranks that a tensor is sharded over.
 
-    `optimizer_states` are the tensors that the optimizer keeps for a parameter, each of its size;
-    `has_scratch` says that its step allocates one more, without weight decay, `has_scratch_in_a_step` with
-    the recipe's. `evaluation` is the rows of an evaluation's micro-batch, None without one; `is_masked` says
-    that rows are padded, so that attention gets a mask; `attention` is the recipe's word.
+    `optimizer_states`: tensors of the parameter's size that the optimizer keeps per parameter.
+    `has_scratch`: an optimizer step without weight decay allocates one more such tensor for a moment;
+    `has_scratch_in_a_step`: the same with the recipe's weight decay. `evaluation`: rows of an evaluation
+    micro-batch, None without evaluation. `is_masked`: attention is given a mask. `attention`: the recipe's
+    `model.attention`.
     """
 
     shape: ModelShape
@@ -42,22 +43,22 @@ class Load:
 
     @property
     def state_width(self) -> int:
-        """Bytes of a stored weight: 2 in bf16-pure, else 4 (the fp32 master)."""
+        """Bytes per element of stored weights: 2 for bf16-pure, else 4 (fp32 master weights)."""
         return PRECISIONS[self.precision].stored
 
     @property
     def low(self) -> int | None:
-        """Bytes of a matrix product's operands under autocast; None without it."""
+        """Bytes per element of matrix product operands under autocast; None without autocast."""
         return PRECISIONS[self.precision].autocast_bytes
 
     @property
     def forward_width(self) -> int:
-        """Bytes of a weight as the forward sees it: FSDP2 gathers a narrow copy in mixed precision."""
+        """Bytes per element of weights in the forward; in mixed precision FSDP2 gathers 16-bit copies."""
         return 2 if self.strategy == "fsdp" and self.low else self.state_width
 
     @property
     def kernel(self) -> Kernel:
-        """Which attention runs."""
+        """The attention kernel that runs."""
         if self.attention == "eager":
             return "eager"
         if self.attention == "flash":
@@ -65,7 +66,7 @@ class Load:
         return choose_kernel(
             is_narrow=PRECISIONS[self.precision].computed < 4,
             is_masked=self.is_masked,
-            # With a mask transformers writes shared heads out first.
+            # With a mask, transformers repeats the shared key and value heads before the kernel.
             shares_heads=self.shape.kv_width != self.shape.query_width and not self.is_masked,
             head_dim=self.shape.head_dim,
             has_flash=self.has_flash,
@@ -73,11 +74,11 @@ class Load:
 
     @property
     def is_zero(self) -> bool:
-        """Whether DeepSpeed lays the states out."""
+        """Whether the strategy is one of DeepSpeed's ZeRO stages."""
         return self.strategy.startswith("zero")
 
     @property
     def keeps_gradients(self) -> bool:
-        """Whether gradients are there already while a micro-batch runs forward."""
+        """Whether gradients are already allocated during a micro-batch's forward."""
         in_buckets = self.strategy == "ddp" and self.ranks > 1
         return self.accumulation > 1 or in_buckets or self.is_zero

@@ -1,6 +1,6 @@
-"""Mixtures of experts on a ledger, as transformers' grouped implementation runs them.
+"""Mixture-of-experts layers on a ledger, as in transformers' grouped implementation.
 
-Letters: T tokens, S = T × top_k rows, E experts, h hidden, f features of an expert.
+Shapes: T tokens, S = T × top_k rows, E experts, h hidden size, f intermediate size of an expert.
 """
 
 from drumline.architectures.shapes import ModelShape
@@ -9,9 +9,9 @@ from drumline.memory.operators import FP32, INDEX, Operators
 
 
 def route(run: Operators, logits: Value, tokens: float, shape: ModelShape) -> Value:
-    """Softmax of [T, E] in fp32, the largest top_k of it, normalised: S weights."""
+    """Routing weights [S]: softmax of the logits [T, E] in fp32, then top_k, normalised."""
     ledger, elements = run.ledger, logits.elements
-    if shape.architecture == "mixtral":  # casts by itself; the other asks softmax for fp32
+    if shape.architecture == "mixtral":  # casts first; Qwen3-MoE calls softmax with dtype=float32
         chances = run.pointwise(run.cast(logits, FP32), keeps_input=False, keeps_output=True)
     else:
         chances = run.pointwise(logits, keeps_input=False, keeps_output=True, width=FP32)
@@ -25,7 +25,11 @@ def route(run: Operators, logits: Value, tokens: float, shape: ModelShape) -> Va
 
 def experts(run: Operators, shape: ModelShape, hidden: Value, weights: Value,
             gate_up: Parameter, down: Parameter) -> Value:  # fmt: skip
-    """Rows sorted by expert, two grouped products, weighted, put back and summed over top_k."""
+    """The experts' output [T, h].
+
+    Sorts rows by expert, runs two grouped matrix products, applies the routing weights, restores the order
+    of the rows and sums over top_k.
+    """
     ledger, rows = run.ledger, weights.elements
     tokens, h, f = rows / shape.top_k, shape.hidden, shape.ffn
     wide = hidden.width
@@ -42,12 +46,12 @@ def experts(run: Operators, shape: ModelShape, hidden: Value, weights: Value,
     back = _pick(run, weighted, rows * h, places.size)
     del weighted, order
     width = FP32 if run.low else back.width
-    summed = ledger.make(tokens * h, width, [back], lambda g: g)  # its gradient is a view
+    summed = ledger.make(tokens * h, width, [back], lambda g: g)  # the sum's gradient is an expand
     return run.cast(summed, wide)
 
 
 def _pick(run: Operators, value: Value, elements: float, index_bytes: int) -> Value:
-    """Rows by number: keeps the numbers; backward adds into zeros as large as the input."""
+    """Select rows by index: saves the indices; backward accumulates into zeros of the input's size."""
     ledger, before, width = run.ledger, value.elements, value.width
     numbers = ledger.block(index_bytes, 1)
     return ledger.make(
@@ -56,7 +60,7 @@ def _pick(run: Operators, value: Value, elements: float, index_bytes: int) -> Va
 
 
 def _half(run: Operators, packed: Value) -> Value:
-    """One half of [S, 2f]; with the other half's, its gradient makes one of the whole."""
+    """A view of one half of [S, 2f]; its gradient is zero-padded to [S, 2f] and added to the other's."""
     ledger, elements, width = run.ledger, packed.elements, packed.width
     return ledger.wrap(
         packed.block, elements / 2, width, [packed], lambda g: [ledger.block(elements, width)]
@@ -64,7 +68,7 @@ def _half(run: Operators, packed: Value) -> Value:
 
 
 def _grouped(run: Operators, rows: Value, weight: Parameter, elements: float) -> Value:
-    """Not on autocast's list: rows are cast to the weight's type, which stays as it is."""
+    """A grouped matrix product; not on autocast's list, so rows are cast to the weight's dtype."""
     ledger, width = run.ledger, weight.width
     rows = run.cast(rows, width)
     table = Value(None, weight.elements, width, weight)
@@ -77,7 +81,7 @@ def _grouped(run: Operators, rows: Value, weight: Parameter, elements: float) ->
 
 
 def _times_row(run: Operators, value: Value, row: Value) -> Value:
-    """[S, h] × [S, 1]: the gradient of the weights is summed from a product as large as the rows."""
+    """[S, h] × [S, 1]; the gradient of the [S, 1] factor is a sum over a temporary [S, h] product."""
     ledger, elements, width = run.ledger, value.elements, max(value.width, row.width)
     rows = row.elements
 

@@ -1,8 +1,8 @@
 """The forward of a whole model on a ledger: embedding, layers, head and loss.
 
-Layers are alike, so only the first two and the last are played (the last two where a layer's buffers
-wait for the next); what the others keep is one block that grows and shrinks between them. The largest
-moment lies at one of the ends.
+All layers are alike, so only the first two and the last one are simulated (the last two under FSDP2,
+where a layer's buffers live until the next layer). One block stands for what the layers between them
+save. Memory grows or shrinks evenly over those layers, so the peak is at either end.
 """
 
 from drumline.architectures.shapes import Tensors, layer_tensors, outer_tensors
@@ -19,7 +19,7 @@ _EMBEDDINGS = ("embedding", "positions", "types", "patch", "class")
 
 
 class Network:
-    """A model's weights as its forward sees them; under FSDP2 with the groups that gather them."""
+    """A model's weights as its forward sees them; under FSDP2 with the groups that are gathered together."""
 
     def __init__(self, ledger: Ledger, load: Load) -> None:
         self.ledger, self.load, self.shape = ledger, load, load.shape
@@ -49,19 +49,19 @@ class Network:
             ]
 
     def _is_embedded(self, name: str) -> bool:
-        """Encoders' embeddings are a block that is gathered by itself."""
+        """Whether FSDP2 gathers this weight in a group of its own: the embeddings of BERT and ViT."""
         return self.shape.family in ("bert", "vit") and name in _EMBEDDINGS
 
     def _group(self, tensors: Tensors, weights: list[Parameter]) -> Group:
         return Group(self.ledger, self.load, self.stage, tensors, weights)
 
     def parameters(self) -> list[Parameter]:
-        """All of them; those of layers that are not played are one."""
+        """All parameters; those of the layers that are not simulated are one Parameter."""
         layers = [p for layer in self.layers for p in layer.all_weights()]
         return [*self.outer.values(), *layers, self.unplayed]
 
     def forward(self, rows: Rows) -> Value:
-        """The loss of a micro-batch."""
+        """Run the forward of a micro-batch and return its loss."""
         if self.root:
             self.root.open()
         loss = self._loss(rows)
@@ -71,7 +71,7 @@ class Network:
         return loss
 
     def backward(self, loss: Value) -> None:
-        """Down to the embedding; under FSDP2 what is outside the layers is reduced last."""
+        """Run the backward; under FSDP2 the gradients of weights outside the layers are reduced last."""
         loss.block = None
         self.ledger.backward(loss, self.ledger.block(1, FP32))
         if self.root:
@@ -82,7 +82,7 @@ class Network:
             self.stage.all_reduced.clear()
 
     def forget_gradients(self) -> None:
-        """What `zero_grad` does."""
+        """Free all gradients, as `zero_grad` does."""
         for parameter in self.parameters():
             parameter.gradient = None
         for group in (self.root, self.embedded, *self.groups):
@@ -97,7 +97,7 @@ class Network:
         return token_loss(self.run, self._logits(self._model(rows)), rows.tokens)
 
     def _model(self, rows: Rows) -> Value:
-        """From tokens to what the head sees; what was embedded is referred to until the end."""
+        """From tokens to the head's input; `embedded` stays alive until the end, as in transformers."""
         if self.embedded:
             self.embedded.open()
         embedded = self._embed(rows)
@@ -110,7 +110,7 @@ class Network:
         return stream
 
     def _mask(self, rows: Rows, width: int) -> tuple[int, int]:
-        """Elements and width of what all layers share: a float one for eager attention, else a bool."""
+        """(elements, bytes per element) of the mask that all layers share: float for eager, else bool."""
         is_eager = rows.kernel == "eager"
         square = rows.length * rows.length * (rows.samples if rows.is_masked else 1)
         return (square if is_eager or rows.is_masked else 0), (width if is_eager else 1)
@@ -132,10 +132,10 @@ class Network:
         return run.dropout(hidden, shape.dropout)
 
     def _embed_patches(self, rows: Rows) -> Value:
-        """A convolution as wide as a patch; then the class token before it, positions added."""
+        """Embed patches by a convolution, prepend the class token, add positions."""
         shape, run, ledger = self.shape, self.run, self.ledger
         pixels = rows.samples * shape.patches * shape.patch_inputs
-        image = Value(None, pixels, FP32, None)  # its block is the micro-batch's
+        image = Value(None, pixels, FP32, None)  # allocated with the micro-batch's inputs
         patches = run.linear(image, self.outer["patch"], shape.hidden)
         elements, before = rows.tokens * shape.hidden, patches.elements
         width = max(patches.width, self.load.forward_width)
@@ -185,16 +185,17 @@ class Network:
         return stream
 
     def _touch(self, value: Value, rest: Parameter) -> Value:
-        """Where the gradients of norms and biases come up."""
+        """A no-op whose backward allocates the gradients of the layer's norms and biases."""
         ledger, elements, width = self.ledger, rest.elements, rest.width
         weights = Value(None, elements, width, rest)
         return ledger.wrap(value.block, value.elements, value.width, [value, weights],
                            lambda g: [g.pop(), ledger.block(elements, width)])  # fmt: skip
 
     def _lump(self, stream: Value, unplayed: int, grown: int, copied: int) -> Value:
-        """What the layers that are not played keep, and the gradients that their backward leaves.
+        """Stands for the layers that are not simulated: what they save, and their weights' gradients.
 
-        Copies of weights that nothing keeps go when autocast ends.
+        `grown` and `copied` are bytes per layer: live bytes added, and of these autocast's weight copies.
+        Copies that no backward saves are freed when the autocast region ends.
         """
         ledger, load = self.ledger, self.load
         transient = copied if load.checkpointing or not ledger.is_recording else 0
@@ -224,7 +225,7 @@ class Network:
             return self.run.linear(hidden, self.head, self.shape.vocabulary)
 
     def _class_loss(self, rows: Rows, hidden: Value) -> Value:
-        """One token a sample goes on; what is made of it is small."""
+        """The loss of a classifier; what follows the head is small, with one row of logits per sample."""
         ledger, run, shape = self.ledger, self.run, self.shape
         elements, width = hidden.elements, hidden.width
         if shape.family in ("gpt2", "llama"):  # classifies every token, then picks the last one
@@ -239,7 +240,7 @@ class Network:
         return token_loss(run, run.linear(first, self.head, shape.classes or 1), rows.samples)
 
     def _chunked_loss(self, rows: Rows, hidden: Value) -> Value:
-        """Chunk by chunk, each run again in its backward; a few of them stand for all."""
+        """A checkpointed loss per chunk of tokens; at most PLAYED_CHUNKS of them are simulated."""
         run, ledger, shape = self.run, self.ledger, self.shape
         tokens = min(rows.tokens, max(1, CHUNK_TOKENS // rows.samples) * rows.samples)
         number = -(-rows.tokens // tokens)

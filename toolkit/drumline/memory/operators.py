@@ -1,7 +1,7 @@
-"""The operations of transformer models as a ledger sees them: what each makes, keeps and frees.
+"""The operations of transformer models on a ledger: what each allocates, saves for backward and frees.
 
 Sizes follow torch's derivative formulas (tools/autograd/derivatives.yaml), CUDA's autocast lists
-(aten/src/ATen/autocast_mode.h) and its kernels. Letters: T tokens, h features.
+(aten/src/ATen/autocast_mode.h) and its kernels. Shapes: T tokens, h features. A width is bytes per element.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ INDEX = 8
 
 
 class Operators:
-    """Operations on one ledger; `low` is the width under autocast (2), or None without it."""
+    """Operations on one ledger; `low` is the width of autocast's dtype (2), or None without autocast."""
 
     def __init__(self, ledger: Ledger, low: int | None) -> None:
         self.ledger, self.low = ledger, low
@@ -24,12 +24,12 @@ class Operators:
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """Copies of weights in the narrow type live until the region ends, or longer if kept."""
+        """An autocast region; its 16-bit weight copies live until it ends, or longer if saved."""
         yield
         self._copies.clear()
 
     def weight(self, parameter: Parameter) -> Value:
-        """A parameter as a matrix product sees it: autocast's copy, made once a region."""
+        """A parameter as a matrix product sees it: under autocast a copy, made once per region."""
         plain = Value(None, parameter.elements, parameter.width, parameter)
         if self.low is None or parameter.width == self.low:
             return plain
@@ -44,29 +44,29 @@ class Operators:
 
     @property
     def copies(self) -> int:
-        """Bytes of the copies of weights that this region has made so far."""
+        """Bytes of the weight copies that this autocast region has made so far."""
         return sum(copy.block.size for copy in self._copies.values() if copy.block)
 
     def hold(self, block: Block) -> None:
-        """Keep a block until the region ends."""
+        """Keep a block alive until the autocast region ends."""
         self._copies[id(block)] = Value(block, block.elements, block.width, None)
 
     def share(self, parameter: Parameter) -> None:
-        """One copy for several checkpointed regions: their gradients of it add up in its own type."""
+        """Let checkpointed regions share one cast of a weight; gradients are summed in the cast's dtype."""
         self._shared.pop(id(parameter), None)
         copy = self.weight(parameter)
         if copy.source is not parameter:
             self._shared[id(parameter)] = copy.source
 
     def cast(self, value: Value, width: int) -> Value:
-        """Another type: a copy, or nothing where it has it already. T·h·width."""
+        """Cast to another dtype: allocates a copy of T·h·width bytes, or nothing if the dtype is the same."""
         if value.width == width:
             return value
         ledger, elements, before = self.ledger, value.elements, value.width
         return ledger.make(elements, width, [value], lambda g: [ledger.block(elements, before)])
 
     def linear(self, value: Value, weight: Parameter, outputs: float) -> Value:
-        """X [T, in] · W [in, outputs]: keeps x and W; backward makes both gradients."""
+        """X [T, in] · W [in, outputs]: saves X and W; backward allocates both gradients."""
         matrix = self.weight(weight)
         value = self.cast(value, self.low or value.width)
         ledger, width = self.ledger, matrix.width
@@ -80,7 +80,7 @@ class Operators:
         return ledger.make(rows * outputs, width, [matrix, value], rule, keeps)
 
     def embedding(self, tokens: float, weight: Parameter, features: float) -> Value:
-        """Rows of a table: backward makes a dense gradient of the whole table."""
+        """Embedding lookup; backward allocates a dense gradient of the whole table."""
         ledger, elements, width = self.ledger, weight.elements, weight.width
         table = Value(None, elements, width, weight)
         return ledger.make(
@@ -88,12 +88,12 @@ class Operators:
         )
 
     def add(self, one: Value, other: Value) -> Value:
-        """A sum: keeps nothing; its gradient goes on to both, or is narrowed."""
+        """A sum: saves nothing; both inputs get its gradient, cast to their dtype if it differs."""
         width = max(one.width, other.width)
         return self.ledger.make(one.elements, width, [one, other], lambda g: g * 2)
 
     def multiply(self, one: Value, other: Value) -> Value:
-        """A product of the same shape: keeps both; backward makes both gradients."""
+        """An elementwise product: saves both inputs; backward allocates both gradients."""
         width, elements = max(one.width, other.width), one.elements
         ledger = self.ledger
 
@@ -103,7 +103,7 @@ class Operators:
         return ledger.make(elements, width, [one, other], rule, (one.block, other.block))
 
     def add_broadcast(self, value: Value, row: Value) -> Value:
-        """Plus something smaller, whose gradient is summed to its size."""
+        """Add a smaller, broadcast tensor; its gradient is summed to the smaller size."""
         ledger, width, size = self.ledger, max(value.width, row.width), row.elements
 
         def rule(gradient: list[Gradient]) -> list[Gradient]:
@@ -112,27 +112,27 @@ class Operators:
         return ledger.make(value.elements, width, [value, row], rule)
 
     def scale(self, value: Value) -> Value:
-        """Times a number: keeps nothing."""
+        """Multiply by a number: saves nothing."""
         return self.pointwise(value, keeps_input=False)
 
     def shift(self, value: Value) -> Value:
-        """Plus a number: keeps nothing, its gradient goes on as it is."""
+        """Add a number: saves nothing and passes its gradient on without a copy."""
         return self.ledger.make(value.elements, value.width, [value], lambda g: g)
 
     def scale_by_constant(self, value: Value, width: int) -> Value:
-        """Times a small tensor without a gradient, of this width (cosines)."""
+        """Multiply by a small tensor of this width that needs no gradient (rotary cosines)."""
         ledger, elements, wide = self.ledger, value.elements, max(width, value.width)
         return ledger.make(elements, wide, [value], lambda g: [ledger.block(elements, wide)])
 
     def shift_by_constant(self, value: Value, width: int) -> Value:
-        """Plus a small tensor without a gradient, of this width (a mask)."""
+        """Add a small tensor of this width that needs no gradient (a mask)."""
         return self.ledger.make(value.elements, max(width, value.width), [value], lambda g: g)
 
     def pointwise(
         self, value: Value, keeps_input: bool = True, keeps_output: bool = False,
         width: int | None = None, scratch: int = 0,
     ) -> Value:  # fmt: skip
-        """One element in, one out: backward makes the gradient, with `scratch` blocks beside it."""
+        """An elementwise function; backward allocates the gradient and `scratch` temporaries of its size."""
         ledger, elements, width = self.ledger, value.elements, width or value.width
         before = value.width
 
@@ -146,12 +146,12 @@ class Operators:
         return ledger.make(elements, width, [value], rule, keeps, keeps_output)
 
     def power(self, value: Value) -> Value:
-        """x², x³: in fp32 under autocast; backward makes a power, its multiple, and the gradient."""
+        """x² or x³, in fp32 under autocast; backward allocates two temporaries (a power, its multiple)."""
         value = self.cast(value, FP32 if self.low else value.width)
         return self.pointwise(value, scratch=2)
 
     def dropout(self, value: Value, probability: float) -> Value:
-        """The output and a mask of one byte an element; nothing where the probability is 0."""
+        """Allocates the output and a mask of one byte per element; a no-op if the probability is 0."""
         if not probability:
             return value
         mask = self.ledger.block(value.elements, 1)
@@ -161,7 +161,7 @@ class Operators:
         )
 
     def layer_norm(self, value: Value, features: int) -> Value:
-        """Fused, in fp32 under autocast: keeps its input, and a mean and a deviation a token."""
+        """Fused layer norm, in fp32 under autocast: saves its input, and mean and rstd per token."""
         value = self.cast(value, FP32 if self.low else value.width)
         ledger, elements, width = self.ledger, value.elements, value.width
         moments = [ledger.block(elements / features, FP32) for _ in range(2)]
@@ -171,7 +171,7 @@ class Operators:
         )  # fmt: skip
 
     def rms_norm(self, value: Value, features: int, weight_width: int) -> Value:
-        """Written out in Python: x to fp32, x²'s mean, x / rms, back to x's type, times a weight."""
+        """Unfused, as in transformers: cast x to fp32, mean of x², x / rms, cast back, times a weight."""
         width = value.width
         wide = self.cast(value, FP32)
         squares = self.power(wide)
@@ -186,7 +186,7 @@ class Operators:
         return self._times_weight(self.cast(normal, width), weight_width)
 
     def _times_row(self, value: Value, row: Value, rows: float) -> Value:
-        """X [T, h] × r [T, 1]: the gradient of r is summed from a product as large as x."""
+        """X [T, h] × r [T, 1]; the gradient of r is a sum over a temporary [T, h] product."""
         ledger, elements = self.ledger, value.elements
 
         def rule(gradient: list[Gradient]) -> list[Gradient]:
@@ -197,7 +197,7 @@ class Operators:
         return ledger.make(elements, FP32, [value, row], rule, (value.block, row.block))
 
     def _times_weight(self, value: Value, weight_width: int) -> Value:
-        """X [T, h] × w [h]: the gradient of w is summed from a product as large as x."""
+        """X [T, h] × w [h]; the gradient of w is a sum over a temporary [T, h] product."""
         ledger, elements, width = self.ledger, value.elements, max(value.width, weight_width)
 
         def rule(gradient: list[Gradient]) -> list[Gradient]:
@@ -208,7 +208,7 @@ class Operators:
         return ledger.make(elements, width, [value], rule, (value.block,))
 
     def rotate(self, value: Value, width: int) -> Value:
-        """Rotary positions: x·cos + rotate_half(x)·sin, the cosines of this width."""
+        """Rotary positions: x·cos + rotate_half(x)·sin; `width` is that of cos and sin."""
         turned = self.scale_by_constant(value, width)
         return self.add(turned, self.scale_by_constant(self._rotate_half(value), width))
 
@@ -230,10 +230,10 @@ class Operators:
 
     def attention(self, q: Value, k: Value, v: Value, sums: float, mask: float,
                   packed: Value | None) -> Value:  # fmt: skip
-        """softmax(q·kᵀ)·v by a fused kernel; `packed`: q, k and v are views of one block.
+        """softmax(q·kᵀ)·v by a fused kernel (flash or memory-efficient).
 
-        Keeps q, k, v, the output, `sums` log-sum-exps (one a head and token), and where there is a mask
-        a copy of its elements in q's type.
+        Saves q, k, v, the output, `sums` fp32 log-sum-exps (one per head and token) and a copy of the mask in
+        q's dtype (`mask` elements, 0 without one). `packed`: the tensor that q, k and v are views of, if any.
         """
         q, k, v = (self.cast(value, self.low or value.width) for value in (q, k, v))
         ledger, width, shares_heads = self.ledger, q.width, k.elements != q.elements
@@ -256,21 +256,21 @@ class Operators:
         return ledger.make(sizes[0], width, inputs, rule, keeps, keeps_itself=True)
 
     def repeat(self, value: Value, elements: float) -> Value:
-        """Heads that are shared, written out for every query: its gradient is summed back."""
+        """Repeat shared key or value heads to `elements`, one per query head; the gradient is summed back."""
         ledger, before, width = self.ledger, value.elements, value.width
         if before == elements:
             return value
         return ledger.make(elements, width, [value], lambda g: [ledger.block(before, width)])
 
     def gather_gradients(self, value: Value) -> Value:
-        """A view whose parts' gradients are put together in a new block (split, chunk)."""
+        """A view such as split or chunk; the gradients of its parts are concatenated into a new block."""
         ledger, elements, width = self.ledger, value.elements, value.width
         return ledger.wrap(
             value.block, elements, width, [value], lambda g: [ledger.block(elements, width)]
         )
 
     def checkpoint(self, value: Value, run: Callable[[Value], Value]) -> Value:
-        """Keeps only the input; backward runs it again and then backward through that."""
+        """Activation checkpointing: saves only the input; backward recomputes `run` first."""
         ledger = self.ledger
         recording, ledger.is_recording = ledger.is_recording, False
         out = run(value)
@@ -287,15 +287,15 @@ class Operators:
             ledger.frees_early = True
             ledger.backward(root, gradient.pop(), since)
             ledger.frees_early = False
-            return [None]  # what there is for the input waits at its source
+            return [None]  # the inner backward already gave the input's gradient to its source
 
         return ledger.wrap(out.block, out.elements, out.width, [value], rule, (kept,))
 
 
 def token_loss(run: Operators, logits: Value, tokens: float) -> Value:
-    """Cross-entropy of [T, V] logits in fp32: 12·V·T bytes at its backward.
+    """Cross-entropy of [T, V] logits in fp32: 12·V·T bytes in its backward.
 
-    The log-softmax is kept; its gradient and the logits' are alive beside it.
+    These are the saved log-softmax, its gradient and the gradient of the logits, 4 bytes each.
     """
     ledger, elements = run.ledger, logits.elements
     with part(ledger, "loss"):
@@ -307,7 +307,7 @@ def token_loss(run: Operators, logits: Value, tokens: float) -> Value:
 
 @contextmanager
 def part(ledger: Ledger, name: str) -> Iterator[None]:
-    """What is allocated in here belongs to this part of the plan's breakdown."""
+    """Count allocations in this context under part `name` of the plan's memory breakdown."""
     before, ledger.part = ledger.part, name
     yield
     ledger.part = before

@@ -1,6 +1,6 @@
-"""From the bytes that are alive to what the device must hold: allocated, reserved, used.
+"""Ranges of allocated, reserved and device bytes, from the estimated live bytes.
 
-Each is low, expected and high, and `basis` says what the three rest on.
+Each range is low, expected and high; `basis` states where its factors come from.
 """
 
 from dataclasses import dataclass
@@ -8,22 +8,25 @@ from dataclasses import dataclass
 from drumline.architectures.gpus import Gpu
 
 _MOVING = (0.97, 1.0, 1.05)
-"""Of what is not weights, gradients or optimizer state. Against the trace the closed form is within
--1 to +2 % (benchmarks/memory_ranges.py); of published A100 peaks none is under-estimated by more than
-0.1 % (tests/memory/test_published.py). The rest is for what kernels allocate inside themselves."""
+"""Low, expected and high factors on bytes that are not weights, gradients or optimizer state. Against the
+trace the closed form is within -1 to +2 % (benchmarks/memory_ranges.py); of published A100 peaks none is
+under-estimated by more than 0.1 % (tests/memory/test_published.py). The remaining margin is for workspaces
+that kernels allocate internally."""
 
 _ZERO_MOVING = (0.75, 1.0, 1.3)
-"""DeepSpeed's buffers were read in its sources, never traced."""
+"""The same under DeepSpeed; wider, because its buffers were read from its source and never traced."""
 
 _RESERVED = {"whole": (1.0, 1.04, 1.41), "sharded": (1.09, 1.27, 1.95)}
-"""Reserved over allocated, of what moves: smallest, median and largest of 48 traced plans, replayed
-through the model of the allocator with expandable segments, which workers ask for (same benchmark)."""
+"""Reserved / allocated, for bytes that are not weights, gradients or optimizer state: smallest, median and
+largest of 48 traced plans, replayed through the allocator model with expandable segments, which workers
+enable (benchmarks/memory_ranges.py)."""
 
 _CONTEXT_BYTES = (300e6, 500e6, 700e6)
-"""The CUDA context; published figures, not measured by us."""
+"""Low, expected and high size of the CUDA context; published figures, not measured by us."""
 
 _NCCL_BYTES = (500e6, 1000e6, 2000e6)
-"""NCCL's buffers on one node; published figures. The high one doubles over several nodes."""
+"""Low, expected and high size of NCCL's buffers on one node; published figures. On several nodes the high
+one is doubled."""
 
 UNMEASURED = "context and NCCL published; not measured on a GPU yet"
 
@@ -39,7 +42,7 @@ class ByteRange:
 
 @dataclass(frozen=True)
 class Totals:
-    """Three totals, and in words what their ranges rest on."""
+    """Ranges of three totals; `basis` states for each, by name, where its range comes from."""
 
     allocated: ByteRange
     reserved: ByteRange
@@ -48,7 +51,11 @@ class Totals:
 
 
 def surround(state: int, moving: int, strategy: str, ranks: int, nodes: int, gpu: Gpu) -> Totals:
-    """The closed form's totals: `state` bytes are exact, `moving` ones come and go and leave gaps."""
+    """The closed form's totals.
+
+    `state` bytes (weights, gradients, optimizer state) are exact. `moving` bytes are allocated and freed
+    within a step; they are uncertain and fragment memory.
+    """
     is_zero = strategy.startswith("zero")
     factors = _ZERO_MOVING if is_zero else _MOVING
     allocated = [state + moving * factor for factor in factors]
@@ -71,7 +78,10 @@ def surround(state: int, moving: int, strategy: str, ranks: int, nodes: int, gpu
 
 def surround_replay(allocated: int, reserved: int, expandable: int, ranks: int, nodes: int,
                     gpu: Gpu) -> Totals:  # fmt: skip
-    """A trace's totals: bytes as the model of the allocator replayed them, classic and expandable."""
+    """A trace's totals, from bytes found by replaying it through the allocator model.
+
+    `reserved` is with classic segments, `expandable` with expandable ones.
+    """
     sizes = [allocated * factor for factor in _MOVING]
     basis = {
         "allocated": f"traced and replayed, × {_MOVING[0]:g} to {_MOVING[2]:g} for kernels' own"

@@ -1,4 +1,4 @@
-"""One rank's attempt, played on a ledger: load, micro-batches, optimizer step, evaluation."""
+"""Simulates one rank's attempt on a ledger: load, one micro-batch, optimizer step, evaluation."""
 
 from functools import cache
 
@@ -13,7 +13,7 @@ from drumline.phases import MemoryPhase
 
 
 class Rank:
-    """What is alive from the first step to the last, and what comes and goes."""
+    """One rank's allocations: those that live for the whole attempt, and those of single phases."""
 
     def __init__(self, load: Load) -> None:
         self.load, self.shape = load, load.shape
@@ -23,7 +23,7 @@ class Rank:
         self._gradients: list[Block] = []
 
     def play(self) -> Ledger:
-        """Everything from building to the last evaluation."""
+        """Simulate the attempt from building the model to evaluation."""
         ledger, load = self.ledger, self.load
         self._build()
         ledger.enter(MemoryPhase.FORWARD)
@@ -37,14 +37,14 @@ class Rank:
         if load.evaluation:
             ledger.enter(MemoryPhase.EVALUATION)
             self._evaluate()
-        ledger.enter(MemoryPhase.SAVE)  # copies to the host: nothing more here
+        ledger.enter(MemoryPhase.SAVE)  # copies to host memory; allocates nothing on the device
         return ledger
 
     def _hold(self, elements: float, width: int, name: str) -> None:
         self._held.append(self.ledger.block(elements, width, name))
 
     def _own_elements(self) -> int:
-        """Elements of the weights that this rank's optimizer steps: all, or its shards."""
+        """Elements of the weights that this rank's optimizer updates: all of them, or its shards."""
         load, ranks = self.load, self.load.shard_ranks
         if load.strategy == "fsdp":
             outer, layer = (sharded(f(self.shape), ranks) for f in (outer_tensors, layer_tensors))
@@ -56,18 +56,18 @@ class Rank:
         return self.load.strategy == "ddp" and self.load.ranks > 1
 
     def _build(self) -> None:
-        """Weights, then the optimizer's state, made by a step on gradients of zero."""
+        """Allocate the weights, then the optimizer state, which a step on zero gradients creates."""
         ledger, load, own = self.ledger, self.load, self._own_elements()
         ledger.enter(MemoryPhase.LOAD)
         whole = load.strategy in ("zero1", "zero2")
         self._hold(self.shape.parameters if whole else own, load.state_width, "parameters")
         if self._has_buckets:
             self._hold(own, load.state_width, "gradients")
-        if load.strategy == "fsdp":  # what is outside the layers is whole before it is sharded
+        if load.strategy == "fsdp":  # weights outside the layers exist whole before sharding
             ledger.block(count(outer_tensors(self.shape)), load.state_width, "parameters")
         gradients = ledger.block(own, load.state_width, "gradients")
         if not load.offload:
-            copies = load.optimizer_states + int(load.is_zero)  # ZeRO steps on a copy of its part
+            copies = load.optimizer_states + int(load.is_zero)  # ZeRO copies its partition
             self._hold(copies * own, load.state_width, "optimizer")
         self._optimizer_scratch(load.has_scratch)
         del gradients
@@ -77,12 +77,12 @@ class Rank:
             self._hold(zero.buckets(load), 1, "communication")
 
     def _optimizer_scratch(self, is_needed: bool) -> None:
-        """What a foreach step allocates: as much as the parameters, for a moment."""
+        """The temporary of a foreach optimizer step, as large as this rank's parameters."""
         if is_needed:
             self.ledger.block(self._own_elements(), self.load.state_width, "optimizer")
 
     def _allocate_gradients(self) -> None:
-        """All of them, where they stay from micro-batch to micro-batch; DDP's lie in its buckets."""
+        """Allocate the gradients that persist between micro-batches; DDP's are in its buckets already."""
         if not self._has_buckets:
             elements = zero.gradients(self.load) if self.load.is_zero else self._own_elements()
             self._gradients.append(self.ledger.block(elements, self.load.state_width, "gradients"))
@@ -118,7 +118,7 @@ class Rank:
         self.ledger.is_recording = True
 
     def _inputs(self, rows: Rows) -> Block:
-        """An image's numbers in fp32, or token numbers and targets."""
+        """Allocate the inputs: fp32 pixels of images, or int64 token ids and targets."""
         if self.shape.patches:
             pixels = rows.samples * self.shape.patches * self.shape.patch_inputs
             return self.ledger.block(pixels, FP32)
@@ -127,5 +127,5 @@ class Rank:
 
 @cache
 def play(load: Load) -> Ledger:
-    """The ledger after a whole attempt of this load; the search for a split asks for some twice."""
+    """The ledger after a simulated attempt; cached, because the search for a split repeats loads."""
     return Rank(load).play()

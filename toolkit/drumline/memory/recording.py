@@ -1,4 +1,4 @@
-"""What a recorder saw: every allocation and its end, and what follows from them. Pure."""
+"""A recording of all allocations and frees of a traced step, and the peaks derived from it. Pure."""
 
 from dataclasses import dataclass, field
 
@@ -8,7 +8,7 @@ from drumline.memory.ledger import ROUND
 
 @dataclass(frozen=True)
 class Birth:
-    """Where a block came from: the phase of the program, the operator, and what it held."""
+    """The origin of a block: the phase, the operator, and the tensor's shape and dtype."""
 
     phase: str
     operator: str
@@ -18,11 +18,11 @@ class Birth:
 
 @dataclass
 class Recording:
-    """Every allocation and its end, as the allocator model replays them.
+    """All allocations and frees in order, in the form that the allocator model replays.
 
-    `births` is by block number; `phases` are (index of the first event, name), in order; `parts`
-    names what a block holds where that is known (parameters, gradients, …); blocks whose rows are as
-    long as the `vocabulary` are the loss's.
+    `births` is indexed by block number. `phases` are (index of the first event, name), in order. `parts`
+    maps block numbers to a part (parameters, gradients, …) where that is known. Blocks whose last dimension
+    equals `vocabulary` are counted under the loss.
     """
 
     events: list[Event] = field(default_factory=list)
@@ -32,7 +32,7 @@ class Recording:
     vocabulary: int | None = None
 
     def peak(self, round_to: int = ROUND) -> "RecordedPeak":
-        """The moment when most bytes are alive, each block rounded up to `round_to`."""
+        """The peak of live bytes, each block rounded up to a multiple of `round_to` bytes."""
         sizes: dict[int, int] = {}
         total = most = 0
         where = -1
@@ -47,7 +47,7 @@ class Recording:
         return RecordedPeak(most, self._phase_at(where), self._alive_at(where, round_to))
 
     def peaks_by_phase(self, round_to: int = ROUND) -> dict[str, int]:
-        """The most bytes alive in each phase."""
+        """The peak of live bytes in each phase, by phase name."""
         sizes: dict[int, int] = {}
         result: dict[str, int] = {}
         total = 0
@@ -65,12 +65,12 @@ class Recording:
         return result
 
     def part_of(self, number: int) -> str:
-        """Which part of the plan's breakdown a block belongs to."""
+        """The part of the plan's memory breakdown that a block belongs to."""
         if number in self.parts:
             return self.parts[number]
         birth = self.births[number]
         flat_buffer = birth.operator == "aten.empty.memory_format" and len(birth.shape) == 1
-        if flat_buffer or birth.operator in ("resize_", "parameters"):  # FSDP2's, and DDP's buckets
+        if flat_buffer or birth.operator in ("resize_", "parameters"):  # buffers of FSDP2 and DDP
             return "communication"
         if self.vocabulary and birth.shape[-1:] == (self.vocabulary,):
             return "loss"
@@ -92,7 +92,7 @@ class Recording:
 
 @dataclass(frozen=True)
 class RecordedPeak:
-    """Bytes alive at the peak, the phase it is in, and the bytes of each block alive there."""
+    """Live bytes at the peak, its phase, and the bytes of each block alive then, by block number."""
 
     bytes: int
     phase: str

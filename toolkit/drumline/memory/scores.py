@@ -1,4 +1,4 @@
-"""Attention that holds its scores, B·H·S² of them, on a ledger: eager, and torch's math kernel."""
+"""Attention that materializes its B·H·S² scores, on a ledger: eager, and torch's math kernel."""
 
 from drumline.architectures.shapes import ModelShape
 from drumline.memory.ledger import Gradient, Value
@@ -7,27 +7,27 @@ from drumline.memory.operators import FP32, Operators
 
 def eager_attention(run: Operators, shape: ModelShape, query: Value, key: Value, value: Value,
                     scores: float, packed: Value | None) -> Value:  # fmt: skip
-    """Transformers' eager attention: scores, scaled, masked, softmax in fp32, times the values."""
+    """Transformers' eager attention: scores, scale, mask, softmax, dropout, product with the values."""
     key, value = (run.repeat(shared, query.elements) for shared in (key, value))
     low = run.low or query.width
     weights = _product(run, query, key, scores)
     weights = run.scale(weights)
     weights = run.shift_by_constant(weights, query.width)
-    if shape.family in ("llama", "vit"):  # softmax(…, fp32).to(…): what went in is held until then
+    if shape.family in ("llama", "vit"):  # softmax(…, fp32).to(…): scores live until the cast
         weights = run.cast(_softmax(run, weights, FP32), query.width)
     else:
         weights = _softmax(run, weights, FP32 if run.low else weights.width)
-    if shape.family == "gpt2":  # BERT drops some in fp32
+    if shape.family == "gpt2":  # BERT applies dropout in fp32, without this cast
         weights = run.cast(weights, query.width)
     weights = run.dropout(weights, shape.dropout)
     out = _product(run, weights, value, query.elements)
-    run.attention_weights = weights  # returned beside the output, and held until the layer is done
+    run.attention_weights = weights  # returned with the output, so alive until the layer returns
     return run.cast(out, low)
 
 
 def math_attention(run: Operators, shape: ModelShape, query: Value, key: Value, value: Value,
                    scores: float, packed: Value | None) -> Value:  # fmt: skip
-    """Torch's fallback: q and k scaled by the root of the scale, shared heads written out."""
+    """Torch's math kernel: scales q and k by the root of the scale, and repeats shared heads."""
     query, key, value = (run.cast(v, run.low or v.width) for v in (query, key, value))
     query = run.scale(query)
     key, value = (run.repeat(shared, query.elements) for shared in (key, value))
@@ -42,7 +42,7 @@ def _softmax(run: Operators, scores: Value, width: int) -> Value:
 
 
 def _product(run: Operators, one: Value, other: Value, elements: float) -> Value:
-    """A batched matrix product: keeps both, makes both gradients."""
+    """A batched matrix product: saves both inputs; backward allocates both gradients."""
     one, other = (run.cast(v, run.low or v.width) for v in (one, other))
     ledger, width, sizes = run.ledger, one.width, (one.elements, other.elements)
 

@@ -1,9 +1,9 @@
-"""FSDP2 on a ledger: when a group of weights is gathered, freed, and its gradients scattered.
+"""FSDP2 on a ledger: when groups of weights are all-gathered and freed, and gradients reduce-scattered.
 
-As torch/distributed/fsdp/_fully_shard does it: gathered into one buffer and copied out to the
-parameters; the buffer is let go when the next group has arrived. In the backward the next group is
-gathered ahead. Gradients are copied, in the type of the reduction, into a buffer that stays until the
-next group has filled its own.
+Follows torch/distributed/fsdp/_fully_shard. A group is gathered into one buffer and copied out to its
+parameters; in the forward the buffer is freed after the next group was gathered. In the backward the next
+group is prefetched. Gradients are copied, in the reduction's dtype, into a buffer that is freed when the
+next group starts its own reduce-scatter.
 """
 
 from drumline.architectures.shapes import Tensors, sharded
@@ -14,7 +14,7 @@ _PART = "communication"
 
 
 class Stage:
-    """What the groups share: buffers that wait for the next one, or for the end of the backward."""
+    """Buffers that outlive their group: until the next group replaces them, or the backward ends."""
 
     def __init__(self) -> None:
         self.gathered: Block | None = None
@@ -23,7 +23,7 @@ class Stage:
 
 
 class Group:
-    """The weights that are gathered together: one layer's, or all outside the layers."""
+    """Weights that are gathered together: one layer's, an encoder's embeddings, or the rest of the model."""
 
     def __init__(
         self, ledger: Ledger, load: Load, stage: Stage, tensors: Tensors, weights: list[Parameter]
@@ -35,9 +35,9 @@ class Group:
         self.gradient: Block | None = None
 
     def gather(self) -> None:
-        """Into one buffer; the shard is narrowed first where types differ."""
+        """All-gather into one buffer; the shard is cast to the forward's dtype first if it differs."""
         ledger, load = self._ledger, self._load
-        if load.shard_ranks == 1:  # nobody to gather from
+        if load.shard_ranks == 1:  # a single rank has nothing to gather
             return
         narrow = load.forward_width != load.state_width
         sent = ledger.block(self.shard, load.forward_width, _PART) if narrow else None
@@ -45,7 +45,7 @@ class Group:
         del sent
 
     def open(self, in_backward: bool = False) -> None:
-        """Copy out to the parameters; the buffer is held on in the forward only."""
+        """Copy the gathered buffer out to the parameters; only the forward keeps the buffer for longer."""
         if self._whole is not None:
             return
         if self._buffer is None:
@@ -56,11 +56,11 @@ class Group:
         self._buffer = None
 
     def close(self) -> None:
-        """Free the whole parameters."""
+        """Free the unsharded parameters."""
         self._whole = None
 
     def reduce(self) -> None:
-        """Scatter the gradients: what is left is the shard's, kept or added to what is there."""
+        """Reduce-scatter the gradients; the shard becomes the gradient or is added to the existing one."""
         ledger, load = self._ledger, self._load
         width = 4 if load.low else load.state_width
         self.close()
@@ -73,14 +73,17 @@ class Group:
             self.hold_all_reduced(1)
 
     def hold_all_reduced(self, times: int) -> None:
-        """What is added to gradients that are there; reduced over nodes, it stays until the end."""
+        """Allocate the reduced shards of `times` groups, which are added to existing gradients.
+
+        Sharded within nodes, they are also all-reduced between nodes and live until the backward ends.
+        """
         width = 4 if self._load.low else self._load.state_width
         block = self._ledger.block(times * self.shard, width, _PART)
         if self._load.shard_ranks < self._load.ranks:
             self._stage.all_reduced.append(block)
 
     def before_backward(self, value: Value, ahead: "Group | None") -> Value:
-        """Where this group's backward begins: it is opened, and the next one gathered ahead."""
+        """Insert a node that runs before this group's backward: opens it and prefetches `ahead`."""
 
         def rule(gradient: list[Gradient]) -> list[Gradient]:
             self.open(in_backward=True)
@@ -91,7 +94,7 @@ class Group:
         return self._ledger.wrap(value.block, value.elements, value.width, [value], rule)
 
     def after_backward(self, value: Value) -> Value:
-        """Where this group's backward ends."""
+        """Insert a node that runs after this group's backward and reduces its gradients."""
 
         def rule(gradient: list[Gradient]) -> list[Gradient]:
             self.reduce()

@@ -1,1 +1,1 @@
-"""The fact: batch, steps, order, schedule and memory, resolved. Pure; never imports torch."""
+"""Resolves a recipe into a Plan: batch, steps, sample order, schedule, memory. Pure; no torch."""

@@ -1,4 +1,4 @@
-"""Changes that keep the effective batch, each one re-planned, with its new peak and its cost."""
+"""Advice: changes of a plan at the same effective batch, each re-planned for its peak memory and cost."""
 
 import bisect
 import dataclasses
@@ -15,7 +15,7 @@ from drumline.recipe.schema import Recipe
 from drumline.units import divisors
 
 UNUSED_SHARE = 1 / 3
-"""A plan that leaves more than this of the device unused is advised too."""
+"""Plans that fit also get advice if they leave more than this share of the device's memory unused."""
 
 MOST_SHOWN = 6
 
@@ -32,7 +32,7 @@ _OFFLOADED = ({"strategy": {"offload": "optimizer"}}, "the optimizer steps on th
 
 
 def with_advice(plan: Plan, world: World) -> Plan:
-    """The plan with what would make it fit or, where much is left unused, what would be faster."""
+    """The plan with advice: how to make it fit, or how to be faster if much memory is unused."""
     memory = plan.memory
     shape = shape_of(plan.recipe, world)
     if memory.device is None or memory.capacity is None or isinstance(shape, str):
@@ -46,7 +46,7 @@ def with_advice(plan: Plan, world: World) -> Plan:
 
 
 def with_change(recipe: Recipe, change: Change) -> Recipe:
-    """The recipe with a change written in."""
+    """The recipe with the change applied."""
     update = {
         name: getattr(recipe, name).model_copy(update=values) for name, values in change.items()
     }
@@ -54,14 +54,14 @@ def with_change(recipe: Recipe, change: Change) -> Recipe:
 
 
 class _Adviser:
-    """Candidates for one plan; a change that cannot be planned is none."""
+    """Finds the advice for one plan; changes that cannot be planned are dropped."""
 
     def __init__(self, plan: Plan, world: World, shape: ModelShape, capacity: int) -> None:
         self._plan, self._world, self._shape, self._capacity = plan, world, shape, capacity
         self._now = gpu_seconds(plan, shape)
 
     def to_fit(self) -> list[Advice]:
-        """What fits, the cheapest first; where nothing does, what comes nearest."""
+        """Changes that fit, cheapest first; if none fits, those with the lowest peak first."""
         singles = [self._replanned(*candidate) for candidate in self._savings()]
         found = [item for item in singles if item]
         fitting = [item for item in found if self._fits(item)]
@@ -73,7 +73,7 @@ class _Adviser:
         return sorted(fitting, key=lambda item: (item.cost, item.device_high))[:MOST_SHOWN]
 
     def to_use(self) -> list[Advice]:
-        """What uses the room that is left, and is cheaper for it."""
+        """Changes that use more memory, still fit, and are cheaper in GPU time, cheapest first."""
         found = [self._replanned(*candidate) for candidate in self._spendings()]
         cheaper = [item for item in found if item and self._fits(item) and item.cost < 0.995]
         return sorted(cheaper, key=lambda item: item.cost)[:MOST_SHOWN]
@@ -108,7 +108,7 @@ class _Adviser:
             yield self._split_change(b, split.gpus), "smaller micro-batches, more of them"
 
     def _count_fitting(self, ascending: list[int]) -> int:
-        """How many of these per_device fit: memory grows with it, so a search by halves is exact."""
+        """How many of these per_device values fit; memory grows with them, so bisection is exact."""
         gpus = self._plan.batch.gpus
 
         def does_not_fit(b: int) -> bool:
@@ -118,7 +118,7 @@ class _Adviser:
         return bisect.bisect_left(ascending, True, key=does_not_fit)
 
     def _more_gpus(self) -> Iterator[Candidate]:
-        """Where state is sharded: the smallest number of GPUs that fits."""
+        """With a sharded strategy: the smallest larger number of GPUs that fits."""
         batch = self._plan.batch
         if self._plan.recipe.strategy.name == "ddp":
             return
@@ -147,7 +147,7 @@ class _Adviser:
             yield {"strategy": {"name": "ddp", "shard": "all"}}, "nothing is gathered"
 
     def _split_change(self, b: int, gpus: int) -> Change:
-        """Another split of the same batch; evaluation shrinks with it."""
+        """Another split of the same effective batch; evaluation's per_device is at most `b`."""
         batch, recipe = self._plan.batch, self._plan.recipe
         change: Change = {"batch": {"per_device": b, "accumulation": batch.effective // gpus // b}}
         if gpus != batch.gpus:
@@ -160,7 +160,7 @@ class _Adviser:
         return change
 
     def _together(self, found: list[Advice]) -> list[Advice]:
-        """Two changes at once, then all that do not contradict each other."""
+        """Every pair of changes, and all of them at once; a later change overrides an earlier one's keys."""
         pairs = [_merged(pair) for pair in combinations([item.change for item in found], 2)]
         every = _merged([item.change for item in found])
         joined = [self._replanned(change, "together") for change in [*pairs, every] if change]
@@ -179,7 +179,7 @@ class _Adviser:
 
 
 def _merged(changes: Any) -> Change:
-    """All of them in one, later ones winning."""
+    """Merge changes into one; a later change overrides an earlier one's keys."""
     merged: Change = {}
     for change in changes:
         for section, values in change.items():
@@ -188,7 +188,7 @@ def _merged(changes: Any) -> Change:
 
 
 def change_words(change: dict[str, Any]) -> str:
-    """A change as overrides that can be pasted: `batch.per_device=2 batch.accumulation=4`."""
+    """A change as command-line overrides, such as `batch.per_device=2 batch.accumulation=4`."""
     return " ".join(
         f"{section}.{key}={_plain(value)}"
         for section, values in change.items()

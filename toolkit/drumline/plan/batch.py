@@ -16,7 +16,7 @@ LARGEST_PER_DEVICE = 1 << 16
 
 @dataclass(frozen=True)
 class Split:
-    """One (b, G, k); its product is the effective batch."""
+    """One split (b, G, k); the product is the effective batch."""
 
     per_device: int
     gpus: int
@@ -50,12 +50,12 @@ def solve(
     fits: Fits,
     allowed: Callable[[int], bool] = lambda gpus: True,
 ) -> tuple[Split, list[str]]:
-    """The split that the recipe's batch section means, and warnings about what was derived.
+    """Solve the recipe's batch section for a split; also returns warnings about what was derived.
 
-    `cluster_gpus` is nodes × gpus_per_node where the recipe states both. Four or three given:
-    checked or computed. Fewer: gpus from the cluster, then the largest b that `fits`, then the
-    smallest k. Raises PlanError with the arithmetic and the nearest legal splits, whose numbers of
-    GPUs are `allowed` by the cluster.
+    `cluster_gpus` is nodes × gpus_per_node if the recipe states both. With all four numbers given they are
+    checked, with three the fourth is computed. With fewer, gpus come from the cluster, then the largest b
+    that `fits` and the smallest k are taken. Raises PlanError with the arithmetic and the nearest legal
+    splits, whose numbers of GPUs are `allowed` by the cluster.
     """
     b, gpus, k, total = batch.per_device, batch.gpus, batch.accumulation, batch.effective
     if not any((b, gpus, k, total)):
@@ -89,7 +89,7 @@ def _divide(
     fits: Fits,
     allowed: Callable[[int], bool],
 ) -> Split:
-    """The split of a stated effective batch."""
+    """Solve for a split of a given effective batch; raises PlanError if it does not divide."""
     given = (b or 1) * (gpus or 1) * (k or 1)
     if total % given or (b and gpus and k and given != total):
         raise PlanError(_explain_impossible(total, b, gpus, k, allowed))
@@ -106,9 +106,10 @@ def _divide(
 
 
 def largest_per_device(rest: int | None, gpus: int, k: int | None, fits: Fits) -> int:
-    """The largest b that fits in memory: a divisor of `rest` = B / G, or any b when rest is None.
+    """The largest b that fits in memory, or 1 if none fits.
 
-    Memory grows with b, so a search by halves is exact when every b is legal.
+    b is a divisor of `rest` = B / G, or any number if rest is None. Memory grows with b, so bisection is
+    exact if every b is legal. Raises PlanError if memory is not known, unless b can only be 1.
     """
     one_fits = fits(Split(1, gpus, k or rest or 1))
     if one_fits is None:
@@ -131,7 +132,7 @@ def largest_per_device(rest: int | None, gpus: int, k: int | None, fits: Fits) -
 
 
 def resplit(split: Split, gpus: int) -> Split:
-    """The same effective batch on another number of GPUs: the largest b' ≤ b that divides."""
+    """The same effective batch B on another number of GPUs: the largest b' ≤ b that divides B / gpus."""
     total = split.effective
     if total % gpus:
         raise PlanError(_explain_impossible(total, None, gpus, None, lambda gpus: True))
@@ -141,14 +142,14 @@ def resplit(split: Split, gpus: int) -> Split:
 
 
 def nearest_to(wanted: int, legal: list[int]) -> int:
-    """The legal number closest to the wanted one; of two as close, the larger."""
+    """The legal number closest to the wanted one; the larger of two equally close ones."""
     return min(legal, key=lambda number: (abs(number - wanted), -number))
 
 
 def _explain_impossible(
     total: int, b: int | None, gpus: int | None, k: int | None, allowed: Callable[[int], bool]
 ) -> str:
-    """Arithmetic of the mistake and every nearest fix that changes a single number."""
+    """The error text: the failed arithmetic, and all nearest fixes that change a single number."""
     named = (("per_device", b), ("gpus", gpus), ("accumulation", k))
     known = [(name, number) for name, number in named if number]
     product = 1
@@ -181,7 +182,7 @@ def _explain_impossible(
 
 
 def _nearest_effective(total: int, product: int, unknown: list[str]) -> str:
-    """The multiples of the stated product on both sides of the stated effective batch."""
+    """The multiples of `product` just below and just above the given effective batch."""
     below, above = total // product, total // product + 1
     show = f" ({unknown[0]}={{}})" if len(unknown) == 1 else ""
     sides = [f"{product * n}{show.format(n)}" for n in (below, above) if n]

@@ -1,7 +1,7 @@
-"""What a change costs: a rough step time, for putting changes in order. Pure.
+"""A rough estimate of step time, used only to rank changes of one recipe. Pure.
 
-Compute at a fixed share of the GPU's peak, communication at fixed rates, nothing overlapped. The
-absolute seconds mean little; the ratio of two plans of one recipe says which is dearer, and why.
+Assumes compute at a fixed share of the GPU's peak, communication at fixed rates, and no overlap. The
+absolute seconds mean little; the ratio of two plans of one recipe says which costs more.
 """
 
 from drumline.architectures.gpus import find_gpu
@@ -10,23 +10,26 @@ from drumline.plan.model import Plan
 from drumline.recipe.precision import PRECISIONS
 
 UTILISATION = 0.4
-"""Share of the peak that a well-kept run reaches (Chowdhery et al. 2022: 0.46 for PaLM)."""
+"""Model FLOPs utilisation of a well-tuned run (Chowdhery et al. 2022: 0.46 for PaLM)."""
 
 NODE_BYTES_PER_S = 150e9
 CLUSTER_BYTES_PER_S = 25e9
 HOST_BYTES_PER_S = 20e9
-"""Assumed rates of a rank: within a node, between nodes, and to the host."""
+"""Assumed bandwidths per rank: within a node, between nodes, and to the host."""
 
 FALLBACK_FLOPS = 100e12
 
 
 def gpu_seconds(plan: Plan, shape: ModelShape) -> float:
-    """Step time × GPUs."""
+    """GPU time of one optimizer step in seconds: step time × GPUs."""
     return plan.batch.gpus * (_compute_seconds(plan, shape) + _communication_seconds(plan, shape))
 
 
 def _compute_seconds(plan: Plan, shape: ModelShape) -> float:
-    """FLOPs of a step on one GPU; checkpointing runs the forward of all layers again, chunks the head's."""
+    """Compute time of one step.
+
+    Activation checkpointing repeats the forward of all layers; a chunked loss repeats that of the head.
+    """
     recipe = plan.recipe
     total = float(plan.cost.flops_per_step or 0)
     head = shape.vocabulary * shape.hidden if shape.classes is None else 0
@@ -39,7 +42,10 @@ def _compute_seconds(plan: Plan, shape: ModelShape) -> float:
 
 
 def _communication_seconds(plan: Plan, shape: ModelShape) -> float:
-    """Bytes that a rank sends in a step (Rajbhandari et al. 2020, §7), over the slower of the links."""
+    """Time for the bytes a rank sends in a step (Rajbhandari et al. 2020, §7) and for offload to the host.
+
+    On several nodes all bytes are assumed to take the link between nodes.
+    """
     recipe, batch = plan.recipe, plan.batch
     precision = PRECISIONS[recipe.precision]
     narrow, width = precision.computed, precision.stored

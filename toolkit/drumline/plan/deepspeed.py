@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration, every key that matters stated, none left to a default that differs."""
+"""DeepSpeed's configuration; sets every relevant key instead of relying on DeepSpeed's defaults."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ STAGES = {"ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3}
 
 
 def deepspeed_config(plan: Plan) -> dict[str, Any]:
-    """The JSON that DeepSpeed is given.
+    """The plan's DeepSpeed configuration, as a JSON object.
 
-    Batch sizes only satisfy its own check: drumline marks each step's last micro-batch itself,
-    weighs the loss itself, and passes its own optimizer. Gradients are reduced in fp32, but under
-    autocast those of matrices in the narrow type, whatever communication_data_type says.
+    The batch sizes only satisfy DeepSpeed's own check: drumline marks each step's last micro-batch,
+    weights the loss and passes its own optimizer. Gradients are reduced in fp32, but under autocast
+    DeepSpeed reduces those of matrices in the 16-bit dtype, regardless of communication_data_type.
     """
     recipe, batch = plan.recipe, plan.batch
     stage = STAGES[recipe.strategy.name]

@@ -1,4 +1,4 @@
-"""Memory of a plan: from a recipe and a split to the closed form's question, and its answer."""
+"""Memory of a plan: builds the closed form's input from a recipe and a split, and its MemoryFacts."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,15 +27,17 @@ def memory_function(
     host_bytes: int | None,
     calibration: "Calibration | None" = None,
 ) -> Callable[[Split], MemoryFacts]:
-    """Split -> MemoryFacts, with everything else of the recipe held fixed.
+    """A function from a split to its MemoryFacts, for this recipe.
 
-    `shape` is in words why it is not known, where it is not.
+    `shape` is a text that gives the reason if the model's shape is not known.
     """
 
     def memory(split: Split) -> MemoryFacts:
         capacity = capacity_of(gpu, split, host_bytes)
         if isinstance(shape, str):
             return unknown(capacity, shape)
+        if code := unseen_code(recipe):
+            return unknown(capacity, f"no closed form for {code}")
         if recipe.data.sequence_length is None and not shape.patches:
             return unknown(capacity, "data.sequence_length is not set")
         if rule_of(recipe).state_count(recipe.optimizer) is None:
@@ -50,10 +52,16 @@ def memory_function(
     return memory
 
 
+def unseen_code(recipe: Recipe) -> str:
+    """The first of the project's functions that changes what a step computes; empty where there is none."""
+    named = (*recipe.model.edits, recipe.objective.factory, recipe.data.task_factory)
+    return next((name for name in named if name), "")
+
+
 def facts(
     peak: Peak, capacity: int | None, method: Literal["closed-form", "traced"], host: int | None
 ) -> MemoryFacts:
-    """An estimate against a capacity."""
+    """MemoryFacts of an estimate; `fits` compares it with the capacity in bytes, None if not known."""
     totals = peak.totals
     return MemoryFacts(
         unit="bytes per rank",
@@ -73,10 +81,11 @@ def facts(
 
 
 def host_bytes_of(recipe: Recipe, shape: ModelShape, split: Split) -> int | None:
-    """What a rank keeps in the host's memory: its part of a checkpoint, and offloaded state.
+    """Bytes that one rank keeps in host memory: its part of an asynchronous checkpoint, and offloaded state.
 
-    Every tensor of weights and optimizer is written by one rank, so a part is 1 / gpus of them all
-    (`train/saver.py`); offload keeps the fp32 weights, their gradients and both moments.
+    Each tensor of the weights and the optimizer state is written by one rank, so a rank's part is 1 / gpus
+    of the total (`train/saver.py`). Offload keeps the fp32 weights, their gradients and the optimizer
+    state, also 1 / gpus per rank. None if the optimizer's states are not known.
     """
     whole = saved_bytes(recipe, shape)
     if whole is None:
@@ -88,7 +97,7 @@ def host_bytes_of(recipe: Recipe, shape: ModelShape, split: Split) -> int | None
 
 
 def unknown(capacity: int | None, why: str) -> MemoryFacts:
-    """What is said of memory when nothing is known."""
+    """MemoryFacts of a plan whose memory cannot be estimated, with the reason `why`."""
     return MemoryFacts(
         unit="bytes per rank",
         parts={},
@@ -107,14 +116,14 @@ def unknown(capacity: int | None, why: str) -> MemoryFacts:
 
 
 def capacity_of(gpu: Gpu, split: Split, host_bytes: int | None) -> int | None:
-    """The device's memory; on CPU the machine's, shared by its processes."""
+    """Memory of the device in bytes; on CPU the host's memory divided by the number of processes."""
     if not gpu.is_cpu:
         return gpu.memory_bytes
     return None if host_bytes is None else host_bytes // split.gpus
 
 
 def load_of(recipe: Recipe, shape: ModelShape, split: Split, gpu: Gpu) -> Load:
-    """What one rank of this split is asked to hold."""
+    """The closed form's input for one rank of this split."""
     mesh = mesh_of(recipe, split.gpus)
     length = shape.tokens(recipe.data.sequence_length)
     evaluation, rule = recipe.evaluation, rule_of(recipe)
@@ -145,6 +154,6 @@ def load_of(recipe: Recipe, shape: ModelShape, split: Split, gpu: Gpu) -> Load:
 
 
 def _is_masked(recipe: Recipe, shape: ModelShape, length: int) -> bool:
-    """Padded rows of a classifier of texts, or a window that is shorter than the rows."""
+    """Whether attention is given a mask: for padded text rows, or a sliding window below `length`."""
     padded = recipe.data.facts.is_masked and not shape.patches
     return padded or (shape.window is not None and length > shape.window)

@@ -1,4 +1,4 @@
-"""What makes two recipes the same: hashes of their canonical JSON."""
+"""Identity of a recipe: SHA-256 hashes of its canonical JSON."""
 
 import hashlib
 import json
@@ -23,11 +23,12 @@ _NOT_TRAINING = {
     "loss": None,
     "anomalies": ("max_skipped",),
 }
-"""What changes how a training is computed but not, beyond rounding, what is learnt."""
+"""Keys that `training_sha256` leaves out (None: the whole section). They affect how a run is computed, but
+its result only up to rounding."""
 
 
 def hashes(recipe: Recipe) -> tuple[str, str]:
-    """`recipe_sha256` and `training_sha256`, of one pass over the recipe."""
+    """`recipe_sha256` and `training_sha256`, from one pass over the recipe."""
     plain = _identity(recipe.model_dump(by_alias=True))
     return _sha256(plain), _sha256(_training(plain))
 
@@ -38,12 +39,12 @@ def recipe_sha256(recipe: Recipe) -> str:
 
 
 def plain_sha256(recipe: dict[str, Any]) -> str:
-    """The same of a resolved recipe as it stands in a record, whatever keys this version knows."""
+    """The same for a recipe read back from a run's record; it may have keys unknown to this version."""
     return _sha256(_identity(recipe))
 
 
 def training_sha256(recipe: Recipe) -> str:
-    """The same, also without the split, cluster, strategy and launcher."""
+    """The same, also without the keys in `_NOT_TRAINING`: split, cluster, strategy, launcher and others."""
     return _sha256(_training(_identity(recipe.model_dump(by_alias=True))))
 
 
@@ -71,10 +72,10 @@ def _identity(recipe: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def _later_keys() -> list[tuple[str | None, str, Any]]:
-    """(section or None, key, default) of every key that came later.
+    """(section or None, key, default) of every key added after the first release.
 
-    At its default it is left out, so that the recipe is hashed as a version would have written it that lacks
-    the key.
+    Such a key is left out of the hash at its default, so that recipes written before it existed keep their
+    hash.
     """
     found: list[tuple[str | None, str, Any]] = []
     for name, field in Recipe.model_fields.items():

@@ -1,4 +1,4 @@
-"""Does another split train the same? What in a model breaks it, and the warning to give."""
+"""Whether training gives the same result under another split, and which parts of a model prevent it."""
 
 from drumline.architectures.shapes import ModelShape
 from drumline.plan.batch import Split
@@ -21,7 +21,7 @@ _DROPOUT_KEYS = (
 def split_invariance(
     recipe: Recipe, shape: ModelShape | None, factory_has_batchnorm: bool
 ) -> SplitInvariance:
-    """`rounding` when only the last bits depend on the split; otherwise every reason why not."""
+    """Level `rounding` if the result depends on the split only by rounding; else `none` with all reasons."""
     reasons = []
     if factory_has_batchnorm:
         reasons.append(
@@ -50,7 +50,7 @@ def split_invariance(
 
 
 def batchnorm_warnings(recipe: Recipe, split: Split, factory_has_batchnorm: bool) -> list[str]:
-    """BatchNorm over few samples is noise (Wu and He 2018): say so, and name the way out."""
+    """Warn if BatchNorm normalises over fewer than SMALL_BATCHNORM samples (Wu and He 2018)."""
     seen = split.per_device * (split.gpus if recipe.model.sync_batchnorm else 1)
     if not factory_has_batchnorm or seen >= SMALL_BATCHNORM:
         return []

@@ -1,7 +1,7 @@
-"""How the ranks of a run are laid out: over nodes, over copies of the state, over the samples.
+"""The layout of a run's ranks over nodes, replicas of the state, and samples.
 
-gpus = replicas × shards × context × tensor. Context and tensor parallelism are 1 as yet; what is asked here
-already tells these three apart, so that a rank is never taken for what another dimension makes of it:
+gpus = replicas × shards × context × tensor, where context and tensor parallelism are 1 for now. With them,
+these three sets of ranks will differ, so callers must already ask for the one that they mean:
 
 - data ranks read different samples (G of the batch equation);
 - averaging ranks are those over which the engine averages a gradient;
@@ -20,9 +20,9 @@ LARGEST_NODE = 8
 
 @dataclass(frozen=True)
 class Mesh:
-    """`ranks` processes, `ranks_per_node` on each node; `shards` of them share one copy of sharded state.
+    """`ranks` processes, `ranks_per_node` on each node; `shards` ranks hold one replica of the state.
 
-    Ranks are numbered node by node, and shard by shard within a replica.
+    Ranks are numbered node by node, and within a replica shard by shard.
     """
 
     ranks: int
@@ -31,21 +31,21 @@ class Mesh:
 
     @property
     def nodes(self) -> int:
-        """Nodes that have ranks."""
+        """Number of nodes."""
         return self.ranks // self.ranks_per_node
 
     @property
     def replicas(self) -> int:
-        """Copies of the model's state."""
+        """Number of copies of the model's state."""
         return self.ranks // self.shards
 
     @property
     def data_ranks(self) -> int:
-        """Ranks that read different samples."""
+        """Number of ranks that read different samples."""
         return self.ranks
 
     def data_rank(self, rank: int) -> int:
-        """Which of the data ranks this one is; all ranks that read the same samples have the same number."""
+        """The data rank of a rank, from 0; ranks that read the same samples have the same data rank."""
         return rank
 
     def reader(self, data_rank: int) -> int:
@@ -54,11 +54,11 @@ class Mesh:
 
     @property
     def averaging_ranks(self) -> int:
-        """Ranks over which engines average gradients: Σ of all of them is the mean times this."""
+        """Number of ranks over which engines average gradients; the sum is the average times this."""
         return self.ranks
 
     def writer(self, number: int) -> int:
-        """The rank that writes the number-th tensor that all ranks hold whole; they take turns."""
+        """The rank that saves the `number`-th unsharded tensor; tensors are assigned round-robin."""
         return number % self.ranks
 
     def node(self, rank: int) -> int:
@@ -67,7 +67,7 @@ class Mesh:
 
 
 def mesh_of(recipe: Recipe, gpus: int, nodes: int | None = None) -> Mesh:
-    """The mesh of a recipe on so many GPUs; `nodes` where they are decided already."""
+    """The mesh of a recipe on `gpus` GPUs; `nodes` is derived from the cluster section if not given."""
     ranks_per_node = gpus // nodes if nodes else min(gpus, gpus_per_node(recipe, gpus))
     sharded = recipe.strategy.name not in ("ddp",)
     shards = (ranks_per_node if recipe.strategy.shard == "node" else gpus) if sharded else 1
@@ -75,9 +75,9 @@ def mesh_of(recipe: Recipe, gpus: int, nodes: int | None = None) -> Mesh:
 
 
 def gpus_per_node(recipe: Recipe, gpus: int) -> int:
-    """What a node has: as stated; else from the number of nodes; else the largest divisor of gpus up to 8.
+    """GPUs per node: as stated; else gpus / nodes if nodes is a number; else gpus' largest divisor up to 8.
 
-    On CPU, where nothing is stated, all processes share one node. A stated node may have more GPUs than the
+    On CPU, if neither is stated, all processes share one node. A stated number may exceed the GPUs that the
     run uses.
     """
     cluster = recipe.cluster
@@ -102,7 +102,11 @@ def is_laid_out(recipe: Recipe, gpus: int) -> bool:
 
 
 def layout(recipe: Recipe, split: Split) -> Mesh:
-    """The mesh of a split; PlanError with the nearest GPU count that divides the batch."""
+    """The mesh of a split.
+
+    Raises PlanError if the cluster section does not allow its number of GPUs, with the nearest number that
+    it allows and that divides the batch.
+    """
     if is_laid_out(recipe, split.gpus):
         return mesh_of(recipe, split.gpus)
     per_node = gpus_per_node(recipe, split.gpus)
@@ -133,7 +137,10 @@ def layout(recipe: Recipe, split: Split) -> Mesh:
 
 
 def cluster_gpus(recipe: Recipe) -> int | None:
-    """GPUs that the cluster section states: of a node range, the largest that divides the batch."""
+    """GPUs of the cluster section, or None if it does not state both numbers.
+
+    For a range of nodes: the largest number that divides the batch, or the largest one if none does.
+    """
     nodes, per_node, batch = recipe.cluster.nodes, recipe.cluster.gpus_per_node, recipe.batch
     if not nodes or not per_node:
         return None

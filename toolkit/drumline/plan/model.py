@@ -1,8 +1,8 @@
-"""The Plan: every number resolved, nothing left to guess, immutable.
+"""The Plan: an immutable record with every number resolved.
 
-It is the only contract between the command line, the launchers and the workers. Plain
-dataclasses, so that a dry run does not pay for building validators; pydantic reads them back and
-publishes their JSON Schema.
+It is the only interface between the command line, the launchers and the workers. It uses plain dataclasses
+to spare a dry run the time to build pydantic validators; pydantic is used to read a Plan back and to
+publish its JSON Schema.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ PLAN_VERSION = 1
 
 @dataclass(frozen=True)
 class SplitInvariance:
-    """Whether another split trains the same to rounding, and why not."""
+    """Whether training is the same up to rounding under another split, and why or why not."""
 
     level: Literal["rounding", "none"]
     why: str
@@ -48,7 +48,7 @@ class BatchFacts:
 
 @dataclass(frozen=True)
 class StepFacts:
-    """Optimizer steps; None where it takes the prepared data to know."""
+    """Counts of optimizer steps and samples; fields that need the number of samples are None without it."""
 
     samples: int | None
     per_epoch: int | None
@@ -62,11 +62,11 @@ class StepFacts:
 
 @dataclass(frozen=True)
 class MemoryFacts:
-    """Peak memory of a rank; `fits` compares `device.high` with the capacity.
+    """Peak memory of a rank in bytes; `fits` compares `device.high` with the capacity.
 
-    `parts` are what is allocated at the peak, `phases` the most that is in each phase. `basis` says
-    of each range what it rests on. `host_bytes`: pinned memory of the node for a rank's part of an
-    asynchronous checkpoint, and for offloaded state.
+    `parts`: allocated bytes at the peak by part. `phases`: the peak of allocated bytes in each phase.
+    `basis`: for each range, where it comes from. `host_bytes`: pinned host memory of one rank, for its part
+    of an asynchronous checkpoint and for offloaded state.
     """
 
     unit: str
@@ -86,7 +86,10 @@ class MemoryFacts:
 
 @dataclass(frozen=True)
 class Cost:
-    """None where the model's shape is not known without building it."""
+    """Size of the model, of a step and of a checkpoint; None if it cannot be computed from the recipe.
+
+    `flops_per_step` is of one optimizer step on all ranks.
+    """
 
     parameters: int | None
     flops_per_step: int | None
@@ -97,7 +100,7 @@ class Cost:
 class Advice:
     """One re-planned change at the same effective batch.
 
-    `cost`: its GPU time over the plan's own, estimated (`plan/cost.py`); above 1 is dearer.
+    `cost`: estimated GPU time divided by that of the plan (`plan/cost.py`); above 1 costs more.
     """
 
     change: dict[str, Any]
@@ -108,7 +111,7 @@ class Advice:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """The prepared rows: content fingerprint, where they lie, how many are for validation."""
+    """The prepared data: content fingerprint, cache path, number of validation samples."""
 
     fingerprint: str | None
     cache: str | None
@@ -135,11 +138,11 @@ class Plan:
 
     @property
     def mesh(self) -> Mesh:
-        """How the ranks are laid out over nodes, copies of the state and samples."""
+        """The layout of ranks over nodes, replicas of the state and samples."""
         return mesh_of(self.recipe, self.batch.gpus, self.batch.nodes)
 
     def clock(self) -> Clock:
-        """Steps to slots; PlanError when the number of samples is not known."""
+        """The Clock that maps steps to slots; raises PlanError if the number of samples is not known."""
         if self.steps.samples is None:
             raise PlanError("the number of samples is not known; run `drumline prepare` first")
         epochs = self.recipe.duration.epochs
@@ -167,7 +170,7 @@ class Plan:
 
 
 def read_plan(text: str) -> Plan:
-    """The Plan of `to_json`'s text; a plan of another version is refused."""
+    """Read a Plan from `to_json`'s text; raises PlanError if it is invalid or of another version."""
     from pydantic import TypeAdapter
 
     try:

@@ -1,12 +1,13 @@
-"""What a larger batch would buy: the gradient noise scale (McCandlish et al. 2018, arXiv:1812.06162). Pure.
+"""The gradient noise scale, to judge a larger batch (McCandlish et al. 2018, arXiv:1812.06162). Pure.
 
-The gradient of a group of weight w has E|m|² = |G|² + S/w, where S is the trace of the noise's covariance for
-unit weight. From n disjoint groups of total weight w with Q = Σ w_j |m_j|², and the whole step's gradient of
-weight W with squared norm F:
+The mean gradient m of a group of samples with weight w has E|m|² = |G|² + S/w, where G is the true gradient
+and S the trace of the gradient noise's covariance at unit weight. From n disjoint groups of total weight w
+with Q = Σ w_j |m_j|², and the whole step's gradient of weight W with squared norm F:
 
     S = (Q/w − F) / (n/w − 1/W),   |G|² = F − S/W,   B_simple = S / |G|²
 
-Both are unbiased, so they are averaged over steps apart from each other, and divided then.
+The estimates of S and |G|² are unbiased, but their ratio is not; so each is averaged over steps before
+dividing.
 """
 
 import math
@@ -17,22 +18,22 @@ from typing import Any
 from drumline.plan.batch import Split
 
 WINDOW = 256
-"""Steps that the averages run over."""
+"""Number of last steps that are averaged."""
 FEWEST = 16
-"""Steps before anything is said."""
+"""Fewest steps for an estimate."""
 _BLOCKS = 16
 _SIGMAS = 1.645
-"""A 90 % interval, of a normal distribution."""
+"""Half-width of a 90 % interval of the normal distribution, in standard deviations."""
 _LITTLE = 1.1
-"""A tenth more steps is little against k times less data each."""
+"""Up to 10 % more steps count as hardly more, if each step needs k times less data."""
 
 Pair = tuple[float, float]
-"""S and |G|² of a step, S in samples × squared gradient."""
+"""(S, |G|²) of a step, S in samples × squared gradient."""
 
 
 @dataclass(frozen=True)
 class NoiseScale:
-    """B_simple in samples, with its 90 % interval; infinite where |G|² cannot be told from zero."""
+    """B_simple in samples, with its 90 % interval; infinite if |G|² is not distinguishable from zero."""
 
     value: float
     low: float
@@ -40,9 +41,9 @@ class NoiseScale:
 
 
 def step_pair(groups: Sequence[float], whole: float, weight: float, samples: int) -> Pair | None:
-    """S and |G|² of one step; None where there are not two different groups to tell them apart.
+    """(S, |G|²) of one step, or None if it has a single group, so that S cannot be estimated.
 
-    `groups`: Q, n and w; `whole` = F, `weight` = W, `samples` in the step.
+    `groups`: Q, n and w; `whole`: F; `weight`: W; `samples`: number of samples in the step.
     """
     q, n, w = groups
     if n < 1 or w <= 0 or not all(map(math.isfinite, (q, whole))):
@@ -55,7 +56,7 @@ def step_pair(groups: Sequence[float], whole: float, weight: float, samples: int
 
 
 def noise_scale(pairs: list[Pair]) -> NoiseScale | None:
-    """The ratio of the averages; its spread by a jackknife over blocks of successive steps."""
+    """The ratio of the averages, with a jackknife interval over blocks of consecutive steps."""
     if len(pairs) < FEWEST:
         return None
     noise, signal = (math.fsum(pair[side] for pair in pairs) for side in (0, 1))
@@ -76,7 +77,7 @@ def noise_scale(pairs: list[Pair]) -> NoiseScale | None:
 
 
 def logged_noise(line: dict[str, Any]) -> NoiseScale | None:
-    """As a line of metrics.jsonl tells it, where what is infinite is null."""
+    """Read the noise scale from a line of metrics.jsonl (null: infinite); None if it has none."""
     if "noise_scale" not in line:
         return None
     names = ("noise_scale", "noise_scale_low", "noise_scale_high")
@@ -84,9 +85,9 @@ def logged_noise(line: dict[str, Any]) -> NoiseScale | None:
 
 
 def noise_words(found: NoiseScale, effective: int, accumulation: int) -> str:
-    """What it means for this batch, in a sentence or two.
+    """A sentence or two on what the noise scale means for this effective batch B.
 
-    Against the fewest of each, data grows by 1 + B/B_simple and steps by 1 + B_simple/B.
+    Relative to their minimum, the data needed grow by 1 + B/B_simple and the steps by 1 + B_simple/B.
     """
     if not math.isfinite(found.value):
         return "noise scale: too large to tell; a larger batch would still buy fewer steps"
@@ -115,5 +116,8 @@ def _excess(a: float, b: float) -> float:
 
 
 def is_measurable(is_sharded: bool, split: Split) -> bool:
-    """Whether a step has two groups: micro-batches of any rank, under FSDP2 of all ranks together."""
+    """Whether a step has at least two groups: a group is one micro-batch of one rank.
+
+    Under FSDP2 it is one micro-batch of all ranks, as gradients are seen only after the reduce-scatter.
+    """
     return split.accumulation > 1 or (split.gpus > 1 and not is_sharded)

@@ -1,4 +1,4 @@
-"""What each optimizer keeps and can: the one table that resolve, memory, cost and engines read. Pure.
+"""The table of optimizers: their states, kernels and strategies; planning and training read it. Pure.
 
 To add one: a row here, its builder in `train/optimizers.py`, its name in `recipe/schema.py`.
 """
@@ -17,14 +17,15 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class OptimizerRule:
-    """One optimizer.
+    """Properties of one optimizer.
 
-    `states`: from a parameter's shape to the shapes of the tensors kept for it, in the stored precision
-    (scalars such as a step count are left out); None where they are not known.
-    `kernels`: torch's implementations of it, the preferred one first; empty where there is no choice.
-    `sharded_kernels`: those that work on FSDP2's sharded tensors.
-    `scratch`: whether its foreach kernel allocates a tensor as large as each parameter; `decays` says
-    whether weight decay is on.
+    `states`: maps a parameter's shape to the shapes of its optimizer state tensors, in the stored precision
+    (scalars such as a step count are left out); None if they are not known.
+    `kernels`: torch's implementations, the preferred one first; empty if there is no choice.
+    `sharded_kernels`: those that support FSDP2's sharded tensors.
+    `scratch`: whether the foreach kernel allocates a temporary as large as each parameter; its argument
+    `decays` is whether weight decay is on.
+    `strategies`: the strategies that it supports.
     """
 
     states: Callable[[Shape, Optimizer], list[Shape] | None]
@@ -34,12 +35,12 @@ class OptimizerRule:
     strategies: tuple[str, ...] = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 
     def state_count(self, spec: Optimizer) -> int | None:
-        """How many tensors of a parameter's own size are kept for it; None where that is not known."""
+        """Number of state tensors per parameter, each of the parameter's size; None if not known."""
         shapes = self.states((1, 1), spec)
         return None if shapes is None else len(shapes)
 
     def kernels_for(self, strategy: str) -> tuple[str, ...]:
-        """The implementations that go with a strategy."""
+        """The implementations that a strategy supports, the preferred one first."""
         return self.sharded_kernels if strategy == "fsdp" else self.kernels
 
 
@@ -57,14 +58,14 @@ def _as_stated(shape: Shape, spec: Optimizer) -> list[Shape] | None:
 
 _ADAM = OptimizerRule(
     states=_two_moments, scratch=lambda decays: True
-)  # the root of the second moment
+)  # scratch: the square root of the second moment
 OPTIMIZERS: dict[str, OptimizerRule] = {
     "adamw": _ADAM,
     "adam": _ADAM,
     "sgd": OptimizerRule(
         states=_momentum,
         sharded_kernels=("foreach",),  # torch has no fused sgd for sharded tensors
-        scratch=lambda decays: decays,  # a copy of the gradient that the decay is added to
+        scratch=lambda decays: decays,  # a copy of the gradient, to which weight decay is added
     ),
     "custom": OptimizerRule(states=_as_stated, kernels=(), sharded_kernels=()),
 }
@@ -76,7 +77,10 @@ def rule_of(recipe: Recipe) -> OptimizerRule:
 
 
 def resolved_optimizer(recipe: Recipe) -> Optimizer:
-    """The recipe's optimizer with its kernel chosen; PlanError where it does not go with the strategy."""
+    """The recipe's optimizer with its kernel chosen.
+
+    Raises PlanError if the strategy does not support the optimizer or the stated kernel.
+    """
     spec, rule, strategy = recipe.optimizer, rule_of(recipe), recipe.strategy.name
     if strategy not in rule.strategies:
         raise PlanError(
@@ -97,7 +101,7 @@ def resolved_optimizer(recipe: Recipe) -> Optimizer:
 
 
 def saved_bytes(recipe: Recipe, shape: ModelShape) -> int | None:
-    """Bytes of all weights and all optimizer state, as a checkpoint holds them; None where not known."""
+    """Bytes of all weights and optimizer state in a checkpoint; None if the optimizer's are not known."""
     count = rule_of(recipe).state_count(recipe.optimizer)
     if count is None:
         return None

@@ -1,9 +1,9 @@
-"""Which samples make step t: a keyed permutation of range(N) per epoch, seekable in O(1).
+"""The order of samples: a keyed permutation of range(N) per epoch, with O(1) access to any position.
 
-A Feistel network on the grid Z_a × Z_b with a·b just above N; numbers that fall outside range(N)
-are encrypted again until they do not (cycle walking; Black and Rogaway 2002). Up to 256 samples
-the order is the rank of as many random keys. Nothing depends on the split, on workers or on
-history, so resume is a seek.
+A Feistel network on the grid Z_a × Z_b with a·b just above N; results outside range(N) are permuted
+again until they are inside (cycle walking; Black and Rogaway 2002). Up to 256 samples the order is the
+argsort of N random keys. It does not depend on the split, on data workers or on earlier steps, so a
+resumed run only has to compute its position.
 """
 
 import hashlib
@@ -21,9 +21,10 @@ _SHIFTS = (np.uint64(31), np.uint64(29))
 
 
 def indices(seed: int, n: int, epoch: int, start: int, stop: int) -> Indices:
-    """Sample indices at places start..stop of one epoch's order: int64, shape [stop - start].
+    """Sample indices at positions start..stop (exclusive) of one epoch's order: int64 [stop - start].
 
-    A bijection of range(n) for every (seed, epoch). Memory and time depend on stop - start alone.
+    The whole epoch is a permutation of range(n) for every (seed, epoch). Above 256 samples, memory and time
+    depend on stop - start only.
     """
     if not 0 <= start <= stop <= n:
         raise IndexError(f"places {start}..{stop} of {n} samples")
@@ -58,7 +59,7 @@ def digest(step_indices: Indices) -> str:
 
 
 def _key_stream(seed: int, n: int, epoch: int, count: int) -> NDArray[np.uint64]:
-    """Numbers of 64 bits drawn from (seed, n, epoch) by SHAKE-256: uint64 [count]."""
+    """Pseudo-random 64-bit keys derived from (seed, n, epoch) by SHAKE-256: uint64 [count]."""
     material = hashlib.shake_256(f"drumline order 1/{seed}/{n}/{epoch}".encode())
     return np.frombuffer(material.digest(8 * count), dtype="<u8").astype(np.uint64)
 
@@ -78,7 +79,7 @@ def _permute(
 
 
 def _mix(values: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
-    """A 64-bit keyed hash of each value, less its top two bits so that a sum cannot overflow."""
+    """A keyed 64-bit hash of each value, shifted right by two bits so that a sum cannot overflow."""
     mixed = (values ^ key) * _MIX[0]
     mixed ^= mixed >> _SHIFTS[0]
     mixed *= _MIX[1]

@@ -1,4 +1,4 @@
-"""`resolve(recipe, world) -> Plan`: a pure function from the wish to the fact."""
+"""`resolve(recipe, world) -> Plan`: a pure function from a recipe to its resolved Plan."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from drumline.errors import PlanError
 from drumline.plan import batch as batch_equation
 from drumline.plan import identity, schedule
 from drumline.plan.batch import Split
-from drumline.plan.footprint import memory_function
+from drumline.plan.footprint import memory_function, unseen_code
 from drumline.plan.invariance import batchnorm_warnings, split_invariance
 from drumline.plan.mesh import cluster_gpus, is_laid_out, layout, mesh_of
 from drumline.plan.model import (
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from drumline.memory.calibration import Calibration
 
 DEFAULT_CLASSES = 2
-"""Of a classifier whose data are not prepared; their number hardly changes its memory."""
+"""Assumed classes of a classifier whose data are not prepared; they hardly affect its memory."""
 
 UNKNOWN_MEMORY = "memory is not known"
 
@@ -46,7 +46,10 @@ LAUNCHER_STRATEGIES = {
 
 @dataclass(frozen=True)
 class World:
-    """What a plan needs to know of the world; the command line reads it and passes it in."""
+    """Facts from outside the recipe (files, prepared data, host), read by the caller; `resolve` is pure.
+
+    `problems` are warnings found while reading them.
+    """
 
     model_config: dict[str, Any] | None = None
     samples: int | None = None
@@ -61,9 +64,9 @@ class World:
 
 
 def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = False) -> Plan:
-    """The Plan of a recipe, or a PlanError that names the nearest legal recipe.
+    """The Plan of a recipe; raises PlanError with the nearest legal fix.
 
-    `is_candidate`: it is one of many that are only compared with each other, and gets no hashes.
+    `is_candidate`: the plan is only compared with others, so its hashes are left empty to save time.
     """
     gpu = find_gpu(recipe.cluster.gpu)
     _check_strategy(recipe)
@@ -105,7 +108,7 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
         steps=steps,
         memory=memory,
         schedule=curve,
-        cost=_cost(resolved, split, shape),
+        cost=_cost(resolved, split, None if unseen_code(resolved) else shape),
         data=DataFacts(
             fingerprint=world.fingerprint,
             cache=world.cache,
@@ -153,7 +156,7 @@ def _check_strategy(recipe: Recipe) -> None:
 
 
 def _check_deepspeed(recipe: Recipe) -> None:
-    """What DeepSpeed would do otherwise than the others."""
+    """Refuse recipes that DeepSpeed would train differently from the other launchers."""
     if recipe.precision == "bf16-pure":
         raise PlanError(
             "precision: bf16-pure does not go with launcher deepspeed, which keeps an fp32 copy of "
@@ -167,9 +170,9 @@ def _check_deepspeed(recipe: Recipe) -> None:
 
 
 def _fill(recipe: Recipe, split: Split) -> Recipe:
-    """The recipe with what was derived written in; it can be planned again by itself.
+    """The recipe with derived values filled in, so that planning it again gives the same values.
 
-    Nodes are not written: they follow from the split, which a resume may change.
+    cluster.nodes is not filled in: it follows from the split, which a resume may change.
     """
     update: dict[str, Any] = {"batch": split.written_into(recipe.batch)}
     if recipe.evaluation and recipe.evaluation.per_device is None:
@@ -182,7 +185,10 @@ def _fill(recipe: Recipe, split: Split) -> Recipe:
 
 
 def _steps(recipe: Recipe, split: Split, world: World) -> tuple[StepFacts, Clock | None]:
-    """Counts of optimizer steps; without the number of samples, what can be said."""
+    """Counts of optimizer steps, and the Clock, which is None if the number of samples is not known.
+
+    Raises PlanError if the duration cannot be converted to steps without it.
+    """
     samples = world.samples if world.samples is not None else recipe.data.samples
     if None not in (world.samples, recipe.data.samples) and world.samples != recipe.data.samples:
         raise PlanError(
@@ -266,7 +272,7 @@ def _step_warnings(split: Split, clock: Clock | None) -> list[str]:
 
 
 def _curve(recipe: Recipe, split: Split, steps: StepFacts) -> schedule.Curve:
-    """The schedule with its peak rate scaled and its warm-up in steps."""
+    """The schedule with its peak learning rate scaled and its durations in optimizer steps."""
     s, total = recipe.schedule, steps.total
     warmup = steps.warmup
     decay = max(1, round(s.decay_ratio * total))
@@ -297,13 +303,13 @@ def _curve(recipe: Recipe, split: Split, steps: StepFacts) -> schedule.Curve:
 
 
 def _nearest_decay(warmup: int, total: int) -> str:
-    """A decay that ends with the run; without room for one, a shorter warm-up."""
+    """A legal fix: a decay that fits after the warm-up or, if none does, a shorter warm-up."""
     ratio = math.floor(1000 * (total - warmup) / total) / 1000
     return f"decay_ratio {ratio:.3f}" if round(ratio * total) else f"a warm-up below {total} steps"
 
 
 def _lr_factor(recipe: Recipe, split: Split) -> float:
-    """B / reference (linear; Goyal et al. 2017) or its square root; 1 without a rule."""
+    """Learning rate factor: B / reference_batch (linear; Goyal et al. 2017), its square root, or 1."""
     scaling = recipe.optimizer.lr_scaling
     if scaling.rule == "none" or scaling.reference_batch is None:
         return 1.0
@@ -321,7 +327,7 @@ def _check_positions(recipe: Recipe, shape: ModelShape | None) -> None:
 
 
 def shape_of(recipe: Recipe, world: World) -> ModelShape | str:
-    """The model's widths where its architecture is known, else why they are not."""
+    """The model's shape or, if its architecture is not known, a text that says why."""
     model = recipe.model
     architecture, config = model.architecture, model.config
     if model.source == "factory":

@@ -1,4 +1,4 @@
-"""Another number or kind of GPUs at the same effective batch."""
+"""Moves a recipe to another number or kind of GPUs at the same effective batch."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from drumline.units import divisors
 
 
 def on_gpus(recipe: Recipe, gpus: int | None, gpu: str | None, world: World) -> Recipe:
-    """The recipe on `gpus` devices of kind `gpu` (None: as it is).
+    """The recipe on `gpus` devices of kind `gpu` (None: unchanged).
 
-    Keeps per_device where it divides and fits, else the largest smaller one that does; where none
-    fits, the largest that divides, and the plan then says that it does not fit.
+    Keeps per_device if it divides the batch and fits, else takes the largest smaller one that does. If none
+    fits, takes the largest that divides; the plan then reports that it does not fit.
     """
     split = resolve(recipe, world).batch.split
     wanted = resplit(split, gpus or split.gpus)
@@ -27,9 +27,10 @@ def on_gpus(recipe: Recipe, gpus: int | None, gpu: str | None, world: World) -> 
 
 
 def with_smaller_per_device(recipe: Recipe, split: Split) -> Recipe | None:
-    """After running out of memory: the next smaller per_device, the same effective batch and gpus.
+    """The recipe with the next smaller per_device at the same effective batch and gpus, used after an OOM.
 
-    Evaluation shrinks with it; once per_device is 1, evaluation alone. None when nothing is left.
+    Evaluation's per_device is reduced to it too; once per_device is 1, evaluation's alone is halved. None if
+    both are 1.
     """
     rest = split.per_device * split.accumulation
     smaller = max((b for b in divisors(rest) if b < split.per_device), default=None)
@@ -48,7 +49,10 @@ def with_smaller_per_device(recipe: Recipe, split: Split) -> Recipe | None:
 
 
 def _moved(recipe: Recipe, split: Split, gpu: str | None) -> Recipe:
-    """On part of one node, or on whole nodes of the stated size."""
+    """The recipe with this split and kind of GPU, on part of one node or on whole nodes.
+
+    Raises PlanError if the stated gpus_per_node does not divide a larger number of GPUs.
+    """
     per_node = recipe.cluster.gpus_per_node
     if per_node and split.gpus > per_node and split.gpus % per_node:
         whole = split.gpus // per_node * per_node

@@ -1,8 +1,7 @@
-"""The learning rate at step t: pure functions of (step, curve), so resume needs no state.
+"""Learning rate schedules: pure functions of (step, curve), so a resumed run needs no state.
 
-Each shape gives the share of the way from the minimum (0) to the peak (1) after warm-up. To add
-one: a function here, its row in SCHEDULES, its name in `recipe/schema.py`; the invariant tests
-run over the dict by themselves.
+Each function in SCHEDULES gives the rate after warm-up, from 0 (minimum) to 1 (peak). To add one: a function
+here, its row in SCHEDULES, its name in `recipe/schema.py`; the invariant tests iterate over the dict.
 """
 
 import math
@@ -16,7 +15,7 @@ from drumline.plan.steps import Clock
 
 @dataclass(frozen=True)
 class Curve:
-    """A resolved schedule: every number that the rate at a step depends on."""
+    """A resolved schedule: every number that the learning rate at a step depends on."""
 
     name: str
     base_lr: float
@@ -32,14 +31,14 @@ class Curve:
     milestones: list[tuple[int, float]]
 
     def progress(self, step: int) -> float:
-        """Share of the way from the end of warm-up to the last step, in [0, 1]."""
+        """Fraction of the steps between warm-up and the last step that are done, in [0, 1]."""
         if self.total == self.warmup_steps:
             return 1.0
         return (step - self.warmup_steps) / (self.total - self.warmup_steps)
 
 
 def constant(step: int, curve: Curve) -> float:
-    """The peak throughout."""
+    """The peak at every step."""
     return 1.0
 
 
@@ -73,17 +72,17 @@ def inverse_sqrt(step: int, curve: Curve) -> float:
 
 
 def wsd(step: int, curve: Curve) -> float:
-    """Warm-up, stable, then a line to the minimum over the last `decay_ratio` of the run."""
+    """Warmup-stable-decay: the peak, then linear to the minimum over the last `decay_steps` steps."""
     return min(1.0, (curve.total - step) / curve.decay_steps)
 
 
 def one_cycle(step: int, curve: Curve) -> float:
-    """After a cosine rise from `start_ratio`, a cosine to the minimum (Smith and Topin 2018)."""
+    """Half a cosine to the minimum, after a cosine warm-up from `start_ratio` (Smith and Topin 2018)."""
     return cosine(step, curve)
 
 
 def piecewise(step: int, curve: Curve) -> float:
-    """A ratio from each milestone's step on; 1 before the first."""
+    """The ratio of the last milestone reached; 1 before the first."""
     ratio = 1.0
     for place, value in curve.milestones:
         if step >= place:
@@ -117,7 +116,10 @@ WARMUPS: dict[str, Callable[[int, Curve], float]] = {"one_cycle": _cosine_rise}
 
 
 def rate_at(curve: Curve, step: int) -> float:
-    """The rate of one optimizer step, 1 ≤ step ≤ total; peak·step/warmup while it warms up."""
+    """The learning rate of one optimizer step, 1 ≤ step ≤ total.
+
+    Warm-up is linear, peak·step/warmup_steps, unless WARMUPS has another function for the schedule.
+    """
     assert 1 <= step <= curve.total, (step, curve.total)
     if step <= curve.warmup_steps:
         return curve.peak_lr * WARMUPS.get(curve.name, _linear_rise)(step, curve)
@@ -126,7 +128,7 @@ def rate_at(curve: Curve, step: int) -> float:
 
 
 def rate(curve: Curve, step: int, clock: Clock | None) -> float:
-    """The rate of a step; with unit `epoch`, that of the last step of its epoch."""
+    """The learning rate of a step; with unit `epoch`, that of the last step of its epoch."""
     if curve.unit == "epoch":
         assert clock is not None
         step = min(curve.total, clock.last_step_of_epoch(clock.epoch(step)))
@@ -134,7 +136,10 @@ def rate(curve: Curve, step: int, clock: Clock | None) -> float:
 
 
 def resolve_warmup(steps: int | None, ratio: float | None, name: str, total: int) -> int:
-    """Warm-up steps of the run; a warm-up longer than the run is refused."""
+    """Warm-up steps of the run; if neither is given, 30 % of the run for one_cycle, else 0.
+
+    Raises PlanError if `steps` exceeds the run.
+    """
     if steps is None and ratio is None:
         return max(1, round(0.3 * total)) if name == "one_cycle" else 0
     if ratio is not None:
@@ -149,7 +154,10 @@ def resolve_warmup(steps: int | None, ratio: float | None, name: str, total: int
 
 
 def resolve_milestones(milestones: dict[str, float], total: int) -> list[tuple[int, float]]:
-    """Piecewise milestones as steps; fractions of the run are rounded to the nearest step."""
+    """Milestones as (step, ratio); keys below 1 are fractions of the run, rounded to the nearest step.
+
+    Raises PlanError if a milestone is beyond the run.
+    """
     result = []
     for place, value in milestones.items():
         number = float(place)

@@ -1,7 +1,7 @@
-"""Optimizer steps: how many, which slots each one takes, and where an epoch ends. Pure.
+"""Optimizer steps: how many there are, which slots each one takes, and where epochs end. Pure.
 
-A slot is a place in the endless sequence of samples that the order makes; slot s lies in epoch
-s // N + 1. Steps and epochs are counted from 1.
+A slot is a position in the infinite sequence of samples, one epoch's order after the other; slot s is in
+epoch s // N + 1. Slots are counted from 0, steps and epochs from 1.
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,11 @@ Remainder = Literal["keep", "drop", "carry"]
 
 @dataclass(frozen=True)
 class Clock:
-    """Turns steps into slots for N samples, effective batch B and one remainder rule.
+    """Maps steps to slots, for N samples, effective batch B and one remainder rule.
 
-    `limit` is the number of slots in the whole run where an epoch count bounds it (`carry` only).
+    At the end of an epoch, `keep` makes a smaller step of the remaining samples, `drop` leaves them out, and
+    `carry` fills the step with samples of the next epoch. `limit` is the number of slots in the whole run if
+    its duration is in epochs; only `carry` uses it.
     """
 
     samples: int
@@ -34,18 +36,18 @@ class Clock:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in one epoch; with `carry`, in the first."""
+        """Optimizer steps per epoch; with `carry`, those that begin in the first epoch."""
         whole, rest = divmod(self.samples, self.effective)
         return whole if self.remainder == "drop" or rest == 0 else whole + 1
 
     def total_for_epochs(self, epochs: int) -> int:
-        """Steps of a run of that many epochs."""
+        """Steps of a run of `epochs` epochs."""
         if self.remainder == "carry":
             return -(-self.samples * epochs // self.effective)
         return self.steps_per_epoch * epochs
 
     def total_for_samples(self, samples: int) -> int:
-        """The first step by whose end at least that many samples were consumed."""
+        """The first step at whose end at least `samples` samples were consumed."""
         if self.remainder == "carry":
             return -(-samples // self.effective)
         per_epoch = self.samples
@@ -55,7 +57,7 @@ class Clock:
         return epochs * self.steps_per_epoch + -(-rest // self.effective)
 
     def slots(self, step: int) -> tuple[int, int]:
-        """First slot and end slot (exclusive) of a step; the difference is its sample count."""
+        """First slot and end slot (exclusive) of a step; the difference is its number of samples."""
         assert step >= 1
         if self.remainder == "carry":
             start = (step - 1) * self.effective
@@ -77,7 +79,7 @@ class Clock:
         return epoch * self.steps_per_epoch
 
     def consumed(self, step: int) -> int:
-        """Samples consumed by the end of a step (0 for step 0); dropped ones do not count."""
+        """Samples consumed by the end of a step (0 for step 0), without dropped ones."""
         if step == 0:
             return 0
         if self.remainder == "drop":
@@ -86,10 +88,10 @@ class Clock:
 
 
 def share(count: int, per_device: int, data_ranks: int, data_rank: int) -> list[tuple[int, int]]:
-    """Slots (relative to the step) of each of a data rank's micro-batches; (a, a) where it has none.
+    """A data rank's micro-batches of a step of `count` samples: (first, end) slots, relative to the step.
 
-    Slot i belongs to micro-batch i ÷ (b·G) and data rank (i mod b·G) ÷ b. Micro-batches that are empty
-    on every rank do not appear, so the list is as long on every rank.
+    Slot i belongs to micro-batch i ÷ (b·G) and data rank (i mod b·G) ÷ b. A micro-batch that is empty on
+    this rank only is (a, a); those empty on every rank are left out, so all ranks' lists are equally long.
     """
     row = per_device * data_ranks
     result = []

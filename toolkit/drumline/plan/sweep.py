@@ -1,4 +1,4 @@
-"""Every split and strategy of one recipe at the same effective batch: which of them fit. Pure."""
+"""Sweep over splits and strategies of one recipe at the same effective batch: which of them fit. Pure."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ MOST_GPUS = 5
 
 @dataclass(frozen=True)
 class Cell:
-    """One plan of the sweep: bytes of `device.high`, and whether that fits."""
+    """One plan of the sweep: `device.high` in bytes, whether it fits, and the change that leads to it."""
 
     per_device: int
     gpus: int
@@ -29,7 +29,7 @@ class Cell:
 
 
 def sweep(plan: Plan, world: World) -> list[Cell]:
-    """per_device × gpus × strategy × checkpointing; what no plan can be made of is left out."""
+    """Plan per_device × gpus × strategy × checkpointing; illegal combinations are left out."""
     recipe = plan.recipe
     strategies = LAUNCHER_STRATEGIES[recipe.launch.launcher]
     cells = []
@@ -52,7 +52,7 @@ def sweep(plan: Plan, world: World) -> list[Cell]:
 
 
 def _gpu_counts(plan: Plan) -> Iterator[int]:
-    """The plan's number of GPUs, its halves and its doubles, where they divide the batch."""
+    """The plan's number of GPUs times powers of two that divide the batch: the MOST_GPUS nearest."""
     batch = plan.batch
     counts = {batch.gpus}
     for step in range(1, MOST_GPUS):
@@ -62,7 +62,7 @@ def _gpu_counts(plan: Plan) -> Iterator[int]:
 
 
 def _nearest(ordered: list[int], wanted: int, most: int = MOST_PER_DEVICE) -> list[int]:
-    """At most so many neighbours of the wanted number, in order."""
+    """The `most` numbers nearest to the wanted one by ratio, in ascending order."""
     ranked = sorted(ordered, key=lambda n: max(n / wanted, wanted / n))
     return sorted(ranked[:most])
 

@@ -1,4 +1,4 @@
-"""Memory of a plan from a recording of its training step. Pure; `drumline plan --trace` alone needs it."""
+"""Memory of a plan from a recording of its training step, for `drumline plan --trace`. Pure."""
 
 from drumline.architectures.gpus import Gpu
 from drumline.memory.allocator import CachingAllocator
@@ -10,7 +10,7 @@ from drumline.plan.model import MemoryFacts, Plan
 
 
 def traced_facts(recording: Recording, plan: Plan, gpu: Gpu) -> MemoryFacts:
-    """A trace's answer: the allocator's model replays it with expandable segments and classic ones."""
+    """MemoryFacts of a trace, replayed through the allocator model with expandable and classic segments."""
     expandable, classic = CachingAllocator(expandable=True), CachingAllocator()
     expandable.replay(recording.events)
     classic.replay(recording.events)

@@ -1,1 +1,1 @@
-"""The wish: what a person writes, validated. Pure; never imports torch."""
+"""The recipe: what the user asks for, read and validated. Never imports torch."""

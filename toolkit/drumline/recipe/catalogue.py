@@ -1,4 +1,4 @@
-"""The shipped recipes: found by name, in a checkout and in an installed wheel alike."""
+"""Finds the shipped recipes by name, in a checkout or in an installed wheel."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def folder() -> Path:
-    """Where the shipped YAML recipes and the example model files lie."""
+    """Return the folder of the shipped YAML recipes and example model files."""
     installed = _PACKAGE / "shipped_recipes"
     return installed if installed.is_dir() else _PACKAGE.parent.parent / "recipes"
 
@@ -20,7 +20,7 @@ def names() -> list[str]:
 
 
 def find(where: str) -> Path:
-    """The file that a path or a shipped recipe's name means."""
+    """Return the file of a path or of a shipped recipe's name; RecipeError if there is none."""
     path = Path(where)
     if len(path.name) > _LONGEST_NAME:
         raise RecipeError(f"{where[:40]}…: {len(path.name)} characters are no file's name")

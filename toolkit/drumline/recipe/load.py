@@ -27,7 +27,7 @@ def load_recipe(where: str, overrides: list[str] | None = None) -> Recipe:
 
 
 def override(recipe: Recipe, overrides: list[str] | None) -> Recipe:
-    """A recipe with `key.path=value` overrides on top."""
+    """Return the recipe with `key.path=value` overrides applied, validated again."""
     return _overridden(recipe.model_dump(by_alias=True), overrides, "recipe")
 
 
@@ -39,7 +39,7 @@ def _overridden(raw: dict[str, Any], overrides: list[str] | None, origin: str) -
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Mappings merge key by key, everything else (lists too) is replaced."""
+    """Merge mappings key by key; any other value, including a list, is replaced by that of `over`."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
@@ -49,7 +49,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> dict[str, Any]:
-    """`optimizer.lr=1e-3` as a nested mapping, the value read as YAML."""
+    """Parse `optimizer.lr=1e-3` into a nested mapping; the value is read as YAML."""
     key, equals, value = text.partition("=")
     parts = key.split(".")
     if not equals or not all(parts):
@@ -66,7 +66,7 @@ def parse_override(text: str) -> dict[str, Any]:
 
 
 def validate(raw: dict[str, Any], origin: str) -> Recipe:
-    """The Recipe of a plain mapping; every problem in one message, each with its path and value."""
+    """Validate a plain mapping into a Recipe; RecipeError lists all invalid keys with path and value."""
     if isinstance(raw.get("strategy"), dict) and "parallel" in str(raw["strategy"].get("name", "")):
         raise RecipeError(
             f"{origin}: strategy.name: {raw['strategy']['name']!r}: drumline splits the batch only; "
@@ -124,13 +124,13 @@ def _read_base(path: Path, base_name: Any) -> dict[str, Any]:
 
 
 def _names_a_factory(raw: dict[str, Any]) -> bool:
-    """Whether any section names code of the project."""
+    """Whether any section names a factory, which is code of the recipe's project."""
     sections = [section for section in raw.values() if isinstance(section, dict)]
     return any(section.get(key) for section in sections for key in _FACTORY_KEYS)
 
 
 def _absolute_paths(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Relative paths count from the recipe's folder (in overrides: from the current one)."""
+    """Make paths absolute, relative to `folder`: the recipe's, or for overrides the current one."""
     result = dict(raw)
     for section, key in PATH_KEYS:
         values = result.get(section)

@@ -1,13 +1,13 @@
-"""What each `precision` of a recipe means in bytes: the one table that plan, memory and engines read."""
+"""Bytes and dtypes of each `precision`; plan, memory estimate and engines all read this table."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes of a number. `stored`: of weights, gradients and optimizer state as the optimizer holds them.
+    """Bytes per number. `stored`: of weights, gradients and optimizer state as the optimizer keeps them.
 
-    `autocast` is the dtype of matrix products under autocast, by torch's name; None where there is none.
+    `autocast`: torch's name of the dtype of matrix products under autocast; None without autocast.
     """
 
     stored: int

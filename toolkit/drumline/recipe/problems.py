@@ -1,4 +1,4 @@
-"""What pydantic found wrong, in the house's words: path, value, what is wrong, nearest legal fix."""
+"""Turns pydantic's errors into drumline's messages: path, value, what is wrong, nearest legal fix."""
 
 import re
 from typing import Any, get_args
@@ -9,7 +9,7 @@ _UNION_BRANCH = re.compile(r"constrained-\w+|function-\w+\[.*\]|list\[.*\]|str|i
 
 
 def explain(error: ValidationError, root: type[BaseModel], origin: str) -> str:
-    """Every problem of a mapping that was to be a `root`, a line each."""
+    """Describe every error in a mapping that failed validation as `root`, one line each."""
     items = _one_branch(error.errors(include_url=False))
     lines = [_explain(item, root) for item in items]
     meant = {line.partition("Did you mean '")[2].rstrip("'?") for line in lines}
@@ -22,7 +22,7 @@ def explain(error: ValidationError, root: type[BaseModel], origin: str) -> str:
 
 
 def _one_branch(items: list[Any]) -> list[Any]:
-    """Of a union's branches, the errors of the one that the value was meant for."""
+    """Of the errors of a union's branches, keep those of the branch that the value was meant for."""
     kept = []
     for item in items:
         others = [
@@ -39,15 +39,15 @@ def _one_branch(items: list[Any]) -> list[Any]:
 
 
 def _keys_of(item: Any) -> list[str]:
-    """An error's place as recipe keys, without pydantic's names for a union's branches."""
+    """Return the recipe keys that lead to an error, without pydantic's names of union branches."""
     loc = [str(part) for part in item["loc"]]
-    own = 1 if item["type"] == "extra_forbidden" else 0  # the user's key, whatever it looks like
+    own = 1 if item["type"] == "extra_forbidden" else 0  # the user's key, even if like a branch
     inner = [p for p in loc[: len(loc) - own] if not _UNION_BRANCH.fullmatch(p)]
     return inner + loc[len(loc) - own :]
 
 
 def _explain(item: Any, root: type[BaseModel]) -> str:
-    """One pydantic error in the house's form: path, value, what is wrong, nearest legal fix."""
+    """Describe one pydantic error: path, value, what is wrong, nearest legal fix."""
     loc = _keys_of(item)
     path = ".".join(loc)
     value, kind = item["input"], item["type"]

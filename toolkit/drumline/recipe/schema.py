@@ -1,8 +1,7 @@
 """The recipe's keys, their types and the rules that one section can check alone.
 
-Everything is strict and frozen: an unknown key, a float where a count is meant, or a string where
-a number is meant is refused. Rules that join sections (the batch equation, the strategy table)
-live in `drumline.plan`.
+Everything is strict and frozen: an unknown key, a float for a count, or a string for a number is refused.
+Rules across sections (the batch equation, the strategy table) are in `drumline.plan`.
 """
 
 from dataclasses import dataclass
@@ -24,18 +23,18 @@ FactoryName = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*:[A-Za-z_]\w*$")]
 class AddedLater:
     """Marks a key that came after the first release.
 
-    At its default it stays out of a recipe's hash, so that a run logged before the key existed has the
-    same hash now (`plan/identity.py`).
+    `plan/identity.py` leaves the key out of a recipe's hash while it has its default, so that a run logged
+    before the key existed keeps its hash.
     """
 
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """What the rest of the code needs to know of a task, without asking for its name.
+    """Properties of a task, so that other code need not compare task names.
 
     `is_per_token`: every token has a target (else each row has one class). `head`: which of transformers'
-    classes the model is. `is_masked`: rows are padded, so that attention is given a mask. `counts_tokens`:
-    a row always has `sequence_length` tokens, so that a duration in tokens has a meaning.
+    classes the model is. `is_masked`: rows are padded, so attention needs a mask. `counts_tokens`: every
+    row has `sequence_length` tokens, so a duration in tokens is defined.
     """
 
     is_per_token: bool
@@ -50,14 +49,14 @@ TASKS = {
     "classification": TaskFacts(is_per_token=False, head="classification", is_masked=True),
     "custom": TaskFacts(is_per_token=True, head="causal_lm"),
 }
-"""By the names that `data.task` may have; the code of each is in `data/tasks/`."""
+"""Properties of each value of `data.task`; the code of the tasks is in `data/tasks/`."""
 
 
 class Section(BaseModel):
     """A part of the recipe: unknown keys refused, values never converted, immutable.
 
-    Validators are built once, for the whole recipe, at its first use: defaults are therefore made
-    with `model_construct`, which needs none.
+    Validators are built once, for the whole recipe, at its first use. Defaults are made with
+    `model_construct`, which needs no validator.
     """
 
     model_config = ConfigDict(
@@ -66,9 +65,9 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """Which network; `architecture` and its config fields are those of transformers.
+    """The model; `architecture` and the fields of `config` are those of transformers.
 
-    `edits` are functions of the recipe's project, called with the model before its weights are made.
+    `edits` are functions of the recipe's project, called with the model before its weights are created.
     """
 
     source: Literal["config", "hub", "folder", "factory"]
@@ -129,12 +128,12 @@ class Data(Section):
 
     @property
     def facts(self) -> TaskFacts:
-        """What is known of the task."""
+        """Properties of this task."""
         return TASKS[self.task]
 
 
 class Batch(Section):
-    """The equation effective = per_device × gpus × accumulation; what is left out is solved."""
+    """The batch equation: effective = per_device × gpus × accumulation; missing terms are derived."""
 
     effective: Samples | None = None
     per_device: Samples | None = None
@@ -145,7 +144,7 @@ class Batch(Section):
 
 
 class NodeRange(Section):
-    """How many nodes a run may get from a scheduler."""
+    """The fewest and the most nodes that a scheduler may give a run."""
 
     min: Count
     max: Count
@@ -158,7 +157,7 @@ class NodeRange(Section):
 
 
 class Cluster(Section):
-    """The kind of device and how many of them a node has."""
+    """The kind of device, how many of them a node has, and the number of nodes."""
 
     gpu: str = "cpu"
     gpus_per_node: Count | None = None
@@ -166,7 +165,7 @@ class Cluster(Section):
 
 
 class Strategy(Section):
-    """How parameters, gradients and optimizer state are laid over the ranks."""
+    """How parameters, gradients and optimizer state are distributed over the ranks."""
 
     name: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
     shard: Literal["all", "node"] = "all"
@@ -182,7 +181,7 @@ class Strategy(Section):
 
 
 class LrScaling(Section):
-    """Derive the peak rate from a reference batch: lr × B/ref (linear) or lr × sqrt(B/ref)."""
+    """Scales the peak learning rate from a reference batch: lr × B/ref (linear) or lr × sqrt(B/ref)."""
 
     rule: Literal["none", "linear", "sqrt"] = "none"
     reference_batch: Count | None = None
@@ -201,8 +200,8 @@ class Optimizer(Section):
     """The update rule. Weight decay acts on tensors of two or more dimensions only.
 
     `custom` is a function of the recipe's project (`factory`, with `options`): it gets the parameter groups
-    and the peak rate and returns a torch optimizer. `states` says how many tensors of a parameter's size it
-    keeps for each, which the memory estimate needs to know.
+    and the peak learning rate, and returns a torch optimizer. `states`: how many tensors of a parameter's
+    size it keeps per parameter, for the memory estimate.
     """
 
     name: Literal["adamw", "adam", "sgd", "custom"] = "adamw"
@@ -249,13 +248,13 @@ class Objective(Section):
 
 
 class Loss(Section):
-    """How the cross-entropy is computed; chunked never holds all logits at once."""
+    """How the cross-entropy is computed; `chunked` never keeps all logits in memory at once."""
 
     chunked: bool = False
 
 
 class Schedule(Section):
-    """The learning rate as a function of the optimizer step; shapes in `plan/schedule.py`."""
+    """The learning rate as a function of the optimizer step; formulas in `plan/schedule.py`."""
 
     name: Literal[
         "constant",
@@ -302,7 +301,7 @@ class Schedule(Section):
 
 
 class Duration(Section):
-    """How long to train: exactly one of steps, epochs, tokens (the first step that reaches it)."""
+    """How long to train: exactly one of steps, epochs, tokens (ends at the first step that reaches it)."""
 
     steps: Count | None = None
     epochs: Count | None = None
@@ -320,14 +319,14 @@ class Duration(Section):
 
 
 class Evaluation(Section):
-    """Loss over the validation rows, every n optimizer steps and after the last one."""
+    """Evaluation on the validation rows, every `every_steps` optimizer steps and after the last one."""
 
     every_steps: Count
     per_device: Count | None = None
 
 
 class EarlyStopping(Section):
-    """Stop when the metric has not improved by min_delta for `patience` evaluations."""
+    """Stop when the metric has not improved by `min_delta` for `patience` evaluations."""
 
     metric: Literal["eval/loss", "eval/accuracy"] = "eval/loss"
     mode: Literal["min", "max"] | None = None
@@ -336,7 +335,7 @@ class EarlyStopping(Section):
 
 
 class Checkpoint(Section):
-    """When to save and what to keep: the last n, the best n, and every k-th step for good."""
+    """When to save and what to keep: the last n, the best n, and steps divisible by `keep_every`."""
 
     every_steps: Count | None = None
     every_minutes: Positive | None = None
@@ -348,9 +347,10 @@ class Checkpoint(Section):
 
 
 class Anomalies(Section):
-    """Steps that are not finite are skipped, `max_skipped` in a row at most; leaps are logged.
+    """Steps with a loss or gradient that is not finite are skipped; `max_skipped` in a row end the run.
 
-    A spike is a loss more than spike_sigma standard deviations above the last spike_window losses.
+    A spike is a loss more than `spike_sigma` standard deviations above the mean of the last `spike_window`
+    losses; it is logged, and skipped with `skip_spikes`.
     """
 
     max_skipped: Count = 20
@@ -360,10 +360,11 @@ class Anomalies(Section):
 
 
 class Launch(Section):
-    """Who starts the processes and how stubborn the supervisor is.
+    """Which launcher starts the processes, and when the supervisor restarts the run or reports a rank.
 
-    `hang_factor`: a step that takes so many times the median is a hang too, if that is shorter.
-    `straggler_ratio`: a rank whose forwards take so many times the median of all is named.
+    `hang_timeout_s`: how long a rank may stay in one phase. `hang_factor`: in a step, this many times the
+    median step time is the limit, if that is shorter. `straggler_ratio`: a rank is reported whose forward
+    passes take more than this many times the median of all ranks.
     """
 
     launcher: Literal["torchrun", "accelerate", "deepspeed"] = "torchrun"
@@ -374,7 +375,7 @@ class Launch(Section):
 
 
 class Wandb(Section):
-    """Weights & Biases: project and mode; keys and tokens never stand in a recipe."""
+    """Weights & Biases: project, entity and mode; a recipe never contains its API key."""
 
     project: Name
     entity: Name | None = None
@@ -382,9 +383,9 @@ class Wandb(Section):
 
 
 class Logging(Section):
-    """How often metrics are flushed and shown, which trackers get them, what is measured beside.
+    """How often metrics are flushed and shown, which trackers get them, and what else is measured.
 
-    `noise_scale` estimates the gradient noise scale, which says what a larger batch would buy.
+    `noise_scale`: estimate the gradient noise scale, which tells how much a larger batch would help.
     """
 
     every_steps: Count = 10
@@ -394,9 +395,9 @@ class Logging(Section):
 
 
 class Recipe(Section):
-    """One training, as wished: fields may be unset until `drumline.plan` resolves them.
+    """One training as the user asks for it; unset fields are resolved by `drumline.plan`.
 
-    `project` is the folder that holds the recipe's own code (factories); default: the recipe's.
+    `project`: the folder of the recipe's own code (its factories); default: the recipe's folder.
     """
 
     recipe: Slug
@@ -442,7 +443,7 @@ class Recipe(Section):
 
 
 def factories_of(recipe: Recipe) -> list[str]:
-    """Every `module:function` that the recipe names: the only code that it can make run."""
+    """Return every `module:function` that the recipe names; a recipe can run no other code."""
     named = (
         recipe.model.factory,
         *recipe.model.edits,
@@ -455,7 +456,7 @@ def factories_of(recipe: Recipe) -> list[str]:
 
 
 def _require_factory(section: Section, is_custom: bool, keys: tuple[str, ...]) -> None:
-    """`custom` has its factory, and nothing else has the keys that belong to it."""
+    """Check that `custom` has its factory, and that no other name has a key that belongs to `custom`."""
     if is_custom and getattr(section, keys[0]) is None:
         raise ValueError(f"name custom needs {keys[0]}, a module:function")
     defaults = {key: type(section).model_fields[key].default for key in keys}
@@ -465,7 +466,7 @@ def _require_factory(section: Section, is_custom: bool, keys: tuple[str, ...]) -
 
 
 def _require_only(section: Section, key: str, chosen: str, needed: dict[str, str]) -> None:
-    """The field that the chosen source needs is set, and no other source's field is."""
+    """Check that the field of the chosen source is set, and no field of another source."""
     if getattr(section, needed[chosen]) is None:
         raise ValueError(f"{key} {chosen} needs {needed[chosen]}")
     foreign = {field for field in needed.values() if field != needed[chosen]}
@@ -475,7 +476,7 @@ def _require_only(section: Section, key: str, chosen: str, needed: dict[str, str
 
 
 def _check_milestones(milestones: dict[str, float]) -> None:
-    """Piecewise keys are fractions of the run or steps, ascending: {"0.5": 0.1} or {"1000": 0.1}."""
+    """Check that the keys ascend, all fractions of the run or all steps: {"0.5": 0.1} or {"1000": 0.1}."""
     if not milestones:
         raise ValueError('piecewise needs milestones, such as {"0.5": 0.1, "0.75": 0.01}')
     try:

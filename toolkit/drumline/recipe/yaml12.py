@@ -23,7 +23,7 @@ _SCALARS = (
     ),
 )
 _LINE_BREAKS = {"\x85", "\u2028", "\u2029", "\ufeff"}
-"""YAML 1.1 would fold these in a plain scalar; they are escaped instead."""
+"""Line breaks of YAML 1.1, lost in a plain scalar; text with one is quoted, which escapes them."""
 
 _BASE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -94,7 +94,7 @@ def parse(text: str) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what this module's loader would read as another type, such as the string `1e-3`."""
+    """Quotes strings that this module's loader would read as another type, such as `1e-3`."""
 
 
 _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
@@ -114,5 +114,5 @@ _Dumper.add_representer(
 
 
 def dump(value: Any) -> str:
-    """YAML text that `parse` reads back to the same value; floats in repr, to the last digit."""
+    """Return YAML text that `parse` reads back to the same value; floats are written by repr, exactly."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

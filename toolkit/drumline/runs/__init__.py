@@ -1,1 +1,1 @@
-"""A run folder: what ran, how it was started, and how it ended."""
+"""The run folder and its record: what ran, how it was started, and how it ended."""

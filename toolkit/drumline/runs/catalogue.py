@@ -1,4 +1,4 @@
-"""The run folders of a folder: what each is, how far it came, what came out."""
+"""Lists the run folders in a folder with state, progress and results."""
 
 import time
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from drumline.runs.health import State, state_of
 
 @dataclass(frozen=True)
 class RunRow:
-    """A run at a glance; `loss` is the last step's, `split` (b, G, k) the last attempt's."""
+    """Summary of a run: last step's `loss`, last attempt's `split` (per_device, gpus, accumulation)."""
 
     run: str
     recipe: str
@@ -31,7 +31,7 @@ class RunRow:
 
 
 def list_runs(folder: Path) -> list[RunRow]:
-    """Every run folder directly in `folder`, newest first; RunFolderError where there is no such folder."""
+    """List the run folders directly in `folder`, newest first; RunFolderError if it is not a folder."""
     if not folder.is_dir():
         raise RunFolderError(f"{folder}: is not a folder. Nearest: drumline run, or another folder")
     rows = []

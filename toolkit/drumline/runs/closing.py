@@ -1,4 +1,4 @@
-"""What a run leaves when it is done: its final weights in a few numbers, and a recipe.yaml that tells."""
+"""Completes a finished run: a fingerprint of its final weights, and facts in its recipe.yaml."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from drumline.runs.folder import RunFolder
 
 
 def close_run(folder: RunFolder, say: Callable[[str], None]) -> None:
-    """Add both; where the disk refuses, the run stays finished and `say` gets the reason."""
+    """Add weights to the record and facts to recipe.yaml; a failure is only reported through `say`."""
     from drumline.checkpoint.weights import weight_facts
     from drumline.runs.recipe_facts import facts_comment
 
@@ -25,7 +25,7 @@ def close_run(folder: RunFolder, say: Callable[[str], None]) -> None:
 
 
 def note_weights_sha256(folder: RunFolder) -> None:
-    """Add what records of earlier versions have in the checksum's place, to be compared with one."""
+    """Add the SHA-256 of all weights, for comparison with records that predate the checksum."""
     from drumline.checkpoint.weights import weights_sha256
 
     weights = folder.read_record()["weights"]

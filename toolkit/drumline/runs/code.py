@@ -1,7 +1,7 @@
-"""The code that a run used: commit, what differs from it, what is not in it; and back into a folder.
+"""Records the code that a run used (commit, diff, untracked files) and restores it into a folder.
 
-Everything is text inside the record, so that the record alone is enough. Ignored files, secrets, binaries,
-large files and other runs' folders are left out, and named.
+All of it is text inside the record, so the record alone is enough. Files with secrets, large files and
+untracked binaries are left out and listed; ignored files and run folders are left out without being listed.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from drumline.secrets import Secrets, is_secret_file
 FILE_LIMIT = 256 << 10
 TOTAL_LIMIT = 1 << 20
 MOST_LEFT_OUT = 200
-"""More names than this are counted."""
+"""Maximum number of names in `left_out`; the rest is only counted."""
 _GIT_S = 30.0
 _SLOW = f"git did not answer within {_GIT_S:.0f} s"
 _PLAIN_DIFF = ("-c", "core.quotepath=off", "diff", "--binary", "--no-renames", "--no-ext-diff",
@@ -27,9 +27,9 @@ _PLAIN_DIFF = ("-c", "core.quotepath=off", "diff", "--binary", "--no-renames", "
 
 
 def read_code(recipe: Recipe, folder: Path, secrets: Secrets) -> dict[str, Any]:
-    """The repository of the recipe's project (or of `folder`), as it is now, and the factories' files.
+    """Read the repository of the recipe's project (or of `folder`) as it is now, and the factory files.
 
-    `commit` is null outside a repository; `left_out` maps what is not recorded to why.
+    `commit` is null outside a repository; `left_out` maps each omitted file to the reason.
     """
     base = Path(recipe.project) if recipe.project else folder
     found: dict[str, Any] = {"commit": None, "remote": None, "project": ".", "diff": "",
@@ -53,10 +53,10 @@ def read_code(recipe: Recipe, folder: Path, secrets: Secrets) -> dict[str, Any]:
 
 
 def restore_code(code: dict[str, Any], near: Path, target: Path) -> Path:
-    """Recreate the recorded code in a new folder; the project's folder in it.
+    """Recreate the recorded code in the new folder `target`; returns the project's folder in it.
 
-    A worktree of the repository around `near` where there was a commit; RunError where that commit
-    is not there or the diff does not apply.
+    If a commit was recorded, `target` is a worktree of the repository that contains `near`; RunError if
+    that repository lacks the commit or the diff does not apply.
     """
     commit = code["commit"]
     if commit:
@@ -80,7 +80,7 @@ def restore_code(code: dict[str, Any], near: Path, target: Path) -> Path:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """A recorded name as a path in the folder; RunError where it would lead out of it."""
+    """Resolve a recorded name in the folder; RunError if it leads outside, into .git or through a link."""
     place = Path(os.path.normpath(folder / name))
     if os.path.isabs(name) or not place.is_relative_to(folder) or ".git" in Path(name).parts:
         raise RunError(f"the record's file {name!r} would lie outside {folder}")
@@ -93,7 +93,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def package_sha256() -> str:
-    """SHA-256 over drumline's own source files: an edited one shows."""
+    """SHA-256 over drumline's own source files, which reveals edits."""
     digest = hashlib.sha256()
     for package in ("drumline", "drumline_launchers"):
         spec = importlib.util.find_spec(package)
@@ -105,7 +105,7 @@ def package_sha256() -> str:
 
 
 def _factories(recipe: Recipe) -> dict[str, str]:
-    """SHA-256 of the files that the recipe's factories lie in, by name."""
+    """SHA-256 of the files that define the recipe's factories, by name."""
     files = {f"{name.partition(':')[0]}.py" for name in factories_of(recipe)}
     base = Path(recipe.project or ".")
     return {
@@ -184,7 +184,7 @@ def _why_left_out(name: str, text: str, used: int, secrets: Secrets) -> str:
 
 
 def _counted(left_out: dict[str, str]) -> dict[str, str]:
-    """The first names, and how many more there are."""
+    """The first names, and the number of the others."""
     more = len(left_out) - MOST_LEFT_OUT
     if more <= 0:
         return left_out
@@ -192,12 +192,12 @@ def _counted(left_out: dict[str, str]) -> dict[str, str]:
 
 
 def _said(folder: Path, *arguments: str) -> str:
-    """One line of git's; nothing where there is none."""
+    """Git's stripped output; "" if it fails or times out."""
     return (_git(folder, *arguments) or "").strip()
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git says: nothing where there is no git or no repository; None where it takes too long."""
+    """Git's output; "" if it fails (no git, no repository), None if it times out."""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments],

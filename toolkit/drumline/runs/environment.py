@@ -1,4 +1,4 @@
-"""What a run stands on: versions, platform, processor, GPU and driver, container."""
+"""Reads a run's environment: versions, platform, CPU, GPUs and driver, container."""
 
 import os
 import platform
@@ -26,7 +26,7 @@ THAT_TRAIN = (
     "tokenizers",
     "triton",
 )
-"""Packages whose version can change a number; of the others a difference is counted, not listed."""
+"""Packages whose version can change a result; differences in other packages are only counted."""
 
 _CONTAINERS = {
     "DRUMLINE_IMAGE": "image",
@@ -35,11 +35,11 @@ _CONTAINERS = {
     "SLURM_CONTAINER": "pyxis",
     "KUBERNETES_SERVICE_HOST": "kubernetes",
 }
-"""DRUMLINE_IMAGE is for images to name themselves, with their digest."""
+"""An image sets DRUMLINE_IMAGE to its own name and digest."""
 
 
 def read_environment() -> dict[str, Any]:
-    """versions, hardware, container: what can be known without torch."""
+    """Read versions, source hash, hardware and container, without importing torch."""
     return {
         "versions": read_versions(),
         "drumline_sha256": package_sha256(),
@@ -55,7 +55,7 @@ def read_environment() -> dict[str, Any]:
 
 
 def read_versions() -> dict[str, str | None]:
-    """Every installed distribution, and Python; null for those that train and are not here."""
+    """Versions of Python and all installed distributions; None for missing packages of THAT_TRAIN."""
     found: dict[str, str | None] = dict.fromkeys(THAT_TRAIN)
     for distribution in metadata.distributions():
         name = distribution.metadata["Name"]

@@ -1,4 +1,4 @@
-"""The run folder: created exclusively, found again, and what lies where in it."""
+"""The run folder: its creation, its lock, and the paths in it."""
 
 import contextlib
 import fcntl
@@ -16,7 +16,7 @@ from drumline.recipe import yaml12
 from drumline.recipe.schema import Recipe
 
 _LOCK_S = 0.5
-"""`drumline doctor` holds the lock for a moment, to see whether somebody has it."""
+"""How long to retry, because `drumline doctor` holds the lock briefly to test it."""
 
 
 class RunFolder:
@@ -31,7 +31,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for one supervisor; RunFolderError where another one has it."""
+        """Lock the run for one supervisor; RunFolderError if another one holds the lock."""
         with (self.path / ".lock").open("a+") as file:
             deadline = time.monotonic() + _LOCK_S
             while not _lock(file.fileno(), fcntl.LOCK_EX):
@@ -46,7 +46,7 @@ class RunFolder:
             yield
 
     def is_locked(self) -> bool:
-        """Whether a supervisor has it now."""
+        """Whether a supervisor holds the lock now."""
         try:
             with (self.path / ".lock").open() as file:
                 return not _lock(file.fileno(), fcntl.LOCK_SH)
@@ -54,7 +54,7 @@ class RunFolder:
             return False
 
     def supervisor(self) -> Process | None:
-        """The process that has it now, where it is on this host; None otherwise."""
+        """The supervisor's process if it runs on this host, else None."""
         try:
             process = Process.parse((self.path / ".lock").read_text())
         except OSError:
@@ -62,7 +62,7 @@ class RunFolder:
         return process if process and process.is_alive else None
 
     def plan_file(self, attempt: int) -> Path:
-        """The plan that the workers of an attempt read."""
+        """Path of the plan that the workers of an attempt read."""
         return self.path / f"plan-{attempt}.json"
 
     def logs(self, attempt: int) -> Path:
@@ -70,7 +70,7 @@ class RunFolder:
         return self.path / "logs" / f"attempt-{attempt}"
 
     def read_record(self) -> dict[str, Any]:
-        """record.json; RunError where it is none."""
+        """Read record.json; RunError if it is not a valid record."""
         try:
             found = json.loads(self.record_file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -87,11 +87,11 @@ class RunFolder:
         write_json(self.record_file, record)
 
     def write_recipe(self, recipe: dict[str, Any], comment: str = "") -> None:
-        """Replace recipe.yaml: the resolved recipe, and lines that begin with #."""
+        """Replace recipe.yaml: the resolved recipe, then `comment`, whose lines begin with #."""
         write_text(self.recipe_file, yaml12.dump(recipe) + comment)
 
     def latest_plan(self) -> Plan:
-        """The plan of the newest attempt; RunFolderError where the run never came to one."""
+        """The plan of the newest attempt; RunFolderError if the run has no attempt."""
         attempts = len(self.read_record()["attempts"])
         if not attempts:
             raise RunFolderError(
@@ -100,9 +100,9 @@ class RunFolder:
         return read_plan(self.plan_file(attempts - 1).read_text(encoding="utf-8"))
 
     def add_attempt(self, plan: Plan, entry: dict[str, Any], is_restart: bool = False) -> int:
-        """Write an attempt's plan and its entry in the record; its number.
+        """Write an attempt's plan and its entry in the record; returns the attempt's number.
 
-        A start after a failure counts as a restart; one with smaller micro-batches does not.
+        `is_restart`: counts towards max_restarts, as after a failure but not with smaller micro-batches.
         """
         with self.changed_record() as record:
             number = len(record["attempts"])
@@ -113,31 +113,31 @@ class RunFolder:
         return number
 
     def forget_restarts(self) -> None:
-        """Somebody has looked and gone on: max_restarts counts anew."""
+        """Reset the count of restarts, because a person has resumed the run."""
         self.note(restarts=0)
 
     def note_attempt(self, number: int, **facts: Any) -> None:
-        """Add to an attempt's entry; its outcome is also the run's."""
+        """Add facts to an attempt's entry; its outcome becomes the run's."""
         with self.changed_record() as record:
             record["attempts"][number].update(facts)
             record["outcome"] = facts.get("outcome")
 
     def note(self, **facts: Any) -> None:
-        """Add to the record itself."""
+        """Add facts to the top level of the record."""
         with self.changed_record() as record:
             record.update(facts)
 
     def add_job(self, entry: dict[str, Any]) -> None:
-        """Add a job that was submitted; it may have started, and be writing to the record, already."""
+        """Add a submitted job, which may already run and write to the record itself."""
         with self.changed_record() as record:
             record["jobs"] = [*record.get("jobs", []), entry]
 
     @contextlib.contextmanager
     def changed_record(self) -> Iterator[dict[str, Any]]:
-        """The record to be changed, written when the block ends without an error.
+        """Yield the record for changes, and write it if the block ends without an error.
 
-        A lock is held from reading to writing, so that two processes cannot undo each other's changes. It is
-        a file of its own, because record.json is replaced as a whole.
+        A lock is held from read to write, so that two processes cannot overwrite each other's changes. It is
+        a separate file, because record.json itself is replaced.
         """
         with (self.path / ".record.lock").open("a") as file:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX)
@@ -147,7 +147,7 @@ class RunFolder:
 
 
 def _lock(descriptor: int, kind: int) -> bool:
-    """Take a lock now, or not."""
+    """Try to take a lock without waiting."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except OSError:
@@ -168,7 +168,7 @@ def check_new(run_dir: Path) -> None:
 
 
 def create(recipe: Recipe, run_dir: Path | None, runs: Path | None = None) -> RunFolder:
-    """A new run folder: `<recipe>-<n>` in `runs`, or run_dir, which must be new or empty."""
+    """Create a run folder: `<recipe>-<n>` in `runs`, or run_dir, which must be new or empty."""
     if run_dir is not None:
         check_new(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -196,7 +196,7 @@ def _next_numbered(parent: Path, name: str) -> Path:
 
 
 def open_run(path: Path) -> RunFolder:
-    """An existing run folder; an error that says what the path is otherwise."""
+    """Open an existing run folder; else RunFolderError says what the path is."""
     if (path / "record.json").is_file():
         return RunFolder(path.resolve())
     if not path.exists():

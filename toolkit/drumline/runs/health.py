@@ -1,4 +1,4 @@
-"""What state a run folder is in, and what to do next; reads, changes nothing."""
+"""Diagnoses a run folder: its state and what to do next. Read-only."""
 
 import contextlib
 import shlex
@@ -23,14 +23,15 @@ _NEXT = {
     "hang": "look at the late rank's stacks in its log; ",
     "mistake": "mend what the message names; ",
 }
-"""What comes before a resume, by the kind of the last failure."""
+"""What to do before a resume, by the kind of the last failure."""
 
 
 @dataclass(frozen=True)
 class Health:
-    """A run as it lies on disk. `step` is the last in metrics.jsonl, `sound` what can be resumed from.
+    """State of a run on disk.
 
-    `bad` holds, for each damaged checkpoint, what is wrong with it.
+    `step` is that of the last line in metrics.jsonl; `sound` names the checkpoints that verify; `bad` maps
+    each damaged checkpoint to its error.
     """
 
     run: str
@@ -46,7 +47,7 @@ class Health:
 
 
 def examine(path: Path) -> Health:
-    """Look at everything; every checkpoint is read whole, since only that tells whether it is sound."""
+    """Examine the run folder; reads every checkpoint completely, since only that verifies it."""
     folder = RunFolder(path)
     record = folder.read_record() if folder.record_file.is_file() else {}
     attempts = record.get("attempts", [])
@@ -77,7 +78,7 @@ def examine(path: Path) -> Health:
 
 
 def state_of(folder: RunFolder, attempts: list[dict[str, Any]]) -> State:
-    """What a run does, or how its last attempt ended."""
+    """Whether the run is running, else how its last attempt ended."""
     if folder.is_locked():
         return "running"
     if not attempts:
@@ -93,19 +94,19 @@ def _checkpoints(folder: Path) -> tuple[list[str], dict[str, str]]:
             verify(path)
             sound.append(path.name)
         except CheckpointError as error:
-            if path.exists():  # else retention has deleted it meanwhile
+            if path.exists():  # else retention has just deleted it
                 bad[path.name] = str(error)
     return sound, bad
 
 
 def _metrics(path: Path) -> tuple[bool, int]:
-    """Whether the last line is torn, and the last step that is told."""
+    """Whether the last line is torn, and the step of the last complete line."""
     line = last_line(path, lambda line: True)
     return is_torn(path), line["step"] if line else 0
 
 
 def _little_room(folder: RunFolder, sound: list[str]) -> list[str]:
-    """Whether the disk takes another checkpoint."""
+    """Warn if the free disk space is at most twice the size of the newest sound checkpoint."""
     if not sound:
         return []
     size = 0

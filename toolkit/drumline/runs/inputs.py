@@ -1,4 +1,4 @@
-"""What went in: the data's, the tokenizer's and the model's fingerprints, by content and never by path."""
+"""Fingerprints of data, tokenizer and model, which do not depend on paths."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ _CHUNK = 1 << 22
 
 
 def data_entry(plan: Plan) -> dict[str, Any]:
-    """Fingerprint of the prepared rows, of the tokenizer, and how many samples there are."""
+    """Fingerprints of the prepared rows and the tokenizer, and the number of samples."""
     manifest = read_dataset_manifest(Path(plan.data.cache)) if plan.data.cache else None
     return {
         "fingerprint": plan.data.fingerprint,
@@ -23,9 +23,10 @@ def data_entry(plan: Plan) -> dict[str, Any]:
 
 
 def model_fingerprint(model: Model) -> str:
-    """SHA-256 of the config, or of a folder's config and weights; a hub model's revision.
+    """Fingerprint of the model's source.
 
-    A factory's is that of its `config`; its file is in the record's `code.factories`.
+    A folder: SHA-256 of its config and weights. A hub model: name@revision. Else SHA-256 of the names of
+    architecture and factory and of the `config`; a factory's file is in the record's `code.factories`.
     """
     if model.source == "folder":
         assert model.path
@@ -47,7 +48,7 @@ def _folder(folder: Path) -> str:
 
 
 def _revision(model: Model) -> str | None:
-    """The commit of the hub's snapshot in the local cache."""
+    """Commit of the hub snapshot in the local cache; None if it is not cached."""
     from huggingface_hub import try_to_load_from_cache
 
     assert model.name

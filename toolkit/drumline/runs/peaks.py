@@ -1,4 +1,4 @@
-"""Real peaks beside the predicted ones: what an attempt's entry in the record says of memory."""
+"""Measured and predicted peak memory in an attempt's entry of the record."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from drumline.runs.folder import open_run
 
 
 def memory_entry(plan: Plan, ranks: list[RankFiles]) -> dict[str, Any]:
-    """Bytes predicted (expected and high) and measured: the largest of any rank; null on a CPU."""
+    """Peak memory in bytes: predicted (expected and high), measured (maximum over ranks); None on a CPU."""
     memory = plan.memory
     predicted = None
     if memory.allocated and memory.reserved and memory.device:
@@ -25,7 +25,7 @@ def memory_entry(plan: Plan, ranks: list[RankFiles]) -> dict[str, Any]:
 
 
 def pairs_of(run: Path) -> list[Pair]:
-    """Every attempt of a run that has both numbers and did not run out of memory."""
+    """Pairs of predicted and measured peaks of a run's attempts, without those that ran out of memory."""
     folder = open_run(run)
     pairs = []
     for attempt in folder.read_record()["attempts"]:
@@ -47,7 +47,7 @@ def pairs_of(run: Path) -> list[Pair]:
 
 
 def all_pairs(runs: list[Path]) -> list[Pair]:
-    """Of all these runs; RunFolderError where none has logged real peaks."""
+    """Pairs of all these runs; RunFolderError if there are none."""
     pairs = [pair for run in runs for pair in pairs_of(run)]
     if not pairs:
         raise RunFolderError(

@@ -1,6 +1,6 @@
-"""What a finished run adds to its recipe.yaml, so that this file alone can be reproduced and checked.
+"""Facts that a finished run adds to its recipe.yaml, so that this file alone suffices to reproduce it.
 
-After the recipe come comment lines, one JSON object each: facts of the record, and a few step lines.
+They are comment lines after the recipe, one JSON object each: facts of the record, and a few step lines.
 """
 
 import json
@@ -30,9 +30,9 @@ _MOST_STEPS = 64
 
 
 def facts_comment(record: dict[str, Any], steps: Iterable[dict[str, Any]], last_step: int) -> str:
-    """Facts of the record; of the step lines the first three and at most 64 more, evenly spread.
+    """Format facts of the record, the first three step lines, and at most 64 more, evenly spaced.
 
-    `steps` is read once and not held, so it may be a file of any length.
+    `steps` is consumed as a stream, so it may be of any length.
     """
     facts = {name: record.get(name) for name in _FACTS}
     versions = record.get("versions") or {}
@@ -50,9 +50,9 @@ def facts_comment(record: dict[str, Any], steps: Iterable[dict[str, Any]], last_
 
 
 def read_facts(text: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The record's facts and the step lines out of a recipe.yaml's comments; ValueError where they are torn.
+    """Read the record's facts and the step lines from a recipe.yaml's comments; ValueError if damaged.
 
-    Both are empty where the file holds none.
+    Both are empty if the file has none.
     """
     record: dict[str, Any] = {}
     steps = []

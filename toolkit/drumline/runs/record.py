@@ -1,6 +1,6 @@
-"""record.json: what ran, with which versions, on what, and one entry per attempt.
+"""record.json: recipe, plan, inputs, code, environment, and one entry per attempt.
 
-Whoever reads it a year later, elsewhere, finds in it all that `drumline reproduce` needs.
+It holds all that `drumline reproduce` needs, also later and on another machine.
 """
 
 from datetime import UTC, datetime
@@ -21,7 +21,7 @@ _PLAN_FACTS = ("split_invariance", "batch", "steps", "schedule", "memory", "cost
 def new_record(
     plan: Plan, command: list[str], secrets: Secrets, parent: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The record of a run that is about to start.
+    """Build the record of a run that is about to start.
 
     `command` is the command line; `parent` names the run that this one reproduces.
     """
@@ -48,7 +48,7 @@ def new_record(
 
 
 def attempt_entry(plan: Plan, cause: str) -> dict[str, Any]:
-    """The entry of an attempt at its start; what starts its ranks is added as `command`."""
+    """Build the entry of an attempt at its start; the launcher's command is added later as `command`."""
     split = {
         "per_device": plan.batch.per_device,
         "gpus": plan.batch.gpus,
@@ -66,5 +66,5 @@ def attempt_entry(plan: Plan, cause: str) -> dict[str, Any]:
 
 
 def now() -> str:
-    """The time in UTC, to the second."""
+    """Current UTC time in ISO format, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,1 +1,1 @@
-"""What several commands share: read this machine, plan, prepare data, train here, submit."""
+"""Services that several commands share: read this machine, plan, prepare data, train, submit."""

@@ -1,4 +1,4 @@
-"""Inside a job: supervise the run from its first node, on the nodes that the job got."""
+"""Supervises a run from the first node of its job, on the nodes that the scheduler allocated."""
 
 import contextlib
 import os
@@ -28,14 +28,14 @@ from drumline_launchers.slurm import roll_call, step_command
 
 @dataclass
 class Allocation:
-    """The job that this process runs in; `hosts` loses those that are slow or no longer answer."""
+    """The Slurm job that this process runs in; slow and unresponsive hosts are removed from `hosts`."""
 
     job: str
     hosts: list[str]
 
 
 def supervise_in_slurm(folder: RunFolder) -> int:
-    """In a Slurm job: on the nodes that it got, through srun; the exit code."""
+    """Supervise the run inside a Slurm job, through srun on its nodes; return the exit code."""
     place = load_site(folder.path / SITE)
     allocation = _allocation()
     listed = ",".join(allocation.hosts)
@@ -50,7 +50,7 @@ def supervise_in_slurm(folder: RunFolder) -> int:
 
 
 def supervise_members(folder: RunFolder, nodes: int) -> int:
-    """Without Slurm: this node is the first of so many, which follow it; the exit code."""
+    """Supervise the run without Slurm, as the first of `nodes` nodes; return the exit code."""
     members.begin(folder)
     exit_code = LaunchError.exit_code
     try:
@@ -66,13 +66,16 @@ def supervise_members(folder: RunFolder, nodes: int) -> int:
 
 
 def _preflight(folder: RunFolder, site: Site, allocation: Allocation) -> str:
-    """Measure the hosts, leave slow ones out where the recipe allows fewer; words for the attempt's cause."""
+    """Measure the hosts' links and drop slow hosts if `cluster.nodes` allows fewer.
+
+    Returns text for the attempt's cause, empty if no host is slow.
+    """
     recipe = load_recipe(str(folder.recipe_file))
     plan = make_plan(recipe)
     per_node = plan.mesh.ranks_per_node
     try:
         report = links_of(allocation.hosts, per_node, folder.path / "preflight.json", site)
-    except LaunchError as error:  # the training itself will tell whether that matters
+    except LaunchError as error:  # not fatal: if the links are broken, training itself fails
         print(error, file=sys.stderr)
         return "; pre-flight failed"
     print(table(report), file=sys.stderr)
@@ -88,7 +91,10 @@ def _preflight(folder: RunFolder, site: Site, allocation: Allocation) -> str:
 
 
 def _survive(plan: Plan, folder: RunFolder, allocation: Allocation) -> tuple[Plan | None, str]:
-    """Without hosts that do not answer, where the recipe allows fewer; else Slurm is to give others."""
+    """Return the plan for the hosts that still answer, and text about those that do not.
+
+    The plan is None if too few hosts are left; the job is then requeued, to get others from Slurm.
+    """
     left = slurm.answering(allocation.hosts, roll_call(allocation.hosts))
     lost = [host for host in allocation.hosts if host not in left]
     if not lost:
@@ -97,7 +103,7 @@ def _survive(plan: Plan, folder: RunFolder, allocation: Allocation) -> tuple[Pla
     allocation.hosts = left
     smaller = None
     if _are_enough(left, load_recipe(str(folder.recipe_file))):
-        with contextlib.suppress(PlanError):  # no split over any of them
+        with contextlib.suppress(PlanError):  # no number of these nodes divides the batch
             smaller = plan_for(folder, len(left))
     if smaller is None:
         return None, f"{words}; the job asks Slurm for others"
@@ -112,7 +118,7 @@ def _are_enough(hosts: list[str], recipe: Recipe) -> bool:
 
 
 def _some(used: int, hosts: list[str]) -> str:
-    """The first `used` hosts train, the others idle, by name."""
+    """Say how many hosts train (the first `used`), and name those that idle."""
     words = f"{used} {'node' if used == 1 else 'nodes'}"
     idle = ", ".join(hosts[used:])
     return f"{words}; idle, because no split uses more: {idle}" if idle else words
@@ -125,7 +131,7 @@ def _supervise(
     render: Render,
     survive: Survive = lambda plan: (plan, ""),
 ) -> int:
-    """Plan for these nodes, train, report; the exit code."""
+    """Plan for these hosts, train, report the end; return the exit code."""
     plan = plan_for(folder, len(hosts))
     prepare_data(plan.recipe)
     plan = make_plan(plan.recipe)
@@ -140,7 +146,7 @@ def _supervise(
 
 
 def plan_for(folder: RunFolder, nodes: int) -> Plan:
-    """The run's recipe on the most of these nodes that the batch can be split over."""
+    """Plan the run's recipe on as many of `nodes` nodes as its batch can be split over."""
     return plan_on_nodes(load_recipe(str(folder.recipe_file)), nodes)
 
 
@@ -176,7 +182,7 @@ def _render(
     site: Site,
     allocation: Allocation,
 ) -> Command:
-    """Srun of the attempt; the ranks meet on the first host, at a port that is free on this one now."""
+    """Render the attempt's srun; the rendezvous is on the first host, at a port free on this host."""
     job = Job(
         plan_file=folder.plan_file(number),
         run_folder=folder.path,

@@ -1,4 +1,4 @@
-"""What a person is told when a run ends."""
+"""Prints how a run ended and what to do next."""
 
 import shlex
 import sys
@@ -13,7 +13,7 @@ from drumline.units import format_duration
 
 
 def report_end(folder: RunFolder, plan: Plan, result: Result, seconds: float) -> None:
-    """How a run ended, where it lies, and what to do next."""
+    """Print how a run ended, its folder, and the next command, on stderr."""
     shown = shlex.quote(str(_shortest(folder.path)))
     words = f"{result.outcome} at step {result.step:,} after {format_duration(seconds)}"
     if result.loss is not None:

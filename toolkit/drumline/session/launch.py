@@ -1,4 +1,4 @@
-"""From a plan to the command that starts it here: what is refused, rendered, printed."""
+"""From a plan to the command that starts it on this machine: checks, rendering, `--dry-run`."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from drumline_launchers.site import Site
 
 @dataclass(frozen=True)
 class Node:
-    """Which node this is, and host and port where all ranks meet."""
+    """This node's rank, and the host and port of the rendezvous."""
 
     rank: int = 0
     host: str = "127.0.0.1"
@@ -33,7 +33,7 @@ class Node:
 
 
 def check_offered(recipe: Recipe) -> None:
-    """LaunchError for what this release or this machine lacks."""
+    """Raise LaunchError if the recipe's launcher or one of its trackers is not installed."""
     launcher = recipe.launch.launcher
     if launcher != "torchrun" and find_spec(launcher) is None:
         raise LaunchError(
@@ -49,7 +49,7 @@ def check_offered(recipe: Recipe) -> None:
 
 
 def refuse_secrets(held: Recipe | Site, secrets: Secrets) -> None:
-    """RecipeError where it holds a value that the environment holds under a secret's name."""
+    """Raise RecipeError if a field contains a secret: a secret variable's value, or text like a token."""
     kind = type(held).__name__.lower()
     for name, value in held.model_dump(by_alias=True).items():
         if secrets.hide_in(value) != value:
@@ -60,7 +60,7 @@ def refuse_secrets(held: Recipe | Site, secrets: Secrets) -> None:
 
 
 def show_command(plan: Plan, run_dir: Path | None, node: Node, as_json: bool) -> None:
-    """What `--dry-run` prints: ready to paste, or as an object."""
+    """Print what `--dry-run` shows: shell commands to paste, or the command as JSON."""
     if plan.data.cache is None:
         print(
             "the data are not prepared, so this would not train yet: `drumline prepare` first, and "
@@ -81,7 +81,7 @@ def show_command(plan: Plan, run_dir: Path | None, node: Node, as_json: bool) ->
 
 
 def refuse_what_cannot_start(plan: Plan, force: bool, as_json: bool) -> None:
-    """Exit 2 where the plan wants several nodes, 3 where it does not fit in memory."""
+    """Raise LaunchError (exit 2) for several GPU nodes, DoesNotFit (exit 3) if memory is too small."""
     if plan.batch.nodes > 1 and plan.recipe.cluster.gpu != "cpu":
         per_node = plan.mesh.ranks_per_node
         raise LaunchError(
@@ -93,7 +93,7 @@ def refuse_what_cannot_start(plan: Plan, force: bool, as_json: bool) -> None:
 
 
 def refuse_what_does_not_fit(plan: Plan, force: bool, as_json: bool) -> None:
-    """Exit 3, with the object of `--json` on stdout, unless forced."""
+    """Raise DoesNotFit (exit 3) if the plan does not fit, unless forced; `as_json` prints the JSON first."""
     memory = plan.memory
     if memory.fits is False and not force:
         assert memory.device and memory.capacity
@@ -121,12 +121,12 @@ def _render(plan: Plan, folder: RunFolder, attempt: int, node: Node, **what: Any
 
 
 def render_alone(plan: Plan, folder: RunFolder, attempt: int, **what: Any) -> Command:
-    """What starts an attempt on this machine, at a port that nobody has; `what`: the Job's task, until."""
+    """Render an attempt that runs on this machine only, at a free port; `what`: the Job's task, until."""
     return _render(plan, folder, attempt, _alone(), **what)
 
 
 def this_node(plan: Plan, node_rank: int | None, rendezvous: str | None) -> Node:
-    """Node rank and meeting place: as stated, else from NODE_RANK, MASTER_ADDR, MASTER_PORT."""
+    """Return node rank and rendezvous: the options, else NODE_RANK, MASTER_ADDR and MASTER_PORT."""
     if node_rank is None:
         stated = os.environ.get("NODE_RANK", "0")
         if not stated.isdigit():
@@ -147,5 +147,5 @@ def this_node(plan: Plan, node_rank: int | None, rendezvous: str | None) -> Node
 
 
 def _alone() -> Node:
-    """One node, and a port that nobody has."""
+    """Return node rank 0 with a rendezvous on this machine, at a free port."""
     return Node(port=free_port())

@@ -1,4 +1,4 @@
-"""`drumline doctor --preflight`, and what a job does first with `submit --preflight`: the nodes' links."""
+"""Measures the nodes' links, for `drumline doctor --preflight` and `drumline submit --preflight`."""
 
 import json
 import os
@@ -19,7 +19,7 @@ CPU_RANKS = 2
 
 
 def doctor_preflight(gpus: int, ratio: float, as_json: bool) -> None:
-    """This machine, or inside a Slurm job all its nodes; LaunchError where some are slow."""
+    """Measure this machine, or all nodes of the Slurm job it runs in; LaunchError if a node is slow."""
     hosts = None
     if "SLURM_JOB_ID" in os.environ:
         hosts = slurm.host_names(os.environ["SLURM_JOB_NODELIST"])
@@ -37,7 +37,10 @@ def doctor_preflight(gpus: int, ratio: float, as_json: bool) -> None:
 
 
 def links_of(hosts: list[str] | None, ranks: int, out: Path, site: Site | None) -> dict[str, Any]:
-    """The report about these hosts of the job, or about this machine; `out` is where all nodes see it."""
+    """Measure the links of the job's hosts, or of this machine if `hosts` is None; return the report.
+
+    `ranks`: processes per node. `out`: the report's file, on a file system that all nodes see.
+    """
     python = python_of(site, sys.executable, out.parent) if site else [sys.executable]
     if hosts is None:
         return measure(measure_command(python, 1, ranks, "127.0.0.1", free_port(), out), out)
@@ -46,7 +49,7 @@ def links_of(hosts: list[str] | None, ranks: int, out: Path, site: Site | None) 
 
 
 def slow_words(slow: dict[str, str], ratio: float) -> str:
-    """Who is slow, by how much, and what to do."""
+    """Say which nodes are slow, by how much, and what to do."""
     told = "; ".join(f"{host}: {words}" for host, words in slow.items())
     return (
         f"pre-flight: below {ratio:g} of the others: {told}. "

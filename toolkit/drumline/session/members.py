@@ -1,7 +1,7 @@
-"""The nodes of a cluster without srun: the first supervises the run, the others follow it through its folder.
+"""Several nodes without srun: the first supervises the run, the others follow it through the run folder.
 
-For each attempt the first node writes where the ranks meet into the attempt's logs; the others start their
-launcher then, and end it when the attempt has ended.
+For each attempt the first node writes the rendezvous into the attempt's log folder. The others then start
+their launcher, and kill it if it is still there some time after the attempt has ended.
 """
 
 import json
@@ -30,13 +30,16 @@ from drumline_launchers.base import Command, Job
 _POLL_S = 0.5
 _GRACE_S = 15.0
 _FRESH_S = 60.0
-"""Before its first attempt a follower may see the end of an earlier start; after this long it counts."""
+"""Seconds in which a follower without an attempt ignores an end file, which may be an earlier start's."""
 _MEET = "meet.json"
 _OVER = "attend-over.json"
 
 
 def adopt(source: Path, folder: RunFolder) -> None:
-    """Make the run folder from its configuration (a recipe.yaml at least), unless it is there already."""
+    """Create the run folder from the files in `source` (at least recipe.yaml), unless it exists.
+
+    RunFolderError if the folder belongs to another training.
+    """
     if not (source / "recipe.yaml").is_file():
         raise RunFolderError(f"--from {source}: it holds no recipe.yaml")
     if folder.record_file.is_file():
@@ -71,7 +74,7 @@ def _training_of(source: Path) -> str:
 
 
 def render_first(plan: Plan, number: int, folder: RunFolder, until: int | None) -> Command:
-    """The first node's own launcher; the others are told where to meet it."""
+    """Write the attempt's rendezvous for the other nodes, and render the first node's launcher."""
     host = os.environ.get("POD_IP") or socket.gethostbyname(socket.gethostname())
     port = free_port()
     write_json(folder.logs(number) / _MEET, {"host": host, "port": port, "until": until})
@@ -80,17 +83,17 @@ def render_first(plan: Plan, number: int, folder: RunFolder, until: int | None) 
 
 
 def begin(folder: RunFolder) -> None:
-    """The first node has started: what an earlier start left is void."""
+    """Delete the end file of an earlier start; the first node calls this when it starts."""
     (folder.path / _OVER).unlink(missing_ok=True)
 
 
 def end(folder: RunFolder, exit_code: int) -> None:
-    """The first node leaves; so do the others, with this code."""
+    """Write the end file, which makes the other nodes exit with this code."""
     write_json(folder.path / _OVER, {"exit_code": exit_code})
 
 
 def follow(folder: RunFolder, node: int) -> int:
-    """Another node than the first: a launcher for each attempt; the exit code when all is over."""
+    """Start a launcher for each attempt, on a node other than the first; return the exit code of the run."""
     began, done = time.monotonic(), -1
     while True:
         over = _object(folder.path / _OVER)
@@ -104,7 +107,7 @@ def follow(folder: RunFolder, node: int) -> int:
 
 
 def _take_part(folder: RunFolder, number: int, node: int) -> None:
-    """This node's launcher until it ends, or a while after the attempt has."""
+    """Run this node's launcher until it exits; kill it `_GRACE_S` after the attempt has ended."""
     plan = read_plan(folder.plan_file(number).read_text(encoding="utf-8"))
     if node >= plan.batch.nodes:
         print(f"attempt {number} leaves node {node} idle", flush=True)
@@ -145,7 +148,7 @@ def _launcher(
 
 
 def _newest_attempt(folder: RunFolder) -> int | None:
-    """The newest attempt that has a meeting place and has not ended."""
+    """Return the newest attempt that has a rendezvous and has not ended."""
     found = [
         int(path.parent.name.rpartition("-")[2])
         for path in folder.path.glob(f"logs/attempt-*/{_MEET}")

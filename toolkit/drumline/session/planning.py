@@ -1,4 +1,4 @@
-"""From a recipe to a plan, with what the plan needs to know of this machine read and passed in."""
+"""From a recipe to a plan: reads what planning needs to know of this machine, and passes it in."""
 
 import gc
 import sys
@@ -13,7 +13,7 @@ from drumline.session.world import read_world
 
 
 def make_plan(recipe: Recipe, gpus: int | None = None, gpu: str | None = None) -> Plan:
-    """Read the world, re-split if asked, resolve, and advise."""
+    """Read this machine, re-split over `gpus` of kind `gpu` if given, resolve, and add advice."""
     world = read_world(recipe)
     if gpus or gpu:
         from drumline.plan.resplit import on_gpus
@@ -24,7 +24,7 @@ def make_plan(recipe: Recipe, gpus: int | None = None, gpu: str | None = None) -
 
 
 def plan_on_nodes(recipe: Recipe, nodes: int) -> Plan:
-    """The recipe on the most of these nodes that its batch can be split over; PlanError where on none."""
+    """Plan on as many of `nodes` nodes as the batch can be split over; PlanError if it is none."""
     as_stated = make_plan(recipe)
     per_node = as_stated.mesh.ranks_per_node
     for count in range(nodes, 0, -1):
@@ -40,7 +40,7 @@ def plan_on_nodes(recipe: Recipe, nodes: int) -> Plan:
 
 
 def traced(plan: Plan) -> Plan:
-    """The same plan with its memory traced."""
+    """Return the plan with memory from a trace of the real training step, instead of the closed form."""
     import dataclasses
     import warnings
 
@@ -61,7 +61,10 @@ def traced(plan: Plan) -> Plan:
 
 
 def fixed(plan: Plan) -> Plan:
-    """A plan that does not fit, with the cheapest change that was found; told on stderr."""
+    """Apply the cheapest change that makes the plan fit, and print it on stderr.
+
+    A plan that fits, or whose fit is unknown, is returned as it is. DoesNotFit if no known change helps.
+    """
     if plan.memory.fits is not False:
         print("--fix: nothing to do", file=sys.stderr)
         return plan

@@ -7,7 +7,7 @@ from drumline.recipe.schema import Recipe
 
 
 def prepare_data(recipe: Recipe) -> Path:
-    """The prepared rows of a recipe, with a progress bar on a terminal."""
+    """Return the folder of a recipe's prepared rows; prepare them first if it does not exist."""
     from drumline.data.prepare import prepare
 
     if not sys.stderr.isatty():

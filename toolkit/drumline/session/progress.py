@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar on a terminal, plain lines otherwise."""
+"""Shows the progress of a run: a bar on a terminal, plain lines otherwise."""
 
 import sys
 import time
@@ -10,7 +10,7 @@ from drumline.units import format_duration
 
 
 class Progress:
-    """Follows metrics.jsonl from where it stands; call it as often as you like."""
+    """Each call shows the lines that metrics.jsonl has gained; those before the first call are not shown."""
 
     def __init__(self, total: int, show: bool = True) -> None:
         self._total, self._show = total, show
@@ -23,8 +23,8 @@ class Progress:
             self._bar = self._make_bar()
 
     def __call__(self, folder: RunFolder) -> None:
-        """Show what is new."""
-        if self._offset is None:  # what an earlier command has told is not news
+        """Show the new lines of the run's metrics.jsonl."""
+        if self._offset is None:  # an earlier command has shown these lines
             self._offset = _size(folder)
         latest = None
         for line in self._new_lines(folder):
@@ -81,7 +81,7 @@ class Progress:
             )
 
     def say(self, line: str) -> None:
-        """One line of prose, such as why the run is started again."""
+        """Print one message, such as why the run restarts."""
         if not self._show:
             return
         if self._bar:
@@ -113,7 +113,7 @@ def _size(folder: RunFolder) -> int:
 
 
 def _odd_words(line: dict[str, Any]) -> str:
-    """A step that was not as the others: why, where, and what was done."""
+    """Describe an anomalous step: the reason, its ranks, and whether it was skipped or applied."""
     ranks = line.get("ranks")
     where = f" on rank {', '.join(map(str, ranks))}" if ranks else ""
     beyond = f" of {line['sigma']:.1f} sigma" if line.get("sigma") else ""

@@ -1,4 +1,4 @@
-"""A plan as a table that a person reads at a glance. Pure text; no rich, so a dry run stays quick."""
+"""Formats a plan as a table of plain text. Does not import rich, so that a dry run stays fast."""
 
 import math
 import textwrap
@@ -16,7 +16,7 @@ _LABEL = 11
 
 
 def plan_table(plan: Plan) -> str:
-    """The plan's facts, a labelled paragraph each."""
+    """Return the plan as text, one labelled paragraph per topic."""
     recipe = plan.recipe
     rows = [
         ("batch", _batch(plan)),
@@ -85,7 +85,7 @@ def _memory(plan: Plan) -> str:
         f"{verdict}: up to {format_bytes(m.device.high)}{capacity} per rank ({m.method})",
         *(_range(name, getattr(m, name)) for name in ("allocated", "reserved", "device")),
     ]
-    if m.allocated == m.device:  # on a CPU they are one
+    if m.allocated == m.device:  # on a CPU the three ranges are the same
         del rows[2:]
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in m.parts.items() if size)
     rows.append(f"peak in {m.peak_phase}: {parts}")
@@ -130,7 +130,7 @@ def run_facts(
     seconds: float,
     outcome: str,
 ) -> dict[str, Any]:
-    """The object of `--json`; a number that is not finite is null."""
+    """Return the object that `--json` prints; a loss or metric that is not finite is null."""
     return {
         "run": str(run) if run else None,
         "steps": steps,

@@ -1,4 +1,4 @@
-"""Submitting to a cluster: the run folder, then its script or manifests, then the jobs."""
+"""Submits to a cluster: creates the run folder, then its script or manifests, then the jobs."""
 
 import json
 import re
@@ -32,11 +32,11 @@ SCRIPT = "job.sh"
 SITE = "site.yaml"
 
 _LONGEST_LABEL = 50
-"""Kubernetes allows 63 letters, of which a JobSet takes some for its pods."""
+"""Kubernetes allows names of 63 characters; a JobSet appends some for its pods."""
 
 
 def read_place(file: Path | None, preflight: bool, to: str) -> Site:
-    """The site of the file, or one that says nothing, with what the command line adds."""
+    """Load the site file (None: an empty site) and apply `--preflight`, which is for Slurm only."""
     site = load_site(file) if file else validate_site({"site": "default"}, "default site")
     if preflight:
         site = site.model_copy(update={"preflight": True})
@@ -57,7 +57,7 @@ def submit_all(
     chain: int,
     hold: bool,
 ) -> tuple[RunFolder, list[str]]:
-    """The run folder, then its jobs; all of a chain or nothing."""
+    """Create the run folder and submit its jobs; on an error, cancel Slurm jobs and delete the folder."""
     folder = run_folder.create(plan.recipe, run_dir, runs_of(place))
     jobs: list[str] = []
     try:
@@ -76,7 +76,10 @@ def submit_all(
 
 
 def check_fewest(plan: Plan, force: bool, as_json: bool) -> None:
-    """On the fewest nodes that Slurm may give, where a rank holds most: does it fit, and do nodes idle?"""
+    """Check the smallest allocation of `cluster.nodes`, where memory per rank is highest.
+
+    DoesNotFit if it does not fit; a warning on stderr if some of its nodes would idle.
+    """
     nodes = plan.recipe.cluster.nodes
     if not isinstance(nodes, NodeRange):
         return
@@ -97,7 +100,10 @@ def check_fewest(plan: Plan, force: bool, as_json: bool) -> None:
 
 
 def refuse_without(to: str, recipe: Recipe) -> None:
-    """LaunchError before anything is prepared or written, where what submits is not here."""
+    """Raise LaunchError if a needed package, or the program that submits, is not installed.
+
+    Called before anything is prepared or written.
+    """
     check_offered(recipe)
     program = {"slurm": "sbatch", "kubernetes": "kubectl"}[to]
     if shutil.which(program) is None:
@@ -108,7 +114,7 @@ def refuse_without(to: str, recipe: Recipe) -> None:
 
 
 def dry_text(to: str, plan: Plan, site: Site, run_dir: Path | None, secrets: Secrets) -> str:
-    """What would be submitted."""
+    """Return the script, task or manifests that would be submitted."""
     folder = RunFolder((run_dir or runs_of(site) / f"{plan.recipe.recipe}-N").absolute())
     if to == "slurm":
         return render_script(plan, site, batch_of(plan, [folder]))
@@ -138,7 +144,7 @@ def _manifest_text(manifests: list[dict[str, Any]]) -> str:
 
 
 def _apply(plan: Plan, site: Site, folder: RunFolder) -> str:
-    """`kubectl apply` of the manifests, which stay in the run folder; the object's name."""
+    """Run `kubectl apply` on the manifests, keep them in the run folder, and return the object's name."""
     name = folder.path.name
     manifests = _manifests(plan, site, name, folder.read_record())
     text = _manifest_text(manifests)
@@ -158,7 +164,7 @@ def _apply(plan: Plan, site: Site, folder: RunFolder) -> str:
 def _submit_one(
     plan: Plan, site: Site, folder: RunFolder, before: list[str], hold: bool, chain: int
 ) -> str:
-    """A job that waits for the last of those before it; in the record as soon as it is submitted."""
+    """Submit a job that waits for the last of `before`, record it, and return its id."""
     path = folder.path / (f"job-{len(before)}.sh" if before else SCRIPT)
     after = before[-1] if before else None
     batch = batch_of(plan, [folder], after, is_followed=len(before) + 1 < chain)
@@ -175,7 +181,7 @@ def batch_of(
     is_followed: bool = False,
     at_most: int | None = None,
 ) -> Batch:
-    """What the script needs beside plan and site."""
+    """Collect what the batch script needs besides plan and site."""
     nodes = plan.recipe.cluster.nodes
     is_range = isinstance(nodes, NodeRange)
     return Batch(
@@ -191,5 +197,5 @@ def batch_of(
 
 
 def runs_of(site: Site) -> Path:
-    """Where run folders go."""
+    """Return the folder in which run folders are created."""
     return Path(site.runs) if site.runs else Path.cwd() / "runs"

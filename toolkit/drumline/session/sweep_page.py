@@ -9,7 +9,7 @@ from drumline.units import format_bytes
 
 
 def sweep_table(cells: list[Cell]) -> str:
-    """A row for every number of GPUs and per_device, a column for every strategy."""
+    """Format the sweep as text: rows are GPU count and per_device, columns strategy and checkpointing."""
     columns = _columns(cells)
     names = [
         f"{strategy}{', checkpointed' if full == 'full' else ''}" for strategy, full in columns
@@ -47,7 +47,7 @@ def _at(cells: Iterable[Cell], gpus: int, b: int, column: tuple[str, str]) -> Ce
 
 
 def sweep_page(plan: Plan, cells: list[Cell]) -> str:
-    """One self-contained page: colour by how full the device is, the exact bytes in every cell."""
+    """Render one self-contained HTML page: each cell shows peak memory, coloured by share of the device."""
     capacity = plan.memory.capacity
     columns = _columns(cells)
     head = "".join(

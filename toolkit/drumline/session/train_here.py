@@ -1,4 +1,4 @@
-"""Attempt after attempt on this machine, with progress on stderr: what run, resume and reproduce share."""
+"""Runs attempts from this machine, with progress on stderr, for run, resume, reproduce and attend."""
 
 import sys
 import time
@@ -19,7 +19,7 @@ from drumline.supervise.supervisor import Surroundings, run_attempts
 from drumline_launchers.base import Command
 
 Render = Callable[[Plan, int, int | None], Command]
-"""From a plan, an attempt's number and the step to stop after to what starts its ranks."""
+"""Maps a plan, an attempt's number and the step to stop after to the command that starts the ranks."""
 Survive = Callable[[Plan], tuple[Plan | None, str]]
 
 
@@ -31,9 +31,10 @@ def train_here(
     render: Render | None = None,
     survive: Survive = lambda plan: (plan, ""),
 ) -> tuple[Result, float]:
-    """Run the attempts; how it ended, and the seconds that it took.
+    """Run the attempts; return how the run ended and how many seconds it took.
 
-    `render`: by default all ranks are on this machine. `survive`: of Surroundings.
+    `until`: the step to stop after. `render`: by default all ranks are on this machine. `survive`: see
+    Surroundings.
     """
     sys.stderr = ForgivingOutput(sys.stderr.fileno())
     print(f"\nrun folder {folder.path}", file=sys.stderr)
@@ -65,13 +66,13 @@ def train_here(
 
 
 def _smaller_plan(plan: Plan) -> Plan | None:
-    """What runs after an attempt that ran out of memory."""
+    """Return the plan to try after running out of memory, or None: a smaller per_device, same batch."""
     smaller = with_smaller_per_device(plan.recipe, plan.batch.split)
     return make_plan(smaller) if smaller else None
 
 
 def _advice_words(plan: Plan) -> str:
-    """What could make a plan fit that ran out of memory at per_device 1."""
+    """Say what could make the plan fit, after it ran out of memory at per_device 1."""
     changes = with_advice(plan, read_world(plan.recipe)).advice
     head = "batch.per_device is 1 already, so a smaller micro-batch is no way out. Nearest:"
     lines = [f"  {change_words(item.change)}   {item.why}" for item in changes]

@@ -1,4 +1,4 @@
-"""Reads what a plan needs to know of the world: prepared data, a model's config, host memory."""
+"""Reads what planning needs from this machine: prepared data, a model's config, host memory, calibration."""
 
 import json
 import os
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def read_world(recipe: Recipe) -> World:
-    """Everything cheap to look at; nothing is downloaded, tokenised or imported."""
+    """Read what is cheap to read; nothing is downloaded or tokenised, and no factory is imported."""
     facts: dict[str, Any] = {"problems": []}
     try:
         facts.update(_prepared(recipe))
@@ -33,7 +33,7 @@ def read_world(recipe: Recipe) -> World:
 
 
 def _calibration() -> "Calibration | None":
-    """The table that the environment names, if it does."""
+    """Load the calibration table that DRUMLINE_CALIBRATION names; None if it is not set."""
     path = os.environ.get("DRUMLINE_CALIBRATION")
     if not path:
         return None
@@ -68,7 +68,7 @@ def _prepared(recipe: Recipe) -> dict[str, Any]:
 
 
 def _model_config(model: Model) -> dict[str, Any] | None:
-    """config.json of a folder, or of a hub model that is in the local cache."""
+    """Read config.json of a model folder, or of a hub model (None if it is not in the local cache)."""
     if model.source == "folder":
         assert model.path
         file = Path(model.path) / "config.json"

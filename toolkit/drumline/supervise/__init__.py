@@ -1,1 +1,1 @@
-"""Attempt after attempt of one run: starts the launcher, watches the ranks, decides what comes next."""
+"""Runs the attempts of one run: starts the launcher, watches the ranks, decides what comes next."""

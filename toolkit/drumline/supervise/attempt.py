@@ -1,7 +1,7 @@
-"""One attempt: starts the launcher, watches the ranks, passes signals on, and leaves none behind.
+"""One attempt: starts the launcher, watches the ranks, forwards signals, and ends every process.
 
-Signals go straight to the ranks (each writes its process), because a launcher that is told to
-stop kills its ranks before they have saved.
+Signals go directly to the ranks (each writes its process to a file), because a launcher that gets a stop
+signal kills its ranks before they have saved.
 """
 
 import os
@@ -27,22 +27,22 @@ from drumline_launchers.base import Command
 
 _POLL_S = 0.1
 _SETTLE_S = 2.0
-"""After one rank has failed, the others have this long to say that they have failed too."""
+"""How long to wait for the cause when no rank has died and every failure so far is a PeerLost."""
 _AGREED_S = 10.0
-"""And this long where all are about to say the same, and one may still be writing to a slow disk."""
+"""How long to wait when every rank raises the same error and one may still be writing its outcome."""
 _DRAIN_S = 60.0
-"""And this long to publish a checkpoint whose parts are all on disk or being written."""
+"""How long to wait for a checkpoint whose missing shards all belong to running ranks."""
 _LEAVE_S = 30.0
-"""How long a launcher may take to leave after all its ranks have said how they ended."""
+"""How long a launcher may take to exit after all its ranks have written their outcomes."""
 
 _REMOTE_LEAVE_S = 10.0
-"""How long ranks on other hosts, and then what started them, may take to see that it is over."""
+"""How long a remote launcher may take to exit once the attempt has ended, and again after SIGTERM."""
 
 _DEATH_S = 10.0
-"""A killed process is gone once the system has let it go."""
+"""How long to wait for killed ranks to disappear from the process table."""
 
 Tick = Callable[[RunFolder], None]
-"""Called several times a second while an attempt runs; shows progress."""
+"""Called several times a second while an attempt runs, to show progress."""
 
 
 def run_attempt(
@@ -54,7 +54,7 @@ def run_attempt(
     say: Callable[[str], None],
     signals: Signals,
 ) -> Result:
-    """One start of the processes; returns when none of them is left."""
+    """Start the processes of one attempt and return how it ended once none of them is left."""
     logs = folder.logs(number)
     ranks = Ranks(logs, plan.mesh.ranks)
     for path, text in command.files.items():
@@ -77,7 +77,7 @@ def run_attempt(
 
 
 def _start(command: Command, log: IO[bytes]) -> subprocess.Popen[bytes]:
-    """The launcher, in a session of its own; its ranks know whom to die with."""
+    """Start the launcher in its own session; its ranks exit when the process in DRUMLINE_SUPERVISOR does."""
     ours = {"PYTHONPATH": python_path(os.environ), "DRUMLINE_SUPERVISOR": str(Process.current())}
     return subprocess.Popen(
         command.argv,
@@ -90,7 +90,7 @@ def _start(command: Command, log: IO[bytes]) -> subprocess.Popen[bytes]:
 
 
 class _Watch:
-    """Watches an attempt: its launcher, its ranks, and the signals that come to this process."""
+    """Watches an attempt: its launcher, its ranks, and the signals that this process receives."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class _Watch:
         self._all_ended_at: float | None = None
 
     def until_over(self, tick: Callable[[], None]) -> str:
-        """Until the launcher has left or the attempt must be ended; words where a hang is why."""
+        """Wait until the launcher exits or the attempt must end; returns a description of a hang, else ""."""
         while self._process.poll() is None and not self._signals.at_once:
             if self._signals.first:
                 self._pass_on(self._signals.first)
@@ -128,7 +128,7 @@ class _Watch:
         return ""
 
     def _pass_on(self, number: int) -> None:
-        """Send the signal to the ranks that have not had it; those that start later get it later."""
+        """Send the signal to ranks that have not had it yet; ranks on other hosts are asked by a file."""
         processes = {process for view in self._ranks if (process := view.process)}
         new = processes - self._signalled
         for process in new:
@@ -138,7 +138,7 @@ class _Watch:
         self._signalled |= new
 
     def _tell_news(self) -> None:
-        """What was loaded, and who is slow."""
+        """Report which checkpoint was loaded, and stragglers."""
         if not self._has_begun and (begun := self._ranks.files[0].begun()):
             self._has_begun = True
             self._say(_begun_words(begun))
@@ -146,7 +146,7 @@ class _Watch:
             self._say(words)
 
     def _launcher_should_have_left(self) -> bool:
-        """Whether all ranks have ended, and some time ago."""
+        """Whether all ranks ended more than `_LEAVE_S` seconds ago."""
         if not self._ranks.have_all_ended:
             return False
         self._all_ended_at = self._all_ended_at or time.monotonic()
@@ -154,7 +154,7 @@ class _Watch:
 
 
 def end_launcher(process: subprocess.Popen[bytes], ranks: Ranks, gently: bool) -> None:
-    """The launcher and every rank are gone afterwards; one that reaches other hosts is asked first."""
+    """Kill the launcher and every rank; with `gently` (ranks on other hosts) the launcher may exit first."""
     if gently:
         end_ranks(ranks)
         if not _leaves(process):
@@ -166,7 +166,7 @@ def end_launcher(process: subprocess.Popen[bytes], ranks: Ranks, gently: bool) -
 
 
 def _leaves(process: subprocess.Popen[bytes]) -> bool:
-    """Whether what started ranks on other hosts ends by itself."""
+    """Whether the remote launcher exits within `_REMOTE_LEAVE_S` seconds."""
     try:
         process.wait(_REMOTE_LEAVE_S)
     except subprocess.TimeoutExpired:
@@ -175,7 +175,7 @@ def _leaves(process: subprocess.Popen[bytes]) -> bool:
 
 
 def end_ranks(ranks: Ranks) -> None:
-    """Kill what is left of an attempt, wait until it is gone, and turn away what comes up later."""
+    """Kill the ranks on this host and wait for their end; other and later ranks see `ended` and exit."""
     ranks.files[0].end_attempt()
     for view in ranks:
         if process := view.process:
@@ -193,7 +193,7 @@ def _begun_words(begun: dict[str, Any]) -> str:
 
 
 def _let_settle(ranks: Ranks, checkpoints: Path) -> None:
-    """Wait while ranks are still leaving by themselves, or a save can still come to its end."""
+    """Wait while ranks are still reporting why they failed, or while a save can still be published."""
     started = time.monotonic()
     while ranks.alive:
         ranks.refresh()
@@ -205,17 +205,18 @@ def _let_settle(ranks: Ranks, checkpoints: Path) -> None:
 
 
 def _cause_is_known(ranks: Ranks, waited: float) -> bool:
-    """Whether some rank has died, or has failed of itself and not of another."""
+    """Whether to stop waiting: a rank died or failed by its own error, or `_SETTLE_S` is over."""
     kinds = {view.outcome.get("kind", "PeerLost") for view in ranks if view.outcome} - {"PeerLost"}
-    if kinds and kinds <= AGREED:  # all ranks are about to say the same
+    if kinds and kinds <= AGREED:  # every rank raises it, so wait for all of them
         return False
     return bool(kinds) or waited > _SETTLE_S or bool(ranks.died)
 
 
 def _save_can_end(ranks: Ranks, checkpoints: Path, waited: float) -> bool:
-    """Whether a save is under way to which every rank that is gone has given its part.
+    """Whether a save is under way in which every rank that is gone has written its shard.
 
-    Once all parts are there it takes rank 0 no time to publish, unless a part's report went with its rank.
+    With all shards written, rank 0 publishes within `_SETTLE_S`, unless a rank died before it reported
+    its shard: then rank 0 never publishes.
     """
     alive = {view.rank for view in ranks.alive}
     if 0 not in alive:

@@ -1,4 +1,4 @@
-"""How an attempt ended, as its ranks tell it, whatever the launcher's exit code was."""
+"""How an attempt ended, read from the ranks' outcome files; the launcher's exit code is ignored."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +9,7 @@ from drumline.supervise.ranks import Ranks
 
 STOPPED_EXIT_CODE = 75
 KILLED_EXIT_CODE = 130
-"""Ended at once by a second Ctrl-C: no new checkpoint, nothing older lost, no restart."""
+"""Ended by a second Ctrl-C: no new checkpoint is saved, older ones are kept, and there is no restart."""
 
 Kind = Literal["finished", "stopped", "killed", "mistake", "disk", "OutOfMemory", "NotFinite",
                "NotFiniteAfterLoad", "CheckpointError", "hang", "lost", "error"]  # fmt: skip
@@ -17,10 +17,10 @@ Kind = Literal["finished", "stopped", "killed", "mistake", "disk", "OutOfMemory"
 
 @dataclass(frozen=True)
 class Result:
-    """How an attempt or a run ended; `exit_code` is 0, 4 or 75, or the code of a user's mistake.
+    """How an attempt or a run ended; `exit_code` is 0, 4, 75 or 130, or the code of a user's mistake.
 
-    `kind` decides what the supervisor does next; `step` is the last one that was finished;
-    `suspect` names the checkpoint whose load was followed by nothing finite.
+    `kind` decides what the supervisor does next; `step` is the last finished step; `suspect` names the
+    checkpoint after whose load every step was non-finite.
     """
 
     kind: Kind
@@ -34,7 +34,7 @@ class Result:
 
     @classmethod
     def failure(cls, kind: Kind, step: int, message: str, exit_code: int = 4) -> Self:
-        """An attempt that failed."""
+        """Build the result of a failed attempt."""
         return cls(
             kind=kind,
             outcome="failed",
@@ -46,19 +46,20 @@ class Result:
         )
 
     def saying(self, message: str) -> "Result":
-        """The same with other words."""
+        """Return a copy with another message."""
         return replace(self, message=message)
 
 
 AGREED = {"NotFinite", "NotFiniteAfterLoad", "CheckpointError"}
-"""Kinds that every rank raises alike, in the same step."""
+"""Kinds of error that every rank raises in the same step."""
 
 
 def judge(ranks: Ranks, logs: Path, at_once: bool, died: list[int]) -> Result:
-    """What the outcome files say; a rank's own error counts more than what it did to the others.
+    """Derive the attempt's result from the outcome files.
 
-    `at_once`: a second Ctrl-C has ended the ranks; `died`: those that had exited without an outcome file
-    before the supervisor ended the others.
+    The earliest error that is not PeerLost is the cause: PeerLost is only its effect on other ranks.
+    `at_once`: a second Ctrl-C has ended the ranks. `died`: ranks that exited without an outcome file before
+    the supervisor ended the others.
     """
     ranks.refresh()
     step = ranks.steps_done
@@ -104,7 +105,7 @@ def _failed_rank(rank: int, outcome: dict[str, Any], step: int) -> Result:
 
 
 def _last_words(logs: Path) -> str:
-    """The end of the launcher's log, where an import error would stand."""
+    """Last five lines of the launcher's log, where an import error would show."""
     try:
         text = (logs / "launcher.log").read_text(errors="replace").strip().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""What the ranks of an attempt are doing, read from their files often enough and no more."""
+"""State of an attempt's ranks, read from their files at a limited rate."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -12,12 +12,12 @@ from drumline.rank_files import Heartbeat, RankFiles
 
 _SHORTEST_LOOK_S = 0.1
 _FILES_PER_S = 256
-"""Heartbeats opened a second, however many ranks there are (benchmarks/supervisor.py)."""
+"""Upper bound on heartbeat files read per second, for any number of ranks (benchmarks/supervisor.py)."""
 
 
 @dataclass
 class RankView:
-    """One rank as it was last seen. `outcome` is how it ended, in its own words."""
+    """One rank as last read; `outcome` is its outcome file, `is_gone` whether its process has exited."""
 
     files: RankFiles
     heartbeat: Heartbeat | None = None
@@ -26,21 +26,21 @@ class RankView:
 
     @property
     def rank(self) -> int:
-        """Its number."""
+        """The rank's number."""
         return self.files.rank
 
     @property
     def process(self) -> Process | None:
-        """Its process, once it has started."""
+        """The rank's process, once it has started."""
         return self.files.process()
 
     @property
     def has_died(self) -> bool:
-        """Whether its process, on this host, has exited without an outcome file."""
+        """Whether the rank's process, on this host, has exited without an outcome file."""
         return self.is_gone and self.outcome is None
 
     def refresh(self) -> None:
-        """Read its heartbeat; its outcome once that can be there."""
+        """Read the heartbeat, and the outcome once the rank has ended or its process is gone."""
         if self.outcome is not None:
             return
         self.heartbeat = self.files.heartbeat() or self.heartbeat
@@ -51,7 +51,7 @@ class RankView:
 
 
 class Ranks:
-    """All ranks of an attempt, as they were last seen."""
+    """All ranks of an attempt, as last read."""
 
     def __init__(self, logs: Path, count: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.views = [RankView(RankFiles(logs, rank)) for rank in range(count)]
@@ -67,22 +67,22 @@ class Ranks:
 
     @property
     def files(self) -> list[RankFiles]:
-        """The files of each, by rank."""
+        """The files of each rank, in rank order."""
         return [view.files for view in self.views]
 
     def is_due(self) -> bool:
-        """Whether it is time to look again."""
+        """Whether the next refresh is due."""
         return self._clock() >= self._next
 
     def refresh(self) -> None:
-        """Look at every rank now."""
+        """Read every rank's files now."""
         for view in self.views:
             view.refresh()
         self._next = self._clock() + self._interval_s
 
     @property
     def have_failed(self) -> bool:
-        """Whether some rank has said so, or has died."""
+        """Whether some rank reported a failure or died."""
         return any(
             view.has_died or (view.outcome and view.outcome["outcome"] == "failed")
             for view in self.views
@@ -90,7 +90,7 @@ class Ranks:
 
     @property
     def have_all_ended(self) -> bool:
-        """Whether every rank has said how it ended."""
+        """Whether every rank has an outcome."""
         return all(view.outcome for view in self.views)
 
     @property
@@ -100,10 +100,10 @@ class Ranks:
 
     @property
     def alive(self) -> list[RankView]:
-        """Those whose process runs on this host."""
+        """Ranks whose process runs on this host."""
         return [view for view in self.views if (p := view.process) and p.is_alive]
 
     @property
     def steps_done(self) -> int:
-        """Steps that some rank has finished."""
+        """Largest number of steps that any rank has finished."""
         return max((view.heartbeat.done for view in self.views if view.heartbeat), default=0)

@@ -1,4 +1,4 @@
-"""Signals to the command are noted, not died of, from the first attempt to the last."""
+"""Records stop signals to the command instead of dying of them, across all attempts."""
 
 import signal
 from types import TracebackType
@@ -8,9 +8,10 @@ from drumline.processes import STOP_SIGNALS
 
 
 class Signals:
-    """As a context: notes the stop signals.
+    """Context manager that records stop signals.
 
-    A second Ctrl-C means now; a SIGTERM after a SIGUSR1 is only a scheduler that says it twice.
+    A SIGINT after the first signal means stop at once; a SIGTERM after a SIGUSR1 does not, because
+    schedulers send both for one stop.
     """
 
     def __init__(self) -> None:
@@ -19,12 +20,12 @@ class Signals:
 
     @property
     def first(self) -> int | None:
-        """The first one that came."""
+        """The first stop signal received, if any."""
         return self._received[0] if self._received else None
 
     @property
     def at_once(self) -> bool:
-        """Whether Ctrl-C was pressed again."""
+        """Whether a SIGINT (Ctrl-C) followed an earlier stop signal."""
         return bool(self._received) and self._received[1:].count(signal.SIGINT) > 0
 
     def __enter__(self) -> Self:

@@ -1,17 +1,17 @@
-"""Names ranks that compute more slowly than the others, with their host."""
+"""Finds ranks whose forwards are slower than the median, and names them with their host."""
 
 import statistics
 
 from drumline.supervise.ranks import Ranks
 
 STEPS = 20
-"""Compared over so many steps at a time."""
+"""Number of steps over which the ranks are compared."""
 _LEAST_MS = 5.0
-"""A difference smaller than this a step is not worth a word."""
+"""Differences smaller than this many milliseconds per step are not reported."""
 
 
 class Stragglers:
-    """Compares how long the ranks' forwards take."""
+    """Compares the time per step that each rank spends in forwards; `ratio` None turns it off."""
 
     def __init__(self, ranks: Ranks, ratio: float | None) -> None:
         self._ranks, self._ratio = ranks, ratio
@@ -19,7 +19,7 @@ class Stragglers:
         self._named: set[int] = set()
 
     def look(self) -> str:
-        """Words about ranks that are slow now and have not been named; else nothing."""
+        """Describe the ranks that are slow now and were not at the last comparison; "" if there are none."""
         if self._ratio is None or len(self._ranks) < 2:
             return ""
         heartbeats = [view.heartbeat for view in self._ranks if view.heartbeat]
@@ -39,7 +39,7 @@ class Stragglers:
         return self._words(each_ms)
 
     def _words(self, each_ms: list[float]) -> str:
-        """Of the ranks beyond the ratio, in milliseconds a step."""
+        """Describe the new ranks above the ratio; `each_ms` holds each rank's milliseconds per step."""
         assert self._ratio
         usual = statistics.median_low(each_ms)
         least = max(self._ratio * usual, usual + _LEAST_MS)

@@ -1,4 +1,4 @@
-"""Attempt after attempt, until the run is finished, stopped, wrong, or makes no progress."""
+"""Starts attempts until the run is finished, stopped, cannot succeed, or makes no progress."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,13 +23,14 @@ _FINAL = ("finished", "stopped", "killed", "mistake", "disk", "NotFinite", "Chec
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What the supervisor is given: how to start an attempt, how to plan a smaller one, who watches.
+    """Functions that the supervisor calls to start an attempt, to change the plan, and to report.
 
-    `shrink` gives the plan with the next smaller per_device, or None; `advice` words for a plan
-    that has run out of memory and cannot be split further; `say` tells the person one line.
-    `is_automatic`: a scheduler starts this, not a person, so that a start after a loss is a restart.
-    `survive`, before a restart: the plan for the nodes that are left, which may be the same, and words if it
-    is not; no plan where the scheduler must give others.
+    `render` returns the launcher's command for an attempt; `tick` shows progress; `say` prints one line.
+    `shrink` returns the plan with the next smaller per_device, or None; `advice` describes what to change
+    when a plan ran out of memory and `shrink` returned None.
+    `is_automatic`: started by a scheduler, so starting after a lost attempt counts as a restart.
+    `survive`, called before a restart, returns the plan for the remaining nodes (possibly unchanged) and a
+    description of lost nodes; the plan is None if the job must be requeued on other nodes.
     """
 
     render: Callable[[Plan, int], Command]
@@ -42,7 +43,7 @@ class Surroundings:
 
 
 def run_attempts(folder: RunFolder, plan: Plan, cause: str, around: Surroundings) -> Result:
-    """Start, and start again as long as that can help; the truth about how the run ended."""
+    """Start attempts as long as a restart can help; returns how the run ended."""
     lost_at = _close_lost_attempt(folder)
     if around.is_automatic and lost_at is not None:
         over = _hopeless(folder, plan, lost_at)
@@ -90,7 +91,7 @@ def _until_final(
             left, words = around.survive(plan)
             if words:
                 why = f"{words}; {why}"
-            if left is None:  # the scheduler's new start is this restart
+            if left is None:  # the requeued job counts as this restart
                 folder.note(restarts=starts)
                 return replace(result.saying(why), exit_code=STOPPED_EXIT_CODE)
             plan, cause = left, f"restart: {why}"
@@ -105,7 +106,7 @@ def _one_attempt(
     around: Surroundings,
     signals: Signals,
 ) -> Result:
-    """One attempt, with its entry in the record; a full disk does not hide how it ended."""
+    """Run one attempt and write its entry in the record; an OSError becomes a result of kind "disk"."""
     try:
         number = folder.add_attempt(plan, attempt_entry(plan, cause), is_restart)
     except OSError as error:
@@ -140,9 +141,9 @@ def _one_attempt(
 
 
 def _close_lost_attempt(folder: RunFolder) -> int | None:
-    """An attempt whose supervisor was killed: its ranks are ended, its entry says what is known.
+    """If the last attempt's supervisor was killed, kill its ranks and complete its entry in the record.
 
-    The step that it came to; None where none was lost.
+    Returns the step that the attempt reached; None if no attempt was lost.
     """
     attempts = folder.read_record()["attempts"]
     if not attempts or attempts[-1]["ended"] is not None:
@@ -167,7 +168,7 @@ def _close_lost_attempt(folder: RunFolder) -> int | None:
 
 
 def _hopeless(folder: RunFolder, plan: Plan, lost_at: int) -> Result | None:
-    """Why a scheduler's new start after a lost attempt is not worth it, by the same two rules."""
+    """Fail if a requeued job made no progress or used up its restarts, as `_until_final` does; else None."""
     record = folder.read_record()
     before = [a for a in record["attempts"][:-1] if a["outcome"] == "failed"][-1:]
     message = record["attempts"][-1]["message"]
@@ -181,7 +182,7 @@ def _hopeless(folder: RunFolder, plan: Plan, lost_at: int) -> Result | None:
 
 
 def _devices(ranks: list[RankFiles]) -> list[dict[str, Any]]:
-    """What the ranks trained on, each kind once."""
+    """Distinct device descriptions of the ranks."""
     found: list[dict[str, Any]] = []
     for facts in (files.device() for files in ranks):
         if facts and facts not in found:
@@ -190,13 +191,13 @@ def _devices(ranks: list[RankFiles]) -> list[dict[str, Any]]:
 
 
 def _newest_step(folder: RunFolder) -> int:
-    """An attempt that fails while it loads has not lost the steps that are saved."""
+    """Step of the newest checkpoint: a lower bound of the progress even if an attempt fails while loading."""
     saved = find_checkpoints(folder.checkpoints)
     return (step_of(saved[-1]) or 0) if saved else 0
 
 
 def _set_aside_since(folder: RunFolder, suspect: str) -> str:
-    """Set aside the checkpoint after which nothing was finite, and those saved since; the words."""
+    """Set aside the suspect checkpoint and all newer ones; returns a description."""
     names = [
         set_aside(path).name
         for path in find_checkpoints(folder.checkpoints)

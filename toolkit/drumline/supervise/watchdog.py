@@ -1,4 +1,4 @@
-"""Finds ranks that have stopped moving, and says which one the others wait for."""
+"""Detects hung ranks from their heartbeats and names the one that the others wait for."""
 
 import re
 import time
@@ -11,12 +11,12 @@ from drumline.supervise.ranks import Ranks, RankView
 
 _STACKS_S = 1.0
 _REMOTE_STACKS_S = 4.0
-"""Ranks of other hosts look for what is asked of them once a second."""
+"""Longer, because ranks on other hosts poll the shared run folder for the request."""
 _COLLECTIVES = ("torch/distributed/", "torch/nn/parallel/distributed.py", "train/step_reduce.py")
 
 
 class Watchdog:
-    """Notes when each rank last moved; a rank without a heartbeat counts from the attempt's start."""
+    """Tracks when each rank's heartbeat last changed; before the first one, since the attempt's start."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class Watchdog:
         }
 
     def late_ranks(self) -> list[RankView]:
-        """The ranks that the others wait for, once one has not moved for its limit; else none."""
+        """Ranks furthest behind, once any rank's heartbeat has not changed for its limit; else none."""
         now = self._clock()
         for view in self._ranks:
             if view.heartbeat != self._moved[view.rank][0] or view.outcome is not None:
@@ -46,7 +46,7 @@ class Watchdog:
         ]
 
     def describe(self, late: list[RankView]) -> str:
-        """Have every rank dump its stacks to its log; name the late ones."""
+        """Make every rank dump its stacks to its log, and describe the hang with the late ranks."""
         files = self._ranks.files
         files[0].ask_for_stacks()
         processes = [view.process for view in self._ranks]
@@ -55,7 +55,7 @@ class Watchdog:
                 process.send(STACKS_SIGNAL)
         is_here = all(process and process.is_here for process in processes)
         time.sleep(_STACKS_S if is_here else _REMOTE_STACKS_S)
-        if len(late) == len(self._ranks) > 1:  # all in the same phase: who is not in a collective?
+        if len(late) == len(self._ranks) > 1:  # same phase: find ranks outside a collective
             late = [view for view in late if not _waits_for_others(view.files)] or late
         words = [f"rank {view.rank} ({_where(view.heartbeat)})" for view in late]
         limit_s = self._hang_timeout.limit_s(late[0].heartbeat)
@@ -76,7 +76,7 @@ def _where(heartbeat: Heartbeat | None) -> str:
 
 
 def _waits_for_others(files: RankFiles) -> bool:
-    """Whether the main thread's stack, the last in the log, ends inside a collective."""
+    """Whether the main thread, whose stack is dumped last in the log, is inside a collective."""
     try:
         text = files.log.read_text(errors="replace")
     except OSError:

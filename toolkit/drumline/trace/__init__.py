@@ -1,1 +1,1 @@
-"""The real training step on fake tensors, without a GPU: what it would allocate. Imports torch."""
+"""Runs the real training step on fake tensors to record what a GPU would allocate. Imports torch."""

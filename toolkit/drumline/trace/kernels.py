@@ -1,8 +1,8 @@
-"""Stand-ins for CUDA kernels, for tracing where there is no GPU: they allocate what those allocate.
+"""CPU stand-ins for CUDA kernels that allocate the same memory, for tracing without a GPU.
 
-On a CPU torch takes other kernels than on a GPU: attention that materialises its scores, dropout that
-keeps a mask as wide as its input, other types under autocast. Inside `cuda_kernels()` each of these
-is replaced by what the CUDA build does, as far as memory is concerned; values are meaningless.
+On a CPU torch uses other kernels than on a GPU: attention that materialises its scores, dropout whose mask
+has its input's dtype, other dtypes under autocast. Inside `cuda_kernels()` these are replaced by functions
+that allocate what the CUDA build does; the values they compute are meaningless.
 """
 
 from collections.abc import Iterator
@@ -30,16 +30,17 @@ _FP32_RESULT = (
     "sum",
     "sum.dim_IntList",
 )
-"""CUDA's two lists (aten/src/ATen/autocast_mode.h): inputs are cast, or the result is asked for in fp32."""
+"""Operators of CUDA autocast (aten/src/ATen/autocast_mode.h) with inputs cast to fp32, or an fp32 result."""
 
 _LOW = (torch.bfloat16, torch.float16)
 
 
 class _Attention(torch.autograd.Function):
-    """The flash and the memory-efficient kernel: both keep q, k, v, the output and a log-sum-exp.
+    """The flash and memory-efficient kernels: both save q, k, v, the output and a log-sum-exp.
 
-    q, k, v [B, H, S, D]; k and v may have fewer heads. Backward makes the three gradients, an fp32
-    accumulator of q's shape, a row sum, and where heads are shared the unshared gradients of k and v.
+    q, k, v [B, H, S, D]; k and v may have fewer heads. Backward allocates the three gradients, a row sum, for
+    bf16 and fp16 an fp32 accumulator of q's shape, and with fewer heads the gradients of k and v per head
+    of q.
     """
 
     @staticmethod
@@ -63,12 +64,12 @@ class _Attention(torch.autograd.Function):
 
 
 def _by_rows(like: Tensor) -> Tensor:
-    """[B, H, S, D], laid out as [B, S, H, D]."""
+    """An empty tensor [B, H, S, D] whose memory layout is [B, S, H, D]."""
     return torch.empty_like(like.transpose(1, 2)).transpose(1, 2)
 
 
 class _GroupedMatmul(torch.autograd.Function):
-    """Rows sorted by expert [T, h] × experts [E, h, n] -> [T, n]; keeps both, in any type."""
+    """Rows sorted by expert [T, h] × experts [E, h, n] -> [T, n]; saves both, in any dtype."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ def _grouped_mm(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
 
 
 class _WideSoftmax(torch.autograd.Function):
-    """softmax of a narrow tensor to fp32 in one kernel: no fp32 copy of the input."""
+    """Softmax of a bf16 or fp16 tensor to fp32 in one kernel, without an fp32 copy of the input."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | No
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """The fused kernel: the output, and a mask of one byte an element."""
+    """The fused kernel: allocates the output and a mask of one byte per element."""
     return torch.native_dropout(input, p, training)[0] if training and p else input
 
 
@@ -142,7 +143,7 @@ def _wide(value: Any) -> Any:
 
 @contextmanager
 def _cuda_autocast() -> Iterator[None]:
-    """CUDA's list of operators that run in fp32, on the CPU's autocast."""
+    """Context in which CPU autocast runs in fp32 the operators that CUDA autocast does."""
     library = torch.library.Library("aten", "IMPL", "AutocastCPU")
     hidden = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
@@ -178,7 +179,7 @@ def _cuda_autocast() -> Iterator[None]:
 
 @contextmanager
 def cuda_kernels() -> Iterator[None]:
-    """Within, torch on a CPU allocates what it would on a GPU. Not for threads beside this one."""
+    """Context in which torch on a CPU allocates what it would on a GPU. Not thread-safe."""
     import transformers.integrations.moe
     import transformers.masking_utils
 
@@ -191,7 +192,7 @@ def cuda_kernels() -> Iterator[None]:
         ):
             stack.enter_context(patch.object(functional, name, stand_in))
         stack.enter_context(patch.object(transformers.integrations.moe, "_grouped_mm", _grouped_mm))
-        # It looks at values, which fake tensors lack, and would then build a mask of S² elements.
+        # It reads values, which fake tensors lack, and would then build a mask of S² elements.
         stack.enter_context(
             patch.object(transformers.masking_utils, "find_packed_sequence_indices", _nothing)
         )

@@ -1,8 +1,8 @@
-"""Records every storage that a program makes and drops, in order, fake or real. Imports torch.
+"""Records every allocation and release of a storage, in order, on fake or real tensors. Imports torch.
 
-A `Recorder` sees operators through torch's dispatch mode and storages through weak references, so it
-counts what autograd keeps alive, as the CUDA allocator would. What a kernel allocates inside itself
-is not seen: the kernels for which that matters have stand-ins in `toolkit/drumline/trace/kernels.py`.
+A `Recorder` sees operators through torch's dispatch mode and storages through weak references, so like the
+CUDA allocator it counts what autograd keeps alive. It does not see what a kernel allocates internally; the
+kernels for which that matters have stand-ins in `toolkit/drumline/trace/kernels.py`.
 """
 
 import weakref
@@ -19,16 +19,16 @@ from drumline.memory.allocator import FREE
 from drumline.memory.recording import Birth, Recording
 
 _DESUGARED = ("DTensor", "AsyncCollectiveTensor")
-"""Tensor subclasses that must first become operations on local tensors."""
+"""Tensor subclasses whose operators must first be decomposed into ones on local tensors."""
 
 
 class Recorder(TorchDispatchMode):
-    """Records while it is entered; storages that already exist can be taken in with `adopt`."""
+    """Context that records allocations; `adopt` adds storages that already exist."""
 
     def __init__(self) -> None:
         super().__init__()
         self.recording = Recording()
-        self._numbers: dict[int, int] = {}  # of living storages, by address
+        self._numbers: dict[int, int] = {}  # of live storages, by address
         self._watchers: dict[int, Any] = {}
         self._living: set[int] = set()
         self._paused = False
@@ -38,7 +38,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def paused(self, paused: bool = True) -> Iterator[None]:
-        """Nothing in here is recorded, whatever it makes; False: it is again."""
+        """Context in which nothing is recorded; with `paused=False`, recording resumes in it."""
         before, self._paused = self._paused, paused
         try:
             yield
@@ -46,13 +46,13 @@ class Recorder(TorchDispatchMode):
             self._paused = before
 
     def adopt(self, tensors: Iterable[Tensor], operator: str) -> None:
-        """Take in storages that were made while paused."""
+        """Record storages that were allocated while paused."""
         for tensor in tensors:
             self._take_in(_local(tensor), operator)
 
     @contextmanager
     def on_stream(self, key: int) -> Iterator[None]:
-        """Blocks made in here belong to another stream, whose free blocks nobody else may reuse."""
+        """Context whose allocations belong to another stream; other streams cannot reuse its free blocks."""
         before = self._stream
         self._stream = self._streams.setdefault(key, len(self._streams) + 1)
         try:
@@ -61,13 +61,13 @@ class Recorder(TorchDispatchMode):
             self._stream = before
 
     def phase(self, name: str) -> None:
-        """What the program does from here on."""
+        """Set the memory phase from here on."""
         if name != self._phase:
             self._phase = name
             self.recording.phases.append((len(self.recording.events), name))
 
     def label(self, tensors: Iterable[Tensor | None], part: str) -> None:
-        """Say what the storages of these tensors hold."""
+        """Label the storages of these tensors with the part of memory that they belong to."""
         for tensor in tensors:
             if tensor is not None:
                 number = self._numbers.get(_local(tensor).untyped_storage()._cdata)
@@ -79,7 +79,7 @@ class Recorder(TorchDispatchMode):
         recorder = self
 
         def resize(storage: UntypedStorage, size: int) -> Any:
-            result = recorder._resize(storage, size)  # FSDP2 frees and remakes parameters like this
+            result = recorder._resize(storage, size)  # FSDP2 frees and reallocates this way
             recorder._resized(storage, size)
             return result
 
@@ -91,7 +91,7 @@ class Recorder(TorchDispatchMode):
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator, then take in what it made."""
+        """Run the operator and record the storages that it allocated."""
         if any(getattr(kind, "__name__", "") in _DESUGARED for kind in types):
             return NotImplemented
         if func is torch.ops.aten.add.Tensor and _is_accumulation(*args):
@@ -139,9 +139,9 @@ class Recorder(TorchDispatchMode):
 
 
 def _is_accumulation(one: Any, other: Any) -> bool:
-    """Whether autograd adds up two gradients of one tensor.
+    """Whether this addition is autograd accumulating two gradients of one tensor.
 
-    It does so in place, but not while a dispatch mode looks on (torch/csrc/autograd/input_buffer.cpp).
+    Autograd does that in place, but not under a dispatch mode (torch/csrc/autograd/input_buffer.cpp).
     """
     return (
         torch._C._current_graph_task_id() != -1

@@ -1,8 +1,7 @@
-"""The real engine and the real training step on one rank of any world, without a device.
+"""Runs the real engine and training step as rank 0 of any world size, without a GPU.
 
-Tensors are fake (shapes and types, no data), the other ranks are a process group that answers at
-once, and CUDA's kernels are stood in for; everything else is what a run executes. What comes out is
-a recording of every allocation.
+Tensors are fake (shapes and dtypes, no data), the process group is torch's fake one, and CUDA kernels have
+stand-ins; everything else is the code of a run. The result is a recording of every allocation.
 """
 
 import contextlib
@@ -46,10 +45,10 @@ from drumline.train.watch import Watch
 def rehearse(
     plan: Plan, manifest: DatasetManifest | None = None, fake: bool = True, micro_batches: int = 1
 ) -> Recording:
-    """Everything rank 0 of the plan would allocate on its device, from building to saving.
+    """Record everything that rank 0 of the plan would allocate on its device, from building to saving.
 
-    `fake=False` computes on real CPU tensors, to show that both allocate the same; `micro_batches`: how
-    many of a step's are played, 1 for its last, which needs what any of them does.
+    `fake=False` computes on real CPU tensors, to check that both allocate the same. `micro_batches`: how many
+    micro-batches of the step to run; 1 runs only the last, which needs as much memory as any.
     """
     assert not dist.is_initialized(), "a rehearsal makes a process group of its own"
     _refuse_what_cannot_be_rehearsed(plan)
@@ -72,7 +71,7 @@ def rehearse(
 
 
 def _play(plan: Plan, manifest: DatasetManifest, recorder: Recorder, micro_batches: int) -> None:
-    """build, warm-up, one step, evaluation, save: as `train` does them."""
+    """Build, warm up, run one step, evaluate and save, as `train` does."""
     recipe = plan.recipe
     recorder.phase(MemoryPhase.LOAD)
     engine = RehearsedEngine(plan, manifest, recorder)
@@ -82,11 +81,11 @@ def _play(plan: Plan, manifest: DatasetManifest, recorder: Recorder, micro_batch
     tensors = rehearsal_batch(plan, manifest, plan.batch.per_device)
     step, phases = _step(plan, tensors, micro_batches), _Phases(recorder)
     if engine.wrapped is not engine.module:
-        # After the warm-up, DDP's gradients are there.
+        # DDP's gradients exist after the warm-up.
         forward_backward(engine, _step(plan, tensors, 1), phases)
         engine.skip()
     elif plan.batch.accumulation > 1 and micro_batches == 1:
-        # From the second micro-batch on, gradients are there.
+        # From the second micro-batch on, gradients exist.
         recorder.phase(MemoryPhase.BACKWARD)
         for parameter in engine._parameters.values():
             parameter.grad = torch.zeros_like(parameter)
@@ -106,22 +105,22 @@ def _play(plan: Plan, manifest: DatasetManifest, recorder: Recorder, micro_batch
 
 
 class _Phases(Watch):
-    """Follows the loop's own phases."""
+    """Maps the loop's phases to memory phases."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self._recorder = recorder
 
     def enter(self, phase: Phase, detail: str = "", limit_s: float = 0.0) -> None:
-        """Forward and loss are one phase of memory; the rest of the loop is not played with this."""
+        """Start the memory phase: forward with loss, or backward; `forward_backward` enters no other."""
         is_forward = phase is Phase.FORWARD
         self._recorder.phase(MemoryPhase.FORWARD if is_forward else MemoryPhase.BACKWARD)
 
 
 class RehearsedEngine(TorchEngine):
-    """The torch engine, recorded from where its model is on the device.
+    """The torch engine, recorded once its model is on the device.
 
-    DDP's C++ part is kept from looking at values and from waiting for other ranks.
+    DDP's checks and exchanges of values between ranks are replaced by stand-ins.
     """
 
     def __init__(self, plan: Plan, manifest: DatasetManifest, recorder: Recorder) -> None:
@@ -143,7 +142,7 @@ class RehearsedEngine(TorchEngine):
             return super()._wrap()
 
     def _make_mesh(self) -> DeviceMesh:
-        with self._recorder.paused(), _disable_current_modes():  # a mesh is of real numbers
+        with self._recorder.paused(), _disable_current_modes():  # a mesh needs real values
             return super()._make_mesh()
 
     def _allocate_optimizer_state(self) -> None:
@@ -162,7 +161,7 @@ class RehearsedEngine(TorchEngine):
 
 
 class _Chunks:
-    """A tensor's chunks, made when asked for: FSDP2 wants one or two of as many as there are ranks."""
+    """A tensor's chunks, made on access: FSDP2 uses one or two of them, of as many as there are ranks."""
 
     def __init__(self, tensor: Tensor, count: int, dim: int) -> None:
         self._tensor, self._dim = tensor, dim
@@ -175,7 +174,7 @@ class _Chunks:
 
 
 class _Reducer:
-    """DDP's reducer, whose buckets stay in their first order: agreeing on another needs values."""
+    """DDP's reducer without rebuilding its buckets, which would broadcast values between ranks."""
 
     def __init__(self, real: Any) -> None:
         self._real = real
@@ -194,7 +193,7 @@ def _answer_at_once(state: object, bucket: dist.GradBucket) -> torch.futures.Fut
 
 
 def _materialise(builder: ModelBuilder, modules: list[nn.Module], source: int) -> None:
-    """Zeros in place of the meta device's weights: no time is spent on drawing them."""
+    """Replace meta tensors by zeros, which saves the time of random initialisation."""
     for module in modules:
         for parameter_name, parameter in module._parameters.items():
             if parameter is not None:
@@ -224,7 +223,7 @@ def _label(engine: TorchEngine, recorder: Recorder) -> None:
 
 
 def _step(plan: Plan, tensors: dict[str, Tensor], count: int) -> Step:
-    """So many micro-batches of a step, the last one with them."""
+    """A step of `count` equal micro-batches."""
     nothing = np.zeros(0, dtype=np.int64)
     one = MicroBatch(tensors=tensors, first_slot=0, is_dummy=False, indices=nothing)
     return Step(
@@ -240,13 +239,13 @@ def _step(plan: Plan, tensors: dict[str, Tensor], count: int) -> Step:
 
 
 def rehearsal_batch(plan: Plan, manifest: DatasetManifest, rows: int) -> dict[str, Tensor]:
-    """Tensors as `StepReader` would give them, at the largest shape, all zero."""
+    """Tensors as from `StepReader`, of the largest shape, all zero."""
     task = find_task(plan.recipe.data, plan.recipe.project)
     return as_tensors(task.blank(rows, manifest), np.zeros(rows), dummy=False)
 
 
 def blank_manifest(plan: Plan) -> DatasetManifest:
-    """What is needed of data that are not prepared yet."""
+    """A dataset manifest with the shapes that a trace needs, for data not prepared yet."""
     data, model = plan.recipe.data, plan.recipe.model
     features = None
     if model.architecture == "vit":
@@ -276,7 +275,7 @@ def _refuse_what_cannot_be_rehearsed(plan: Plan) -> None:
 
 @contextlib.contextmanager
 def _other_ranks(world: int) -> Iterator[None]:
-    hook = sys.excepthook  # torch puts its own there, once more for every group
+    hook = sys.excepthook  # torch replaces it, again for every process group
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         yield
@@ -287,7 +286,7 @@ def _other_ranks(world: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_propagation(recorder: Recorder) -> Iterator[None]:
-    """DTensor finds shapes out by running operators on whole tensors; those are not the rank's."""
+    """Context that does not record the whole tensors on which DTensor runs operators to infer shapes."""
     real = ShardingPropagator._propagate_tensor_meta_non_cached
 
     def quiet(self: Any, *arguments: Any) -> Any:
@@ -300,6 +299,6 @@ def _quiet_propagation(recorder: Recorder) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _streams(recorder: Recorder) -> Iterator[None]:
-    """What FSDP2 allocates on its side streams cannot be reused by the others."""
+    """Context that records FSDP2's allocations on side streams as those of separate streams."""
     with patch.object(torch.cpu, "stream", lambda stream: recorder.on_stream(id(stream))):
         yield

@@ -1,1 +1,1 @@
-"""What runs in a rank: with `trace`, the only package that imports torch."""
+"""The code that runs in a rank; only this package and `trace` import torch."""

@@ -62,7 +62,7 @@ class Judge:
         return found
 
     def raise_if_hopeless(self, step: int) -> None:
-        """End the attempt after too many non-finite steps.
+        """End the attempt after too many skipped steps.
 
         NotFiniteAfterLoad when the first steps after a load were all not finite; NotFinite when
         `max_skipped` steps in a row were skipped.
@@ -96,7 +96,7 @@ class Judge:
         return Judgement(sigma=sigma)
 
     def _sigma(self, loss: float) -> float | None:
-        """Standard deviations above the mean of the last `spike_window` losses; None until there are as many."""
+        """Standard deviations above the mean of the last `spike_window` losses; None with fewer losses."""
         recent = self._state.recent_losses
         if self._spec.spike_sigma is None or len(recent) < self._spec.spike_window:
             return None

@@ -1,8 +1,8 @@
-"""What the ranks of some nodes measure before a run: how fast each node's links are.
+"""Measures the bandwidth of each node's links before a run.
 
-Started by launchers/drumline_launchers/measure.py on every node. Needs no plan: as many ranks as were
-started, NCCL on GPUs, gloo on CPUs. Rank 0 writes one JSON object, in GB/s (10^9 bytes a second): of each
-node the all-reduce within it, the better of its all-reduces with its two neighbours, and the copy from
+Started by launchers/drumline_launchers/measure.py on every node. Needs no plan: it uses all ranks that were
+started, with NCCL on GPUs and gloo on CPUs. Rank 0 writes one JSON object, in GB/s (10^9 bytes a second): for
+each node the all-reduce within it, the better of its all-reduces with its two neighbours, and the copy from
 pinned host memory to a device.
 """
 
@@ -26,9 +26,9 @@ _TIMEOUT = timedelta(seconds=120)
 
 
 def neighbours(nodes: int) -> list[list[tuple[int, int]]]:
-    """Rounds of pairs in which no node is twice; together the ring of all nodes.
+    """Rounds of disjoint node pairs, which together form a ring of all nodes.
 
-    A slow node spoils both of its pairs, and of each neighbour only one.
+    A slow node slows both of its own pairs, but only one of the two pairs of each neighbour.
     """
     ring = [(node, (node + 1) % nodes) for node in range(nodes if nodes > 2 else nodes - 1)]
     odd = ring.pop() if len(ring) % 2 and nodes > 2 else None
@@ -36,12 +36,12 @@ def neighbours(nodes: int) -> list[list[tuple[int, int]]]:
 
 
 def bus_bandwidth(size: int, ranks: int, seconds: float) -> float:
-    """GB/s on each link in an all-reduce of `size` bytes, as nccl-tests counts: 2(n-1)/n of them."""
+    """Bus bandwidth of an all-reduce of `size` bytes in GB/s, as in nccl-tests: 2(n-1)/n · size / seconds."""
     return 2 * (ranks - 1) / ranks * size / seconds / 1e9
 
 
 def measure(device: torch.device) -> dict[str, Any]:
-    """All ranks call it in a process group; every rank gets the whole report."""
+    """Measure all links; a collective that returns the whole report on every rank."""
     per_node = int(os.environ["LOCAL_WORLD_SIZE"])
     nodes, node = dist.get_world_size() // per_node, dist.get_rank() // per_node
     size = _CPU_BYTES if device.type == "cpu" else _GPU_BYTES
@@ -68,7 +68,7 @@ def measure(device: torch.device) -> dict[str, Any]:
 
 
 def _slowest(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """A node is as fast as its slowest rank."""
+    """A node's bandwidths: those of its slowest rank."""
     links = {
         name: min((r[name] for r in ranks if r[name] is not None), default=None)
         for name in ("within", "between", "copy")
@@ -77,7 +77,7 @@ def _slowest(ranks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _within(data: torch.Tensor, nodes: int, node: int, per_node: int) -> float | None:
-    """All-reduce of this node's own ranks; all nodes at the same time."""
+    """Bus bandwidth of an all-reduce within this node, all nodes at the same time; None for one rank."""
     if per_node == 1:
         return None
     groups = [dist.new_group(list(range(n * per_node, (n + 1) * per_node))) for n in range(nodes)]
@@ -85,7 +85,7 @@ def _within(data: torch.Tensor, nodes: int, node: int, per_node: int) -> float |
 
 
 def _between(data: torch.Tensor, nodes: int, node: int, per_node: int) -> float | None:
-    """The better of the all-reduces with a neighbour."""
+    """The better bus bandwidth of this node's all-reduces with its neighbours; None for one node."""
     if nodes == 1:
         return None
     found = []
@@ -109,7 +109,7 @@ def _all_reduce(data: torch.Tensor, group: Any, ranks: int) -> float:
 
 
 def _median_seconds(act: Callable[[], object], device: torch.device) -> float:
-    """Of several, each waited for; the first ones, which set links up, do not count."""
+    """Median seconds of seven synchronised calls, after two that set up the links."""
     seconds = []
     for _ in range(_WARM + _TIMED):
         began = time.perf_counter()
@@ -129,7 +129,7 @@ def _device() -> torch.device:
 
 
 def main() -> None:
-    """One rank."""
+    """Run one rank of the measurement."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()

@@ -1,7 +1,7 @@
-"""The micro-batches of a rank, step after step, read ahead in a thread.
+"""Builds a rank's micro-batches, read ahead in a thread.
 
-`StepReader` turns the plan's order into arrays; nothing here depends on history, so a resumed run
-reads step t without having read the steps before it.
+`StepReader` computes any step from the plan alone, so a resumed run reads step t without reading the steps
+before it.
 """
 
 import queue
@@ -25,10 +25,10 @@ READ_AHEAD_STEPS = 2
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward of one rank: tensors on the host, and the first slot, which seeds dropout.
+    """The input of one forward on one rank: host tensors, and the first slot, which seeds dropout.
 
-    `indices`: its samples; `weight`: its part of W. A rank without a sample gets a dummy row of the
-    same step whose targets do not count.
+    `indices`: its samples; `weight`: its part of W. A rank without a sample gets a dummy micro-batch: a row
+    of the same step with all targets ignored.
     """
 
     tensors: dict[str, Tensor]
@@ -42,7 +42,7 @@ class MicroBatch:
 class Step:
     """All that a rank needs for one optimizer step; `weight` is W of the whole effective batch.
 
-    `first_weight`: the part of it that the first micro-batches of all ranks have.
+    `first_weight`: the part of W in the first micro-batches of all ranks.
     """
 
     number: int
@@ -57,7 +57,7 @@ class Step:
 
 
 def open_rows(plan: Plan, part: str) -> Rows:
-    """The plan's prepared samples of `train` or `validation`."""
+    """The plan's prepared rows of `train` or `validation`."""
     assert plan.data.cache
     data = plan.recipe.data
     return Rows(Path(plan.data.cache), part, find_task(data, plan.recipe.project))
@@ -73,12 +73,12 @@ class StepReader:
         self._by_sample = plan.recipe.batch.weighting == "sample"
 
     def step_indices(self, number: int) -> NDArray[np.int64]:
-        """The samples of a step in slot order, on every rank the same."""
+        """Sample indices of a step in slot order, int64 [samples]; the same on every rank."""
         first, end = self._clock.slots(number)
         return order.slot_indices(self._plan.recipe.seed, self._clock.samples, first, end)
 
     def read(self, number: int) -> Step:
-        """One step: its facts, and this rank's micro-batches."""
+        """Build one step with this rank's micro-batches."""
         indices = self.step_indices(number)
         counts = self._rows.counts[indices]
         batch, first_slot = self._plan.batch, self._clock.slots(number)[0]
@@ -101,11 +101,11 @@ class StepReader:
         )
 
     def _weight(self, indices: NDArray[np.int64]) -> float:
-        """Samples, or label tokens."""
+        """Number of samples or of label tokens, by `batch.weighting`."""
         return float(len(indices) if self._by_sample else self._rows.counts[indices].sum())
 
     def widest(self) -> MicroBatch:
-        """The largest micro-batch shape of the run, for warm-up passes; it carries no weight."""
+        """A dummy micro-batch of the largest shape of the run, for warm-up passes."""
         count = min(self._plan.batch.per_device, len(self._rows))
         arrays = self._rows.task.widen(self._rows.collate(np.zeros(count, dtype=np.int64)))
         nothing = np.zeros(0, dtype=np.int64)
@@ -137,18 +137,18 @@ class StepReader:
 def micro_batch_tensors(
     rows: Rows, indices: NDArray[np.int64], by_sample: bool, dummy: bool
 ) -> dict[str, Tensor]:
-    """Rows as tensors, with `weights` float32 [n]: what one counted token of each row weighs."""
+    """Rows as host tensors, with `weights` float32 [n]: the weight of each counted token of a row."""
     weights = 1.0 / rows.counts[indices] if by_sample else np.ones(len(indices))
     arrays = rows.collate(indices)
     if "attention_mask" in arrays and arrays["attention_mask"].all():
         del arrays[
             "attention_mask"
-        ]  # it hides nothing, and to find that out on a GPU would take a wait
+        ]  # it masks nothing, and testing that on a GPU would synchronise
     return as_tensors(arrays, weights, dummy)
 
 
 def as_tensors(arrays: Arrays, weights: NDArray[np.float64], dummy: bool) -> dict[str, Tensor]:
-    """A micro-batch on the host, with `weights`; the targets of a dummy do not count."""
+    """Arrays as host tensors, with `weights`; for a dummy all targets are -100."""
     tensors = {name: torch.from_numpy(np.array(values)) for name, values in arrays.items()}
     tensors["weights"] = torch.from_numpy(weights.astype(np.float32))
     if dummy:
@@ -157,7 +157,7 @@ def as_tensors(arrays: Arrays, weights: NDArray[np.float64], dummy: bool) -> dic
 
 
 def read_ahead(reader: StepReader, first: int, last: int) -> Iterator[Step]:
-    """Steps first..last in order, prepared in a thread while the device works."""
+    """Yield steps first..last in order, prepared in a thread while the device works."""
     waiting: queue.Queue[Step | BaseException] = queue.Queue(maxsize=READ_AHEAD_STEPS)
     stopped = threading.Event()
 
@@ -174,7 +174,7 @@ def read_ahead(reader: StepReader, first: int, last: int) -> Iterator[Step]:
                 put(reader.read(number))
                 if stopped.is_set():
                     return
-        except BaseException as error:  # handed to the loop, which raises it
+        except BaseException as error:  # passed to the consumer, which raises it
             put(error)
 
     thread = threading.Thread(target=work, name="read-ahead", daemon=True)

@@ -64,7 +64,7 @@ class SaveCommit:
     def verdict(self, step: int) -> str:
         """On other ranks: wait for rank 0; returns why the save failed, or "" when it is published.
 
-        Has no timeout of its own: if rank 0 ends, its store ends too, and torch raises RuntimeError.
+        Has no timeout, because only rank 0 decides; RuntimeError once the store's process has ended.
         """
         self._wait(lambda: self._has(step, "verdict"), math.inf)
         found = self._get(step, "verdict")

@@ -1,4 +1,4 @@
-"""What the device is and really used: peaks since the last step line, model FLOP utilisation."""
+"""Facts about a rank's device: its name, measured peak memory, and model FLOP utilisation."""
 
 import socket
 from typing import Any
@@ -10,10 +10,10 @@ from drumline.plan.model import Plan
 
 
 def device_peaks() -> dict[str, int] | None:
-    """Most bytes allocated, reserved, and used of the device by this process; None without a GPU.
+    """Peak bytes allocated, reserved, and used on the device by this process; None without a GPU.
 
-    What lies outside the allocator (context, NCCL, libraries) is what the device reports in use now
-    beyond this process's reserved bytes; other processes on the device would count as well.
+    Memory outside the allocator (context, NCCL, libraries) is what the device reports in use now
+    beyond this process's reserved bytes; other processes on the device would be counted too.
     """
     if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
         return None
@@ -28,7 +28,7 @@ def device_peaks() -> dict[str, int] | None:
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
-    """Host and device of this rank, and the libraries below torch; null where there is no GPU."""
+    """Host and device of this rank, and library versions; None for CUDA libraries without a GPU."""
     facts: dict[str, Any] = {
         "host": socket.gethostname(),
         "device": device.type,
@@ -46,7 +46,7 @@ def device_facts(device: torch.device) -> dict[str, Any]:
 
 
 class MemoryGauge:
-    """Reads the CUDA allocator's counters; on CPU there are none and every value is None."""
+    """Reads the CUDA caching allocator's counters; on CPU every value is None."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -61,7 +61,7 @@ class MemoryGauge:
         }
 
     def mfu(self, plan: Plan, seconds: float) -> float | None:
-        """Model FLOPs of a step over what all GPUs could do in that time (Chowdhery et al. 2022)."""
+        """Model FLOPs of a step / peak bf16 FLOPs of all GPUs in that time (Chowdhery et al. 2022)."""
         peak = find_gpu(plan.recipe.cluster.gpu).bf16_flops if self._on_gpu else None
         if peak is None or plan.cost.flops_per_step is None:
             return None

@@ -1,4 +1,4 @@
-"""The objective over the validation rows, weighted as in training: token by token or sample by sample."""
+"""Evaluates the objective on the validation rows, weighted as in training: per token or per sample."""
 
 import numpy as np
 import torch
@@ -13,11 +13,11 @@ from drumline.train.step_reduce import any_rank
 from drumline.train.watch import Watch
 
 FORWARDS_PER_LOOK = 8
-"""After so many forwards the ranks look whether one of them was asked to stop."""
+"""Forwards between two checks whether any rank was asked to stop."""
 
 
 class Evaluator:
-    """Runs every `evaluation.every_steps`; every data rank reads its share, all ranks get the same result."""
+    """Evaluates every `evaluation.every_steps` and after the last step; data ranks share the rows."""
 
     def __init__(self, plan: Plan, engine: Engine) -> None:
         self._plan, self._engine = plan, engine
@@ -32,7 +32,7 @@ class Evaluator:
     def run(self, watch: Watch) -> dict[str, float] | None:
         """`eval/loss` in nats, and the objective's metrics as `eval/<name>`; equal on every rank.
 
-        None when a rank was asked to stop meanwhile: the whole is to be done again.
+        None when any rank was asked to stop: the evaluation must then be repeated in full.
         """
         spec, mesh = self._plan.recipe.evaluation, self._plan.mesh
         assert spec and spec.per_device

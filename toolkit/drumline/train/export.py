@@ -1,4 +1,4 @@
-"""A checkpoint as a plain model folder that transformers loads: config.json and safetensors."""
+"""Exports a checkpoint as a folder that transformers loads: config.json and safetensors."""
 
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from drumline.train.models import ModelBuilder
 
 
 def export(plan: Plan, manifest: DatasetManifest, checkpoint: Path, target: Path) -> int:
-    """Write the model of a verified checkpoint into `target`; the number of parameters.
+    """Write the model of a verified checkpoint into `target`; returns the number of parameters.
 
-    Needs the whole model in host memory once.
+    Holds one copy of the whole model in host memory.
     """
     model: Any = ModelBuilder(plan.recipe, manifest).whole()
     if not hasattr(model, "save_pretrained"):

@@ -1,4 +1,4 @@
-"""What kind of failure an exception is: it decides what the supervisor does next."""
+"""Classifies exceptions; the kind of failure decides what the supervisor does next."""
 
 from drumline.errors import DrumlineError, RunError
 
@@ -14,19 +14,19 @@ _GONE = (
     "ncclremoteerror",
     "remote process exited",
 )
-"""Words for a connection that another process has ended; they count in errors of communication only."""
+"""Messages of a connection closed by another process; used for communication errors only."""
 _STORE_GONE = ("DistNetworkError", "DistStoreError")
-"""torch's errors of the key-value store, which lives in another process."""
+"""torch's errors of the key-value store, which another process hosts."""
 _COMMUNICATION = ("DistBackendError", "DistNetworkError", "DistStoreError", "DistError")
 _TIMED_OUT = ("timed out waiting", "watchdog caught collective operation timeout")
 
 
 def kind_of(error: BaseException) -> str:
-    """The exception's own name, or what it means: this rank ran out of memory, or lost another one.
+    """`OutOfMemory`, `PeerLost` (the connection to another rank was lost), or the exception's own name.
 
-    A rank that lost another is excused, because the cause is elsewhere. So an error counts as that only where
-    it says that a connection was ended by the other side or that a collective timed out; the mere name of a
-    communication library in it does not: NCCL also reports this rank's own mistakes.
+    `PeerLost` says that the cause is another rank. So a communication error counts as that only if it is the
+    store's, or if its message says that the other side closed the connection or that a collective timed out.
+    Naming the library is not enough, because NCCL also reports this rank's own errors.
     """
     name, text = type(error).__name__, str(error).lower()
     if isinstance(error, DrumlineError):
@@ -41,5 +41,5 @@ def kind_of(error: BaseException) -> str:
 
 
 def exit_code_of(error: BaseException) -> int:
-    """The code that belongs to the error's class; that of a failed run for everything unforeseen."""
+    """The exit code of the error's class; `RunError`'s for any exception that is not drumline's."""
     return error.exit_code if isinstance(error, DrumlineError) else RunError.exit_code

@@ -1,6 +1,6 @@
-"""How long a rank computes by itself: its forwards, where it waits for no other rank.
+"""Times a rank's forwards, to find slow ranks.
 
-Steps take equally long on all ranks, because they wait for each other; only this tells who is slow.
+Ranks wait for each other within a step, so step times are equal on all of them; forward times are not.
 """
 
 import time
@@ -9,7 +9,7 @@ import torch
 
 
 class ForwardTimer:
-    """Of one rank. On a GPU the forwards are timed by events, and counted when the step is over."""
+    """Sums one rank's forward times. On a GPU they come from CUDA events, read once the step is over."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -18,7 +18,7 @@ class ForwardTimer:
         self._seconds = 0.0
 
     def start(self) -> None:
-        """A forward begins."""
+        """Mark the start of a forward."""
         if self._on_gpu:
             pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
             pair[0].record()
@@ -26,14 +26,14 @@ class ForwardTimer:
         self._began = time.perf_counter()
 
     def stop(self) -> None:
-        """It is done; its backward is next."""
+        """Mark the end of the forward."""
         if self._on_gpu:
             self._events[-1][1].record()
         else:
             self._seconds += time.perf_counter() - self._began
 
     def total(self) -> float:
-        """Seconds of all forwards so far; to be asked after the step's wait for the device."""
+        """Seconds of all forwards so far; call it after the step's device synchronisation."""
         for began, ended in self._events:
             self._seconds += began.elapsed_time(ended) / 1000
         self._events.clear()

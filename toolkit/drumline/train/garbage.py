@@ -1,7 +1,7 @@
-"""Python's garbage collector under control: it runs at steps of our choice, the same on every rank.
+"""Runs Python's garbage collector at the same steps on every rank.
 
-Left to itself it runs on each rank at another moment, and all ranks wait in the next collective for the one
-that is collecting.
+Automatic collection runs at a different moment on each rank, and all ranks then wait in the next collective
+for the one that is collecting.
 """
 
 import gc
@@ -9,11 +9,11 @@ from types import TracebackType
 from typing import Self
 
 EVERY_STEPS = 1000
-"""Younger generations are collected after so many steps, and all of them where the loop pauses anyway."""
+"""Steps between collections of the younger generations; full ones follow evaluations and saves."""
 
 
 class GarbageControl:
-    """As a context: automatic collection is off, and what exists on entering is never looked at again."""
+    """Context without automatic collection; objects that exist on entry are frozen (`gc.freeze`)."""
 
     def __enter__(self) -> Self:
         self._was_enabled = gc.isenabled()
@@ -23,12 +23,12 @@ class GarbageControl:
         return self
 
     def after_step(self, step: int) -> None:
-        """Collect if it is time to."""
+        """Collect the younger generations every `EVERY_STEPS` steps."""
         if step % EVERY_STEPS == 0:
             gc.collect(1)
 
     def at_pause(self) -> None:
-        """The ranks have evaluated or saved: a good moment for a whole collection."""
+        """Collect all generations; called after an evaluation or a save."""
         gc.collect()
 
     def __exit__(

@@ -1,8 +1,8 @@
-"""Loading a checkpoint, whatever split, engine or mesh wrote it.
+"""Loads a checkpoint that was saved under any split, engine or mesh.
 
-Each manifest is parsed once and each shard opened by the ranks that need something of it: the ranks share the
-manifests, rank 0 works out who reads what from which shard, and state that several ranks hold is read by one
-of them and broadcast.
+The ranks divide the per-rank manifests among them, each parsed once. Rank 0 works out which rank reads what
+from which shard, so a rank opens only the shards that it needs. A tensor that several ranks hold is read by
+one of them and broadcast.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from drumline.train.engines.base import TensorShard
 
 @dataclass(frozen=True)
 class Choice:
-    """The checkpoint to load (None: begin anew), and the names under which bad ones were kept."""
+    """The checkpoint to load (None: start from step 0), and the new names of the bad ones set aside."""
 
     path: Path | None
     state: TrainState
@@ -34,7 +34,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Source:
-    """A stored part of a tensor: in the shard of `rank`, from element `start` of the whole on."""
+    """Part of a tensor in the shard file of `rank`: `count` elements from element `start` of the tensor."""
 
     rank: int
     start: int
@@ -43,14 +43,14 @@ class Source:
 
 Sources = dict[str, list[Source]]
 Need = tuple[tuple[int, ...], int, int]
-"""What a rank reads of a tensor: its global shape, the first element, and how many."""
+"""What a rank reads of a tensor: the global shape, the first element, the number of elements."""
 
 
 def choose(folder: Path) -> Choice:
-    """The newest sound checkpoint; every rank calls it, verifies its share, and gets the same.
+    """Choose the newest sound checkpoint, the same on every rank; each rank verifies its share of the shards.
 
-    CheckpointError where there were checkpoints and none is sound, or the folder itself is gone: to
-    begin anew in silence would lose what metrics.jsonl still tells.
+    A collective. CheckpointError where no checkpoint is sound or the folder is gone: silently starting again
+    from step 0 would discard the run that metrics.jsonl still records.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     set_aside: list[str] = []
@@ -88,7 +88,7 @@ def choose(folder: Path) -> Choice:
 
 
 def load(path: Path, shards: dict[str, TensorShard]) -> None:
-    """Fill this rank's tensors from a verified checkpoint; every rank calls it."""
+    """Fill this rank's tensor shards from a verified checkpoint; a collective."""
     own = {
         name: (shard.shape, shard.start, shard.tensor.numel())
         for name, shard in shards.items()
@@ -113,7 +113,7 @@ def load(path: Path, shards: dict[str, TensorShard]) -> None:
 
 
 def _reader(name: str, shard: TensorShard) -> int:
-    """Of the ranks that hold the same elements, the one that reads them; they take turns."""
+    """The rank that reads these elements for all that hold them; names spread the work over the ranks."""
     if shard.copies is None:
         return _rank()
     members = dist.get_process_group_ranks(shard.copies)
@@ -121,9 +121,10 @@ def _reader(name: str, shard: TensorShard) -> int:
 
 
 def _shared_out(path: Path, own: dict[str, Need], shards: dict[str, TensorShard]) -> Sources:
-    """Where each tensor that this rank reads lies; CheckpointError on all ranks where they do not agree.
+    """The sources of each tensor that this rank reads; CheckpointError on all ranks on any mismatch.
 
-    Rank 0 gathers what the manifests say (each is parsed by one rank) and what each rank needs.
+    Each per-rank manifest is parsed by one rank. Rank 0 gathers their entries and what each rank needs, and
+    scatters the sources.
     """
     rank, world = _rank(), dist.get_world_size() if dist.is_initialized() else 1
     ranks = read_manifest(path)["ranks"]
@@ -147,7 +148,7 @@ def _shared_out(path: Path, own: dict[str, Need], shards: dict[str, TensorShard]
 
 
 def _answers(path: Path, everyone: list[Any]) -> list[Sources]:
-    """For each rank, where what it needs lies."""
+    """For each rank, the sources of its tensors; CheckpointError where names or shapes differ."""
     stored: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for said, _, _ in everyone:
         for number, entries in said.items():
@@ -165,7 +166,7 @@ def _answers(path: Path, everyone: list[Any]) -> list[Sources]:
 
 
 def _sources(name: str, need: Need, parts: list[tuple[int, dict[str, Any]]]) -> list[Source]:
-    """The stored parts that overlap with what is needed."""
+    """The stored parts that overlap the needed elements; CheckpointError where the shapes differ."""
     shape, first, count = need
     saved = tuple(parts[0][1]["shape"])
     if saved != shape:
@@ -186,7 +187,7 @@ _WIDTHS = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2,
     "int8": 1, "uint8": 1, "bool": 1,
 }  # fmt: skip
-"""Bytes of an element, by the name that the manifest has."""
+"""Bytes of an element, by the dtype name in the manifest."""
 
 
 @torch.no_grad()
@@ -203,7 +204,7 @@ def _read(shard: TensorShard, parts: list[tuple[Any, Source]]) -> None:
 
 @torch.no_grad()
 def _broadcast(shard: TensorShard, source: int) -> None:
-    """From the rank that has read it to all that hold the same."""
+    """Send the elements from the rank that read them to all ranks that hold them."""
     value: Tensor = shard.tensor.detach().contiguous()
     dist.broadcast(value, src=source, group=shard.copies)
     if value.data_ptr() != shard.tensor.data_ptr():

@@ -1,4 +1,4 @@
-"""What the loop tells of each step, into metrics.jsonl."""
+"""Writes the records of steps, evaluations and events to metrics.jsonl."""
 
 import time
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from drumline.train.step_reduce import Verdict
 
 
 class Logbook:
-    """What the loop has to tell of each step; only rank 0 writes."""
+    """Collects the loop's records on every rank; only rank 0 writes them."""
 
     def __init__(self, plan: Plan, path: Path, device: torch.device, state: TrainState) -> None:
         self._plan, self._gauge = plan, MemoryGauge(device)
@@ -29,7 +29,7 @@ class Logbook:
         self._started = 0.0
 
     def timed(self, steps: Iterator[Step]) -> Iterator[Step]:
-        """The steps as they come; a step's time runs from asking for its data to `record`."""
+        """Yield the steps and time each from the request for its data to `record`."""
         while True:
             self._started = time.perf_counter()
             step = next(steps, None)
@@ -46,7 +46,7 @@ class Logbook:
         judgement: Judgement,
         culprits: dict[str, Any],
     ) -> None:
-        """One line of metrics.jsonl; an odd step's also says why, on which ranks, of which samples."""
+        """Add a step's line; for an anomalous step it includes the reason, ranks and samples."""
         if self._file is None:
             return
         seconds = time.perf_counter() - self._started
@@ -74,28 +74,28 @@ class Logbook:
             self.flush()
 
     def record_evaluation(self, step: int, evaluation: dict[str, float]) -> None:
-        """A line of its own, shown at once."""
+        """Add an evaluation's line and flush it."""
         if self._file:
             self._file.add(Kind.EVALUATION, step=step, **evaluation)
             self.flush()
 
     def record_save(self, step: int) -> None:
-        """A checkpoint is published: when, in seconds since 1970."""
+        """Record that a checkpoint was published, with the time in seconds since 1970."""
         self.record_event(step, **{"checkpoint/saved": round(time.time(), 3)})
 
     def record_event(self, step: int, **values: str | float) -> None:
-        """Something that happened beside the steps, such as a save, or one that failed."""
+        """Add a line for an event outside the steps, such as a successful or failed save, and flush it."""
         if self._file:
             self._file.add(Kind.EVENT, step=step, **values)
             self.flush()
 
     def flush(self) -> None:
-        """Write the lines held so far; what cannot be written now is held on."""
+        """Write the buffered lines; those that cannot be written now stay buffered."""
         if self._file:
             self._file.flush()
 
     def sync(self) -> None:
-        """Put every line on disk, before a checkpoint that counts on them; OSError where it fails."""
+        """Write every line to disk, before a checkpoint is published; OSError on failure."""
         if self._file:
             self._file.sync()
 
@@ -108,7 +108,7 @@ class Logbook:
 
 
 def _noise_values(state: TrainState) -> dict[str, float]:
-    """B_simple in samples with its interval, once enough steps were measured."""
+    """B_simple in samples with its 90 % interval; empty until enough steps were measured."""
     found = noise_scale(state.noise)
     if found is None:
         return {}

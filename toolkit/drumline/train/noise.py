@@ -1,8 +1,8 @@
 """Squared norms of the gradients of micro-batches, for the gradient noise scale (`plan/noise.py`).
 
-Where a rank sees its own gradient before it is exchanged (one process, DDP, DeepSpeed), hooks on the
-parameters measure every micro-batch of every rank. FSDP2 hands out gradients only when they are reduced and
-sharded, so there the first micro-batch of all ranks is measured, once it is in.
+With one process, DDP or DeepSpeed a rank sees its own gradient before it is reduced, so hooks on the
+parameters measure every micro-batch of every rank. FSDP2 exposes gradients only after the reduce-scatter, so
+there the first micro-batch of all ranks together is measured.
 """
 
 from typing import Any, Protocol
@@ -18,33 +18,33 @@ from drumline.train.step_reduce import on_device
 
 
 class NoiseMeter(Protocol):
-    """Asked around every micro-batch; `measured` is summed over ranks with the step's loss."""
+    """Called around every micro-batch; `measured` is summed over ranks in the step reduce."""
 
     def before(self, micro_batch: MicroBatch, step: Step) -> None:
-        """Its forward is next."""
+        """Called before the forward of a micro-batch."""
 
     def after(self, number: int, step: Step) -> None:
-        """Its backward is done."""
+        """Called after the backward of the micro-batch with this number, from 1."""
 
     def measured(self) -> Tensor | None:
-        """This rank's part of Q, n and w of the step: float32 [3]; begins the next."""
+        """This rank's part of Q, n and w of the step, float32 [3]; resets them for the next step."""
 
 
 class NoMeter:
-    """Nothing is measured."""
+    """Measures nothing."""
 
     def before(self, micro_batch: MicroBatch, step: Step) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def after(self, number: int, step: Step) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def measured(self) -> None:
-        """Nothing."""
+        """Return None."""
 
 
 class HookMeter:
-    """Every micro-batch of this rank, by hooks that see a parameter's gradient before it is added up."""
+    """Measures every micro-batch of this rank, by hooks that see each gradient before it is accumulated."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -54,7 +54,7 @@ class HookMeter:
             parameter.register_hook(self._add)
 
     def before(self, micro_batch: MicroBatch, step: Step) -> None:
-        """What one squared norm counts: backward runs on the loss × G·scale/W."""
+        """Set the factor of the squared norms: backward runs on the loss × G·scale/W."""
         self._factor = 0.0
         if micro_batch.weight:
             scale = self._engine.scaler.scale if self._engine.scaler else 1.0
@@ -64,11 +64,11 @@ class HookMeter:
             self._weight += micro_batch.weight
 
     def after(self, number: int, step: Step) -> None:
-        """Whatever comes before the next micro-batch does not count."""
+        """Ignore gradients until the next micro-batch."""
         self._factor = 0.0
 
     def measured(self) -> Tensor:
-        """Q, n, w of this rank's micro-batches."""
+        """Q, n and w of this rank's micro-batches, float32 [3]."""
         counts = [on_device(number, self._q.device) for number in (self._groups, self._weight)]
         found = torch.stack([self._q, *counts])
         self._q = torch.zeros_like(self._q)
@@ -82,17 +82,17 @@ class HookMeter:
 
 
 class ShardMeter:
-    """The first micro-batch of all ranks together, from the shards that this rank holds of it."""
+    """Measures the first micro-batch of all ranks together, from this rank's shards of its gradient."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._found: Tensor | None = None
 
     def before(self, micro_batch: MicroBatch, step: Step) -> None:
-        """Nothing: its gradient is looked at afterwards."""
+        """Do nothing: the gradient is measured in `after`."""
 
     def after(self, number: int, step: Step) -> None:
-        """Of the first of several; a step with one has nothing to be compared with."""
+        """Measure the first of several micro-batches; a step with only one gives no second group."""
         if number > 1 or len(step.micro_batches) == 1:
             return
         scale = self._engine.scaler.scale if self._engine.scaler else 1.0
@@ -104,13 +104,13 @@ class ShardMeter:
         self._found = torch.stack([q, *(on_device(number, q.device) for number in own)])
 
     def measured(self) -> Tensor:
-        """Q of the shards; n and w are told by the first rank."""
+        """Q of this rank's shards, float32 [3]; only rank 0 contributes n and w."""
         found, self._found = self._found, None
         return torch.zeros(3, device=self._engine.device) if found is None else found
 
 
 def build_meter(plan: Plan, engine: Engine) -> NoiseMeter:
-    """What the recipe asks for and the strategy allows."""
+    """The meter for the recipe's strategy; `NoMeter` unless `logging.noise_scale` is on."""
     if not plan.recipe.logging.noise_scale:
         return NoMeter()
     return ShardMeter(engine) if plan.recipe.strategy.name == "fsdp" else HookMeter(engine)

@@ -1,6 +1,6 @@
 """Builds torch's optimizers; weight decay acts on tensors of two or more dimensions only.
 
-What each keeps, and which kernels and strategies it goes with, stands in `plan/optimizers.py`.
+The state of each optimizer and the kernels and strategies it supports are in `plan/optimizers.py`.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Groups = list[dict[str, Any]]
 Builder = Callable[[Groups, Optimizer, dict[str, Any]], torch.optim.Optimizer]
 
 RATE_RATIO = "rate_ratio"
-"""Of a parameter group: its rate over the schedule's; 1 where it is not set."""
+"""Key of a parameter group: its learning rate divided by the schedule's; 1 if absent."""
 
 
 def _adam(kind: type[torch.optim.Optimizer]) -> Builder:
@@ -41,9 +41,10 @@ BUILDERS: dict[str, Builder] = {
 
 
 def build_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The optimizer over the trainable parameters: decayed matrices, and vectors that are not.
+    """The recipe's optimizer over the trainable parameters.
 
-    One group where nothing decays. `custom` is made by a function of the recipe's project.
+    Two groups: tensors of two or more dimensions with weight decay, the others without; one group without
+    weight decay. The `custom` optimizer is built by a function of the recipe's project.
     """
     spec = recipe.optimizer
     groups = _groups([p for p in module.parameters() if p.requires_grad], spec.weight_decay)
@@ -59,7 +60,7 @@ def build_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The schedule's rate, times each group's own ratio."""
+    """Set each group's learning rate to the schedule's rate times the group's ratio."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get(RATE_RATIO, 1.0)
 
@@ -77,5 +78,5 @@ def _groups(parameters: list[nn.Parameter], weight_decay: float) -> Groups:
 
 
 def _ndim(parameter: Any) -> int:
-    """Dimensions of the whole tensor, also where ZeRO-3 keeps a flat part of it."""
+    """Dimensions of the whole tensor, also for a parameter that ZeRO-3 has partitioned."""
     return len(getattr(parameter, "ds_shape", parameter.shape))

@@ -1,8 +1,8 @@
-"""A rank's own watchdog, for where the supervisor does not see that the rank is stuck.
+"""Each rank's own watchdog, for hangs that the supervisor does not see.
 
-The supervisor knows which rank is late and acts first. Where it is gone, frozen or cut off from the run
-folder, every rank dumps its stacks to its log and ends, so that no GPU is held for nothing and whatever
-started the ranks can start them again.
+The supervisor knows which rank is late and acts first. If it has died, is frozen or cannot reach the run
+folder, every rank dumps its stacks to its log and exits, which frees the GPUs and lets the launcher restart
+the ranks.
 """
 
 import contextlib
@@ -18,16 +18,16 @@ from drumline.rank_files import HeartbeatWriter, RankFiles
 
 _LOOK_S = 0.5
 _SYNC_S = 1.0
-"""The heartbeat reaches the file system at most so often."""
+"""Shortest interval between two writes of the heartbeat to the file system."""
 _GRACE_S = 30.0
-"""For the supervisor to act first, or once more the limit, if that is shorter."""
+"""Added to the limit so that the supervisor acts first; at most the limit itself."""
 
 
 class RankWatchdog:
-    """As a context: watches this rank's heartbeats, and sends them to the file system.
+    """Context whose thread watches this rank's heartbeats and syncs them to the file system.
 
-    A Python thread re-arms faulthandler's C timer whenever the rank has moved. The timer needs no GIL, so it
-    also ends a rank that is stuck in C code while holding it.
+    The Python thread re-arms faulthandler's C timer at every new heartbeat. The timer needs no GIL, so it
+    also ends a rank that is stuck in C code while holding the GIL.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class RankWatchdog:
                 return
 
     def _report(self, seconds: float) -> None:
-        """Stacks and collectives into the log, unless the supervisor has asked for them already."""
+        """Dump stacks and collectives, unless the supervisor has already asked for them."""
         if self._files.asked().stacks:
             return
         heartbeat = self._heartbeats.last
@@ -84,7 +84,7 @@ class RankWatchdog:
 
 
 def keep_collectives(files: RankFiles) -> None:
-    """Write what torch's flight recorder holds: NCCL's where there is one, else gloo's."""
+    """Write the contents of torch's flight recorder: NCCL's if there is one, else gloo's."""
     with contextlib.suppress(ImportError, OSError, RuntimeError):
         from torch._C import _distributed_c10d as c10d
 

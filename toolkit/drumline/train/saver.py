@@ -138,9 +138,9 @@ class Saver:
         return bool(self._errors)
 
     def wait(self, tick: Callable[[], None] = lambda: None) -> None:
-        """Wait until the save in progress is committed or refused; CheckpointError where `on_error` is `stop`.
+        """Wait until the save in progress is committed or refused, calling `tick` while bytes are written.
 
-        Calls `tick` whenever more bytes were written. PeerLost when the ranks can no longer commit.
+        CheckpointError where it failed and `on_error` is `stop`; PeerLost when the ranks cannot commit.
         """
         written = -1
         while self._thread:
@@ -255,7 +255,7 @@ class Saver:
             self._bytes_per_s = min(rate, self._bytes_per_s or rate)
 
     def _publish(self, temporary: Path, final: Path, state: dict[str, Any]) -> str:
-        """On rank 0: collect all reports, write the manifest, rename, apply retention; returns the error or ""."""
+        """On rank 0: collect all reports, write the manifest, rename, apply retention; returns any error."""
         digests, error = self._commit.collect(state["step"], self.limit_s)
         if error:
             return error

@@ -1,4 +1,4 @@
-"""What all ranks learn about a step in one reduction: the only meeting of host and device in it."""
+"""The one all-reduce of a step's loss and flags, with the step's only device synchronisation."""
 
 import math
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Verdict:
-    """The step's loss (weighted mean, nats) and gradient norm, and what any rank asks for.
+    """The step's loss (weighted mean, nats), gradient norm, and flags that any rank has set.
 
-    `extra_sums`: whatever else was summed over the ranks.
+    `extra_sums`: further values summed over the ranks, as passed to `StepReduce`.
     """
 
     loss: float
@@ -24,20 +24,20 @@ class Verdict:
 
     @property
     def loss_is_finite(self) -> bool:
-        """Whether the forwards of all ranks came out finite."""
+        """Whether the loss summed over all ranks is finite."""
         return math.isfinite(self.loss)
 
     @property
     def finite(self) -> bool:
-        """Whether the update may be applied."""
+        """Whether loss and gradient norm are both finite."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 class StepReduce:
-    """Sums the loss over ranks, and lets one rank's signal or rank 0's clock speak for all.
+    """Sums the loss over ranks, and shares flags: a stop or failed save on any rank, a save due on rank 0.
 
-    Starts at once and runs while the gradient is clipped; `wait` is the step's one wait for the device.
-    Nothing else here may make the host wait: flags are written by kernels, not copied from host memory.
+    The all-reduce starts at once and overlaps gradient clipping; `wait` is the step's only device
+    synchronisation. So that nothing else waits, flags are written by kernels, not copied from host memory.
     """
 
     def __init__(
@@ -72,12 +72,12 @@ class StepReduce:
 
 
 def on_device(value: float, device: torch.device) -> Tensor:
-    """A number as float32 [], written by a kernel: torch.tensor would copy it and wait for the copy."""
+    """A number as float32 [], filled in by a kernel: torch.tensor would copy it and synchronise."""
     return torch.full((), float(value), dtype=torch.float32, device=device)
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on some rank; a collective, equal on every rank. Waits for the device."""
+    """Whether the flag is set on any rank: a collective with a device synchronisation."""
     shared = on_device(flag, device)
     dist.all_reduce(shared)
     return bool(shared.item() > 0)

@@ -1,4 +1,4 @@
-"""Between the loop and the process around it: where the loop is, and whether it was asked to stop."""
+"""Interface between the loop and its process: reports the loop's phase and carries stop requests."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,16 +9,16 @@ from drumline.rank_files import Heartbeat
 
 
 def _ignore(*told: object) -> None:
-    """Nobody listens."""
+    """Do nothing: the default of every callback."""
 
 
 @dataclass
 class Watch:
-    """`enter` reports each phase that the loop comes to; `stop_asked` says whether a signal has come.
+    """`enter` reports each phase of the loop; `stop_asked` says whether a stop signal has arrived.
 
     All ranks enter the same phases in the same order, so the rank that has entered fewest is the late one.
-    `busy_s` is the time spent in forwards (train/forward_timer.py). `wait` reports that the rank lives
-    while it waits within a phase, for a disk say. `begun` reports which checkpoint was loaded.
+    `busy_s` is the time spent in forwards (train/forward_timer.py). `wait` reports progress within a phase
+    that waits, for example for a disk. `begun` reports which checkpoint was loaded.
     """
 
     heartbeat: Callable[[Heartbeat], None] = _ignore
@@ -30,12 +30,12 @@ class Watch:
     busy_s: float = 0.0
 
     def begin(self, step: int) -> None:
-        """A step begins."""
+        """Report that a step begins."""
         self.step = step
         self.enter(Phase.STEP_BEGINS)
 
     def enter(self, phase: Phase, detail: str = "", limit_s: float = 0.0) -> None:
-        """The loop has come to this phase; it may take `limit_s`, where that is known."""
+        """Report that the loop enters this phase, which may take `limit_s` seconds (0: not known)."""
         self.heartbeat(
             Heartbeat(
                 done=self.done,
@@ -48,5 +48,5 @@ class Watch:
         )
 
     def finish(self) -> None:
-        """The step that the loop is in counts: its update is made, or skipped."""
+        """Count the current step as done: its update was applied or skipped."""
         self.done = self.step

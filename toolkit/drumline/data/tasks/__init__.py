@@ -1,6 +1,7 @@
-"""How a source's rows become samples: one class a task, found by the recipe's `data.task`.
+"""Turns rows of a source into samples: one class per task, selected by the recipe's `data.task`.
 
-To add one: its file here and its row in `TASKS` below, its name and facts in `recipe/schema.py`.
+The task named `x` is what `build(data)` of `data/tasks/x.py` returns. To add one: that file, and its name
+and facts in `recipe/schema.py`.
 """
 
 from importlib import import_module
@@ -11,20 +12,13 @@ from drumline.data.tasks.base import IGNORED, Arrays, Encoded, Task
 from drumline.errors import DataError
 from drumline.recipe.schema import Data
 
-TASKS = {
-    "causal_lm": "drumline.data.tasks.causal_lm:CausalLm",
-    "sft": "drumline.data.tasks.sft:Sft",
-    "classification": "drumline.data.tasks.classification:Classification",
-}
-
-__all__ = ["IGNORED", "TASKS", "Arrays", "Encoded", "Task", "find_task"]
+__all__ = ["IGNORED", "Arrays", "Encoded", "Task", "find_task"]
 
 
 def find_task(data: Data, project: str | None) -> Task:
     """The task of a recipe's data section; `custom` is made by a function of the recipe's project."""
     if data.task_factory is None:
-        module, _, name = TASKS[data.task].partition(":")
-        task: Task = getattr(import_module(module), name)(data)
+        task: Task = import_module(f"{__name__}.{data.task}").build(data)
         return task
     made: Any = load_factory(data.task_factory, project)(**data.task_options)
     lacking = [name for name in ("encode", "collate") if not callable(getattr(made, name, None))]

@@ -1,4 +1,4 @@
-"""What a task is to the rest of the code: rows in, samples out, samples as arrays of a micro-batch."""
+"""The interface of all tasks: encode a row as a sample, collate samples into micro-batch arrays."""
 
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from drumline.errors import DataError, PlanError
 from drumline.recipe.schema import Data
 
 IGNORED = -100
-"""A target that does not count, as torch's cross_entropy has it."""
+"""Target value of the loss mask: ignored, as by default in torch's cross_entropy."""
 
 Arrays = dict[str, NDArray[Any]]
 Row = dict[str, Any]
@@ -22,10 +22,9 @@ Row = dict[str, Any]
 class Encoded:
     """One sample as it is stored.
 
-    `tokens`: uint32 [n]. `prompt_targets`: how many leading targets do not count. `label`: a class from 0.
-    `features`: float32 of one shape for all samples. `arrays`: whatever else the task stores, by name, each
-    of one dimension and any length. `count`: what the sample weighs under `weighting: token`, its label
-    tokens.
+    `tokens`: uint32 [n]. `prompt_targets`: number of leading targets to ignore. `label`: a class from 0.
+    `features`: float32, the same shape for all samples. `arrays`: other arrays of the task by name, each of
+    one dimension and any length. `count`: label tokens, the sample's weight under `weighting: token`.
     """
 
     count: int
@@ -38,27 +37,27 @@ class Encoded:
 
 
 class StoredRows(Protocol):
-    """What a task reads samples from (`data/rows.py`)."""
+    """The stored rows that a task collates (`data/rows.py`)."""
 
     manifest: DatasetManifest
 
     def tokens(
         self, indices: NDArray[np.int64], width: int | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Tokens [n, width] (default: the longest row's) and which of them belong to the row."""
+        """Tokens [n, width] (default: longest row) and a mask [n, width], false for padding."""
 
     def column(self, name: str) -> NDArray[Any]:
-        """A stored column of one value (or one array of fixed shape) a row."""
+        """A stored column with one value (or one array of fixed shape) per row."""
 
     def array(self, name: str, indices: NDArray[np.int64]) -> list[NDArray[Any]]:
-        """What `Encoded.arrays` held under this name, of each of these rows."""
+        """The array that `Encoded.arrays` had under this name, for each of these rows."""
 
 
 class Task:
-    """One way in which rows become samples. Subclasses give `encode` and `collate`.
+    """Turns rows into samples. Subclasses implement `encode` and `collate`.
 
-    `is_stream`: documents are joined end to end and cut into rows of `sequence_length` tokens; `encode` then
-    returns a piece of a document. `columns`: the stored columns, also where there is no row.
+    `is_stream`: documents are packed end to end and cut into rows of `sequence_length` tokens; `encode` then
+    returns a block of a document. `columns`: the columns to store, also for a part without rows.
     """
 
     is_stream = False
@@ -71,29 +70,29 @@ class Task:
             self.data = data
 
     def begin(self, first: Row) -> None:
-        """Look at the first row, for a task that must see one to know what it stores."""
+        """Inspect the first row, for a task whose stored columns depend on it."""
 
     def encode(self, row: Row, tokenizer: Tokenizer | None) -> Encoded | None:
-        """A row as a sample; None where nothing of it would be learnt. DataError where it is wrong."""
+        """Encode a row as a sample; None (or `count` 0) drops it. DataError for an invalid row."""
         raise NotImplementedError
 
     def collate(self, rows: StoredRows, indices: NDArray[np.int64]) -> Arrays:
-        """Samples as the arrays of one micro-batch.
+        """Collate samples into the arrays of one micro-batch.
 
-        The model's inputs by the names of its arguments (or `features`, passed as the first one), and
-        `targets`, -100 where they do not count.
+        They are the model's inputs by argument name (or `features`, passed as the first argument), and
+        `targets`, -100 where ignored.
         """
         raise NotImplementedError
 
     def widen(self, arrays: Arrays) -> Arrays:
-        """The same arrays at the largest shape that a micro-batch of as many rows can have."""
+        """Pad the arrays to the largest shape of a micro-batch with this number of rows."""
         length = self.data.sequence_length
         if not length or "input_ids" not in arrays:
             return arrays
         return {name: _padded(v, length) if v.ndim == 2 else v for name, v in arrays.items()}
 
     def blank(self, count: int, manifest: DatasetManifest) -> Arrays:
-        """A micro-batch of `count` samples at the largest shape, all zero, without prepared data.
+        """An all-zero micro-batch of `count` samples of the largest shape, without prepared data.
 
         PlanError where the shape is not known.
         """
@@ -104,7 +103,7 @@ class Task:
 
 
 def text_field(row: Row, name: str, key: str) -> str:
-    """The text of a column; DataError names the recipe's key and the columns that there are."""
+    """The text in a column; DataError names the recipe's key and the row's columns."""
     value = row.get(name)
     if not isinstance(value, str):
         columns = ", ".join(str(column) for column in row if column != "ends")
@@ -114,7 +113,7 @@ def text_field(row: Row, name: str, key: str) -> str:
 
 
 def language_rows(rows: StoredRows, indices: NDArray[np.int64], width: int | None) -> Arrays:
-    """input_ids and targets, int64 [n, L]: each token's target is the next one, or -100."""
+    """input_ids and targets, int64 [n, L]: each token's target is the next token, or -100 if ignored."""
     tokens, inside = rows.tokens(indices, width and width + 1)
     place = np.arange(tokens.shape[1] - 1)
     counted = inside[:, 1:] & (place >= rows.column("skipped")[indices][:, None])

@@ -1,4 +1,4 @@
-"""Language modelling: documents joined end to end, every token but the first a target once."""
+"""Language modelling: documents packed end to end; every token but the first is a target once."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,12 @@ from drumline.data.tasks.base import (
     text_field,
 )
 from drumline.data.tokenizers import Tokenizer
+from drumline.recipe.schema import Data
+
+
+def build(data: Data) -> Task:
+    """The task of a recipe's data section."""
+    return CausalLm(data)
 
 
 class CausalLm(Task):
@@ -24,7 +30,7 @@ class CausalLm(Task):
     columns = ("tokens", "starts", "lengths", "skipped", "counts")
 
     def encode(self, row: Row, tokenizer: Tokenizer | None) -> Encoded:
-        """A document's tokens, or those of a part of it; the end token where the document ends."""
+        """The tokens of a document or a block of it, followed by the end token where the document ends."""
         assert tokenizer
         tokens = tokenizer.encode(text_field(row, self.data.text_field, "text_field"))
         if row.get("ends", True):
@@ -36,5 +42,5 @@ class CausalLm(Task):
         return language_rows(rows, indices, self.data.sequence_length)
 
     def blank(self, count: int, manifest: DatasetManifest) -> Arrays:
-        """The same, all zero."""
+        """All-zero input_ids and targets, int64 [count, sequence_length]."""
         return blank_language_rows(count, self.data.sequence_length)

@@ -1,4 +1,4 @@
-"""Classification: a class for each row, of a text or of an array of features (an image, say)."""
+"""Classification: one class per row, of a text or of a feature array such as an image."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,22 +7,28 @@ from drumline.data.dataset_manifest import DatasetManifest
 from drumline.data.tasks.base import Arrays, Encoded, Row, StoredRows, Task, text_field
 from drumline.data.tokenizers import Tokenizer
 from drumline.errors import DataError, PlanError
+from drumline.recipe.schema import Data
+
+
+def build(data: Data) -> Task:
+    """The task of a recipe's data section."""
+    return Classification(data)
 
 
 class Classification(Task):
-    """One row, one sample. The first row tells whether they hold `features` or text."""
+    """One sample per row. The first row determines whether all rows have `features` or text."""
 
     _has_features = False
 
     def begin(self, first: Row) -> None:
-        """Features, or text?"""
+        """Decide by the first row whether samples are features or text."""
         self._has_features = "features" in first
         self.needs_tokenizer = not self._has_features
         stored = ("features",) if self._has_features else ("tokens", "starts", "lengths")
         self.columns = (*stored, "labels", "counts")
 
     def encode(self, row: Row, tokenizer: Tokenizer | None) -> Encoded | None:
-        """Features or tokens, and the class; None for a text without a token."""
+        """Features or tokens, and the class; `count` is 0 for a text without a token."""
         if self._has_features:
             return Encoded(count=1, features=_features(row), label=self._label(row))
         assert tokenizer
@@ -43,7 +49,7 @@ class Classification(Task):
         return {"input_ids": ids * mask, "attention_mask": mask, "targets": targets}
 
     def blank(self, count: int, manifest: DatasetManifest) -> Arrays:
-        """The same, all zero; one token of each row is masked, as in a padded batch."""
+        """The arrays of `collate`, all zero; the last token of each row is masked, as in a padded batch."""
         targets = np.zeros(count, dtype=np.int64)
         if manifest.feature_shape is not None:
             features = np.zeros((count, *manifest.feature_shape), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: a prompt and its completion; only the completion is learnt."""
+"""Supervised fine-tuning on prompt and completion; the loss mask excludes the prompt."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,17 +15,23 @@ from drumline.data.tasks.base import (
     text_field,
 )
 from drumline.data.tokenizers import Tokenizer
+from drumline.recipe.schema import Data
+
+
+def build(data: Data) -> Task:
+    """The task of a recipe's data section."""
+    return Sft(data)
 
 
 class Sft(Task):
-    """One row, one sample of at most `sequence_length` + 1 tokens; rows are padded in a micro-batch."""
+    """One sample per row, of at most `sequence_length` + 1 tokens; micro-batches are padded."""
 
     columns = ("tokens", "starts", "lengths", "skipped", "counts")
 
     def encode(self, row: Row, tokenizer: Tokenizer | None) -> Encoded | None:
-        """Prompt, completion and end; targets are the completion's tokens and the end.
+        """Tokens of prompt, completion and end; targets are the completion's tokens and the end token.
 
-        None where the prompt leaves no room for a target.
+        `count` is 0 where the prompt leaves no room for a target.
         """
         assert tokenizer and self.data.sequence_length
         most = self.data.sequence_length + 1
@@ -48,9 +54,9 @@ class Sft(Task):
         )
 
     def collate(self, rows: StoredRows, indices: NDArray[np.int64]) -> Arrays:
-        """input_ids and targets, int64 [n, L], L the longest row's."""
+        """input_ids and targets, int64 [n, L]; L: tokens of the longest row minus one."""
         return language_rows(rows, indices, None)
 
     def blank(self, count: int, manifest: DatasetManifest) -> Arrays:
-        """The same at `sequence_length`, all zero."""
+        """All-zero input_ids and targets, int64 [count, sequence_length]."""
         return blank_language_rows(count, self.data.sequence_length)

@@ -1,7 +1,7 @@
-"""W&B and TensorBoard beside a run, each in a process of its own that follows metrics.jsonl.
+"""Runs W&B and TensorBoard beside a run, each in its own process that follows metrics.jsonl.
 
-Whatever a tracker does, the ranks never wait for it: it is watched from here, and dropped with one warning
-when it fails, hangs, or does not leave.
+The ranks never wait for a tracker. The supervisor watches it, and kills it with one warning if it fails,
+hangs, or does not exit.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from drumline.recipe.schema import Recipe
 from drumline.runs.folder import RunFolder
 
 HANG_S = 300.0
-"""A tracker that has not looked at the metrics for so long is hung."""
+"""A tracker that has not touched its heartbeat file for this many seconds is hung."""
 
 LEAVE_S = 60.0
-"""How long a tracker may take to send the rest when the run is over."""
+"""How many seconds a tracker may take to send the rest after the run has ended."""
 
 
 def wanted(recipe: Recipe) -> list[str]:
@@ -35,7 +35,7 @@ def wanted(recipe: Recipe) -> list[str]:
 
 
 def tracker_entries(recipe: Recipe, before: dict[str, Any] | None) -> dict[str, Any]:
-    """The record's `trackers`: W&B's run id, made once, so that a resume goes on in the same W&B run."""
+    """Build the record's `trackers`; W&B's run id is created once, so a resume continues that W&B run."""
     found: dict[str, Any] = dict(before or {})
     if recipe.logging.wandb and "wandb" not in found:
         spec = recipe.logging.wandb
@@ -44,7 +44,7 @@ def tracker_entries(recipe: Recipe, before: dict[str, Any] | None) -> dict[str, 
 
 
 class Trackers:
-    """The trackers of a run, for as long as its supervisor lives."""
+    """Starts and watches a run's trackers while its supervisor runs."""
 
     def __init__(self, folder: RunFolder, recipe: Recipe, say: Callable[[str], None]) -> None:
         self._say = say
@@ -62,7 +62,7 @@ class Trackers:
         self.finish()
 
     def look(self) -> None:
-        """Drop what has ended or hangs; costs a few microseconds."""
+        """Drop trackers that have ended or hang; takes a few microseconds."""
         for name, (process, beat, log) in list(self._running.items()):
             if process.poll() is not None:
                 self._drop(name, _last_line(log) or f"it ended with code {process.returncode}")
@@ -70,7 +70,7 @@ class Trackers:
                 self._drop(name, f"it has not moved for {HANG_S:.0f} s")
 
     def finish(self) -> None:
-        """Let them send the rest; whoever takes too long is dropped."""
+        """Let the trackers send the rest; those that take longer than `LEAVE_S` are dropped."""
         for _, beat, _ in self._running.values():
             over_file(beat).touch()
         deadline = time.monotonic() + LEAVE_S
@@ -123,7 +123,7 @@ class Trackers:
 
 
 def over_file(beat: Path) -> Path:
-    """Beside a tracker's beat: the run is over."""
+    """Path of the file that tells a tracker that the run has ended."""
     return beat.with_suffix(".over")
 
 

@@ -1,10 +1,10 @@
-"""The process of one tracker: follows metrics.jsonl and passes each line on.
+"""The process of one tracker: follows metrics.jsonl and sends each line to the tracker.
 
     python -m drumline.runs.trackers.follow wandb RUN_FOLDER
 
-What was sent stands in `trackers/<name>.sent`, so that after a resume a step is sent again only where it came
-out otherwise. `trackers/<name>.over` says that the run is: the rest is sent, then it leaves. Signals to stop
-are for the ranks.
+`trackers/<name>.sent` lists the lines sent, so that after a resume a line is sent again only if its loss
+differs. Once `trackers/<name>.over` exists, the run has ended: the process sends the rest and exits. It
+ignores stop signals, which are meant for the ranks.
 """
 
 import os
@@ -29,26 +29,26 @@ TRACKERS = {
 
 
 class Tracker(Protocol):
-    """What a tracker is to this process; any exception ends it, and nothing else."""
+    """Interface of a tracker; an exception in it ends only this process."""
 
     def __init__(self, folder: RunFolder) -> None: ...
 
     def log(self, line: dict[str, Any]) -> None:
-        """One line of metrics.jsonl."""
+        """Send one line of metrics.jsonl."""
 
     def finish(self, record: dict[str, Any]) -> None:
-        """The run is over; `record` is how it ended."""
+        """Send the final record and close; the run has ended."""
 
 
 class MetricsTail:
-    """The lines that are new, also after a resume has cut and rewritten the file."""
+    """Reads new lines of metrics.jsonl, even after a resume has truncated and rewritten it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._inode, self._offset = -1, 0
 
     def new_lines(self) -> list[dict[str, Any]]:
-        """Whole lines since the last call; all of them again where the file was replaced."""
+        """Complete lines since the last call; all lines again if the file was replaced or shortened."""
         try:
             with self._path.open("rb") as file:
                 status = os.fstat(file.fileno())
@@ -64,7 +64,7 @@ class MetricsTail:
 
 
 class Sent:
-    """Which lines have been passed on, by step, kind and loss."""
+    """The lines sent so far, by step, kind and loss."""
 
     def __init__(self, path: Path) -> None:
         self._known: dict[str, str] = {}
@@ -74,7 +74,7 @@ class Sent:
         self._file = path.open("a")
 
     def is_new(self, line: dict[str, Any]) -> bool:
-        """Whether this line, with these values, has not been sent; it counts as sent from now on."""
+        """Whether the line has not been sent with this loss; marks it as sent."""
         key, value = f"{line['kind']}-{line['step']}", repr(line.get("loss", line.get("eval/loss")))
         if self._known.get(key) == value:
             return False
@@ -83,17 +83,17 @@ class Sent:
         return True
 
     def flush(self) -> None:
-        """To disk."""
+        """Flush the list to its file."""
         self._file.flush()
 
 
 def _key(text: str) -> str:
-    """As it was written before lines had a kind."""
+    """Convert a key written before lines had a kind."""
     return text.replace("eval-", "evaluation-") if text.startswith("eval-") else text
 
 
 def follow(name: str, folder: RunFolder) -> None:
-    """Until the run is over, or its supervisor gone."""
+    """Follow the metrics until the run has ended or its supervisor is gone."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     supervisor = Process.parse(os.environ.get("DRUMLINE_SUPERVISOR", ""))
@@ -116,7 +116,7 @@ def follow(name: str, folder: RunFolder) -> None:
 
 
 def main() -> int:
-    """One tracker; what went wrong is the last line of its log."""
+    """Run one tracker; an error becomes the last line of its log, and exit code 1."""
     name, path = sys.argv[1:]
     try:
         follow(name, RunFolder(Path(path)))

@@ -10,13 +10,13 @@ _GROUPS = {"loss": "train", "lr": "train", "grad_norm": "train", "weight": "trai
 
 
 class TensorboardTracker:
-    """TensorBoard's own writer, which needs neither torch nor TensorFlow."""
+    """Writes with the `tensorboard` package, which needs neither torch nor TensorFlow."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._writer = Writer(str(folder.path / "tensorboard"))
 
     def log(self, line: dict[str, Any]) -> None:
-        """The line's numbers at its step: `train/loss`, `eval/loss`, `speed/tokens_per_s`."""
+        """Write the line's numbers at its step: `train/loss`, `eval/loss`, `speed/tokens_per_s`."""
         for name, value in line.items():
             if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
                 tag = name if "/" in name else f"{_GROUPS.get(name, 'speed')}/{name}"
@@ -24,5 +24,5 @@ class TensorboardTracker:
         self._writer.flush()
 
     def finish(self, record: dict[str, Any]) -> None:
-        """Write what is held."""
+        """Flush and close the writer."""
         self._writer.close()

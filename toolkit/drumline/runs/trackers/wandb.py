@@ -1,4 +1,4 @@
-"""Weights & Biases: config = recipe, plan and record; a row for every step; the record as an artifact."""
+"""Weights & Biases: recipe, plan and record as config, a row per metrics line, the record as an artifact."""
 
 from typing import Any
 
@@ -7,13 +7,13 @@ import wandb
 from drumline.runs.folder import RunFolder
 
 _CODE_LIMIT = 64 << 10
-"""More code than this goes into the artifact alone; W&B shows the config of every run in tables."""
+"""Characters of code in the config; longer code is only in the artifact, as W&B shows configs in tables."""
 
 _INIT_S = 90.0
 
 
 class WandbTracker:
-    """The real client. Resumes the W&B run whose id the record holds."""
+    """Sends to W&B with its client; resumes the W&B run whose id is in the record."""
 
     def __init__(self, folder: RunFolder) -> None:
         record = folder.read_record()
@@ -39,11 +39,11 @@ class WandbTracker:
         self._run.define_metric("*", step_metric="step")
 
     def log(self, line: dict[str, Any]) -> None:
-        """A row of the history, which has columns and no kinds; what is null stays out of it."""
+        """Log the line as a row of W&B's history, without `kind` and nulls."""
         self._run.log({k: v for k, v in line.items() if v is not None and k != "kind"})
 
     def finish(self, record: dict[str, Any]) -> None:
-        """Outcome and final weights into the summary, record.json as an artifact."""
+        """Write outcome and final weights to the summary, and record.json and recipe.yaml as an artifact."""
         self._run.config.update(config_of(record), allow_val_change=True)
         self._run.summary.update({"outcome": record["outcome"], "weights": record["weights"]})
         artifact = wandb.Artifact(f"record-{self._run.id}", type="record")
@@ -54,7 +54,7 @@ class WandbTracker:
 
 
 def config_of(record: dict[str, Any]) -> dict[str, Any]:
-    """recipe, plan and record, each once; of long code only which commit it was."""
+    """Build W&B's config: recipe, plan, and the rest of the record; long diffs and files are left out."""
     rest = {k: v for k, v in record.items() if k not in ("recipe", "plan", "weights")}
     code = rest["code"]
     if len(code["diff"]) + sum(map(len, code["untracked"].values())) > _CODE_LIMIT:

@@ -1,4 +1,4 @@
-"""Who owns backward and step inside a process, by the launcher that starts it."""
+"""Engines run backward and the optimizer step; the plan's launcher selects one."""
 
 from importlib import import_module
 
@@ -25,7 +25,7 @@ def build_engine(
     device: torch.device,
     progress: Progress = ignore_progress,
 ) -> Engine:
-    """The engine of the plan's launcher; LaunchError where its library is not installed."""
+    """Build the engine of the plan's launcher; LaunchError where its library is not installed."""
     module, name = ENGINES[plan.recipe.launch.launcher]
     try:
         engine_class = getattr(import_module(module), name)

@@ -1,9 +1,8 @@
 """Hugging Face accelerate: its Accelerator owns the device, the precision, DDP and backward.
 
-Never used of it: `accumulate()`, which averages means of micro-batches, its scheduler, which ticks
-once per process, and its gradient scaler, which looks for overflow on each rank alone. FSDP2's
-sharding is laid out as in the torch engine, block by block, because the Accelerator's own way
-holds the whole model on every rank first.
+Not used: `accumulate()`, which averages the means of micro-batches; its scheduler, which steps once per
+process; its gradient scaler, which detects overflow on each rank separately. FSDP2 shards block by block as
+in the torch engine, because the Accelerator would first hold the whole model on every rank.
 """
 
 import contextlib
@@ -18,7 +17,7 @@ from drumline.train.engines.torch import TorchEngine
 
 
 class AccelerateEngine(TorchEngine):
-    """The torch engine, with an Accelerator where it has a part to play."""
+    """The torch engine with an Accelerator for DDP, autocast and backward."""
 
     def _wrap(self) -> Any:
         wrapped_by_us = super()._wrap()
@@ -38,7 +37,7 @@ class AccelerateEngine(TorchEngine):
 
     @property
     def accelerator(self) -> Accelerator:
-        """Made on first use, in the process group that the worker has joined."""
+        """The Accelerator, made on first use within the worker's process group."""
         if not hasattr(self, "_accelerator"):
             on_gpu = self.device.type == "cuda"
             precision = self.plan.recipe.precision if self._autocast else "no"

@@ -1,6 +1,6 @@
-"""What every engine is to the loop: micro-batches in, one optimizer step out, state as pieces.
+"""The interface of all engines: accumulate micro-batches, step the optimizer, expose state as tensor shards.
 
-An engine knows ranks, wrapping and precision; it does not know schedules, cadences or files.
+An engine handles ranks, wrapping and precision; schedules, save cadence and files belong to the loop.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from drumline.train.scaler import LossScaler
 
 @dataclass(frozen=True)
 class TensorShard:
-    """A rank's part of one state tensor of `shape`; `tensor` is local, of any shape.
+    """A rank's shard of one state tensor of global `shape`; `tensor` is local, of any shape.
 
-    Its elements, in row-major order, are those from `start` on. `copies`: the ranks that hold exactly the
-    same elements, None where this one is alone. `owned` is true on the one of them that writes them.
+    It holds the elements from `start` on, in row-major order. `copies`: the ranks that hold exactly the same
+    elements, None if only this one does. `owned`: whether this rank is the one that writes them.
     """
 
     tensor: Tensor
@@ -38,8 +38,8 @@ class TensorShard:
 class Engine:
     """The training module of one rank. Subclasses own wrapping, backward, and the optimizer.
 
-    `module` is model and objective, `wrapped` what a forward calls, `scaler` the dynamic loss scale of fp16
-    (None otherwise). `averaging_ranks`: over how many ranks the engine averages gradients.
+    `module`: model and objective. `wrapped`: the wrapped module that a forward calls. `scaler`: the dynamic
+    loss scale of fp16, else None. `averaging_ranks`: the number of ranks over which gradients are averaged.
     """
 
     module: Any
@@ -57,7 +57,7 @@ class Engine:
     def accumulate(self, tensors: dict[str, Tensor], first_slot: int, weight: float, *, step: int,
                    dummy: bool, last: bool,
                    before_backward: Callable[[], None] = lambda: None) -> Tensor:  # fmt: skip
-        """Forward and backward of one micro-batch; gradients are reduced on the last one only.
+        """Forward and backward of one micro-batch; `last` marks the gradient accumulation boundary.
 
         Backward runs on Σ·G/W, because engines average over G ranks. Returns the undivided sum of losses,
         float32 [], on the device.
@@ -74,15 +74,15 @@ class Engine:
         return total.detach()
 
     def clip(self, max_norm: float | None) -> Tensor:
-        """Unscale, measure the norm of the whole gradient, clip to it: float32 [], equal on all ranks."""
+        """Unscale and clip the gradient; returns its norm before clipping, float32 [], equal on all ranks."""
         raise NotImplementedError
 
     def step(self, rate: float) -> None:
-        """One optimizer update at this learning rate; forgets the gradients."""
+        """One optimizer update at this learning rate; clears the gradients."""
         raise NotImplementedError
 
     def skip(self) -> None:
-        """Forget the gradients without an update."""
+        """Clear the gradients without an update."""
         raise NotImplementedError
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
@@ -94,13 +94,13 @@ class Engine:
         raise NotImplementedError
 
     def loaded(self) -> None:
-        """The shards have been filled from a checkpoint: bring everything else in line with them."""
+        """Update everything derived from the shards, after a checkpoint was loaded into them."""
 
     def warm_up(self, tensors: dict[str, Tensor], passes: int = 2) -> None:
-        """Forward and backward of weight zero on the largest shape; leaves no trace in any state.
+        """Run dummy forwards and backwards of the largest shape, which leave the state unchanged.
 
-        They bring DDP's buckets to their final order, so that a resumed run is bitwise equal, and
-        run out of memory before a real step does.
+        They bring DDP's buckets to their final order, so that a resumed run is bitwise equal, and surface
+        out-of-memory errors before the first real step.
         """
         buffers = {name: value.clone() for name, value in self.module.named_buffers()}
         for _ in range(passes):
@@ -122,7 +122,7 @@ class Engine:
             self._after_evaluation()
 
     def shards(self) -> dict[str, TensorShard]:
-        """`state_shards` and the buffers, for saving to or loading from a checkpoint."""
+        """`state_shards` and the persistent buffers, to save or load a checkpoint; a collective."""
         self.agree_on_buffers()
         result = dict(self.state_shards())
         for number, (name, buffer) in enumerate(self.module.named_buffers()):
@@ -133,7 +133,7 @@ class Engine:
 
     @torch.no_grad()
     def agree_on_buffers(self) -> None:
-        """Give every rank the first one's BatchNorm statistics, which are those that are saved."""
+        """Broadcast rank 0's BatchNorm statistics, so that evaluation and checkpoints use the same ones."""
         if self.has_batchnorm and self.mesh.ranks > 1:
             for buffer in self.module.buffers():
                 dist.broadcast(buffer, src=0)
@@ -142,20 +142,20 @@ class Engine:
         loss.backward()
 
     def _reduce_gradients(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Let the ranks exchange gradients in this backward, or not."""
+        """Context of one backward; ranks all-reduce gradients only on the last micro-batch."""
         raise NotImplementedError
 
     def _after_evaluation(self) -> None:
-        """Free what evaluation gathered."""
+        """Free parameters that evaluation has gathered."""
 
     def _replicated(self, value: Tensor, number: int) -> TensorShard:
-        """A tensor that every rank holds whole; the ranks take turns in writing."""
+        """The shard of a tensor that every rank holds whole; the writing rank depends on `number`."""
         owned = self.mesh.writer(number) == self.rank
         copies = dist.group.WORLD if self.mesh.ranks > 1 else None
         return TensorShard(value, tuple(value.shape), start=0, owned=owned, copies=copies)
 
     def _clip_gradients(self, max_norm: float | None) -> Tensor:
-        """`clip` for gradients that lie in the parameters, whole or as FSDP2's shards."""
+        """`clip` for gradients stored in `parameter.grad`, whole or as FSDP2 shards."""
         parameters = self._parameters.values()
         gradients = [p.grad for p in parameters if p.grad is not None]
         if self.scaler:
@@ -169,9 +169,9 @@ class Engine:
 
     @torch.no_grad()
     def _allocate_optimizer_state(self) -> None:
-        """Make the optimizer's tensors exist, at zero, without moving a weight.
+        """Allocate the optimizer's state tensors, at zero, without changing a weight.
 
-        A checkpoint then has something to be loaded into, and memory runs out now or never.
+        A checkpoint can then be loaded into them, and an out-of-memory error comes before training.
         """
         with self._without_update():
             for parameter in self._parameters.values():
@@ -185,7 +185,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _without_update(self) -> Iterator[None]:
-        """An optimizer step in here moves nothing: rate and decay are zero, and so is the state after."""
+        """Context in which an optimizer step changes no weight; the optimizer state is zeroed on exit."""
         groups = self.optimizer.param_groups
         kept = [(group["lr"], group["weight_decay"]) for group in groups]
         for group in groups:
@@ -203,7 +203,7 @@ class Engine:
         return leaf not in self.module.get_submodule(path)._non_persistent_buffers_set
 
     def _seed_dropout(self, step: int, first_slot: int) -> None:
-        """This device's generator alone: torch.manual_seed looks for every kind of device there is."""
+        """Seed only this device's generator, because torch.manual_seed seeds those of every device type."""
         seed = derived_seed("step", self.plan.recipe.seed, step, first_slot)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
@@ -220,7 +220,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _frozen_batchnorm(self, dummy: bool) -> Iterator[None]:
-        """A dummy row leaves BatchNorm's running statistics alone."""
+        """Context in which a dummy micro-batch does not change BatchNorm's running statistics."""
         layers = [m for m in self.module.modules() if isinstance(m, BATCHNORM)] if dummy else []
         layers = [layer for layer in layers if not isinstance(layer, nn.SyncBatchNorm)]
         for layer in layers:

@@ -1,8 +1,8 @@
 """DeepSpeed: ZeRO stages 0 to 3 under drumline's loss weighting, clipping, schedule and checkpoints.
 
-DeepSpeed averages over ranks and, if left to itself, over micro-batches; here backward runs on
-Σ·G/W, unscaled, and the last micro-batch of a step is marked by hand. State is read and written in
-place, in the fp32 partitions that the optimizer itself updates.
+DeepSpeed averages over ranks and, by default, over micro-batches. Here backward runs on Σ·G/W without
+DeepSpeed's scaling by gradient accumulation steps, and the engine sets the gradient accumulation boundary.
+State is read and written in place, in the fp32 partitions that the optimizer updates.
 """
 
 import contextlib
@@ -31,15 +31,16 @@ from drumline.train.models.builder import Progress, ignore_progress
 from drumline.train.objectives import ObjectiveModule, build_objective
 from drumline.train.optimizers import build_optimizer
 
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # two minutes of compiling on a CPU
-logger.addFilter(lambda record: "OVERFLOW!" not in record.getMessage())  # metrics.jsonl tells skips
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for two minutes on a CPU
+logger.addFilter(lambda record: "OVERFLOW!" not in record.getMessage())  # metrics.jsonl has skips
 
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """What a rank holds of a parameter: flat views by key of the optimizer's state, None for the weight.
+    """A rank's part of a parameter and of its optimizer state.
 
-    `start`: the first element; `scalars`: state that the parameters of a group share.
+    `views`: flat views by optimizer state key, under None the weight. `start`: their first element in the
+    whole tensor. `scalars`: state that the parameters of a group share.
     """
 
     views: dict[str | None, Tensor]
@@ -49,7 +50,7 @@ class _Part:
 
 
 class DeepSpeedEngine(Engine):
-    """A DeepSpeedEngine around the loss module."""
+    """Wraps the training module in DeepSpeed's engine of the same name."""
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ class DeepSpeedEngine(Engine):
         )
         self.wrapped: Any = engine
         self._zero: Any = engine.optimizer if self._stage else None
-        for owner in filter(None, (engine, self._zero)):  # drumline's own scaler looks at all ranks
+        for owner in filter(None, (engine, self._zero)):  # drumline's own scaler checks all ranks
             owner.torch_autocast_z0_gradscaler = owner.torch_autocast_gradscaler = None
         self.optimizer = self._zero.optimizer if self._zero else engine.optimizer
         groups = self._zero.bit16_groups if self._zero and self._stage < 3 else []
@@ -103,12 +104,12 @@ class DeepSpeedEngine(Engine):
             )
 
     def _partition(self, block: nn.Module) -> None:
-        """ZeRO-3: keep this rank's part of a block that has just been made."""
+        """Under ZeRO-3, partition a newly made block over the ranks."""
         if self._stage == 3:
             deepspeed.zero.Init(module=block, config_dict_or_path=self._config, dtype=torch.float32)
 
     def clip(self, max_norm: float | None) -> Tensor:
-        """Measure the norm of the whole, unscaled gradient; ZeRO clips to it as it steps."""
+        """The norm of the whole unscaled gradient, float32 []; ZeRO clips during its step."""
         if self._zero is None:
             return self._clip_gradients(max_norm)
         if self._stage == 3:
@@ -117,10 +118,10 @@ class DeepSpeedEngine(Engine):
             self._norm = type(self._zero).scaled_global_norm(self._zero)
         self._scale = self.scaler.scale if self.scaler else 1.0
         scaled = torch.as_tensor(self._norm, dtype=torch.float32, device=self.device).reshape(())
-        return torch.where(scaled < 0, torch.inf, scaled / self._scale)  # its -1: not finite
+        return torch.where(scaled < 0, torch.inf, scaled / self._scale)  # -1: not finite
 
     def step(self, rate: float) -> None:
-        """One optimizer update at this learning rate; forgets the gradients."""
+        """One optimizer update at this learning rate; clears the gradients."""
         self._set_rate(rate)
         if self._zero is not None:
             self._step_with_norm(self._norm)
@@ -128,14 +129,14 @@ class DeepSpeedEngine(Engine):
             self.wrapped.step()
 
     def skip(self) -> None:
-        """Forget the gradients without an update: what ZeRO does itself when a norm is not finite."""
+        """Clear the gradients without an update, as ZeRO's step does when the norm is not finite."""
         if self._zero is not None:
             self._step_with_norm(torch.tensor(-1.0, device=self.device))
         else:
             self.wrapped.zero_grad()
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Put together from ZeRO's partitions, where it clips only later."""
+        """Every parameter's gradient, gathered from ZeRO's partitions and not yet clipped there."""
         for name, parameter in self._trainable():
             gradient = parameter.grad if self._stage == 0 else safe_get_full_grad(parameter)
             if gradient is not None:
@@ -143,9 +144,10 @@ class DeepSpeedEngine(Engine):
                 yield name, gradient.view(getattr(parameter, "ds_shape", parameter.shape)) / scale
 
     def _step_with_norm(self, norm: Any) -> None:
-        """DeepSpeed's step, with the norm given: once measured, or made up to be refused.
+        """Run ZeRO's step with a given norm: the one that `clip` measured, or -1 to make it skip the update.
 
-        It divides by the loss scale that the gradients have, which its own backward must not apply.
+        The step divides gradients by the loss scale, so it is set only here: `accumulate` has already scaled
+        the loss, and DeepSpeed's backward must not scale it again.
         """
         if self._stage == 3:
             self._zero._get_norm_groups = lambda: [norm]
@@ -164,10 +166,10 @@ class DeepSpeedEngine(Engine):
         yield
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext()  # torch_autocast in the configuration
+        return contextlib.nullcontext()  # DeepSpeed's torch_autocast does it
 
     def state_shards(self) -> Iterator[tuple[str, TensorShard]]:
-        """Views of the fp32 partitions, where the optimizer keeps weights and state."""
+        """Views of this rank's part of weights and optimizer state; under ZeRO, of its fp32 partitions."""
         for number, (name, parameter) in enumerate(self._parameters.items()):
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
             part = self._part_of(parameter)
@@ -185,7 +187,7 @@ class DeepSpeedEngine(Engine):
         return ((name, p) for name, p in self._parameters.items() if p.requires_grad)
 
     def _part_of(self, parameter: Any) -> "_Part":
-        """What this rank holds of a parameter and of its optimizer state."""
+        """This rank's part of a parameter and of its optimizer state."""
         if self._stage == 0 or (self._stage < 3 and not parameter.requires_grad):
             return self._whole(parameter)
         if self._stage == 3 and not parameter.requires_grad:
@@ -208,7 +210,7 @@ class DeepSpeedEngine(Engine):
         return _Part(views, start, {k: v for k, v in state.items() if not v.ndim})
 
     def _whole(self, parameter: Any) -> "_Part":
-        """Every rank holds it all: without ZeRO, or frozen and therefore not partitioned."""
+        """The whole parameter: without ZeRO, or frozen and therefore not partitioned (below ZeRO-3)."""
         state = self.optimizer.state.get(parameter, {})
         views: dict[str | None, Tensor] = {None: parameter.data.view(-1)}
         views |= {k: v.view(-1) for k, v in state.items() if v.ndim}
@@ -216,7 +218,7 @@ class DeepSpeedEngine(Engine):
         return _Part(views, 0, scalars, is_whole=True)
 
     def _frozen_partition(self, parameter: Any) -> "_Part":
-        """ZeRO-3's own partition, which is what the forward gathers."""
+        """This rank's ZeRO-3 partition of a frozen parameter, which the forward gathers."""
         flat = parameter.ds_tensor.data.view(-1)
         start = self.rank * flat.numel()
         count = max(0, min(flat.numel(), parameter.ds_numel - start))
@@ -224,7 +226,7 @@ class DeepSpeedEngine(Engine):
 
     @torch.no_grad()
     def loaded(self) -> None:
-        """The fp32 partitions were filled: bring the weights of the forward in line."""
+        """Copy the loaded fp32 partitions to the weights that the forward uses."""
         if self._stage in (1, 2):
             self._zero.update_lp_params()
         elif self._stage == 3:
@@ -235,7 +237,7 @@ class DeepSpeedEngine(Engine):
 
     @torch.no_grad()
     def _allocate_optimizer_state(self) -> None:
-        """The same for ZeRO, whose optimizer steps on flat partitions."""
+        """Allocate the optimizer state, at zero; ZeRO's optimizer steps on flat partitions."""
         if self._stage == 0:
             return super()._allocate_optimizer_state()
         names = {3: "fp32_partitioned_groups_flat"}
@@ -244,7 +246,7 @@ class DeepSpeedEngine(Engine):
         with self._without_update():
             for flat in flats:
                 flat.grad = torch.zeros_like(flat)
-            if self._stage == 3:  # a step of its own for each group
+            if self._stage == 3:  # ZeRO-3 steps each group separately
                 for number in range(len(flats)):
                     self._zero._optimizer_step(number)
             else:

@@ -1,4 +1,4 @@
-"""Plain torch: one process, DDP, and FSDP2 (sharded over all ranks, or within each node)."""
+"""The plain torch engine: one process, DDP, or FSDP2 (sharded over all ranks or within each node)."""
 
 import contextlib
 import math
@@ -22,9 +22,9 @@ from drumline.train.optimizers import build_optimizer
 
 
 class TorchEngine(Engine):
-    """DDP or FSDP2 around the loss module, or nothing around it.
+    """Wraps the training module in DDP or FSDP2; with one rank and no FSDP2 it stays unwrapped.
 
-    `dtype` overrides the recipe's type of parameters, for checks in fp64.
+    `dtype` overrides the recipe's parameter dtype, for checks in fp64.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class TorchEngine(Engine):
         self.module = ObjectiveModule(model, build_objective(recipe))
         self.has_batchnorm = has_batchnorm(model)
         self.wrapped = self._wrap()
-        self._parameters = {  # FSDP2's sharded ones, whatever state a forward leaves the module in
+        self._parameters = {  # kept here: under FSDP2 a forward can leave unsharded ones in the module
             name.removeprefix("model."): parameter
             for name, parameter in self.module.named_parameters()
         }
@@ -67,14 +67,14 @@ class TorchEngine(Engine):
         return {"mesh": self._device_mesh, "mp_policy": policy}
 
     def _make_mesh(self) -> DeviceMesh:
-        """All ranks in a row, or replicas × shards."""
+        """A 1-D mesh of all ranks, or a 2-D mesh of replicas × shards."""
         if self.mesh.replicas == 1:
             return init_device_mesh(self.device.type, (self.mesh.shards,))
         shape = (self.mesh.replicas, self.mesh.shards)
         return init_device_mesh(self.device.type, shape, mesh_dim_names=("replica", "shard"))
 
     def _wrap(self) -> Any:
-        """The module whose call is a forward: compiled, then DDP or the FSDP2 root."""
+        """The module that a forward calls: compiled, then wrapped in DDP or made the FSDP2 root."""
         if self.plan.recipe.model.sync_batchnorm:
             self.module = nn.SyncBatchNorm.convert_sync_batchnorm(self.module)
         if self._sharded:
@@ -95,25 +95,25 @@ class TorchEngine(Engine):
         )
 
     def clip(self, max_norm: float | None) -> Tensor:
-        """Unscale, measure the norm of the whole gradient, clip to it: float32 [], equal on all ranks."""
+        """Unscale and clip the gradient; returns its norm before clipping, float32 [], equal on all ranks."""
         return self._clip_gradients(max_norm)
 
     def step(self, rate: float) -> None:
-        """One optimizer update at this learning rate; forgets the gradients."""
+        """One optimizer update at this learning rate; clears the gradients."""
         self._set_rate(rate)
         self.optimizer.step()
         self.skip()
 
     def skip(self) -> None:
-        """Forget the gradients without an update.
+        """Clear the gradients without an update.
 
-        DDP's stay, at zero, as views of its buckets: new ones would be a second copy until the last
-        micro-batch.
+        Under DDP they are zeroed in place and stay views of its buckets: new tensors would be a second copy
+        until the last micro-batch.
         """
         self.optimizer.zero_grad(set_to_none=self._sharded or self.mesh.ranks == 1)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """What the optimizer is about to use, put together from the shards."""
+        """Every parameter's gradient as the optimizer will use it; FSDP2 shards are gathered."""
         for name, parameter in self._parameters.items():
             if parameter.grad is not None:
                 gradient = parameter.grad
@@ -124,7 +124,7 @@ class TorchEngine(Engine):
             self.module.reshard()
 
     def state_shards(self) -> Iterator[tuple[str, TensorShard]]:
-        """Weights, then the optimizer's tensors; what is replicated is dealt round the ranks."""
+        """Weights, then optimizer tensors; ranks take turns in writing the replicated ones."""
         names = {id(parameter): name for name, parameter in self._parameters.items()}
         tensors: list[tuple[str, Any]] = [
             (f"model.{name}", weight.data) for name, weight in self._parameters.items()
@@ -142,7 +142,7 @@ class TorchEngine(Engine):
                 yield name, self._replicated(value, number)
 
     def _sharded_part(self, value: DTensor) -> TensorShard:
-        """FSDP2 shards dimension 0 as torch.chunk does; the first replica writes."""
+        """This rank's FSDP2 shard, split along dimension 0 like torch.chunk; the first replica writes."""
         mesh = value.device_mesh
         shards, position = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
         rows = value.shape[0] if value.ndim else 1
@@ -160,7 +160,8 @@ class TorchEngine(Engine):
 
     @contextlib.contextmanager
     def _reduce_gradients(self, last: bool) -> Iterator[None]:
-        if self._sharded:  # reduce-scatter every time: summed unsharded, gradients fill a rank
+        if self._sharded:
+            # Reduce-scatter every micro-batch: accumulating unsharded gradients would fill memory.
             self.module.set_requires_all_reduce(last)
             yield
         elif self.mesh.ranks > 1 and not last:

@@ -1,4 +1,4 @@
-"""The model that a plan names, built so that every split starts from the same weights.
+"""Builds the recipe's model so that every split starts from the same weights.
 
 build (on the meta device) -> edits -> materialise block by block.
 """

@@ -1,4 +1,4 @@
-"""The units of a model: what is initialised, sharded and counted as progress, one at a time."""
+"""The blocks of a model: the units of initialisation, sharding and progress reports."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ BATCHNORM = nn.modules.batchnorm._BatchNorm
 
 
 def named_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The units to initialise and to shard: a transformer's layers, else children with weights."""
+    """The blocks to initialise and shard: a transformer's layers, else children with parameters."""
     names = set(getattr(model, "_no_split_modules", None) or [])
     found = [(n, m) for n, m in model.named_modules() if type(m).__name__ in names]
     found = [
@@ -21,10 +21,10 @@ def named_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def has_batchnorm(model: nn.Module) -> bool:
-    """Whether any layer keeps running statistics of the batch."""
+    """Whether any layer is a BatchNorm."""
     return any(isinstance(module, BATCHNORM) for module in model.modules())
 
 
 def own_tensors(module: nn.Module) -> list[torch.Tensor]:
-    """Parameters and buffers of this module alone, not of its children."""
+    """Parameters and buffers of this module without those of its children."""
     return [*module.parameters(recurse=False), *module.buffers(recurse=False)]

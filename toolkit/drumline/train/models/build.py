@@ -1,4 +1,4 @@
-"""Builds the model that a recipe names: on the meta device where its weights are drawn, else with them."""
+"""Builds the recipe's model: on the meta device if its weights are initialised later, else with weights."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ ATTENTION = {"sdpa": "sdpa", "eager": "eager", "flash": "flash_attention_2"}
 
 
 def build_model(recipe: Recipe, manifest: DatasetManifest) -> nn.Module:
-    """The model before its edits; PlanError where recipe, config and data do not go together."""
+    """The model before its edits; PlanError where recipe, config and data do not fit together."""
     spec = recipe.model
     if spec.source == "factory":
         assert spec.factory
@@ -38,7 +38,7 @@ def build_model(recipe: Recipe, manifest: DatasetManifest) -> nn.Module:
         extra.setdefault("num_labels", manifest.classes)
     extra.setdefault(
         "use_cache", False
-    )  # of keys and values: a copy of each that training never reads
+    )  # else keys and values are copied into a cache that training never reads
     if spec.source == "config":
         assert spec.architecture
         kind = _kind(recipe.data.facts.head, spec.architecture)
@@ -62,7 +62,7 @@ def build_model(recipe: Recipe, manifest: DatasetManifest) -> nn.Module:
 
 
 def _kind(head: str, model_type: str) -> Any:
-    """The transformers class that has this head on a model of this type."""
+    """The transformers auto class for this head on a model of this type."""
     import transformers
     from transformers.models.auto import modeling_auto as auto
 
@@ -87,7 +87,7 @@ def load_weights(kind: Any, where: Any, config: Any, common: dict[str, Any]) -> 
 
 
 def check_vocabulary(model: Any, manifest: DatasetManifest) -> None:
-    """PlanError where the tokenizer has tokens that the model's embedding lacks."""
+    """Raise PlanError where the tokenizer's vocabulary is larger than the model's."""
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     if (
         vocabulary is not None

@@ -1,9 +1,9 @@
 """Materialises a model block by block, each from a generator seeded by (seed, block name).
 
-No draw depends on how many ranks there are, and no rank holds more than a few unsharded blocks. The draws of
-torch's CPU generator are the same on every machine; those of its CUDA generator are not, so a run could not
-be reproduced on other hardware. Blocks are therefore drawn on the CPU, but each by one rank only, all ranks
-at the same time, and broadcast to the others on the device that will hold them.
+Initial weights do not depend on the number of ranks, and no rank holds more than a few unsharded blocks.
+Torch's CPU generator gives the same numbers on every machine; its CUDA generator does not, so a run could not
+be reproduced on other hardware. Blocks are therefore initialised on the CPU, each by one rank, several ranks
+at the same time, and broadcast to the other ranks from the device that will hold them.
 """
 
 import contextlib
@@ -27,21 +27,21 @@ _OUTSIDE = "rest"
 _RANDOM = ("uniform_", "normal_", "xavier_uniform_", "xavier_normal_", "kaiming_uniform_", "kaiming_normal_",
            "trunc_normal_", "orthogonal_", "sparse_")  # fmt: skip
 _LARGEST_ROUND = 8
-"""Blocks that are drawn at the same time, each by another rank."""
+"""Most blocks initialised at the same time, each by a different rank."""
 
 Progress = Callable[[str], None]
-"""Called with what has been made: `block 3 of 80`."""
+"""Called after each block with its description, such as `block 3 of 80`."""
 
 
 def ignore_progress(what: str) -> None:
-    """Nobody watches."""
+    """Do nothing: the default `Progress`."""
 
 
 class ModelBuilder:
     """A model whose blocks are materialised one at a time, by `blocks()` and then `finish()`.
 
-    Every rank of a process group calls these alike. `device`: where the weights are to lie; `progress` hears
-    of every block. `dtype` overrides the recipe's type of parameters, for checks in fp64.
+    Both are collectives. `device`: holds the weights. `progress` is called after every block. `dtype`
+    overrides the recipe's parameter dtype, for checks in fp64.
     """
 
     def __init__(
@@ -74,11 +74,11 @@ class ModelBuilder:
                 self._hand_out(list(block.modules()), source=number % _world())
                 self._progress(f"block {start + number + 1} of {len(named)}")
                 yield block
-                for parameter in block.parameters():  # sharding made new ones
+                for parameter in block.parameters():  # the caller's sharding has replaced them
                     parameter._is_hf_initialized = True  # type: ignore[attr-defined]
 
     def finish(self) -> nn.Module:
-        """Everything outside the blocks; then weights that are tied are tied."""
+        """Materialise everything outside the blocks and tie weights; returns the model."""
         inside = {id(m) for _, block in named_blocks(self.model) for m in block.modules()}
         outside = [module for module in self.model.modules() if id(module) not in inside]
         self._draw([(_OUTSIDE, outside)])
@@ -88,13 +88,13 @@ class ModelBuilder:
         return self.model
 
     def whole(self) -> nn.Module:
-        """All of it at once, for a rank that holds the model unsharded."""
+        """The whole model, for a rank that holds it unsharded."""
         for _ in self.blocks():
             pass
         return self.finish()
 
     def _draw(self, units: list[tuple[str, list[nn.Module]]]) -> None:
-        """This rank's unit of a round, on the CPU; the others stay on the meta device."""
+        """Initialise this rank's units on the CPU; the others stay on the meta device."""
         for number, (name, modules) in enumerate(units):
             if self._is_random and number % _world() == _rank():
                 _allocate(modules, torch.device("cpu"))
@@ -102,7 +102,7 @@ class ModelBuilder:
                 _initialise(self.model, modules)
 
     def _hand_out(self, modules: list[nn.Module], source: int) -> None:
-        """To the device that will hold it, in its type, and from the rank that has drawn it to all."""
+        """Move modules to the device in their dtype, and broadcast the weights that `source` initialised."""
         if self._is_random and source != _rank():
             _allocate(modules, self._device)
             with _without_draws():
@@ -115,7 +115,7 @@ class ModelBuilder:
         if self._is_random and _world() > 1:
             for module in modules:
                 for tensor in own_tensors(module):
-                    if not isinstance(tensor, DTensor):  # tied to what is sharded already
+                    if not isinstance(tensor, DTensor):  # tied to a weight that is already sharded
                         dist.broadcast(tensor.data, src=source)
 
     def _place(self, store: dict[str, Any], name: str, tensor: Tensor) -> None:
@@ -128,7 +128,7 @@ class ModelBuilder:
 
 
 def _allocate(modules: list[nn.Module], device: torch.device) -> None:
-    """Memory in place of what is on the meta device."""
+    """Replace meta tensors by uninitialised ones on `device`."""
     for module in modules:
         if any(tensor.is_meta for tensor in own_tensors(module)):
             module.to_empty(device=device, recurse=False)
@@ -136,9 +136,9 @@ def _allocate(modules: list[nn.Module], device: torch.device) -> None:
 
 @torch.no_grad()
 def _initialise(model: Any, modules: list[nn.Module]) -> None:
-    """Transformers' own initialisation of these modules, children before parents.
+    """Initialise these modules with transformers' own rules, children before parents.
 
-    What is initialised is marked, so that a parent's rule cannot touch a block a second time.
+    Initialised parameters are marked, so that a parent's rule does not initialise them again.
     """
     from transformers.initialization import guard_torch_init_functions
 
@@ -152,7 +152,7 @@ def _initialise(model: Any, modules: list[nn.Module]) -> None:
 
 @contextlib.contextmanager
 def _without_draws() -> Iterator[None]:
-    """Initialisation leaves random numbers out and sets only what is computed: buffers, ones, zeros."""
+    """Context in which initialisation sets only non-random values (buffers, ones, zeros)."""
     from transformers.initialization import TORCH_INIT_FUNCTIONS
 
     kept = {name: TORCH_INIT_FUNCTIONS[name] for name in _RANDOM if name in TORCH_INIT_FUNCTIONS}

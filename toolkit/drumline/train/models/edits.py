@@ -1,8 +1,7 @@
-"""Changes of a model between building and materialising: freezing, adapters and the like.
+"""Applies edits to a model between building and materialising, such as freezing or adapters.
 
-An edit is called with the model before its weights are made (on the meta device, where they are drawn),
-changes it in place, and is the same on every rank. Those of a recipe (`model.edits`) are functions of its
-project.
+An edit changes the model in place, and in the same way on every rank. Randomly initialised weights are still
+on the meta device when it runs. The recipe's `model.edits` name functions of its project.
 """
 
 from torch import nn
@@ -13,7 +12,7 @@ from drumline.recipe.schema import Recipe
 
 
 def apply_edits(model: nn.Module, recipe: Recipe) -> None:
-    """All edits of the recipe, in its order; PlanError where they leave nothing to train."""
+    """Apply the recipe's edits in order; PlanError where no parameter is trainable afterwards."""
     for name in recipe.model.edits:
         load_factory(name, recipe.project)(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):

@@ -1,8 +1,8 @@
-"""Makes transformers' attention masks without looking at values: a look would make the host wait.
+"""Makes transformers build attention masks without device synchronisation.
 
-Transformers asks two questions of tensors in every forward: do the positions show several packed sequences
-in a row, and does the padding mask hide nothing? Both are known on the host: rows without `position_ids` are
-not packed, and a mask that hides nothing is left out of the micro-batch (`train/batches.py`).
+In every forward transformers reads two facts from tensors: whether the positions show packed sequences, and
+whether the padding mask masks nothing. Both are known on the host: rows without `position_ids` are not
+packed, and a mask that masks nothing is left out of the micro-batch (`train/batches.py`).
 """
 
 import contextlib
@@ -15,7 +15,7 @@ _positions_are_given = False
 
 
 def answer_without_looking() -> None:
-    """From now on in this process; what a version of transformers does not ask is left alone."""
+    """Patch transformers in this process; functions that its version does not have are skipped."""
     from transformers import masking_utils
 
     if _real:
@@ -31,7 +31,7 @@ def answer_without_looking() -> None:
 
 @contextlib.contextmanager
 def positions_given(are_given: bool) -> Iterator[None]:
-    """In here the micro-batch brings its own `position_ids`, which may show packed sequences."""
+    """Context that says whether the micro-batch has `position_ids`, which may show packed sequences."""
     global _positions_are_given
     before, _positions_are_given = _positions_are_given, are_given
     try:

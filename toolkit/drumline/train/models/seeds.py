@@ -1,4 +1,4 @@
-"""Seeds that depend on names alone, never on what was drawn before."""
+"""Seeds derived from names, independent of any random numbers drawn before."""
 
 import hashlib
 from typing import Any

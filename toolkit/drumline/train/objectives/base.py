@@ -1,4 +1,4 @@
-"""What every objective is to engines, evaluation and verification."""
+"""The interface of all objectives, used by engines, evaluation and verification."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +17,8 @@ _NOT_INPUTS = {"targets", "weights"}
 class Sums:
     """Undivided sums over a micro-batch, each a float tensor [].
 
-    `loss` in nats, each sample's (or token's) times its weight. `metrics`: name -> (numerator, denominator),
-    such as right answers and answers; their quotient over all samples is what is reported.
+    `loss` in nats: each sample's (or token's) loss times its weight. `metrics`: name -> (numerator,
+    denominator), such as correct predictions and predictions; their ratio over all samples is reported.
     """
 
     loss: Tensor
@@ -26,11 +26,11 @@ class Sums:
 
 
 class Objective:
-    """What is minimised. Subclasses give `sums`.
+    """A loss to minimise. Subclasses implement `sums`.
 
     `metrics`: the names that `sums` returns, reported by evaluation as `eval/<name>`. `why_not_additive`:
-    empty where the loss of a batch is the sum of its samples' losses, which is what makes every split train
-    the same; else why it is not.
+    empty if the loss of a batch is the sum of its samples' losses, without which the split would change the
+    result; else the reason why it is not.
     """
 
     metrics: tuple[str, ...] = ()
@@ -39,15 +39,15 @@ class Objective:
     def sums(self, model: nn.Module, batch: Batch) -> Sums:
         """Run the model on a micro-batch and sum its losses.
 
-        `batch`: the arrays of the task's `collate` as tensors, and `weights`, float32 [n]: what one counted
-        token (or the one class) of each row weighs. A target of -100 must add exactly zero to every sum and
-        to every gradient: that is how a rank without a sample takes part.
+        `batch`: the arrays of the task's `collate` as tensors, and `weights`, float32 [n]: the weight of each
+        counted token (or of the class) of a row. A target of -100 must add exactly zero to every sum and
+        gradient, because a rank without a sample runs a dummy micro-batch of such targets.
         """
         raise NotImplementedError
 
 
 class ObjectiveModule(nn.Module):
-    """Model and objective as one module, so that DDP and FSDP wrap the whole forward.
+    """Model and objective in one module, so that DDP and FSDP wrap the whole forward.
 
     forward(batch) -> float [1 + 2·m]: the loss, then numerator and denominator of each of m metrics.
     """
@@ -75,5 +75,5 @@ def model_inputs(model: nn.Module, batch: Batch) -> Any:
 
 
 def at_least_fp32(logits: Tensor) -> Tensor:
-    """Narrow logits as fp32: their softmax needs it."""
+    """Cast fp16 and bf16 logits to fp32, which the softmax needs."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

@@ -1,4 +1,4 @@
-"""Cross-entropy, of every token or of one class a row."""
+"""Cross-entropy of every token, or of one class per row."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ from drumline.recipe.schema import Recipe
 from drumline.train.objectives.base import Batch, Objective, Sums, at_least_fp32, model_inputs
 
 
-def build_cross_entropy(recipe: Recipe) -> Objective:
-    """Of tokens or of classes, as the task's targets are."""
+def build(recipe: Recipe) -> Objective:
+    """Build the cross-entropy of tokens or of classes, by the targets of the recipe's task."""
     if recipe.data.facts.is_per_token:
         return TokenCrossEntropy(recipe.loss.chunked)
     return ClassCrossEntropy()
@@ -26,7 +26,7 @@ class TokenCrossEntropy(Objective):
         self._chunked = chunked
 
     def sums(self, model: nn.Module, batch: Batch) -> Sums:
-        """`targets`, int64 [n, L], are those of the model's logits [n, L, V]."""
+        """Sum the losses of `targets`, int64 [n, L], under the model's logits [n, L, V]."""
         if self._chunked:
             return Sums(_chunked_sum(model, batch))
         logits = model_inputs(model, batch).logits
@@ -34,12 +34,12 @@ class TokenCrossEntropy(Objective):
 
 
 class ClassCrossEntropy(Objective):
-    """Σ weight × cross-entropy of each row's class; reports the share of rows predicted right."""
+    """Σ weight × cross-entropy of each row's class; reports the accuracy."""
 
     metrics = ("accuracy",)
 
     def sums(self, model: nn.Module, batch: Batch) -> Sums:
-        """`targets`, int64 [n], are those of the model's logits [n, C]."""
+        """Sum the losses of `targets`, int64 [n], under the model's logits [n, C]."""
         output = model_inputs(model, batch)
         logits = at_least_fp32(output if isinstance(output, Tensor) else output.logits)
         targets, weights = batch["targets"], batch["weights"]
@@ -63,7 +63,7 @@ def token_loss_sum(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
 
 
 def _chunked_sum(model: Any, batch: Batch) -> Tensor:
-    """The same sum without ever holding all logits: recomputed chunk by chunk in the backward."""
+    """`token_loss_sum` over chunks of tokens, whose logits are recomputed in the backward."""
     hidden = model.base_model(input_ids=batch["input_ids"]).last_hidden_state
     head = model.get_output_embeddings()
     rows = max(1, CHUNK_TOKENS // hidden.shape[0])
