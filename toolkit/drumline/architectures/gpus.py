@@ -21,7 +21,7 @@ class Gpu:
 
     @property
     def is_cpu(self) -> bool:
-        """Whether processes run on the host."""
+        """Whether training runs on the CPU."""
         return self.name == "cpu"
 
 

@@ -12,10 +12,10 @@ class ModelShape:
     """Widths of a transformer; sizes are numbers of elements, not bytes.
 
     `family`: the structure of its layers. `ffn`: the feed-forward width, with `experts` that of one expert.
-    Each token is routed to `top_k` experts. `positions`: learned position embeddings, None if it has none.
-    `classes`: classes of a classifier, None for a language model. `patches`: patches per image, and
-    `patch_inputs` the numbers in one; 0 for text. `window`: the sliding window in tokens; longer rows give
-    attention a mask.
+    Each token is routed to `top_k` experts. `positions`: learned positions of a text model; None for rotary
+    ones, and for images, which have `patches` + 1. `classes`: classes of a classifier, None for a language
+    model. `patches`: patches per image, and `patch_inputs` the numbers in one; 0 for text. `window`: sliding
+    window in tokens; attention over longer rows is given a mask.
     """
 
     family: str
@@ -110,7 +110,7 @@ def layer_tensors(shape: ModelShape) -> Tensors:
 
 
 def outer_tensors(shape: ModelShape) -> Tensors:
-    """All weights outside the layers: embeddings, final norm and head."""
+    """All weights outside the layers: embeddings, norms, pooler and head."""
     h, classes = shape.hidden, shape.classes
     tensors: Tensors
     if shape.patches:

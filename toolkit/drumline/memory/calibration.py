@@ -90,7 +90,7 @@ def fit(pairs: Sequence[Pair]) -> Calibration:
 
 
 def _row(gpu: str, strategy: str, pairs: Sequence[Pair]) -> Row:
-    import statistics  # not on the path of a dry run
+    import statistics  # imported here to keep a dry run fast
 
     mine = [pair for pair in pairs if (pair.gpu, pair.strategy) == (gpu, strategy)]
     factors = {

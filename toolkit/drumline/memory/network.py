@@ -225,7 +225,7 @@ class Network:
             return self.run.linear(hidden, self.head, self.shape.vocabulary)
 
     def _class_loss(self, rows: Rows, hidden: Value) -> Value:
-        """The loss of a classifier; what follows the head is small, with one row of logits per sample."""
+        """The loss of a classifier; except in decoders, only one token per sample reaches the head."""
         ledger, run, shape = self.ledger, self.run, self.shape
         elements, width = hidden.elements, hidden.width
         if shape.family in ("gpt2", "llama"):  # classifies every token, then picks the last one

@@ -1,4 +1,4 @@
-"""A recording of all allocations and frees of a traced step, and the peaks derived from it. Pure."""
+"""A recording of all allocations and frees of a traced run, and the peaks derived from it. Pure."""
 
 from dataclasses import dataclass, field
 

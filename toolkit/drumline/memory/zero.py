@@ -11,7 +11,7 @@ BUCKET_ELEMENTS = 500_000_000
 """`reduce_bucket_size` and `allgather_bucket_size`; the buffers have this size for models of any size."""
 
 REUSED_ELEMENTS = 500_000_000
-"""Elements of gathered weights that stay allocated from the end of the forward to the backward, about."""
+"""Elements of gathered weights that stay allocated between forward and backward (approximate)."""
 
 PREFETCHED_ELEMENTS = 50_000_000
 """`stage3_prefetch_bucket_size`."""

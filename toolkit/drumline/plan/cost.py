@@ -10,7 +10,7 @@ from drumline.plan.model import Plan
 from drumline.recipe.precision import PRECISIONS
 
 UTILISATION = 0.4
-"""Model FLOPs utilisation of a well-tuned run (Chowdhery et al. 2022: 0.46 for PaLM)."""
+"""Share of the GPU's peak FLOP/s that a well-tuned run reaches (Chowdhery et al. 2022: 0.46 for PaLM)."""
 
 NODE_BYTES_PER_S = 150e9
 CLUSTER_BYTES_PER_S = 25e9

@@ -104,8 +104,8 @@ def is_laid_out(recipe: Recipe, gpus: int) -> bool:
 def layout(recipe: Recipe, split: Split) -> Mesh:
     """The mesh of a split.
 
-    Raises PlanError if the cluster section does not allow its number of GPUs, with the nearest number that
-    it allows and that divides the batch.
+    Raises PlanError if the cluster section does not allow its number of GPUs, with the nearest legal number
+    that divides the batch, if there is one.
     """
     if is_laid_out(recipe, split.gpus):
         return mesh_of(recipe, split.gpus)

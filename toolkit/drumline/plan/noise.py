@@ -41,7 +41,7 @@ class NoiseScale:
 
 
 def step_pair(groups: Sequence[float], whole: float, weight: float, samples: int) -> Pair | None:
-    """(S, |G|²) of one step, or None if it has a single group, so that S cannot be estimated.
+    """(S, |G|²) of one step, or None if S cannot be estimated: a single group, or values not finite.
 
     `groups`: Q, n and w; `whole`: F; `weight`: W; `samples`: number of samples in the step.
     """

@@ -29,7 +29,10 @@ class Cell:
 
 
 def sweep(plan: Plan, world: World) -> list[Cell]:
-    """Plan per_device × gpus × strategy × checkpointing; illegal combinations are left out."""
+    """Plan per_device × gpus × strategy × checkpointing.
+
+    Combinations that are illegal or whose memory is not known are left out.
+    """
     recipe = plan.recipe
     strategies = LAUNCHER_STRATEGIES[recipe.launch.launcher]
     cells = []
@@ -52,7 +55,10 @@ def sweep(plan: Plan, world: World) -> list[Cell]:
 
 
 def _gpu_counts(plan: Plan) -> Iterator[int]:
-    """The plan's number of GPUs times powers of two that divide the batch: the MOST_GPUS nearest."""
+    """The plan's number of GPUs, repeatedly doubled and halved (rounded down).
+
+    Only numbers that divide the effective batch; of these the MOST_GPUS nearest.
+    """
     batch = plan.batch
     counts = {batch.gpus}
     for step in range(1, MOST_GPUS):

@@ -19,7 +19,7 @@ def close_run(folder: RunFolder, say: Callable[[str], None]) -> None:
         last = last_step_line(folder.metrics_file) or {"step": 0}
         steps = (line for line in iterate_metrics(folder.metrics_file) if line["kind"] == Kind.STEP)
         folder.write_recipe(record["recipe"], facts_comment(record, steps, last["step"]))
-        folder.note(weights=weights)  # last: a record that has them is complete
+        folder.note(weights=weights)  # last, because it marks the record as complete
     except (OSError, IndexError, CheckpointError) as error:
         say(f"{folder.path}: its record lacks the final weights: {error}")
 

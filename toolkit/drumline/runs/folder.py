@@ -156,7 +156,7 @@ def _lock(descriptor: int, kind: int) -> bool:
 
 
 def check_new(run_dir: Path) -> None:
-    """RunFolderError unless the folder is new or empty."""
+    """Raise RunFolderError unless the folder is new or empty."""
     for parent in run_dir.parents:
         if parent.exists() and not parent.is_dir():
             raise RunFolderError(f"--run-dir {run_dir}: {parent} is a file, not a folder")
