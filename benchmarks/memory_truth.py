@@ -26,7 +26,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "toolkit"), str(ROOT / "launchers")]  # also where drumline is not installed
+sys.path[:0] = [
+    str(ROOT / "toolkit"),
+    str(ROOT / "launchers"),
+]  # also where drumline is not installed
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as workers do
 os.environ.setdefault("DRUMLINE_CACHE", str(Path(tempfile.gettempdir()) / "drumline-truth"))
 

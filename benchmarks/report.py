@@ -20,7 +20,7 @@ sys.path[:0] = [
     str(ROOT / "tests/runs"),
 ]
 
-from logged_runs import make_run, step_line, write_lines  # noqa: E402
+from logged_runs import make_run, step_line, write_lines
 
 STEPS = 100_000
 ROUNDS = 5

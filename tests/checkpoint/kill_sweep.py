@@ -21,7 +21,7 @@ import torch
 from savers import SHAPES, one_saver, pieces, save, tensors
 from torch.distributed import FileStore
 
-from drumline.checkpoint import retention as shelf
+from drumline.checkpoint import retention
 from drumline.checkpoint.state import TrainState
 from drumline.recipe.schema import Checkpoint
 from drumline.train import loader, saver
@@ -119,8 +119,8 @@ def next_start(folder: Path) -> dict[str, Any]:
     """What a next attempt does: clear away, load the newest sound one, save step 2 (again)."""
     said: list[str] = []
     try:
-        shelf.remove_abandoned(folder)
-        found = shelf.newest_sound(folder, said.append)
+        retention.remove_abandoned(folder)
+        found = retention.newest_sound(folder, said.append)
         assert found
         path, state = found
         empty = {name: TensorShard(torch.full_like(tensor, 9.0), tuple(tensor.shape), 0, True)

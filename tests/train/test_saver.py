@@ -12,8 +12,7 @@ import pytest
 import torch
 from savers import one_saver, pieces, save, tensors, try_to_save
 
-from drumline.checkpoint import manifest
-from drumline.checkpoint import retention as shelf
+from drumline.checkpoint import manifest, retention
 from drumline.checkpoint.manifest import step_of, verify
 from drumline.checkpoint.state import TrainState
 from drumline.errors import CheckpointError
@@ -72,7 +71,7 @@ def test_a_second_save_waits_and_reuses_the_one_host_copy(tmp_path: Path) -> Non
             assert verify(tmp_path / f"step-0000000{step - 1}").step == step - 1
     ours.wait()
     assert len(where) == 1
-    assert [step_of(path) for path in shelf.find_checkpoints(tmp_path)] == [1, 2, 3]
+    assert [step_of(path) for path in retention.find_checkpoints(tmp_path)] == [1, 2, 3]
 
 
 def test_a_synchronous_save_copies_nothing(tmp_path: Path) -> None:
@@ -95,7 +94,7 @@ def test_retention_keeps_the_last_the_best_and_the_milestones(tmp_path: Path) ->
             state.metric = metric
             ours.save(pieces(tensors(step), 0, 1, False), state)
             ours.wait()
-        kept = [step_of(path) for path in shelf.find_checkpoints(folder)]
+        kept = [step_of(path) for path in retention.find_checkpoints(folder)]
         assert kept == sorted({best, 4, 6, 7})
         assert not list(folder.glob(".*"))
 
@@ -128,7 +127,7 @@ def test_one_ranks_error_is_every_ranks(
     errors = try_to_save(tmp_path / "c", 2)
     words = f"{tmp_path}/c/step-00000002: rank {broken} cannot write: No space left on device"
     assert [str(error) for error in errors] == [words, words]
-    found = shelf.newest_sound(tmp_path / "c", lambda line: None)
+    found = retention.newest_sound(tmp_path / "c", lambda line: None)
     assert found
     assert found[1].step == 1
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["step-00000001"]
@@ -190,8 +189,8 @@ def test_a_half_saved_and_a_half_deleted_one_are_removed(tmp_path: Path) -> None
     for name in (".step-00000002.tmp", ".step-00000003.deleted.tmp"):
         (tmp_path / "c" / name).mkdir()
         (tmp_path / "c" / name / "rank-0.json").write_text("{}")
-    assert shelf.find_checkpoints(tmp_path / "c") == [good]
-    shelf.remove_abandoned(tmp_path / "c")
+    assert retention.find_checkpoints(tmp_path / "c") == [good]
+    retention.remove_abandoned(tmp_path / "c")
     assert os.listdir(tmp_path / "c") == ["step-00000001"]
 
 
@@ -231,7 +230,7 @@ def test_the_best_is_the_best_of_those_that_exist(tmp_path: Path) -> None:
         state.metric = metric
         ours.save(pieces(tensors(step), 0, 1, False), state)
     ours.wait()
-    assert [step_of(path) for path in shelf.find_checkpoints(tmp_path)] == [2, 3]
+    assert [step_of(path) for path in retention.find_checkpoints(tmp_path)] == [2, 3]
 
 
 def test_an_amended_state_counts_and_is_covered(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from drumline_launchers.node import node_number
 def attend_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     nodes: Annotated[
-        int | None, typer.Option("--nodes", min=1, help="Without Slurm: how many nodes attend.")
+        int | None, typer.Option("--nodes", min=1, help="Without Slurm: the number of nodes.")
     ] = None,
     source: Annotated[
         Path | None,

@@ -31,7 +31,11 @@ def calibrate_command(
     before = errors(pairs, Calibration())
     unseen = len(pairs) >= ENOUGH
     after = errors_left_out(pairs) if unseen else errors(pairs, table)
-    words = "by a table made without the run" if unseen else "on the same runs: no proof"
+    words = (
+        "by a table made without the run"
+        if unseen
+        else "on the same runs, so not an independent test"
+    )
     print(f"{len(pairs)} attempts; predicted / measured - 1, median and worst; after: {words}")
     for name in TOTALS:
         print(f"  {name:<10} before {_shown(before[name])}   after {_shown(after[name])}")

@@ -41,7 +41,10 @@ def doctor_command(
     ratio: Annotated[
         float,
         typer.Option(
-            "--ratio", min=0.01, max=0.99, help="A node below so much of the others is slow."
+            "--ratio",
+            min=0.01,
+            max=0.99,
+            help="A node below this share of the others' median is slow.",
         ),
     ] = SLOW_NODE_RATIO,
     as_json: AsJson = False,

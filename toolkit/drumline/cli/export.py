@@ -21,7 +21,7 @@ def export_command(
     """Write a checkpoint's model as config.json and safetensors, from any engine and split."""
     folder = open_run(run)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunFolderError(f"{target}: is not an empty folder. Nearest: another one")
+        raise RunFolderError(f"{target} is not an empty folder. Nearest: another folder")
     plan = folder.latest_plan()
     path = _best(folder) if best else _newest(folder)
     from drumline.data.dataset_manifest import read_dataset_manifest

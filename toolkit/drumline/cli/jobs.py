@@ -63,7 +63,7 @@ def status_command(run: RunFolderArgument, as_json: AsJson = False) -> None:
 def logs_command(
     run: RunFolderArgument,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the run ends.")] = False,
-    rank: Annotated[int, typer.Option("--rank", min=0, help="Whose.")] = 0,
+    rank: Annotated[int, typer.Option("--rank", min=0, help="The rank whose log to print.")] = 0,
 ) -> None:
     """Print the job's log (without a job: the metrics), and the newest attempt's launcher and rank log."""
     folder = open_run(run)
@@ -117,7 +117,9 @@ def _shown(attempt: dict[str, Any]) -> dict[str, Any]:
 def _job_facts(entry: dict[str, Any]) -> dict[str, Any]:
     found = job_state(entry)
     if found is None:
-        found = JobState("unknown", "its scheduler has forgotten it, or is not here", "", "none")
+        found = JobState(
+            "unknown", "its scheduler lists it no more, or is out of reach from here", "", "none"
+        )
     return {**entry, **dataclasses.asdict(found)}
 
 

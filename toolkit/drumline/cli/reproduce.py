@@ -59,7 +59,7 @@ def reproduce_command(
         bool, typer.Option("--trust-code", help="Run the Python that the record names.")
     ] = False,
     changed_data: Annotated[
-        bool, typer.Option("--changed-data", help="Go on although the data are other ones.")
+        bool, typer.Option("--changed-data", help="Continue although the data have changed.")
     ] = False,
     tolerance: Tolerance = TOLERANCE,
     force: Force = False,
@@ -72,9 +72,7 @@ def reproduce_command(
     logged = read_logged(what)
     recipe = _recorded_recipe(logged)
     if code and not trust_code:
-        raise RecipeError(
-            "--code restores Python out of a record, to run it: it needs --trust-code"
-        )
+        raise RecipeError("--code runs Python restored from the record, so it needs --trust-code")
     if run_dir is not None:
         run_folder.check_new(run_dir)
     recipe = _adapted(recipe, overrides)

@@ -21,6 +21,7 @@ from drumline.session.planning import make_plan, needs_data
 from drumline.session.prepare import prepare_data
 from drumline.session.show import plan_table
 from drumline.session.submit import (
+    MANIFESTS,
     SCRIPT,
     check_fewest,
     dry_text,
@@ -39,7 +40,7 @@ def submit_command(
     site: Annotated[Path | None, typer.Option("--site", help="A file about the cluster.")] = None,
     run_dir: Annotated[Path | None, typer.Option("--run-dir", help="New or empty.")] = None,
     chain: Annotated[
-        int, typer.Option("--chain", min=1, help="So many jobs, each after the one before.")
+        int, typer.Option("--chain", min=1, help="N jobs, each after the one before.")
     ] = 1,
     preflight: Annotated[
         bool, typer.Option("--preflight", help="Slurm: measure the nodes' links before training.")
@@ -77,15 +78,15 @@ def submit_command(
         return
     print(plan_table(plan), file=sys.stderr)
     folder, jobs = submit_all(plan, place, run_dir, to, secrets, chain, hold)
-    _tell(folder, jobs, as_json)
+    _tell(folder, jobs, MANIFESTS if to == "kubernetes" else SCRIPT, as_json)
 
 
-def _tell(folder: RunFolder, jobs: list[str], as_json: bool) -> None:
+def _tell(folder: RunFolder, jobs: list[str], file: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"run": str(folder.path), "jobs": jobs}))
         return
     shown = shlex.quote(str(folder.path))
-    print(f"job {', '.join(jobs)}, script {shown}/{SCRIPT}")
+    print(f"job {', '.join(jobs)}, script {shown}/{file}")
     print(f"the folder must be on a file system that all nodes see: {shown}", file=sys.stderr)
     print(f"next  drumline status {shown}, drumline logs -f {shown}", file=sys.stderr)
 

@@ -46,10 +46,10 @@ def sweep_command(
     to: Annotated[str, typer.Option("--to", help="local or slurm")] = "local",
     site: Annotated[Path | None, typer.Option("--site", help="A file about the cluster.")] = None,
     folder: Annotated[
-        Path | None, typer.Option("--folder", help="Of its runs: new or empty.")
+        Path | None, typer.Option("--folder", help="Folder of the runs, new or empty.")
     ] = None,
     at_most: Annotated[
-        int | None, typer.Option("--at-most", min=1, help="Slurm: so many of them at a time.")
+        int | None, typer.Option("--at-most", min=1, help="Slurm: at most N jobs run at once.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the combinations.")] = False,
     as_json: AsJson = False,
@@ -57,7 +57,7 @@ def sweep_command(
     """Train every combination of the listed values; each is planned before the first starts."""
     combinations = combine(values)
     if at_most is not None and to != "slurm":
-        raise LaunchError("--at-most: here runs go one after the other anyway. Nearest: --to slurm")
+        raise LaunchError("--at-most: a local sweep runs one at a time. Nearest: --to slurm")
     if to not in ("local", "slurm"):
         raise LaunchError(f"--to {to}: choose from local, slurm")
     place = load_site(site) if site else validate_site({"site": "default"}, "default site")
@@ -165,7 +165,7 @@ def _check_one_size(plans: list[Plan]) -> None:
     sizes = sorted({_size_words(plan) for plan in plans})
     if len(sizes) > 1:
         raise PlanError(
-            f"sweep: its runs want {', '.join(sizes)}, and an array has one size. "
+            f"sweep: its runs need {', '.join(sizes)}, and all jobs of an array have one size. "
             "Nearest: the same batch.gpus and cluster.nodes in all, or --to local"
         )
 

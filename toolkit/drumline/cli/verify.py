@@ -27,7 +27,9 @@ def verify_command(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     gpus: Gpus = None,
-    layers: Annotated[int | None, typer.Option("--layers", min=1, help="Only so many.")] = None,
+    layers: Annotated[
+        int | None, typer.Option("--layers", min=1, help="Only the first N layers.")
+    ] = None,
     bitwise: Annotated[
         bool, typer.Option("--bitwise", help="One gradient per sample; SHA-256 of the weights.")
     ] = False,

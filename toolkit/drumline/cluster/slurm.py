@@ -158,7 +158,7 @@ def _run(*command: str, where: Path | None = None) -> subprocess.CompletedProces
 def _words(done: subprocess.CompletedProcess[str]) -> str:
     """The command's error message, with a hint on what to do."""
     lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or [
-        "no word of why"
+        "it printed no error"
     ]
     errors = [line.partition("error: ")[2] for line in lines if "error: " in line]
     text = errors[-1] if errors else lines[0].partition(": ")[2] or lines[0]

@@ -88,7 +88,7 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
     recipe_sha256, training_sha256 = ("", "") if is_candidate else identity.hashes(resolved)
     warnings += world.problems
     if recipe.model.compile and memory.method != "unknown":
-        warnings.append("memory is estimated without torch.compile, which keeps less alive")
+        warnings.append("memory is estimated without torch.compile, which stores fewer activations")
     if memory.method == "unknown":
         warnings.append(f"{UNKNOWN_MEMORY}: {memory.why}. Nearest: `drumline plan --trace`")
     return Plan(

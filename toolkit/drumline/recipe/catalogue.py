@@ -23,7 +23,9 @@ def find(where: str) -> Path:
     """Return the file of a path or of a shipped recipe's name; RecipeError if there is none."""
     path = Path(where)
     if len(path.name) > _LONGEST_NAME:
-        raise RecipeError(f"{where[:40]}…: {len(path.name)} characters are no file's name")
+        raise RecipeError(
+            f"{where[:40]}…: {len(path.name)} characters are too many for a file name"
+        )
     if path.is_file():
         return path
     if path.is_dir() and (path / "recipe.yaml").is_file():

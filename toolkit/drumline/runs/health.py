@@ -10,7 +10,7 @@ from typing import Any, Literal
 from drumline.checkpoint.manifest import verify
 from drumline.checkpoint.retention import find_checkpoints
 from drumline.errors import CheckpointError
-from drumline.metrics_file import is_torn, last_line
+from drumline.metrics_file import is_torn, last_step_line
 from drumline.runs.folder import RunFolder
 from drumline.units import format_bytes
 
@@ -100,8 +100,8 @@ def _checkpoints(folder: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def _metrics(path: Path) -> tuple[bool, int]:
-    """Whether the last line is torn, and the step of the last complete line."""
-    line = last_line(path, lambda line: True)
+    """Whether the last line is torn, and the step of the last complete step line."""
+    line = last_step_line(path)
     return is_torn(path), line["step"] if line else 0
 
 

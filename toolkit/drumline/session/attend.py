@@ -108,7 +108,7 @@ def _survive(plan: Plan, folder: RunFolder, allocation: Allocation) -> tuple[Pla
     if smaller is None:
         return None, f"{words}; the job asks Slurm for others"
     if refused := slurm.keep_only(allocation.job, left):
-        print(f"{', '.join(lost)} still counts as the job's: {refused}", file=sys.stderr)
+        print(f"{', '.join(lost)} could not be released from the job: {refused}", file=sys.stderr)
     return smaller, f"{words}; goes on with {_some(smaller.batch.nodes, left)}"
 
 
@@ -158,7 +158,7 @@ def _refuse_another_training(folder: RunFolder, plan: Plan) -> None:
     ):
         if was != now:
             raise RunFolderError(
-                f"{folder.path}: {name} was {was} when it was submitted, is {now} now"
+                f"{folder.path}: {name} changed since the job was submitted: {was} then, {now} now"
             )
 
 
@@ -166,7 +166,7 @@ def _allocation() -> Allocation:
     environment = os.environ
     if not {"SLURM_JOB_ID", "SLURM_JOB_NODELIST"} <= environment.keys():
         raise LaunchError(
-            "attend is for inside a Slurm job. Nearest: drumline submit, or drumline resume"
+            "attend without --nodes runs in a Slurm job only. Nearest: drumline submit, or drumline resume"
         )
     return Allocation(
         job=environment["SLURM_JOB_ID"],

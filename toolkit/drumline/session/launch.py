@@ -63,8 +63,8 @@ def show_command(plan: Plan, run_dir: Path | None, node: Node, as_json: bool) ->
     """Print what `--dry-run` shows: shell commands to paste, or the command as JSON."""
     if plan.data.cache is None:
         print(
-            "the data are not prepared, so this would not train yet: `drumline prepare` first, and "
-            "print it again",
+            "the data are not prepared, so this would not train yet: run `drumline prepare`, then "
+            "repeat --dry-run",
             file=sys.stderr,
         )
     folder = RunFolder((run_dir or Path("runs") / f"{plan.recipe.recipe}-N").absolute())

@@ -110,7 +110,7 @@ def _take_part(folder: RunFolder, number: int, node: int) -> None:
     """Run this node's launcher until it exits; kill it `_GRACE_S` after the attempt has ended."""
     plan = read_plan(folder.plan_file(number).read_text(encoding="utf-8"))
     if node >= plan.batch.nodes:
-        print(f"attempt {number} leaves node {node} idle", flush=True)
+        print(f"attempt {number} does not use node {node}", flush=True)
         return
     meet = _object(folder.logs(number) / _MEET)
     assert meet

@@ -56,7 +56,9 @@ def traced(plan: Plan) -> Plan:
     memory = traced_facts(rehearse(plan, manifest), plan, find_gpu(plan.recipe.cluster.gpu))
     told = [warning for warning in plan.warnings if not warning.startswith(UNKNOWN_MEMORY)]
     if plan.recipe.model.compile:
-        told.append("traced without torch.compile, which fuses operations and keeps less alive")
+        told.append(
+            "traced without torch.compile, which fuses operations and stores fewer activations"
+        )
     return dataclasses.replace(plan, memory=memory, warnings=told, advice=[])
 
 

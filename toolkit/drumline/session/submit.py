@@ -27,7 +27,7 @@ from drumline_launchers.site import Site
 from drumline_launchers.skypilot import render_task
 from drumline_launchers.slurm import Batch, render_script
 
-SCRIPT = "job.sh"
+SCRIPT, MANIFESTS = "job.sh", "manifests.yaml"
 
 SITE = "site.yaml"
 
@@ -148,12 +148,12 @@ def _apply(plan: Plan, site: Site, folder: RunFolder) -> str:
     name = folder.path.name
     manifests = _manifests(plan, site, name, folder.read_record())
     text = _manifest_text(manifests)
-    write_text(folder.path / "manifests.yaml", text)
+    write_text(folder.path / MANIFESTS, text)
     command = ["kubectl", "apply", "-f", "-"]
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     if done.returncode:
         raise LaunchError(
-            f"kubectl apply: {(done.stderr.strip() or 'no word of why').splitlines()[-1]}"
+            f"kubectl apply: {(done.stderr.strip() or 'it printed no error').splitlines()[-1]}"
         )
     kind, meta = manifests[-1]["kind"].lower(), manifests[-1]["metadata"]
     entry = {"target": "kubernetes", "id": f"{kind}/{meta['name']}", "namespace": meta["namespace"]}

@@ -24,7 +24,7 @@ def sweep_table(cells: list[Cell]) -> str:
         texts = ["" if cell is None else _text(cell) for cell in found]
         line = "  ".join(f"{text:>{width}}" for text, width in zip(texts, widths, strict=True))
         rows.append(f"{gpus:>5} {b:>10}  {line}")
-    return "\n".join([*rows, "(up to so much per rank; ! does not fit)"])
+    return "\n".join([*rows, "(upper estimate of memory per rank; ! does not fit)"])
 
 
 def _text(cell: Cell) -> str:

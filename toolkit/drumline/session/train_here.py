@@ -74,6 +74,6 @@ def _smaller_plan(plan: Plan) -> Plan | None:
 def _advice_words(plan: Plan) -> str:
     """Say what could make the plan fit, after it ran out of memory at per_device 1."""
     changes = with_advice(plan, read_world(plan.recipe)).advice
-    head = "batch.per_device is 1 already, so a smaller micro-batch is no way out. Nearest:"
+    head = "batch.per_device is 1 already and cannot be made smaller. Nearest:"
     lines = [f"  {change_words(item.change)}   {item.why}" for item in changes]
     return "\n".join([head, *lines]) if lines else f"{head} a GPU with more memory"

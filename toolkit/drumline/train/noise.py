@@ -51,7 +51,8 @@ class HookMeter:
         self._factor = self._groups = self._weight = 0.0
         self._q = torch.zeros((), device=engine.device)
         for parameter in engine.module.parameters():
-            parameter.register_hook(self._add)
+            if parameter.requires_grad:
+                parameter.register_hook(self._add)
 
     def before(self, micro_batch: MicroBatch, step: Step) -> None:
         """Set the factor of the squared norms: backward runs on the loss × G·scale/W."""

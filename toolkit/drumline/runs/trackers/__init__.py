@@ -63,16 +63,16 @@ class Trackers:
 
     def look(self) -> None:
         """Drop trackers that have ended or hang; takes a few microseconds."""
-        for name, (process, beat, log) in list(self._running.items()):
+        for name, (process, heartbeat, log) in list(self._running.items()):
             if process.poll() is not None:
                 self._drop(name, _last_line(log) or f"it ended with code {process.returncode}")
-            elif time.time() - _mtime(beat) > HANG_S:
+            elif time.time() - _mtime(heartbeat) > HANG_S:
                 self._drop(name, f"it has not moved for {HANG_S:.0f} s")
 
     def finish(self) -> None:
         """Let the trackers send the rest; those that take longer than `LEAVE_S` are dropped."""
-        for _, beat, _ in self._running.values():
-            over_file(beat).touch()
+        for _, heartbeat, _ in self._running.values():
+            over_file(heartbeat).touch()
         deadline = time.monotonic() + LEAVE_S
         for name, (process, _, log) in list(self._running.items()):
             try:
@@ -87,9 +87,9 @@ class Trackers:
     def _start(self, folder: RunFolder, name: str) -> None:
         place = folder.path / "trackers"
         place.mkdir(exist_ok=True)
-        beat, log = place / f"{name}.beat", place / f"{name}.log"
-        beat.touch()
-        over_file(beat).unlink(missing_ok=True)
+        heartbeat, log = place / f"{name}.heartbeat", place / f"{name}.log"
+        heartbeat.touch()
+        over_file(heartbeat).unlink(missing_ok=True)
         env = {
             **os.environ,
             "PYTHONPATH": python_path(os.environ),
@@ -112,7 +112,7 @@ class Trackers:
                 stderr=file,
                 start_new_session=True,
             )
-        self._running[name] = (process, beat, log)
+        self._running[name] = (process, heartbeat, log)
 
     def _drop(self, name: str, why: str) -> None:
         process, _, log = self._running.pop(name)
@@ -122,9 +122,9 @@ class Trackers:
         self._say(f"{name} is dropped: {why} (metrics.jsonl has every step; see {log})")
 
 
-def over_file(beat: Path) -> Path:
+def over_file(heartbeat: Path) -> Path:
     """Path of the file that tells a tracker that the run has ended."""
-    return beat.with_suffix(".over")
+    return heartbeat.with_suffix(".over")
 
 
 def _mtime(path: Path) -> float:

@@ -98,17 +98,19 @@ def follow(name: str, folder: RunFolder) -> None:
         signal.signal(number, signal.SIG_IGN)
     supervisor = Process.parse(os.environ.get("DRUMLINE_SUPERVISOR", ""))
     place = folder.path / "trackers"
-    beat = place / f"{name}.beat"
+    heartbeat = place / f"{name}.heartbeat"
     tail, sent = MetricsTail(folder.metrics_file), Sent(place / f"{name}.sent")
     module, _, kind = TRACKERS[name].partition(":")
     tracker: Tracker = getattr(import_module(module), kind)(folder)
     while True:
-        is_last = over_file(beat).exists() or (supervisor is not None and not supervisor.is_alive)
+        is_last = over_file(heartbeat).exists() or (
+            supervisor is not None and not supervisor.is_alive
+        )
         for line in tail.new_lines():
             if sent.is_new(line):
                 tracker.log(line)
         sent.flush()
-        beat.touch()
+        heartbeat.touch()
         if is_last:
             break
         time.sleep(_POLL_S)
