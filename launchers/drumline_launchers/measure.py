@@ -10,15 +10,15 @@ from pathlib import Path
 
 from drumline_launchers.base import WORKER_ENVIRONMENT
 from drumline_launchers.node import node_number
-from drumline_launchers.torchrun import Meeting, meet
+from drumline_launchers.torchrun import Rendezvous, torchrun_command
 
 
 def measure_command(
     python: list[str], nodes: int, ranks: int, host: str, port: int, out: Path
 ) -> list[str]:
     """Return the command that every node runs, the same on each; `python` starts Python there."""
-    place = ["--nodes", str(nodes), "--ranks", str(ranks), "--host", host, "--port", str(port)]
-    return [*python, "-P", "-m", "drumline_launchers.measure", *place, "--out", str(out)]
+    shape = ["--nodes", str(nodes), "--ranks", str(ranks), "--host", host, "--port", str(port)]
+    return [*python, "-P", "-m", "drumline_launchers.measure", *shape, "--out", str(out)]
 
 
 def main() -> None:
@@ -31,11 +31,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     number = node_number(os.environ) if given.nodes > 1 else 0
-    place = Meeting(
+    rendezvous = Rendezvous(
         given.host, given.port, f"measure-{given.port}", number, os.environ.get("SLURMD_NODENAME")
     )
     argv = [
-        *meet(sys.executable, given.nodes, given.ranks, place),
+        *torchrun_command(sys.executable, given.nodes, given.ranks, rendezvous),
         "-m",
         "drumline.train.bandwidth",
     ]

@@ -11,12 +11,12 @@ from drumline_launchers.base import (
     worker_arguments,
 )
 
-PATIENCE_S = 600
+JOIN_TIMEOUT_S = 600
 """Rendezvous timeouts: the default read_timeout, 60 s, is short for nodes on a shared, slow disk."""
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Rendezvous:
     """A rendezvous: host, port and id (`name`), with this node's rank and its own `address`."""
 
     host: str
@@ -29,30 +29,30 @@ class Meeting:
 def render(plan: Plan, job: Job) -> Command:
     """Render `python -m torch.distributed.run` for this node's ranks."""
     name = f"{job.run_folder.name}-{job.attempt}"
-    place = Meeting(job.host, job.port, name, job.node_rank, job.address)
-    start = meet(job.python, plan.batch.nodes, plan.mesh.ranks_per_node, place)
+    rendezvous = Rendezvous(job.host, job.port, name, job.node_rank, job.address)
+    start = torchrun_command(job.python, plan.batch.nodes, plan.mesh.ranks_per_node, rendezvous)
     return Command([*start, "-m", *worker_arguments(job)], WORKER_ENVIRONMENT)
 
 
-def meet(python: str, nodes: int, ranks: int, place: Meeting) -> list[str]:
+def torchrun_command(python: str, nodes: int, ranks: int, rendezvous: Rendezvous) -> list[str]:
     """Return `python -m torch.distributed.run` with its options: `nodes` nodes, `ranks` processes on each."""
     return [
         *start_module(python, "torch.distributed.run"),
         f"--nnodes={nodes}",
-        f"--node-rank={place.node_rank}",
+        f"--node-rank={rendezvous.node_rank}",
         f"--nproc-per-node={ranks}",
         "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={place.host}:{place.port}",
-        f"--rdzv-id={place.name}",
+        f"--rdzv-endpoint={rendezvous.host}:{rendezvous.port}",
+        f"--rdzv-id={rendezvous.name}",
         "--max-restarts=0",
-        *_address(place),
+        *_address(rendezvous),
     ]
 
 
-def _address(place: Meeting) -> list[str]:
+def _address(rendezvous: Rendezvous) -> list[str]:
     """Return rendezvous options; with an own address, `is_host` says whether this node hosts the store."""
-    conf = f"--rdzv-conf=join_timeout={PATIENCE_S},read_timeout={PATIENCE_S}"
-    if place.address is None:
+    conf = f"--rdzv-conf=join_timeout={JOIN_TIMEOUT_S},read_timeout={JOIN_TIMEOUT_S}"
+    if rendezvous.address is None:
         return [conf]
-    hosts = "true" if place.node_rank == 0 else "false"
-    return [f"--local-addr={place.address}", f"{conf},is_host={hosts}"]
+    hosts = "true" if rendezvous.node_rank == 0 else "false"
+    return [f"--local-addr={rendezvous.address}", f"{conf},is_host={hosts}"]

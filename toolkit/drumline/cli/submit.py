@@ -25,7 +25,7 @@ from drumline.session.submit import (
     SCRIPT,
     check_fewest,
     dry_text,
-    read_place,
+    read_site,
     refuse_without,
     submit_all,
 )
@@ -37,7 +37,9 @@ def submit_command(
     to: Annotated[
         str, typer.Option("--to", help="slurm, kubernetes, or skypilot (--dry-run only).")
     ] = "slurm",
-    site: Annotated[Path | None, typer.Option("--site", help="A file about the cluster.")] = None,
+    site_file: Annotated[
+        Path | None, typer.Option("--site", help="A file about the cluster.")
+    ] = None,
     run_dir: Annotated[Path | None, typer.Option("--run-dir", help="New or empty.")] = None,
     chain: Annotated[
         int, typer.Option("--chain", min=1, help="N jobs, each after the one before.")
@@ -57,11 +59,11 @@ def submit_command(
         raise LaunchError(f"--to {to}: choose from slurm, kubernetes, skypilot")
     if to == "skypilot" and not dry_run:
         raise LaunchError("--to skypilot: only with --dry-run; give its output to `sky launch`")
-    place = read_place(site, preflight, to)
-    loaded = on_site(load_recipe(recipe, overrides), place)
+    site = read_site(site_file, preflight, to)
+    loaded = on_site(load_recipe(recipe, overrides), site)
     secrets = Secrets(os.environ)
     refuse_secrets(loaded, secrets)
-    refuse_secrets(place, secrets)
+    refuse_secrets(site, secrets)
     if run_dir is not None:
         run_folder.check_new(run_dir)
     if not dry_run:
@@ -74,10 +76,10 @@ def submit_command(
     if to == "slurm":
         check_fewest(plan, force, as_json)
     if dry_run:
-        print(dry_text(to, plan, place, run_dir, secrets), end="")
+        print(dry_text(to, plan, site, run_dir, secrets), end="")
         return
     print(plan_table(plan), file=sys.stderr)
-    folder, jobs = submit_all(plan, place, run_dir, to, secrets, chain, hold)
+    folder, jobs = submit_all(plan, site, run_dir, to, secrets, chain, hold)
     _tell(folder, jobs, MANIFESTS if to == "kubernetes" else SCRIPT, as_json)
 
 

@@ -44,7 +44,9 @@ def sweep_command(
         typer.Argument(metavar="key=a,b…", help="optimizer.lr=1e-4,3e-4 batch.effective=64,128"),
     ],
     to: Annotated[str, typer.Option("--to", help="local or slurm")] = "local",
-    site: Annotated[Path | None, typer.Option("--site", help="A file about the cluster.")] = None,
+    site_file: Annotated[
+        Path | None, typer.Option("--site", help="A file about the cluster.")
+    ] = None,
     folder: Annotated[
         Path | None, typer.Option("--folder", help="Folder of the runs, new or empty.")
     ] = None,
@@ -60,23 +62,23 @@ def sweep_command(
         raise LaunchError("--at-most: a local sweep runs one at a time. Nearest: --to slurm")
     if to not in ("local", "slurm"):
         raise LaunchError(f"--to {to}: choose from local, slurm")
-    place = load_site(site) if site else validate_site({"site": "default"}, "default site")
-    plans = [_planned(recipe, overrides, place, to, dry_run) for overrides in combinations]
+    site = load_site(site_file) if site_file else validate_site({"site": "default"}, "default site")
+    plans = [_planned(recipe, overrides, site, to, dry_run) for overrides in combinations]
     if to == "slurm":
-        refuse_secrets(place, Secrets(os.environ))
+        refuse_secrets(site, Secrets(os.environ))
         _check_one_size(plans)
     if dry_run:
         for overrides, plan in zip(combinations, plans, strict=True):
             print(f"{shlex.join(overrides)}   {plan.batch.split}, {plan.steps.total:,} steps")
         return
-    base = (folder or _next_folder(runs_of(place), plans[0].recipe.recipe)).absolute()
+    base = (folder or _next_folder(runs_of(site), plans[0].recipe.recipe)).absolute()
     run_folder.check_new(base)
     base.mkdir(parents=True, exist_ok=True)
     names = [f"{number:03d}" for number in range(len(plans))]
     write_json(base / "sweep.json", dict(zip(names, combinations, strict=True)))
     if to == "slurm":
         try:
-            facts = _as_array(base, names, plans, place, at_most)
+            facts = _as_array(base, names, plans, site, at_most)
         except BaseException:
             shutil.rmtree(base, ignore_errors=True)
             raise

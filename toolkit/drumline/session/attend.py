@@ -36,15 +36,15 @@ class Allocation:
 
 def supervise_in_slurm(folder: RunFolder) -> int:
     """Supervise the run inside a Slurm job, through srun on its nodes; return the exit code."""
-    place = load_site(folder.path / SITE)
+    site = load_site(folder.path / SITE)
     allocation = _allocation()
     listed = ",".join(allocation.hosts)
-    remark = _preflight(folder, place, allocation) if place.preflight else ""
+    remark = _preflight(folder, site, allocation) if site.preflight else ""
     return _supervise(
         folder,
         allocation.hosts,
         f"in job {allocation.job} on {listed}{remark}",
-        lambda p, n, until: _render(p, n, until, folder, place, allocation),
+        lambda p, n, until: _render(p, n, until, folder, site, allocation),
         lambda plan: _survive(plan, folder, allocation),
     )
 

@@ -31,7 +31,7 @@ _POLL_S = 0.5
 _GRACE_S = 15.0
 _FRESH_S = 60.0
 """Seconds in which a follower without an attempt ignores an end file, which may be an earlier start's."""
-_MEET = "meet.json"
+_RENDEZVOUS = "rendezvous.json"
 _OVER = "attend-over.json"
 
 
@@ -77,7 +77,7 @@ def render_first(plan: Plan, number: int, folder: RunFolder, until: int | None) 
     """Write the attempt's rendezvous for the other nodes, and render the first node's launcher."""
     host = os.environ.get("POD_IP") or socket.gethostbyname(socket.gethostname())
     port = free_port()
-    write_json(folder.logs(number) / _MEET, {"host": host, "port": port, "until": until})
+    write_json(folder.logs(number) / _RENDEZVOUS, {"host": host, "port": port, "until": until})
     command = _launcher(plan, number, folder, 0, {"host": host, "port": port, "until": until})
     return Command(command.argv, command.env, command.files, is_remote=plan.batch.nodes > 1)
 
@@ -112,9 +112,9 @@ def _take_part(folder: RunFolder, number: int, node: int) -> None:
     if node >= plan.batch.nodes:
         print(f"attempt {number} does not use node {node}", flush=True)
         return
-    meet = _object(folder.logs(number) / _MEET)
-    assert meet
-    command = _launcher(plan, number, folder, node, meet)
+    rendezvous = _object(folder.logs(number) / _RENDEZVOUS)
+    assert rendezvous
+    command = _launcher(plan, number, folder, node, rendezvous)
     for path, text in command.files.items():
         write_text(Path(path), text)
     env = {**os.environ, **command.env, "DRUMLINE_SUPERVISOR": _supervisor(folder)}
@@ -131,7 +131,7 @@ def _take_part(folder: RunFolder, number: int, node: int) -> None:
 
 
 def _launcher(
-    plan: Plan, number: int, folder: RunFolder, node: int, meet: dict[str, Any]
+    plan: Plan, number: int, folder: RunFolder, node: int, rendezvous: dict[str, Any]
 ) -> Command:
     job = Job(
         plan_file=folder.plan_file(number),
@@ -139,9 +139,9 @@ def _launcher(
         attempt=number,
         python=sys.executable,
         node_rank=node,
-        host=meet["host"],
-        port=meet["port"],
-        until=meet["until"],
+        host=rendezvous["host"],
+        port=rendezvous["port"],
+        until=rendezvous["until"],
         address=os.environ.get("POD_IP"),
     )
     return LAUNCHERS[plan.recipe.launch.launcher](plan, job)
@@ -151,7 +151,7 @@ def _newest_attempt(folder: RunFolder) -> int | None:
     """Return the newest attempt that has a rendezvous and has not ended."""
     found = [
         int(path.parent.name.rpartition("-")[2])
-        for path in folder.path.glob(f"logs/attempt-*/{_MEET}")
+        for path in folder.path.glob(f"logs/attempt-*/{_RENDEZVOUS}")
         if not (path.parent / "ended").exists()
     ]
     return max(found, default=None)

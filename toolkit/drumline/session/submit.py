@@ -35,7 +35,7 @@ _LONGEST_LABEL = 50
 """Kubernetes allows names of 63 characters; a JobSet appends some for its pods."""
 
 
-def read_place(file: Path | None, preflight: bool, to: str) -> Site:
+def read_site(file: Path | None, preflight: bool, to: str) -> Site:
     """Load the site file (None: an empty site) and apply `--preflight`, which is for Slurm only."""
     site = load_site(file) if file else validate_site({"site": "default"}, "default site")
     if preflight:
@@ -50,7 +50,7 @@ def read_place(file: Path | None, preflight: bool, to: str) -> Site:
 
 def submit_all(
     plan: Plan,
-    place: Site,
+    site: Site,
     run_dir: Path | None,
     to: str,
     secrets: Secrets,
@@ -58,15 +58,15 @@ def submit_all(
     hold: bool,
 ) -> tuple[RunFolder, list[str]]:
     """Create the run folder and submit its jobs; on an error, cancel Slurm jobs and delete the folder."""
-    folder = run_folder.create(plan.recipe, run_dir, runs_of(place))
+    folder = run_folder.create(plan.recipe, run_dir, runs_of(site))
     jobs: list[str] = []
     try:
         folder.write_record({**new_record(plan, sys.argv, secrets), "jobs": []})
-        write_text(folder.path / SITE, yaml12.dump(place.model_dump()))
+        write_text(folder.path / SITE, yaml12.dump(site.model_dump()))
         if to == "kubernetes":
-            jobs.append(_apply(plan, place, folder))
+            jobs.append(_apply(plan, site, folder))
         for _ in range(chain if to == "slurm" else 0):
-            jobs.append(_submit_one(plan, place, folder, jobs, hold, chain))
+            jobs.append(_submit_one(plan, site, folder, jobs, hold, chain))
     except BaseException:
         for job in jobs if to == "slurm" else []:
             slurm.cancel(job, gently=False)
