@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import ForkServer
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = f"{ROOT}/toolkit:{ROOT}/launchers"
@@ -47,6 +49,16 @@ def run_drumline(folder: Path, *arguments: str, timeout: float = 300) -> Any:
         timeout=timeout,
         check=False,
     )
+
+
+@pytest.fixture(scope="session")
+def fork_server(
+    prepared_data_cache: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ForkServer]:
+    """One process of this worker with everything imported, which forks commands and ranks."""
+    server = ForkServer(tmp_path_factory.mktemp("fork-server"))
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

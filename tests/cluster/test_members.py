@@ -110,8 +110,9 @@ def test_stopped_on_a_signal_both_leave_with_75(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flag", ["stop", "ended", "stacks"])
 def test_ranks_that_no_signal_reaches_look_at_files(tmp_path: Path, flag: str) -> None:
     """A rank whose supervisor is on another host stops, ends or tells its stacks by a file beside its log."""
-    from drumline.cli.plan import make_plan, prepare_data
     from drumline.recipe.load import load_recipe
+    from drumline.session.planning import make_plan
+    from drumline.session.prepare import prepare_data
 
     recipe(tmp_path, launch={"max_restarts": 0})
     loaded = load_recipe(

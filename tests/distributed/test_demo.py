@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from fork_server import ForkServer
 from test_runs import start
 
 from conftest import ROOT
@@ -14,7 +15,7 @@ from drumline.metrics_file import read_metrics
 pytestmark = [pytest.mark.xdist_group("heavy"), pytest.mark.heavy]
 
 
-def test_the_demo_learns(tmp_path: Path) -> None:
+def test_the_demo_learns(tmp_path: Path, fork_server: ForkServer) -> None:
     """Both commands of `make demo`: from about 5.5 nats a byte to a validation loss under 2.6."""
     listed = subprocess.run(
         ["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -26,14 +27,15 @@ def test_the_demo_learns(tmp_path: Path) -> None:
         process = start(tmp_path, *arguments, *(["--json"] if arguments[0] == "run" else []))
         out, err = process.communicate(timeout=400)
         assert process.returncode == 0, err
-    again = start(tmp_path, "plan", "runs/tiny-code-lm-1", "--gpus", "1")
-    assert "32 = 8 per_device × 1 gpus × 4 accumulation" in again.communicate(timeout=60)[0]
+    again = fork_server.run(tmp_path, "plan", "runs/tiny-code-lm-1", "--gpus", "1")
+    assert "32 = 8 per_device × 1 gpus × 4 accumulation" in again.stdout
     facts = json.loads(out)
     assert facts["eval"]["eval/loss"] < 2.6
-    again = start(tmp_path, "reproduce", "runs/tiny-code-lm-1", "--gpus", "1", "--steps", "20")
-    assert again.communicate(timeout=120)[0].startswith("equal within 1e-05: 20 steps")
-    again = start(tmp_path, "report", "runs/tiny-code-lm-1")
-    assert again.communicate(timeout=60)[0].strip().endswith("runs/tiny-code-lm-1/report.html")
+    words = ("reproduce", "runs/tiny-code-lm-1", "--gpus", "1", "--steps", "20")
+    again = fork_server.run(tmp_path, *words)
+    assert again.stdout.startswith("equal within 1e-05: 20 steps")
+    again = fork_server.run(tmp_path, "report", "runs/tiny-code-lm-1")
+    assert again.stdout.strip().endswith("runs/tiny-code-lm-1/report.html")
     first = read_metrics(Path(facts["run"]) / "metrics.jsonl")[0]
     assert 5.3 < first["loss"] < 5.7
     assert "run   runs/tiny-code-lm-1" in err

@@ -12,11 +12,12 @@ from ranks import run_jobs
 from conftest import tiny_recipe
 from drumline.checkpoint.manifest import verify
 from drumline.checkpoint.retention import find_checkpoints
-from drumline.cli.plan import make_plan, prepare_data
 from drumline.data.dataset_manifest import read_dataset_manifest
 from drumline.metrics_file import read_metrics
 from drumline.plan.model import Plan
 from drumline.recipe.load import validate
+from drumline.session.planning import make_plan
+from drumline.session.prepare import prepare_data
 from drumline.train.batches import open_rows
 from drumline.train.models import ModelBuilder
 

@@ -1,4 +1,7 @@
-"""Whole runs through the real command: trained, stopped, killed, resumed at another split."""
+"""Whole runs: trained, stopped, killed, resumed at another split.
+
+What a launcher has a part in goes through the real torchrun; the rest is forked (fork_server.py).
+"""
 
 import json
 import os
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import Child, ForkServer
 
 from conftest import ROOT, SOURCES, tiny_recipe
 from drumline.metrics_file import read_metrics
@@ -42,6 +46,15 @@ def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 12
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def wait_until(condition: Any, child: Child, seconds: float = 120) -> None:
+    """The same for a forked command."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert child.is_running(), child.err
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
@@ -78,7 +91,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_stopped_and_resumed_at_another_split_it_comes_out_the_same(
-    straight: Path, tmp_path: Path
+    straight: Path, tmp_path: Path, fork_server: ForkServer
 ) -> None:
     """SIGTERM on two ranks: exit 75 and a checkpoint; resumed on one: the losses of the straight run."""
     process = start(tmp_path, "run", "tiny-code-lm", *TEXT_RUN, "--run-dir", "r", "--json")
@@ -92,10 +105,9 @@ def test_stopped_and_resumed_at_another_split_it_comes_out_the_same(
     assert 3 <= stopped["steps"] < 16
     assert "next  drumline resume r" in err
     assert_gone(rank_pids(run))
-    resumed = start(tmp_path, "resume", "r", "--gpus", "1", "--json")
-    out, err = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, err
-    assert "12 = 3 per_device × 1 gpus × 4 accumulation" in err
+    resumed = fork_server.run(tmp_path, "resume", "r", "--gpus", "1", "--json")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "12 = 3 per_device × 1 gpus × 4 accumulation" in resumed.stderr
     ours, reference = steps(run), steps(straight)
     assert [line["step"] for line in ours] == list(range(1, 17))
     for mine, theirs in zip(ours, reference, strict=True):
@@ -109,10 +121,9 @@ def test_stopped_and_resumed_at_another_split_it_comes_out_the_same(
         ("start", "stopped", 2),
         ("resume", "finished", 1),
     ]
-    again = start(tmp_path, "resume", "r")
-    _, err = again.communicate(timeout=60)
+    again = fork_server.run(tmp_path, "resume", "r")
     assert again.returncode == 2
-    assert "this run is finished" in err
+    assert "this run is finished" in again.stderr
 
 
 def slow_recipe(folder: Path, gpus: int) -> str:
@@ -131,27 +142,25 @@ def slow_recipe(folder: Path, gpus: int) -> str:
     return str(path)
 
 
-def test_six_kills_around_saves_change_nothing(tmp_path: Path) -> None:
+def test_six_kills_around_saves_change_nothing(tmp_path: Path, fork_server: ForkServer) -> None:
     """A rank is killed six times while a save is under way: restarted, and bitwise the straight run."""
     recipe = slow_recipe(tmp_path, 2)
     quick = ["model.config.wait_s=0.02", "checkpoint.every_steps=2", "launch.max_restarts=9"]
-    process = start(tmp_path, "run", recipe, *quick, "--run-dir", "straight")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    process = start(tmp_path, "run", recipe, *quick, "--run-dir", "r", "--json")
+    done = fork_server.run(tmp_path, "run", recipe, *quick, "--run-dir", "straight")
+    assert done.returncode == 0, done.stderr
+    child = fork_server.drumline(tmp_path, "run", recipe, *quick, "--run-dir", "r", "--json")
     run = tmp_path / "r"
     draw = random.Random(7)
     for kill in range(6):
         attempt = run / f"logs/attempt-{kill}"
-        wait_for((attempt / "rank-1.pid").exists, process)
+        wait_until((attempt / "rank-1.pid").exists, child)
         step = 4 + 2 * kill
-        wait_for(lambda step=step: list(run.glob(f"checkpoints/*step-{step:08d}*")), process)
+        wait_until(lambda step=step: list(run.glob(f"checkpoints/*step-{step:08d}*")), child)
         time.sleep(draw.choice([0, 0.002, 0.01, 0.05]))
         rank = draw.randrange(2)
         os.kill(int((attempt / f"rank-{rank}.pid").read_text().split()[0]), signal.SIGKILL)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert json.loads(out)["steps"] == 20
+    assert child.wait(120) == 0, child.err
+    assert json.loads(child.out)["steps"] == 20
     attempts = json.loads((run / "record.json").read_text())["attempts"]
     assert [a["kind"] for a in attempts] == ["lost"] * 6 + ["finished"]
     assert [line["step"] for line in steps(run)] == list(range(1, 21))
@@ -162,7 +171,7 @@ def test_six_kills_around_saves_change_nothing(tmp_path: Path) -> None:
         assert ours.read_bytes() == reference.read_bytes()
 
 
-def test_the_same_step_failing_twice_ends_the_run(tmp_path: Path) -> None:
+def test_the_same_step_failing_twice_ends_the_run(tmp_path: Path, fork_server: ForkServer) -> None:
     """A model that raises at its n-th forward: the message names the last finished step."""
     code = (
         "import torch\nfrom torch import nn\n"
@@ -178,11 +187,10 @@ def test_the_same_step_failing_twice_ends_the_run(tmp_path: Path) -> None:
                          batch={"effective": 6, "per_device": 6, "gpus": 1},
                          launch={"max_restarts": 5})  # fmt: skip
     (tmp_path / "r.yaml").write_text(yaml12.dump(recipe))
-    process = start(tmp_path, "run", "r.yaml", "--run-dir", "r", "--json")
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 4
-    assert "no progress since step 6: rank 0: ValueError: poisoned sample" in err
-    facts = json.loads(out)
+    done = fork_server.run(tmp_path, "run", "r.yaml", "--run-dir", "r", "--json")
+    assert done.returncode == 4
+    assert "no progress since step 6: rank 0: ValueError: poisoned sample" in done.stderr
+    facts = json.loads(done.stdout)
     assert (facts["outcome"], facts["steps"], facts["loss"]) == ("failed", 6, None)
     assert len(json.loads((tmp_path / "r/record.json").read_text())["attempts"]) == 2
 
@@ -206,19 +214,18 @@ def test_a_model_that_fails_is_exit_4_and_told(tmp_path: Path) -> None:
     assert "Traceback" not in err
 
 
-def test_batchnorm_and_early_stopping(tmp_path: Path) -> None:
+def test_batchnorm_and_early_stopping(tmp_path: Path, fork_server: ForkServer) -> None:
     """A CNN with BatchNorm trains on two ranks; early stopping ends it on all ranks, best kept."""
-    process = start(
+    done = fork_server.run(
         tmp_path, "run", "cnn-batchnorm", "duration.epochs=20", "evaluation.every_steps=20",
         "early_stopping.patience=2", "early_stopping.min_delta=0.05", "--run-dir", "r", "--json",
     )  # fmt: skip
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
-    facts = json.loads(out)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
     assert facts["outcome"] == "finished"
     assert facts["steps"] < 20 * 157
     assert facts["eval"]["eval/accuracy"] > 0.8
-    assert "early stopping: eval/loss has not improved" in err
+    assert "early stopping: eval/loss has not improved" in done.stderr
     evaluations = {
         line["step"]: line["eval/loss"]
         for line in read_metrics(tmp_path / "r/metrics.jsonl")
@@ -228,18 +235,17 @@ def test_batchnorm_and_early_stopping(tmp_path: Path) -> None:
     assert (tmp_path / f"r/checkpoints/step-{best:08d}/manifest.json").is_file()
 
 
-def test_a_loss_that_explodes_is_told_not_a_crash(tmp_path: Path) -> None:
+def test_a_loss_that_explodes_is_told_not_a_crash(tmp_path: Path, fork_server: ForkServer) -> None:
     """Non-finite steps are skipped, a NaN evaluation is shown, never the best, and --json stays JSON."""
-    process = start(
+    done = fork_server.run(
         tmp_path, "run", "worked-example", "optimizer.lr=1e19", "optimizer.max_grad_norm=null",
         "schedule={name: constant, warmup_ratio: null}", "duration={epochs: null, steps: 6}",
         "evaluation.every_steps=2", "early_stopping=null", "logging.every_steps=1", "--run-dir", "r", "--json",
     )  # fmt: skip
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    facts = json.loads(out, parse_constant=lambda name: pytest.fail(name))
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout, parse_constant=lambda name: pytest.fail(name))
     assert facts["eval"]["eval/loss"] is None
-    assert "not finite" in err
+    assert "not finite" in done.stderr
     assert any(line["skipped"] for line in steps(tmp_path / "r"))
 
 
@@ -261,12 +267,13 @@ def test_one_supervisor_at_a_time_and_no_foreign_package(tmp_path: Path) -> None
         del os.environ["PYTHONSAFEPATH"]
 
 
-def test_epochs_on_unprepared_data_are_prepared_first(tmp_path: Path) -> None:
+def test_epochs_on_unprepared_data_are_prepared_first(
+    tmp_path: Path, fork_server: ForkServer
+) -> None:
     """`run` counts the samples itself; only `plan` has to say that it cannot know."""
-    process = start(
+    done = fork_server.run(
         tmp_path, "run", "worked-example", "data.samples=null", "data.options={rows: 500}", "duration.epochs=1",
         "evaluation.every_steps=13", "checkpoint.every_steps=13", "--run-dir", "r", "--json",
     )  # fmt: skip
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert json.loads(out)["steps"] == 13
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 13

@@ -1,6 +1,6 @@
 """Nothing lost: kills, signals, out of memory, hangs, NaN and full disks, through the real supervisor.
 
-Ranks and commands are forked from a process that has everything imported (zygote.py).
+Ranks and commands are forked from a process that has everything imported (fork_server.py).
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import Child, ForkServer
 from savers import save, try_to_save
-from zygote import Child, Zygote
 
 from conftest import ROOT, tiny_recipe
 from drumline.checkpoint.manifest import step_of, verify
@@ -32,13 +32,6 @@ from drumline.recipe import yaml12
 pytestmark = [pytest.mark.xdist_group("survival")]
 
 STEPS, INTERVAL = 30, 5
-
-
-@pytest.fixture(scope="module")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    made = Zygote(tmp_path_factory.mktemp("zygote"))
-    yield made
-    made.close()
 
 
 def recipe(folder: Path, **sections: Any) -> str:
@@ -59,9 +52,11 @@ def recipe(folder: Path, **sections: Any) -> str:
     return "r.yaml"
 
 
-def run(zygote: Zygote, folder: Path, faults: Any = None, **sections: Any) -> tuple[int, Child]:
+def run(
+    fork_server: ForkServer, folder: Path, faults: Any = None, **sections: Any
+) -> tuple[int, Child]:
     """`drumline run` to its end; the run folder is `r`."""
-    child = zygote.drumline(
+    child = fork_server.drumline(
         folder, "run", recipe(folder, **sections), "--run-dir", "r", "--json", faults=faults
     )
     return child.wait(), child
@@ -117,17 +112,17 @@ def assert_same_training(ours: Path, reference: Path, step: int = STEPS) -> None
 
 
 @pytest.fixture(scope="module")
-def straight(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def straight(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The undisturbed run."""
     folder = tmp_path_factory.mktemp("straight")
-    code, child = run(zygote, folder)
+    code, child = run(fork_server, folder)
     assert code == 0, child.err
     assert [a["outcome"] for a in attempts(folder / "r")] == ["finished"]
     return folder / "r"
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_crash_replay(zygote: Zygote, straight: Path, tmp_path: Path, seed: int) -> None:
+def test_crash_replay(fork_server: ForkServer, straight: Path, tmp_path: Path, seed: int) -> None:
     """Up to three SIGKILLs of a random rank at random places: bitwise the undisturbed run."""
     draw = random.Random(seed)
     synchronous = seed % 2 == 1
@@ -137,13 +132,13 @@ def test_crash_replay(zygote: Zygote, straight: Path, tmp_path: Path, seed: int)
          "delay_s": draw.choice([0, 0.001, 0.004])}
         for attempt in range(kills)
     ]  # fmt: skip
-    code, child = run(zygote, tmp_path, faults, launch={"max_restarts": 9, "hang_timeout_s": 60.0},
+    code, child = run(fork_server, tmp_path, faults, launch={"max_restarts": 9, "hang_timeout_s": 60.0},
                       checkpoint={"every_steps": INTERVAL, "keep_last": 3, "async": not synchronous})  # fmt: skip
     told = attempts(tmp_path / "r")
     if (
         code == 4 and "no progress" in child.err
     ):  # two kills at the same step, as a person would see it
-        again = zygote.drumline(tmp_path, "resume", "r")
+        again = fork_server.drumline(tmp_path, "resume", "r")
         assert again.wait() == 0, again.err
     else:
         assert code == 0, child.err
@@ -159,20 +154,22 @@ def test_crash_replay(zygote: Zygote, straight: Path, tmp_path: Path, seed: int)
 
 
 @pytest.mark.parametrize("gpus", [2, 3, 4])
-def test_killed_and_resumed_it_is_bitwise_equal(zygote: Zygote, tmp_path: Path, gpus: int) -> None:
+def test_killed_and_resumed_it_is_bitwise_equal(
+    fork_server: ForkServer, tmp_path: Path, gpus: int
+) -> None:
     """Everything killed after step 10, resumed by hand: a model of several DDP buckets, to the last bit."""
     model = {"factory": "slow_models:slow",
              "config": {"features": 32, "hidden": 300, "classes": 10, "wait_s": 0.0}}  # fmt: skip
     sections = {"model": model, "project": str(ROOT / "tests/distributed"), "duration": {"steps": 20},
                 "batch": {"effective": 24, "per_device": 2, "gpus": gpus},
                 "checkpoint": {"every_steps": 10, "async": False}}  # fmt: skip
-    code, child = run(zygote, tmp_path / "straight", **sections)
+    code, child = run(fork_server, tmp_path / "straight", **sections)
     assert code == 0, child.err
     where = {"rank": gpus - 1, "attempt": 0, "step": 13, "phase": "backward"}
     faults = [{"what": "kill the command", **where}, {"what": "sleep", **where}]
-    code, _ = run(zygote, tmp_path / "killed", faults, **sections)
+    code, _ = run(fork_server, tmp_path / "killed", faults, **sections)
     assert code == -signal.SIGKILL
-    resumed = zygote.drumline(tmp_path / "killed", "resume", "r")
+    resumed = fork_server.drumline(tmp_path / "killed", "resume", "r")
     assert resumed.wait() == 0, resumed.err
     log = (tmp_path / "killed/r/logs/attempt-1/rank-0.log").read_text()
     assert "going on from step 10" in log
@@ -183,7 +180,7 @@ WHO = ("the command", "one rank", "all")
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_preemption(zygote: Zygote, straight: Path, tmp_path: Path, seed: int) -> None:
+def test_preemption(fork_server: ForkServer, straight: Path, tmp_path: Path, seed: int) -> None:
     """A signal at a random moment to the command, a rank or all: one checkpoint, 75, resume bitwise."""
     draw = random.Random(100 + seed)
     who = WHO[seed % 3]
@@ -195,14 +192,14 @@ def test_preemption(zygote: Zygote, straight: Path, tmp_path: Path, seed: int) -
     kinds = {"the command": [("signal the command", rank)], "one rank": [("signal", rank)],
              "all": [("signal", 0), ("signal", 1), ("signal the command", 0)]}  # fmt: skip
     faults = [{**fault, "what": what, "rank": rank} for what, rank in kinds[who]]
-    code, child = run(zygote, tmp_path, faults)
+    code, child = run(fork_server, tmp_path, faults)
     assert code == 75, (code, child.err)
     facts = json.loads(child.out)
     saved = find_checkpoints(tmp_path / "r/checkpoints")
     assert step_of(saved[-1]) == facts["steps"] == step_lines(tmp_path / "r")[-1]["step"]
     assert len(saved) <= 3
     assert not any(process.is_alive for process in ranks_of(tmp_path / "r"))
-    resumed = zygote.drumline(tmp_path, "resume", "r")
+    resumed = fork_server.drumline(tmp_path, "resume", "r")
     assert resumed.wait() == 0, resumed.err
     assert_same_training(tmp_path / "r", straight)
 
@@ -216,7 +213,7 @@ def wait_for(condition: Any, seconds: float = 30) -> None:
 
 @pytest.mark.parametrize("place", ["save", "evaluation", "warm-up", "forward"])
 def test_signals_at_named_places(
-    zygote: Zygote, straight: Path, tmp_path: Path, place: str
+    fork_server: ForkServer, straight: Path, tmp_path: Path, place: str
 ) -> None:
     """During a save, an evaluation, the warm-up or a step; an evaluation is left and done again."""
     step = {"warm-up": 0, "forward": 7}.get(place, 10)
@@ -228,7 +225,7 @@ def test_signals_at_named_places(
         "phase": place,
         "signal": signal.SIGTERM,
     }
-    code, child = run(zygote, tmp_path, [fault])
+    code, child = run(fork_server, tmp_path, [fault])
     assert code == 75, child.err
     steps = {"save": 11, "evaluation": 10, "warm-up": 1, "forward": 7}[place]
     assert json.loads(child.out)["steps"] == steps
@@ -236,15 +233,19 @@ def test_signals_at_named_places(
         assert not [
             line for line in read_metrics(tmp_path / "r/metrics.jsonl") if "eval/loss" in line
         ]
-    resumed = zygote.drumline(tmp_path, "resume", "r")
+    resumed = fork_server.drumline(tmp_path, "resume", "r")
     assert resumed.wait() == 0, resumed.err
     assert_same_training(tmp_path / "r", straight)
 
 
-def test_a_second_ctrl_c_leaves_at_once(zygote: Zygote, straight: Path, tmp_path: Path) -> None:
+def test_a_second_ctrl_c_leaves_at_once(
+    fork_server: ForkServer, straight: Path, tmp_path: Path
+) -> None:
     """Two SIGINTs while a rank sleeps: 130 within seconds, the older checkpoints sound, resume bitwise."""
     sleep = {"what": "sleep", "rank": 0, "attempt": 0, "step": 13, "phase": "forward"}
-    child = zygote.drumline(tmp_path, "run", recipe(tmp_path), "--run-dir", "r", faults=[sleep])
+    child = fork_server.drumline(
+        tmp_path, "run", recipe(tmp_path), "--run-dir", "r", faults=[sleep]
+    )
     wait_for(lambda: (tmp_path / "r/checkpoints/step-00000010").exists())
     os.kill(child.pid, signal.SIGINT)
     time.sleep(0.4)
@@ -255,27 +256,29 @@ def test_a_second_ctrl_c_leaves_at_once(zygote: Zygote, straight: Path, tmp_path
     assert time.monotonic() - started < 5
     assert not any(process.is_alive for process in ranks_of(tmp_path / "r"))
     assert verify(tmp_path / "r/checkpoints/step-00000010").step == 10
-    resumed = zygote.drumline(tmp_path, "resume", "r")
+    resumed = fork_server.drumline(tmp_path, "resume", "r")
     assert resumed.wait() == 0, resumed.err
     assert_same_training(tmp_path / "r", straight)
 
 
-def test_ranks_end_with_a_killed_supervisor(zygote: Zygote, straight: Path, tmp_path: Path) -> None:
+def test_ranks_end_with_a_killed_supervisor(
+    fork_server: ForkServer, straight: Path, tmp_path: Path
+) -> None:
     """SIGKILL of the command: its ranks are gone within seconds; doctor and resume know what it was."""
     fault = {"what": "kill the command", "rank": 0, "attempt": 0, "step": 13, "phase": "forward"}
     sleep = {"what": "sleep", "rank": 0, "attempt": 0, "step": 13, "phase": "backward"}
-    code, _ = run(zygote, tmp_path, [fault, sleep])
+    code, _ = run(fork_server, tmp_path, [fault, sleep])
     assert code == -signal.SIGKILL
     ranks = ranks_of(tmp_path / "r")
     assert len(ranks) == 2
     wait_for(lambda: not any(process.is_alive for process in ranks), 5)
-    doctor = zygote.drumline(tmp_path, "doctor", "r", "--json")
+    doctor = fork_server.drumline(tmp_path, "doctor", "r", "--json")
     assert doctor.wait() == 0
     health = json.loads(doctor.out)
     assert health["state"] == "interrupted"
     assert health["sound"][-1] == "step-00000010"
     assert "drumline resume r goes on from step-00000010" in health["next"]
-    resumed = zygote.drumline(tmp_path, "resume", "r")
+    resumed = fork_server.drumline(tmp_path, "resume", "r")
     assert resumed.wait() == 0, resumed.err
     assert_same_training(tmp_path / "r", straight)
     assert [(a["outcome"], a["kind"]) for a in attempts(tmp_path / "r")] == [
@@ -286,7 +289,7 @@ def test_ranks_end_with_a_killed_supervisor(zygote: Zygote, straight: Path, tmp_
 
 @pytest.mark.parametrize(("place", "step"), [("warm-up", 0), ("forward", 7)])
 def test_out_of_memory_goes_on_with_smaller_micro_batches(
-    zygote: Zygote, straight: Path, tmp_path: Path, place: str, step: int
+    fork_server: ForkServer, straight: Path, tmp_path: Path, place: str, step: int
 ) -> None:
     """One rank of two runs out: 4 × 3 becomes 3 × 4, 2 × 6; the same samples, losses within 1e-6."""
     fault = {
@@ -296,7 +299,7 @@ def test_out_of_memory_goes_on_with_smaller_micro_batches(
         "phase": place,
         "per_device_above": 2,
     }
-    code, child = run(zygote, tmp_path, [fault], launch={"max_restarts": 0, "hang_timeout_s": 60.0},
+    code, child = run(fork_server, tmp_path, [fault], launch={"max_restarts": 0, "hang_timeout_s": 60.0},
                       checkpoint={"every_steps": 3})  # fmt: skip
     assert code == 0, child.err
     told = attempts(tmp_path / "r")
@@ -315,25 +318,27 @@ def test_out_of_memory_goes_on_with_smaller_micro_batches(
         assert abs(mine["loss"] - reference["loss"]) < 1e-6 * reference["loss"]
 
 
-def test_out_of_memory_at_per_device_1_fails_with_advice(zygote: Zygote, tmp_path: Path) -> None:
+def test_out_of_memory_at_per_device_1_fails_with_advice(
+    fork_server: ForkServer, tmp_path: Path
+) -> None:
     """Nothing is left to divide: exit 4, in words that help; a resume begins at the smallest split."""
     fault = {"what": "out of memory", "rank": 0, "step": 2, "phase": "forward"}
-    code, child = run(zygote, tmp_path, [fault], batch={"effective": 4, "per_device": 2},
+    code, child = run(fork_server, tmp_path, [fault], batch={"effective": 4, "per_device": 2},
                       evaluation={"every_steps": 10, "per_device": 1})  # fmt: skip
     assert code == 4
     assert "can't allocate memory" in child.err
     assert "batch.per_device is 1 already" in child.err
     assert [a["split"]["per_device"] for a in attempts(tmp_path / "r")] == [2, 1]
-    resumed = zygote.drumline(tmp_path, "resume", "r")
+    resumed = fork_server.drumline(tmp_path, "resume", "r")
     assert resumed.wait() == 0, resumed.err
     assert [a["split"]["per_device"] for a in attempts(tmp_path / "r")] == [2, 1, 1]
 
 
 def test_a_nan_on_one_rank_is_skipped_by_all(
-    zygote: Zygote, straight: Path, tmp_path: Path
+    fork_server: ForkServer, straight: Path, tmp_path: Path
 ) -> None:
     """Told with rank and samples, counted, no update anywhere; the ranks stay identical."""
-    code, child = run(zygote, tmp_path, [{"what": "nan", "rank": 1, "step": 12}])
+    code, child = run(fork_server, tmp_path, [{"what": "nan", "rank": 1, "step": 12}])
     assert code == 0, child.err
     lines = step_lines(tmp_path / "r")
     assert [line["step"] for line in lines if line["skipped"]] == [12]
@@ -347,30 +352,34 @@ def test_a_nan_on_one_rank_is_skipped_by_all(
     weights = json.loads((final / "rank-0.json").read_text())["tensors"]
     steps_taken = next(name for name in weights if name.endswith(".step"))
     before = json.loads((straight / "checkpoints/step-00000030/rank-0.json").read_text())["tensors"]
-    assert weights[steps_taken]["checksum"] != before[steps_taken]["checksum"]
+    assert weights[steps_taken]["sha256"] != before[steps_taken]["sha256"]
     assert [line["loss"] for line in lines[:11]] == [
         line["loss"] for line in step_lines(straight)[:11]
     ]
     assert all(line["loss"] for line in lines[12:])
 
 
-def test_too_many_skips_end_the_run_without_a_restart(zygote: Zygote, tmp_path: Path) -> None:
+def test_too_many_skips_end_the_run_without_a_restart(
+    fork_server: ForkServer, tmp_path: Path
+) -> None:
     """A set number in a row: exit 4, one attempt, and the metrics that name the samples are there."""
     poison = [{"what": "nan", "rank": 0, "step": step} for step in range(7, 12)]
-    code, child = run(zygote, tmp_path, poison, anomalies={"max_skipped": 4})
+    code, child = run(fork_server, tmp_path, poison, anomalies={"max_skipped": 4})
     assert code == 4
     assert "step 10: 4 steps in a row were skipped (anomalies.max_skipped 4)" in child.err
     assert [a["kind"] for a in attempts(tmp_path / "r")] == ["NotFinite"]
     assert [line["step"] for line in step_lines(tmp_path / "r") if line["skipped"]] == [7, 8, 9, 10]
 
 
-def test_not_finite_after_a_load_falls_back(zygote: Zygote, straight: Path, tmp_path: Path) -> None:
+def test_not_finite_after_a_load_falls_back(
+    fork_server: ForkServer, straight: Path, tmp_path: Path
+) -> None:
     """Non-finite from the first step after a load: that checkpoint is set aside, the one before used."""
     stop = stop_at(13, "forward")
     poison = [{"what": "nan", "rank": 1, "attempt": 1, "step": step} for step in (14, 15, 16)]
-    code, _ = run(zygote, tmp_path, [stop])
+    code, _ = run(fork_server, tmp_path, [stop])
     assert code == 75
-    resumed = zygote.drumline(tmp_path, "resume", "r", faults=poison)
+    resumed = fork_server.drumline(tmp_path, "resume", "r", faults=poison)
     assert resumed.wait() == 0, resumed.err
     told = attempts(tmp_path / "r")
     assert [a["kind"] for a in told] == ["stopped", "NotFiniteAfterLoad", "finished"]
@@ -379,9 +388,9 @@ def test_not_finite_after_a_load_falls_back(zygote: Zygote, straight: Path, tmp_
     assert_same_training(tmp_path / "r", straight)
 
 
-def test_a_thousand_clean_steps_have_no_false_skip(zygote: Zygote, tmp_path: Path) -> None:
+def test_a_thousand_clean_steps_have_no_false_skip(fork_server: ForkServer, tmp_path: Path) -> None:
     """Nothing is skipped, and nothing is called not finite."""
-    code, child = run(zygote, tmp_path, duration={"steps": 1000}, logging={"every_steps": 100},
+    code, child = run(fork_server, tmp_path, duration={"steps": 1000}, logging={"every_steps": 100},
                       checkpoint={"every_steps": None}, evaluation={"every_steps": 500})  # fmt: skip
     assert code == 0, child.err
     lines = step_lines(tmp_path / "r")
@@ -391,11 +400,13 @@ def test_a_thousand_clean_steps_have_no_false_skip(zygote: Zygote, tmp_path: Pat
 
 
 def test_a_sleeping_rank_is_found_and_the_run_finishes(
-    zygote: Zygote, straight: Path, tmp_path: Path
+    fork_server: ForkServer, straight: Path, tmp_path: Path
 ) -> None:
     """Within twice the timeout; the late rank is named, both stacks are in the logs, bitwise."""
     sleep = {"what": "sleep", "rank": 1, "attempt": 0, "step": 12, "phase": "forward"}
-    code, child = run(zygote, tmp_path, [sleep], launch={"max_restarts": 1, "hang_timeout_s": 5.0})
+    code, child = run(
+        fork_server, tmp_path, [sleep], launch={"max_restarts": 1, "hang_timeout_s": 5.0}
+    )
     assert code == 0, child.err
     assert "hang: rank 1 (step 12, forward of micro-batch 1 of 3) did not move for 5 s" in child.err
     told = attempts(tmp_path / "r")
@@ -417,14 +428,14 @@ def test_a_sleeping_rank_is_found_and_the_run_finishes(
 
 
 def test_ranks_that_nobody_watches_leave_by_themselves(
-    zygote: Zygote, straight: Path, tmp_path: Path, request: pytest.FixtureRequest
+    fork_server: ForkServer, straight: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """A frozen supervisor, a rank stuck in C with Python's lock: stacks, no rank left; thawed, it goes on."""
     freeze = {"what": "signal the command", "rank": 1, "attempt": 0, "step": 12, "phase": "forward",
               "signal": signal.SIGSTOP}  # fmt: skip
     stuck = {"what": "sleep with the lock", "rank": 1, "attempt": 0, "step": 12, "phase": "forward"}
     slow = {"what": "sleep", "seconds": 1.0, "rank": 1, "attempt": 0, "step": 11, "phase": "begin"}
-    child = zygote.drumline(
+    child = fork_server.drumline(
         tmp_path, "run", recipe(tmp_path, launch={"max_restarts": 1, "hang_timeout_s": 7.0}),
         "--run-dir", "r", "--json", faults=[slow, freeze, stuck],
     )  # fmt: skip
@@ -449,10 +460,10 @@ def test_ranks_that_nobody_watches_leave_by_themselves(
 
 
 def test_a_run_here_can_be_followed_and_cancelled(
-    zygote: Zygote, tmp_path: Path, request: pytest.FixtureRequest
+    fork_server: ForkServer, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """`logs` shows its metrics, `cancel` stops it, also where a scheduler has forgotten the job of its record."""
-    child = zygote.drumline(
+    child = fork_server.drumline(
         tmp_path, "run", recipe(tmp_path, duration={"steps": 100_000}), "--run-dir", "r"
     )
     request.addfinalizer(child.end)
@@ -463,10 +474,10 @@ def test_a_run_here_can_be_followed_and_cancelled(
     record = json.loads((tmp_path / "r/record.json").read_text())
     record["jobs"] = [{"target": "kubernetes", "id": "job/gone", "namespace": "a"}]
     (tmp_path / "r/record.json").write_text(json.dumps(record))
-    told = zygote.drumline(tmp_path, "logs", "r")
+    told = fork_server.drumline(tmp_path, "logs", "r")
     assert told.wait() == 0
     assert '"loss"' in told.out
-    cancelled = zygote.drumline(tmp_path, "cancel", "r")
+    cancelled = fork_server.drumline(tmp_path, "cancel", "r")
     assert cancelled.wait() == 0, cancelled.err
     assert cancelled.out == "asked to save and stop\n"
     assert child.wait() == 75
@@ -490,11 +501,13 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
 LARGE = {"config": {"features": 32, "hidden": 300, "classes": 10}}
 
 
-def test_a_full_disk_stops_the_run_and_spares_what_is_saved(zygote: Zygote, tmp_path: Path) -> None:
+def test_a_full_disk_stops_the_run_and_spares_what_is_saved(
+    fork_server: ForkServer, tmp_path: Path
+) -> None:
     """on_error stop: both ranks say the same at once, exit 4, no restart; room made, resume finishes."""
     with small_disk(tmp_path / "small", "3500k"):
         started = time.monotonic()
-        code, child = run(zygote, tmp_path / "small", model=LARGE)
+        code, child = run(fork_server, tmp_path / "small", model=LARGE)
         assert code == 4, child.err
         assert time.monotonic() - started < 20
         run_folder = tmp_path / "small/r"
@@ -512,16 +525,16 @@ def test_a_full_disk_stops_the_run_and_spares_what_is_saved(zygote: Zygote, tmp_
         for path in saved:
             assert verify(path).step == step_of(path)
         subprocess.run(["mount", "-o", "remount,size=20m", str(tmp_path / "small")], check=True)
-        resumed = zygote.drumline(tmp_path / "small", "resume", "r")
+        resumed = fork_server.drumline(tmp_path / "small", "resume", "r")
         assert resumed.wait() == 0, resumed.err
         assert [line["step"] for line in step_lines(run_folder)] == list(range(1, STEPS + 1))
 
 
-def test_a_full_disk_can_be_lived_through(zygote: Zygote, tmp_path: Path) -> None:
+def test_a_full_disk_can_be_lived_through(fork_server: ForkServer, tmp_path: Path) -> None:
     """on_error continue: a save and the metrics fail for a while, are told, and nothing is missing."""
     small = tmp_path / "small"
     with small_disk(small, "12m"):
-        child = zygote.drumline(
+        child = fork_server.drumline(
             small, "run",
             recipe(small, model=LARGE, duration={"steps": 200}, evaluation={"every_steps": 200},
                    checkpoint={"every_steps": 20, "keep_last": 2, "on_error": "continue"}),
@@ -580,13 +593,13 @@ def test_a_full_disk_does_not_silence_a_rank(tmp_path: Path) -> None:
         assert found.words == "forward of micro-batch 1 of 1"
 
 
-def test_a_full_disk_in_prepare(zygote: Zygote, tmp_path: Path) -> None:
+def test_a_full_disk_in_prepare(fork_server: ForkServer, tmp_path: Path) -> None:
     """One message, exit 2, nothing left behind."""
     with small_disk(tmp_path / "small", "300k"):
         env_before = os.environ["DRUMLINE_CACHE"]
         os.environ["DRUMLINE_CACHE"] = str(tmp_path / "small/cache")
         try:
-            child = zygote.drumline(tmp_path, "prepare", "tiny-code-lm")
+            child = fork_server.drumline(tmp_path, "prepare", "tiny-code-lm")
         finally:
             os.environ["DRUMLINE_CACHE"] = env_before
         assert child.wait() == 2
@@ -596,12 +609,14 @@ def test_a_full_disk_in_prepare(zygote: Zygote, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_in_prepare(zygote: Zygote, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_in_prepare(
+    fork_server: ForkServer, tmp_path: Path, number: signal.Signals
+) -> None:
     """Exit 128 + the signal; nothing half-written stays."""
     env_before = os.environ["DRUMLINE_CACHE"]
     os.environ["DRUMLINE_CACHE"] = str(tmp_path / "cache")
     try:
-        child = zygote.drumline(tmp_path, "prepare", "tiny-code-lm")
+        child = fork_server.drumline(tmp_path, "prepare", "tiny-code-lm")
     finally:
         os.environ["DRUMLINE_CACHE"] = env_before
     wait_for(lambda: list(tmp_path.glob("cache/data/.*")))
@@ -612,7 +627,9 @@ def test_a_signal_in_prepare(zygote: Zygote, tmp_path: Path, number: signal.Sign
     assert not list((tmp_path / "cache/data").iterdir())
 
 
-def test_what_lies_half_written_is_mended(zygote: Zygote, straight: Path, tmp_path: Path) -> None:
+def test_what_lies_half_written_is_mended(
+    fork_server: ForkServer, straight: Path, tmp_path: Path
+) -> None:
     """A torn last metrics line, a damaged newest checkpoint, an abandoned save: told, mended, bitwise."""
     stop = {
         "what": "signal",
@@ -622,7 +639,7 @@ def test_what_lies_half_written_is_mended(zygote: Zygote, straight: Path, tmp_pa
         "signal": signal.SIGTERM,
         "attempt": 0,
     }
-    code, _ = run(zygote, tmp_path, [stop])
+    code, _ = run(fork_server, tmp_path, [stop])
     assert code == 75
     folder = tmp_path / "r"
     with (folder / "metrics.jsonl").open("a") as file:
@@ -632,12 +649,12 @@ def test_what_lies_half_written_is_mended(zygote: Zygote, straight: Path, tmp_pa
     raw[-1] ^= 1
     damaged.write_bytes(bytes(raw))
     shutil.copytree(damaged.parent, folder / "checkpoints/.step-00000025.tmp")
-    doctor = zygote.drumline(tmp_path, "doctor", "r")
+    doctor = fork_server.drumline(tmp_path, "doctor", "r")
     assert doctor.wait() == 0
     assert "step-00000023/rank-1.safetensors: tensor" in doctor.out
     assert "its last line is torn" in doctor.out
     assert "drumline resume r goes on from step-00000020" in doctor.out
-    resumed = zygote.drumline(tmp_path, "resume", "r")
+    resumed = fork_server.drumline(tmp_path, "resume", "r")
     assert resumed.wait() == 0, resumed.err
     assert (folder / "checkpoints/step-00000023.bad-1").is_dir()
     log = (folder / "logs/attempt-1/rank-0.log").read_text()
@@ -645,11 +662,11 @@ def test_what_lies_half_written_is_mended(zygote: Zygote, straight: Path, tmp_pa
     assert_same_training(folder, straight)
 
 
-def test_doctor_on_every_state(zygote: Zygote, straight: Path, tmp_path: Path) -> None:
+def test_doctor_on_every_state(fork_server: ForkServer, straight: Path, tmp_path: Path) -> None:
     """Finished, never started, running, failed: each with what to do next."""
 
     def ask(folder: Path) -> dict[str, Any]:
-        doctor = zygote.drumline(tmp_path, "doctor", str(folder), "--json")
+        doctor = fork_server.drumline(tmp_path, "doctor", str(folder), "--json")
         assert doctor.wait() == 0, doctor.err
         return json.loads(doctor.out)  # type: ignore[no-any-return]
 
@@ -657,14 +674,16 @@ def test_doctor_on_every_state(zygote: Zygote, straight: Path, tmp_path: Path) -
     (tmp_path / "empty/checkpoints").mkdir(parents=True)
     assert ask(tmp_path / "empty")["state"] == "never started"
     sleep = {"what": "sleep", "rank": 0, "step": 3, "phase": "begin", "seconds": 3}
-    child = zygote.drumline(tmp_path, "run", recipe(tmp_path), "--run-dir", "r", faults=[sleep])
+    child = fork_server.drumline(
+        tmp_path, "run", recipe(tmp_path), "--run-dir", "r", faults=[sleep]
+    )
     wait_for(lambda: (tmp_path / "r/metrics.jsonl").exists())
     assert ask(tmp_path / "r")["state"] == "running"
     os.kill(child.pid, signal.SIGTERM)
     assert child.wait() == 75
     assert ask(tmp_path / "r")["state"] == "stopped"
     raised = [{"what": "raise", "rank": 0, "step": 6, "phase": "forward"}]
-    code, child = run(zygote, tmp_path / "f", raised)
+    code, child = run(fork_server, tmp_path / "f", raised)
     assert code == 4
     assert "no progress since step 5: rank 0: ValueError: planted" in child.err
     health = ask(tmp_path / "f/r")
@@ -681,24 +700,24 @@ BUMPY = {
 
 
 @pytest.fixture(scope="module")
-def bumpy(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bumpy(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The undisturbed run with it."""
     folder = tmp_path_factory.mktemp("bumpy")
-    code, child = run(zygote, folder, **BUMPY)
+    code, child = run(fork_server, folder, **BUMPY)
     assert code == 0, child.err
     return folder / "r"
 
 
 @pytest.mark.parametrize("step", [5, 15, 20, 30])
 def test_an_evaluation_made_up_for_counts_as_if_it_had_not_been_left(
-    zygote: Zygote, bumpy: Path, tmp_path: Path, step: int
+    fork_server: ForkServer, bumpy: Path, tmp_path: Path, step: int
 ) -> None:
     """Signalled in it, then killed after it was done again: the same best, the same end, told once."""
     stop = stop_at(step, "evaluation")
     kill = {"what": "kill", "rank": 1, "attempt": 1, "step": step + 1, "phase": "backward"}
-    code, child = run(zygote, tmp_path, [stop], **BUMPY)
+    code, child = run(fork_server, tmp_path, [stop], **BUMPY)
     assert (code, json.loads(child.out)["steps"]) == (75, step)
-    resumed = zygote.drumline(tmp_path, "resume", "r", "--json", faults=[kill])
+    resumed = fork_server.drumline(tmp_path, "resume", "r", "--json", faults=[kill])
     assert resumed.wait() == 0, resumed.err
     assert_same_training(tmp_path / "r", bumpy)
     kept = [[p.name for p in find_checkpoints(f / "checkpoints")] for f in (tmp_path / "r", bumpy)]
@@ -706,25 +725,27 @@ def test_an_evaluation_made_up_for_counts_as_if_it_had_not_been_left(
     assert json.loads(resumed.out)["eval"]["eval/loss"] is not None
 
 
-def test_early_stopping_is_not_forgotten(zygote: Zygote, tmp_path: Path) -> None:
+def test_early_stopping_is_not_forgotten(fork_server: ForkServer, tmp_path: Path) -> None:
     """A rank dies right after the last checkpoint of a run that stopped early: it stays stopped."""
     rule = {"early_stopping": {"metric": "eval/loss", "patience": 1, "min_delta": 5.0}}
-    code, child = run(zygote, tmp_path / "a", **BUMPY, **rule)
+    code, child = run(fork_server, tmp_path / "a", **BUMPY, **rule)
     assert code == 0, child.err
     facts = json.loads(child.out)
     assert facts["steps"] == 10
     kill = {"what": "kill", "rank": 1, "attempt": 0, "step": 10, "phase": "save", "delay_s": 0.3}
     late = {"what": "sleep", "rank": 0, "attempt": 0, "step": 10, "phase": "left", "seconds": 1}
-    code, child = run(zygote, tmp_path / "b", [kill, late], **BUMPY, **rule)
+    code, child = run(fork_server, tmp_path / "b", [kill, late], **BUMPY, **rule)
     assert code == 0, child.err
     again = json.loads(child.out)
     assert {**again, "run": 0, "seconds": 0} == {**facts, "run": 0, "seconds": 0}
 
 
-def test_a_reader_that_leaves_does_not_end_the_training(zygote: Zygote, tmp_path: Path) -> None:
+def test_a_reader_that_leaves_does_not_end_the_training(
+    fork_server: ForkServer, tmp_path: Path
+) -> None:
     """stderr is a pipe that nobody reads any more: the run goes on to its end, and its record too."""
     reading, writing = os.pipe()
-    child = zygote.drumline(
+    child = fork_server.drumline(
         tmp_path, "run", recipe(tmp_path), "--run-dir", "r", "--json", err=writing
     )
     os.close(writing)
@@ -735,10 +756,12 @@ def test_a_reader_that_leaves_does_not_end_the_training(zygote: Zygote, tmp_path
     assert [a["outcome"] for a in attempts(tmp_path / "r")] == ["finished"]
 
 
-def test_where_nothing_sound_is_left_nothing_is_begun_anew(zygote: Zygote, tmp_path: Path) -> None:
+def test_where_nothing_sound_is_left_nothing_is_begun_anew(
+    fork_server: ForkServer, tmp_path: Path
+) -> None:
     """Every checkpoint damaged, or their folder gone: exit 4, named, and the metrics stay."""
     stop = stop_at(13, "forward")
-    code, _ = run(zygote, tmp_path, [stop])
+    code, _ = run(fork_server, tmp_path, [stop])
     assert code == 75
     folder = tmp_path / "r"
     shutil.move(folder / "checkpoints", tmp_path / "kept")
@@ -747,7 +770,7 @@ def test_where_nothing_sound_is_left_nothing_is_begun_anew(zygote: Zygote, tmp_p
         "checkpoints: it is gone",
         "no checkpoint is sound; they are kept as step-00000013.bad-1",
     ):
-        resumed = zygote.drumline(tmp_path, "resume", "r")
+        resumed = fork_server.drumline(tmp_path, "resume", "r")
         assert resumed.wait() == 4
         assert words in resumed.err
         assert (folder / "metrics.jsonl").read_bytes() == before
@@ -758,12 +781,12 @@ def test_where_nothing_sound_is_left_nothing_is_begun_anew(zygote: Zygote, tmp_p
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "null", '{"attempts": null}', "{", ""])
-def test_a_record_that_is_none_is_told(zygote: Zygote, tmp_path: Path, text: str) -> None:
+def test_a_record_that_is_none_is_told(fork_server: ForkServer, tmp_path: Path, text: str) -> None:
     """doctor and resume: one line, exit 4, no traceback."""
     (tmp_path / "r/checkpoints").mkdir(parents=True)
     (tmp_path / "r/record.json").write_text(text)
     for command in ("doctor", "resume"):
-        child = zygote.drumline(tmp_path, command, "r")
+        child = fork_server.drumline(tmp_path, command, "r")
         assert child.wait() == 4, child.err
         assert "r/record.json: " in child.err
         assert "Traceback" not in child.err

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from conftest import tiny_recipe
-from drumline.cli.plan import make_plan, prepare_data
 from drumline.plan.model import Plan
 from drumline.recipe.load import merge, validate
+from drumline.session.planning import make_plan
+from drumline.session.prepare import prepare_data
 
 MODEL = {
     "source": "config", "factory": None, "architecture": "gpt2",

@@ -4,8 +4,8 @@ What it forks is the product's own code: `drumline …` with the real supervisor
 real gloo. Only torchrun is stood in for, by a client of this file that asks for the ranks; runs
 through torchrun itself are in test_runs.py.
 
-    python zygote.py serve SOCKET                     the server
-    python zygote.py launch SOCKET WORLD ARGUMENTS…   what the supervisor starts in torchrun's place
+    python fork_server.py serve SOCKET                     the server
+    python fork_server.py launch SOCKET WORLD ARGUMENTS…   what the supervisor starts in torchrun's place
 """
 
 import array
@@ -25,11 +25,11 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = f"{ROOT}/toolkit:{ROOT}/launchers"
 
 
-class Zygote:
+class ForkServer:
     """The server, seen from a test."""
 
     def __init__(self, folder: Path) -> None:
-        self._socket = str(folder / "zygote")
+        self._socket = str(folder / "socket")
         env = {**os.environ, "PYTHONPATH": f"{SOURCES}:{ROOT}/tests/distributed", "OMP_NUM_THREADS": "1",
                "OPENBLAS_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # fmt: skip
         command = [sys.executable, __file__, "serve", self._socket]
@@ -54,9 +54,20 @@ class Zygote:
         env = {
             **os.environ,
             "DRUMLINE_TEST_FAULTS": json.dumps(faults or []),
-            "ZYGOTE": self._socket,
+            "FORK_SERVER": self._socket,
         }
         return Child(self._socket, "drumline", list(arguments), folder, env, err)
+
+    def run(
+        self, folder: Path, *arguments: str, timeout: float = 120
+    ) -> subprocess.CompletedProcess[str]:
+        """`drumline ARGUMENTS` in a folder, to its end."""
+        child = self.drumline(folder, *arguments)
+        try:
+            code = child.wait(timeout)
+        finally:
+            child.end()
+        return subprocess.CompletedProcess(list(arguments), code, child.out, child.err)
 
     def close(self) -> None:
         """End the server, and nothing else."""
@@ -122,10 +133,7 @@ def ask(
 
 def serve(path: str) -> None:
     """Import everything, then fork on request and tell how each child ended."""
-    import drumline.cli.doctor
-    import drumline.cli.run
-    import drumline.train.loop
-    import drumline.train.worker  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path + ".new")
@@ -195,7 +203,7 @@ def be_command(request: dict[str, Any]) -> int:
     from drumline_launchers.base import WORKER_ENVIRONMENT, Command, worker_arguments
 
     def render(plan: Any, job: Any) -> Command:
-        argv = [sys.executable, "-I", "-S", __file__, "launch", os.environ["ZYGOTE"],
+        argv = [sys.executable, "-I", "-S", __file__, "launch", os.environ["FORK_SERVER"],
                 str(plan.batch.gpus), *worker_arguments(job)[1:]]  # fmt: skip
         return Command(argv, WORKER_ENVIRONMENT)
 
