@@ -513,7 +513,7 @@ def test_a_full_disk_stops_the_run_and_spares_what_is_saved(
         run_folder = tmp_path / "small/r"
         assert "No space left on device" in child.err
         (told,) = attempts(run_folder)
-        assert told["kind"] == "CheckpointError"
+        assert told.get("kind") == "CheckpointError", child.err
         outcomes = [
             json.loads((run_folder / f"logs/attempt-0/rank-{r}.outcome.json").read_text())
             for r in (0, 1)
