@@ -9,10 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import ForkServer
+from ranks import run_jobs
 from safetensors import safe_open
 
 from conftest import ROOT
 from drumline.metrics_file import read_metrics
+from drumline.recipe.load import load_recipe
+from drumline.session.planning import make_plan
+from drumline.session.prepare import prepare_data
+
+pytestmark = pytest.mark.xdist_group("matrix")
 
 RECIPE = str(ROOT / "tests/seams/additions.yaml")
 FREEZE_ALL = "def freeze_all(model):\n    model.requires_grad_(False)\n"
@@ -31,74 +38,83 @@ ENGINES = {
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory, module_drumline: Any) -> Path:
-    """The undivided batch on one process."""
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every engine at every split, and `verify` at the last one; one start for each number of ranks."""
     folder = tmp_path_factory.mktemp("seams")
-    done = module_drumline(folder, "run", RECIPE, *SPLITS["whole"], "--run-dir", "whole")
-    assert done.returncode == 0, done.stderr
-    return folder / "whole"
+    prepare_data(load_recipe(RECIPE, SPLITS["whole"]))
+    jobs: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
+    for engine, chosen in ENGINES.items():
+        for split, batch in SPLITS.items():
+            plan = make_plan(load_recipe(RECIPE, [*batch, *chosen]))
+            kinds = ["train", *(["verify"] if split == "ranks" else [])]
+            for kind in kinds:
+                where = folder / f"{kind}-{engine}-{split}"
+                where.mkdir()
+                (where / "plan.json").write_text(plan.to_json())
+                job = {"kind": kind, "plan": str(where / "plan.json"), "folder": str(where)}
+                job |= {"fault": ""} if kind == "verify" else {}
+                jobs[plan.mesh.ranks].append(job)
+    for world, theirs in jobs.items():
+        run_jobs(world, theirs, folder / f"ranks-{world}")
+    return folder
 
 
-def losses(run: Path) -> list[float]:
-    return [line["loss"] for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "step"]
+def lines(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == kind]
 
 
-@pytest.mark.parametrize(
-    ("engine", "split"),
-    [("torchrun", "accumulated"), *((engine, "ranks") for engine in ENGINES)],
-)
-def test_additions_train_alike(
-    drumline: Any, tmp_path: Path, reference: Path, engine: str, split: str
-) -> None:
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_additions_train_alike(trained: Path, engine: str, split: str) -> None:
     """The same losses, evaluation and frozen weights under every engine and split as of the whole batch."""
-    done = drumline("run", RECIPE, *SPLITS[split], *ENGINES[engine], "--run-dir", "r", "--json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert losses(tmp_path / "r") == pytest.approx(losses(reference), rel=2e-5)
-    evaluated = [
-        [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "evaluation"]
-        for run in (tmp_path / "r", reference)
-    ]
-    assert set(found["eval"]) == {"eval/loss", "eval/near"}
-    for ours, theirs in zip(*evaluated, strict=True):
-        assert ours == pytest.approx(theirs, rel=2e-5)
+    run, reference = trained / f"train-{engine}-{split}", trained / "train-torchrun-whole"
+    ours, theirs = ([line["loss"] for line in lines(path, "step")] for path in (run, reference))
+    assert len(ours) == 12
+    assert ours == pytest.approx(theirs, rel=2e-5)
+    evaluated = [lines(path, "evaluation") for path in (run, reference)]
+    assert set(evaluated[0][-1]) == {"kind", "step", "eval/loss", "eval/near"}
+    for mine, other in zip(*evaluated, strict=True):
+        assert mine == pytest.approx(other, rel=2e-5)
     names = set()
-    for path in (tmp_path / "r/checkpoints/step-00000012").glob("*.safetensors"):
+    for path in (run / "checkpoints/step-00000012").glob("*.safetensors"):
         with safe_open(path, framework="np") as file:
             names |= set(file.keys())
     assert {"model.embedding.weight", "optimizer.second.weight.mean"} <= names
     assert not [name for name in names if name.startswith("optimizer.embedding")]
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "accelerate", "zero2"])
-def test_verify_finds_them_equal(drumline: Any, engine: str) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_verify_finds_them_equal(trained: Path, engine: str) -> None:
     """The gradient of the split is the undivided batch's, one row at a time in fp64."""
-    done = drumline("verify", RECIPE, *SPLITS["ranks"], *ENGINES[engine], "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["equal"]
+    report = json.loads((trained / f"verify-{engine}-ranks/verify.json").read_text())
+    assert report["steps"]
+    assert report["rates"]
+    assert all(step["relative_error"] <= report["tolerance"] for step in report["steps"])
+    assert all(taken == rate["wanted"] for rate in report["rates"] for taken in rate["taken"])
 
 
-def test_they_are_under_the_trust_rule(drumline: Any, tmp_path: Path, reference: Path) -> None:
+def test_they_are_under_the_trust_rule(fork_server: ForkServer, tmp_path: Path) -> None:
     """Out of a record none of them runs unless it is trusted; then it is reproduced, at another split."""
-    done = drumline("reproduce", str(reference))
+    done = fork_server.run(tmp_path, "run", RECIPE, *SPLITS["whole"], "--run-dir", "whole")
+    assert done.returncode == 0, done.stderr
+    done = fork_server.run(tmp_path, "reproduce", "whole")
     assert done.returncode == 2
     for name in ("bag", "freeze_embeddings", "rows", "pairs", "distance", "sign_sgd"):
         assert f"additions:{name}" in done.stderr
-    done = drumline(
-        "reproduce", str(reference), "--trust-code", "--gpus", "2", "--json", "--run-dir", "again"
-    )
+    words = ("--trust-code", "--gpus", "2", "--json", "--run-dir", "again")
+    done = fork_server.run(tmp_path, "reproduce", "whole", *words)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["verdict"] == "equal"
 
 
-def test_nothing_to_train_is_refused(drumline: Any, tmp_path: Path) -> None:
+def test_nothing_to_train_is_refused(fork_server: ForkServer, tmp_path: Path) -> None:
     """An edit that freezes everything is one message and exit 2, not a run that learns nothing."""
     for name in ("additions.py", "helpers.py"):
         shutil.copy(ROOT / "tests/seams" / name, tmp_path)
     (tmp_path / "frozen.py").write_text(FREEZE_ALL)
     recipe = Path(RECIPE).read_text().replace("additions:freeze_embeddings", "frozen:freeze_all")
     (tmp_path / "r.yaml").write_text(recipe)
-    done = drumline("run", "r.yaml", *SPLITS["whole"])
+    done = fork_server.run(tmp_path, "run", "r.yaml", *SPLITS["whole"])
     assert done.returncode == 2, done.stderr
     assert "model: no parameter is trainable" in done.stderr
 

@@ -31,7 +31,7 @@ def render(plan: Plan, job: Job) -> Command:
 
 
 def _config(plan: Plan, job: Job) -> dict[str, Any]:
-    several = plan.batch.gpus > 1
+    several = plan.mesh.ranks > 1
     lowered = plan.recipe.precision in ("bf16", "fp16") and not _on_cpu(plan)
     return {
         "compute_environment": "LOCAL_MACHINE",

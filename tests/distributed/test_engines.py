@@ -14,7 +14,7 @@ from unequal import unequal_plan, write_pairs
 from drumline.metrics_file import read_metrics
 from drumline.plan.model import Plan
 
-pytestmark = [pytest.mark.xdist_group("heavy"), pytest.mark.heavy]
+pytestmark = [pytest.mark.xdist_group("matrix"), pytest.mark.heavy]
 
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {},

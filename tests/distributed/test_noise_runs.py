@@ -21,7 +21,7 @@ from drumline.session.prepare import prepare_data
 from drumline.train.batches import open_rows
 from drumline.train.models import ModelBuilder
 
-pytestmark = [pytest.mark.xdist_group("heavy"), pytest.mark.heavy]
+pytestmark = [pytest.mark.xdist_group("matrix"), pytest.mark.heavy]
 
 STEPS, FEW = 192, 32
 """DeepSpeed is slow on a CPU, and only has to measure what DDP does."""

@@ -13,7 +13,7 @@ from drumline.plan.model import Plan
 from drumline.recipe.load import validate
 from drumline.session.planning import make_plan
 
-pytestmark = [pytest.mark.heavy, pytest.mark.xdist_group("scale")]
+pytestmark = [pytest.mark.heavy, pytest.mark.xdist_group("matrix")]
 
 LLAMA = {
     "source": "config", "factory": None, "architecture": "llama",

@@ -18,7 +18,7 @@ from unequal import unequal_plan, write_pairs
 from drumline.metrics_file import read_metrics
 from drumline.plan.model import Plan
 
-pytestmark = [pytest.mark.xdist_group("heavy"), pytest.mark.heavy]
+pytestmark = [pytest.mark.xdist_group("matrix"), pytest.mark.heavy]
 
 SPLITS = [(12, 1, 1), (1, 1, 12), (6, 2, 1), (2, 2, 3), (3, 4, 1), (1, 4, 3)]
 STRATEGIES = {"ddp": {"name": "ddp"}, "fsdp": {"name": "fsdp"}}
