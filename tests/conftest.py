@@ -77,6 +77,16 @@ def drumline(tmp_path: Path) -> Any:
     return run
 
 
+@pytest.fixture
+def forked(fork_server: ForkServer, tmp_path: Path) -> Any:
+    """As `drumline`, by a process that the fork server forks; only torchrun is stood in for."""
+
+    def run(*arguments: str) -> Any:
+        return fork_server.run(tmp_path, *arguments)
+
+    return run
+
+
 def tiny_recipe(**sections: Any) -> dict[str, Any]:
     """A small legal recipe as a plain mapping; sections replace its own key by key."""
     plain: dict[str, Any] = {

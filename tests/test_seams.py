@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fork_server import ForkServer
 from ranks import run_jobs
 from safetensors import safe_open
 
@@ -93,39 +92,39 @@ def test_verify_finds_them_equal(trained: Path, engine: str) -> None:
     assert all(taken == rate["wanted"] for rate in report["rates"] for taken in rate["taken"])
 
 
-def test_they_are_under_the_trust_rule(fork_server: ForkServer, tmp_path: Path) -> None:
+def test_they_are_under_the_trust_rule(forked: Any) -> None:
     """Out of a record none of them runs unless it is trusted; then it is reproduced, at another split."""
-    done = fork_server.run(tmp_path, "run", RECIPE, *SPLITS["whole"], "--run-dir", "whole")
+    done = forked("run", RECIPE, *SPLITS["whole"], "--run-dir", "whole")
     assert done.returncode == 0, done.stderr
-    done = fork_server.run(tmp_path, "reproduce", "whole")
+    done = forked("reproduce", "whole")
     assert done.returncode == 2
     for name in ("bag", "freeze_embeddings", "rows", "pairs", "distance", "sign_sgd"):
         assert f"additions:{name}" in done.stderr
     words = ("--trust-code", "--gpus", "2", "--json", "--run-dir", "again")
-    done = fork_server.run(tmp_path, "reproduce", "whole", *words)
+    done = forked("reproduce", "whole", *words)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["verdict"] == "equal"
 
 
-def test_nothing_to_train_is_refused(fork_server: ForkServer, tmp_path: Path) -> None:
+def test_nothing_to_train_is_refused(forked: Any, tmp_path: Path) -> None:
     """An edit that freezes everything is one message and exit 2, not a run that learns nothing."""
     for name in ("additions.py", "helpers.py"):
         shutil.copy(ROOT / "tests/seams" / name, tmp_path)
     (tmp_path / "frozen.py").write_text(FREEZE_ALL)
     recipe = Path(RECIPE).read_text().replace("additions:freeze_embeddings", "frozen:freeze_all")
     (tmp_path / "r.yaml").write_text(recipe)
-    done = fork_server.run(tmp_path, "run", "r.yaml", *SPLITS["whole"])
+    done = forked("run", "r.yaml", *SPLITS["whole"])
     assert done.returncode == 2, done.stderr
     assert "model: no parameter is trainable" in done.stderr
 
 
-def test_a_task_that_stores_nothing_known_is_refused(drumline: Any, tmp_path: Path) -> None:
+def test_a_task_that_stores_nothing_known_is_refused(forked: Any, tmp_path: Path) -> None:
     """A factory that makes something else is named, with what it lacks."""
     (tmp_path / "mine.py").write_text("def task():\n    return object()\n")
     (tmp_path / "r.yaml").write_text(
         Path(RECIPE).read_text().replace("additions:pairs", "mine:task")
         .replace("additions:rows", "mine:rows").replace("additions:bag", "mine:bag")
     )  # fmt: skip
-    done = drumline("prepare", "r.yaml")
+    done = forked("prepare", "r.yaml")
     assert done.returncode == 2
     assert "data.task_factory: mine:task made a object without encode()" in done.stderr

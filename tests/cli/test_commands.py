@@ -217,7 +217,7 @@ def test_sweep_combines_and_plans_all_before_the_first(drumline: Any, tmp_path: 
     assert not (tmp_path / "s").exists()
 
 
-def test_sweep_trains_each_and_reports_all(drumline: Any, tmp_path: Path) -> None:
+def test_sweep_trains_each_and_reports_all(forked: Any, tmp_path: Path) -> None:
     """Two runs here, one after the other, in one folder with one page."""
     values = [
         "optimizer.lr=1e-3,2e-3",
@@ -226,7 +226,7 @@ def test_sweep_trains_each_and_reports_all(drumline: Any, tmp_path: Path) -> Non
         "evaluation=null",
         "early_stopping=null",
     ]
-    done = drumline("sweep", "worked-example", *values, "--folder", "s", "--json")
+    done = forked("sweep", "worked-example", *values, "--folder", "s", "--json")
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert [Path(run).name for run in facts["runs"]] == ["000", "001"]
@@ -236,4 +236,4 @@ def test_sweep_trains_each_and_reports_all(drumline: Any, tmp_path: Path) -> Non
     ]
     assert rates == [1e-3, 2e-3]
     assert "000 and 001" in (tmp_path / "s/report.html").read_text()
-    assert len(json.loads(drumline("runs", "s", "--json").stdout)["runs"]) == 2
+    assert len(json.loads(forked("runs", "s", "--json").stdout)["runs"]) == 2

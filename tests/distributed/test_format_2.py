@@ -45,11 +45,11 @@ def test_hashes_plans_and_lines_are_read_as_they_were(runs: Path, name: str) -> 
     assert [line["step"] for line in logged.steps] == list(range(1, logged.steps[-1]["step"] + 1))
 
 
-def test_a_stopped_run_goes_on(drumline: Any, runs: Path) -> None:
+def test_a_stopped_run_goes_on(forked: Any, runs: Path) -> None:
     """From its old checkpoint, at another split, to the end; each step once, then reproduced from the record."""
     run = runs / "stopped-lm"
     at = json.loads((run / "record.json").read_text())["attempts"][-1]["step"]
-    done = drumline("resume", str(run), "--gpus", "1", "--json")
+    done = forked("resume", str(run), "--gpus", "1", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 60
     steps = [line["step"] for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "step"]
@@ -58,17 +58,17 @@ def test_a_stopped_run_goes_on(drumline: Any, runs: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["finished-lm", "finished-mlp"])
-def test_a_finished_run_is_reproduced_bit_for_bit(drumline: Any, runs: Path, name: str) -> None:
+def test_a_finished_run_is_reproduced_bit_for_bit(forked: Any, runs: Path, name: str) -> None:
     """The same initial weights, samples, losses and final weights as the version before."""
-    done = drumline("reproduce", str(runs / name), "--trust-code", "--json", "--run-dir", "again")
+    done = forked("reproduce", str(runs / name), "--trust-code", "--json", "--run-dir", "again")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["verdict"] == "identical", found["words"]
     assert found["weights_error"] == 0.0
 
 
-def test_a_checkpoint_alone_is_exported_and_told_of(drumline: Any, runs: Path) -> None:
-    """export, report, runs and doctor read what an older version wrote, and change nothing in it."""
+def test_it_is_reported(forked: Any, runs: Path) -> None:
+    """report, runs, doctor and status read what an older version wrote, and change nothing in it."""
     before = {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()}
     for arguments in (
         ("report", str(runs / "finished-lm"), "--output", "page.html"),
@@ -76,7 +76,7 @@ def test_a_checkpoint_alone_is_exported_and_told_of(drumline: Any, runs: Path) -
         ("doctor", str(runs / "finished-mlp")),
         ("status", str(runs / "stopped-lm")),
     ):
-        done = drumline(*arguments)
+        done = forked(*arguments)
         assert done.returncode == 0, done.stderr
     after = {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()}
     assert after == before
