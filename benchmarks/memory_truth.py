@@ -242,6 +242,7 @@ def measure(
 
 def row_of(spec: dict[str, Any], plan: Plan, device: torch.device) -> dict[str, Any]:
     """One line of the CSV."""
+    gc.unfreeze()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -167,7 +167,7 @@ def _check_one_size(plans: list[Plan]) -> None:
     sizes = sorted({_size_words(plan) for plan in plans})
     if len(sizes) > 1:
         raise PlanError(
-            f"sweep: its runs need {', '.join(sizes)}, and all jobs of an array have one size. "
+            f"sweep: its runs need {', '.join(sizes)}, and an array has one size. "
             "Nearest: the same batch.gpus and cluster.nodes in all, or --to local"
         )
 

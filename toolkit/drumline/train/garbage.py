@@ -13,7 +13,11 @@ EVERY_STEPS = 1000
 
 
 class GarbageControl:
-    """Context without automatic collection; objects that exist on entry are frozen (`gc.freeze`)."""
+    """Context without automatic collection; objects that exist on entry are frozen (`gc.freeze`).
+
+    They stay frozen: a rank exits after its training, and walking every imported module once more would only
+    delay that. A process that trains several times calls `gc.unfreeze()` between.
+    """
 
     def __enter__(self) -> Self:
         self._was_enabled = gc.isenabled()
@@ -37,6 +41,5 @@ class GarbageControl:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        gc.unfreeze()
         if self._was_enabled:
             gc.enable()
