@@ -1,15 +1,19 @@
 """What every launcher renders: full text, on one node and many, and hostile names stay themselves."""
 
 import json
+import re
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from conftest import tiny_recipe
 from drumline.plan.model import Plan
 from drumline.plan.resolve import resolve
-from drumline.recipe.load import load_recipe
+from drumline.recipe.load import load_recipe, validate
+from drumline.runs.folder import RunFolder
+from drumline.session.launch import render_alone
 from drumline_launchers import LAUNCHERS
 from drumline_launchers.base import Job
 
@@ -91,3 +95,14 @@ def test_hostile_names_stay_one_argument(launcher: str, name: str, tmp_path: Pat
     for path, content in command.files.items():
         assert Path(path).read_text() == content
     assert not (tmp_path / "x").exists()
+
+
+def test_a_local_start_meets_at_a_port_that_nobody_is_given(tmp_path: Path) -> None:
+    """Not one of the system's own range, where another process may get it between choice and use."""
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    folder = RunFolder(tmp_path)
+    plan = resolve(validate(tiny_recipe(), "r"))
+    for number in range(20):
+        words = " ".join(render_alone(plan, folder, number).argv)
+        port = int(re.search(r"--rdzv-endpoint=127\.0\.0\.1:(\d+)", words)[1])  # type: ignore[index]
+        assert not first <= port <= last

@@ -11,13 +11,18 @@ from typing import Any
 import pytest
 import torch
 from savers import one_saver, pieces, save, tensors, try_to_save
+from torch.distributed import HashStore
 
 from drumline.checkpoint import manifest, retention
-from drumline.checkpoint.manifest import step_of, verify
+from drumline.checkpoint.manifest import checkpoint_name, step_of, verify
 from drumline.checkpoint.state import TrainState
+from drumline.checkpoint.weights import weight_facts
 from drumline.errors import CheckpointError
+from drumline.recipe.schema import Checkpoint
 from drumline.train import loader, saver
+from drumline.train.commit import SaveCommit
 from drumline.train.engines.base import TensorShard
+from drumline.train.saver import Saver
 
 
 @pytest.mark.parametrize("write", [(1, False), (2, True), (3, True), (4, True), (3, False)])
@@ -244,3 +249,50 @@ def test_an_amended_state_counts_and_is_covered(tmp_path: Path) -> None:
     (path / "amendment.json").write_bytes(bytes(raw))
     with pytest.raises(CheckpointError, match=r"amendment.json: it is not what was saved"):
         verify(path)
+
+
+def test_a_save_has_a_time_limit_of_its_own(tmp_path: Path) -> None:
+    """60 s and what the bytes take at 20 MB/s; once measured, ten times what they take at the slowest rate."""
+    saver = one_saver(tmp_path / "c", keep_last=2)
+    assert saver.limit_s(0) == 60.0
+    assert saver.limit_s(2_000_000_000) == pytest.approx(160.0)
+    (tmp_path / "c").mkdir()
+    with saver:
+        saver.save(pieces(tensors(1), 0, 1, sharded=False), TrainState(step=1))
+        saver.wait()
+        first = saver.limit_s(10**9)
+        saver.save(pieces(tensors(2), 0, 1, sharded=False), TrainState(step=2))
+        saver.wait()
+    assert saver.limit_s(0) == 60.0
+    assert saver.limit_s(10**9) == pytest.approx(
+        first
+    )  # the larger one was faster; the slowest counts
+    assert 60.0 < saver.limit_s(10**8) < saver.limit_s(10**9)
+
+
+def test_the_final_weights_are_summed_as_they_are_saved(tmp_path: Path) -> None:
+    """Checksum, norm and sketch of a run's last checkpoint come from the ranks' manifests: no weight is read."""
+    whole = tensors(3)
+    store = HashStore()
+    (tmp_path / "c").mkdir()
+
+    def work(rank: int) -> None:
+        saver = Saver(tmp_path / "c", Checkpoint(), SaveCommit(store, "run-0", rank, 2), rank)
+        saver.save(pieces(whole, rank, 2, sharded=True), TrainState(step=5), is_final=True)
+        saver.wait()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    path = tmp_path / "c" / checkpoint_name(5)
+    read = save(tmp_path / "d", 3, world=1)  # the same tensors, by one rank, without sums
+    for shard in path.glob("*.safetensors"):
+        shard.unlink()
+    facts, from_files = weight_facts(path), weight_facts(read)
+    assert {**facts, "step": 3} == {
+        **from_files,
+        "norm": pytest.approx(from_files["norm"]),
+        "sketch": pytest.approx(from_files["sketch"]),
+    }
