@@ -13,6 +13,7 @@ from drumline.metrics_file import read_metrics
 from drumline.plan.identity import plain_sha256, recipe_sha256, training_sha256
 from drumline.plan.model import read_plan
 from drumline.recipe.load import validate
+from drumline.runs.health import examine
 
 FIXTURE = ROOT / "tests/fixtures/format_2"
 RUNS = ("finished-lm", "finished-mlp", "stopped-lm")
@@ -80,3 +81,12 @@ def test_it_is_reported(forked: Any, runs: Path) -> None:
         assert done.returncode == 0, done.stderr
     after = {p: p.read_bytes() for p in runs.rglob("*") if p.is_file()}
     assert after == before
+
+
+def test_the_last_step_is_not_that_of_a_late_event(runs: Path) -> None:
+    """An asynchronous save is told of after later steps; where the run stands is its last step line."""
+    run = runs / "finished-mlp"
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "event", "step": 4, "checkpoint/saved": "step-00000004"}\n')
+    steps = [line["step"] for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "step"]
+    assert examine(run).step == steps[-1] > 4

@@ -30,8 +30,8 @@ _NEXT = {
 class Health:
     """State of a run on disk.
 
-    `step` is that of the last line in metrics.jsonl; `sound` names the checkpoints that verify; `bad` maps
-    each damaged checkpoint to its error.
+    `step` is that of the last step line in metrics.jsonl; `sound` names the checkpoints that verify; `bad`
+    maps each damaged checkpoint to its error.
     """
 
     run: str
