@@ -264,9 +264,7 @@ def test_a_save_has_a_time_limit_of_its_own(tmp_path: Path) -> None:
         saver.save(pieces(tensors(2), 0, 1, sharded=False), TrainState(step=2))
         saver.wait()
     assert saver.limit_s(0) == 60.0
-    assert saver.limit_s(10**9) == pytest.approx(
-        first
-    )  # the larger one was faster; the slowest counts
+    assert saver.limit_s(10**9) >= first  # the slower of the two counts
     assert 60.0 < saver.limit_s(10**8) < saver.limit_s(10**9)
 
 
