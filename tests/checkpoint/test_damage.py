@@ -1,5 +1,6 @@
 """Damage and malice: every flipped bit, truncation, link and lie is found and its file named."""
 
+import errno
 import json
 import os
 import pickle
@@ -13,8 +14,8 @@ import pytest
 from savers import save
 
 from drumline.checkpoint.manifest import MANIFEST, _encode, sha256, verify
-from drumline.checkpoint.retention import newest_sound
-from drumline.errors import CheckpointError
+from drumline.checkpoint.retention import newest_sound, set_aside
+from drumline.errors import CheckpointError, CheckpointUnreadable
 
 FILES = ["manifest.json", "state.json", "rank-0.json", "rank-1.json", "rank-0.safetensors",
          "rank-1.safetensors"]  # fmt: skip
@@ -96,8 +97,8 @@ class Bomb:
 
 
 ATTACKS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "a shard that is a link": (lambda p: link(p, "rank-0.safetensors"), "rank-0.safetensors: cannot be read: Too"),
-    "a state that is a link": (lambda p: link(p, "state.json"), "state.json: cannot be read: Too many"),
+    "a shard that is a link": (lambda p: link(p, "rank-0.safetensors"), "rank-0.safetensors: cannot be read: is a symbolic link"),
+    "a state that is a link": (lambda p: link(p, "state.json"), "state.json: cannot be read: is a symbolic link"),
     "a pipe": (lambda p: [(p / "state.json").unlink(), os.mkfifo(p / "state.json")], "is not a regular file"),
     "a folder": (lambda p: [(p / "state.json").unlink(), (p / "state.json").mkdir()], "is not a regular file"),
     "a pickle": (lambda p: (p / "rank-0.safetensors").write_bytes(pickle.dumps(Bomb())), "rank-0.safetensors: "),
@@ -139,20 +140,50 @@ def test_a_checkpoint_that_is_a_link_is_refused(sound: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_bad_one_is_set_aside_and_the_one_before_is_used(tmp_path: Path, name: str) -> None:
-    """Renamed .bad-<n>, told in one line that names the file; twice in a row too."""
+def test_a_bad_one_is_named_and_the_one_before_is_read(tmp_path: Path, name: str) -> None:
+    """A reader says in one line which file is bad, takes the one before, and renames nothing."""
     save(tmp_path / "c", 1)
-    for number in (1, 2):
-        newest = save(tmp_path / "c", 2)
-        raw = bytearray((newest / name).read_bytes())
-        raw[len(raw) // 2] ^= 4
-        (newest / name).write_bytes(bytes(raw))
-        said: list[str] = []
-        found = newest_sound(tmp_path / "c", said.append)
-        assert found
-        assert found[1].step == 1
-        assert len(said) == 1
-        assert str(newest / name) in said[0]
-        assert f"step-00000002.bad-{number}" in said[0]
-        assert (tmp_path / "c" / f"step-00000002.bad-{number}").is_dir()
-        assert not newest.exists()
+    newest = save(tmp_path / "c", 2)
+    raw = bytearray((newest / name).read_bytes())
+    raw[len(raw) // 2] ^= 4
+    (newest / name).write_bytes(bytes(raw))
+    said: list[str] = []
+    found = newest_sound(tmp_path / "c", said.append)
+    assert found
+    assert found[1].step == 1
+    assert len(said) == 1
+    assert str(newest / name) in said[0]
+    assert (newest / name).read_bytes() == bytes(raw)
+    aside = [set_aside(newest).name, set_aside(save(tmp_path / "c", 2)).name]
+    assert aside == ["step-00000002.bad-1", "step-00000002.bad-2"]
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOTCONN]
+)
+@pytest.mark.parametrize("name", FILES)
+def test_what_cannot_be_read_is_not_called_damaged(
+    sound: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    """Whatever a file system answers, of any file: CheckpointUnreadable. The answer is planted in os.open.
+
+    Only `test_readers.py` has real ones (a permission); no disk here gives the others.
+    """
+    real = os.open
+
+    def failing(path: Any, *arguments: Any, **more: Any) -> int:
+        if str(path) == str(sound / name):
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *arguments, **more)
+
+    monkeypatch.setattr(os, "open", failing)
+    with pytest.raises(CheckpointUnreadable, match=f"{name}: cannot be read"):
+        verify(sound)
+    with pytest.raises(CheckpointUnreadable):
+        newest_sound(sound.parent, lambda line: None)
+
+
+def test_a_checkpoint_whose_folder_is_gone_is_not_called_damaged(sound: Path) -> None:
+    """Deleted meanwhile, or its mount is gone."""
+    with pytest.raises(CheckpointUnreadable):
+        verify(sound.with_name("step-00000003"))

@@ -251,7 +251,7 @@ def test_hashes_ignore_paths_logging_and_description(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"hidden_size": "abc"}, "hidden_size: 'abc' is not a whole number above 0"),
+        ({"hidden_size": "abc"}, "hidden_size: 'abc' is text, llama takes a whole number"),
         ({"hidden_size": -128}, "hidden_size: -128"),
         ({"vocab_size": 1.5}, "vocab_size: 1.5"),
         ({"num_attention_heads": 0}, "num_attention_heads: 0"),
@@ -259,7 +259,7 @@ def test_hashes_ignore_paths_logging_and_description(tmp_path: Path) -> None:
         ({"attention_dropout": "abc"}, "attention_dropout: 'abc'"),
         (
             {"num_hidden_layer": 2},
-            r"num_hidden_layer: unknown key. Did you mean 'num_hidden_layers'",
+            r"num_hidden_layer: llama has no such key. Did you mean 'num_hidden_layers'",
         ),
     ],
 )

@@ -1,20 +1,27 @@
 """Invariants of every schedule in the dict; a new one is tested by being there."""
 
 import math
+from typing import Any
 
 import pytest
 
-from drumline.errors import PlanError
+from conftest import tiny_recipe
+from drumline.errors import PlanError, RecipeError
+from drumline.plan.model import Plan
+from drumline.plan.resolve import resolve
 from drumline.plan.schedule import (
     SCHEDULES,
     Curve,
     rate,
     rate_at,
+    rate_facts,
     resolve_milestones,
     resolve_warmup,
 )
 from drumline.plan.steps import Clock
+from drumline.recipe.load import validate
 from drumline.recipe.schema import Schedule
+from drumline.session.show import plan_table
 
 DO_NOT_DECAY = {"constant", "inverse_sqrt", "piecewise"}
 """Constant has no end value; inverse sqrt never reaches it; piecewise ends at its last milestone."""
@@ -120,3 +127,47 @@ def test_milestones_are_steps_or_fractions() -> None:
     assert resolve_milestones({"30": 0.1}, 200) == [(30, 0.1)]
     with pytest.raises(PlanError, match="step 300 > 200 steps"):
         resolve_milestones({"300": 0.1}, 200)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("unit", ["step", "epoch"])
+@pytest.mark.parametrize(("samples", "warmup"), [(60, 13), (60, 0), (7, 25), (100, 100), (33, 12)])
+def test_the_rates_that_plan_shows_are_those_of_the_run(
+    name: str, unit: str, samples: int, warmup: int
+) -> None:
+    """First, highest with its step, last: as found by asking for every one of 100 steps."""
+    clock = Clock(samples, 10, "keep")
+    c = curve(name, 100, warmup, unit=unit)
+    rates = [rate(c, step, clock) for step in range(1, 101)]
+    facts = rate_facts(c, clock)
+    assert (facts.first, facts.last) == (rates[0], rates[-1])
+    assert facts.highest == pytest.approx(max(rates), rel=1e-12)
+    assert rates[facts.highest_step - 1] == pytest.approx(max(rates), rel=1e-12)
+
+
+def test_a_promise_that_the_run_would_not_keep_is_refused_or_told() -> None:
+    """A warm-up that no step sees, cycles without room, milestones at no step of their own; the fix works."""
+
+    def planned(steps: int, **changes: Any) -> Plan:
+        return resolve(validate(tiny_recipe(duration={"steps": steps}, schedule=changes,
+                                            data={"samples": 72}), "recipe"))  # fmt: skip
+
+    with pytest.raises(PlanError, match=r"a warm-up of 3 would not be seen .* warmup_steps 12"):
+        planned(60, name="linear", unit="epoch", warmup_steps=3)
+    assert "at step 1, peak" in plan_table(
+        planned(60, name="linear", unit="epoch", warmup_steps=12)
+    )
+    told = planned(10, name="cosine", warmup_ratio=0.05)
+    assert "0.05 × 10 steps = 0.5 rounds to 0, so there is no warm-up" in told.warnings[-1]
+    with pytest.raises(
+        PlanError, match=r"20 in 10 steps is less than two steps each. Nearest: cycles 5"
+    ):
+        planned(10, name="cosine_restarts", cycles=20)
+    assert planned(10, name="cosine_restarts", cycles=5)
+    with pytest.raises(RecipeError, match=r"'1.0': a fraction of the run is below 1"):
+        planned(10, name="piecewise", milestones={"1.0": 0.1})
+    for places in ({"0.01": 0.5}, {"0.5": 0.5, "0.52": 0.1}):
+        with pytest.raises(PlanError, match="before the first step|as the one before"):
+            planned(10, name="piecewise", milestones=places)
+    flat = planned(6, name="cosine", unit="epoch", min_lr_ratio=0.1)
+    assert "the rate never comes near the peak 0.001: it is 0.0001 at most" in flat.warnings

@@ -1,14 +1,18 @@
 """Files, extends, overrides, and messages with path, value and nearest fix."""
 
+import glob
+import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conftest import tiny_recipe
-from drumline.errors import RecipeError
+from drumline.data.files import matching_files
+from drumline.errors import DataError, RecipeError
 from drumline.recipe import catalogue, yaml12
-from drumline.recipe.load import load_recipe, merge, validate
+from drumline.recipe.load import load_recipe, merge, override, validate
 
 
 def write(path: Path, value: Any) -> str:
@@ -23,7 +27,12 @@ def write(path: Path, value: Any) -> str:
         ({"batch": {"per_devise": 3}}, r"batch.per_devise: unknown key. Did you mean 'per_device'\?"),
         ({"optimizer": {"lr_scaling": {"rul": "x"}}}, r"lr_scaling.rul: .*Did you mean 'rule'"),
         ({"batch": {"per_device": 0}}, r"batch.per_device: 0: input should be greater than or equal"),
-        ({"batch": {"per_device": 2.0}}, r"batch.per_device: 2.0: input should be a valid integer"),
+        ({"batch": {"per_device": 2.0}}, r"batch.per_device: 2.0 is not a whole number. Nearest: 2"),
+        ({"duration": {"steps": 1e5}}, r"duration.steps: 100000.0 is not a whole number. Nearest: 100000"),
+        ({"optimizer": None}, r"optimizer: is empty. Nearest: leave the section out, or give it a key"),
+        ({"launch": {"hang_factor": math.inf}}, r"launch.hang_factor: inf is not a finite number"),
+        ({"model": {"config": {"x": [math.nan]}}}, r"model.config.x\[0\]: nan is not a finite number"),
+        ({"description": "a\0b"}, r"description: .* holds a NUL character"),
         ({"batch": {"per_device": "4"}}, r"batch.per_device: '4': input should be a valid integer"),
         ({"optimizer": {"lr": True}}, r"optimizer.lr: True"),
         ({"optimizer": {"name": "adamW"}}, r"optimizer.name: 'adamW' .* Did you mean 'adamw'\?"),
@@ -179,3 +188,46 @@ def test_one_slip_is_one_message() -> None:
     with pytest.raises(RecipeError) as caught:
         validate(raw, "r")
     assert str(caught.value) == "r: optimiser: unknown key. Did you mean 'optimizer'?"
+
+
+@pytest.mark.parametrize("folder", ["exp [a]", "exp *", "what?", "[!x]", "plain"])
+@pytest.mark.parametrize(
+    "pattern", ["corpus/*.txt", "corpus/1.txt", "../{folder}/corpus/[0-9].txt", "**/1.txt"]
+)
+def test_only_what_the_person_wrote_is_a_pattern(tmp_path: Path, folder: str, pattern: str) -> None:
+    """Brackets and stars of the recipe's folder are its name, also where a sibling would match them."""
+    for name, text in (
+        (folder, "mine"),
+        ("exp a", "other"),
+        ("exp x", "other"),
+        ("whats", "other"),
+        ("y", "other"),
+    ):
+        (tmp_path / name / "corpus").mkdir(parents=True)
+        (tmp_path / name / "corpus/1.txt").write_text(text)
+    recipe = tiny_recipe(
+        data={"source": "files", "name": None, "path": pattern.format(folder=glob.escape(folder))}
+    )
+    where = write(tmp_path / folder / "r.yaml", recipe)
+    (found,) = matching_files(load_recipe(where).data)
+    assert found.read_text() == "mine"
+    (found,) = matching_files(override(load_recipe(where), ["seed=3"]).data)
+    assert found.read_text() == "mine"
+    (tmp_path / folder / "corpus/1.txt").unlink()
+    with pytest.raises(DataError, match="matches no file|does not exist"):
+        matching_files(load_recipe(where).data)
+
+
+@pytest.mark.parametrize("text", ["a pipe", "a folder", "too large"])
+def test_what_is_no_recipe_is_told(tmp_path: Path, text: str) -> None:
+    """Nothing waits for a pipe, and nothing large is read."""
+    path = tmp_path / "r.yaml"
+    if text == "a pipe":
+        os.mkfifo(path)
+    elif text == "a folder":
+        path.mkdir()
+    else:
+        with path.open("wb") as file:
+            file.truncate(40 << 30)
+    with pytest.raises(RecipeError, match="r.yaml"):
+        load_recipe(str(path))

@@ -1,6 +1,7 @@
 """YAML 1.2 scalars, and a dumper that the loader reads back."""
 
 import math
+import time
 
 import pytest
 from hypothesis import example, given
@@ -61,3 +62,33 @@ scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False)
 def test_what_is_dumped_is_read_back(value: dict[str, object]) -> None:
     """A recipe written to a run folder has the same values when it is read again."""
     assert yaml12.parse(yaml12.dump(value)) == value
+
+
+TEN_LEVELS = "a0: &a0 [x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 40)
+)
+BOMBS = {
+    "aliases": (TEN_LEVELS, "with every alias written out"),
+    "an alias of itself": ("&a [*a]", "unknown, or part of itself"),
+    "flow sequences": ("[" * 30_000 + "]" * 30_000, "nested more than 50 levels deep"),
+    "flow mappings": ("{a: " * 100_000, "nested more than 50 levels deep"),
+    "block sequences": ("- " * 30_000 + "x", "nested more than 50 levels deep"),
+    "size": ("x" * (yaml12.LARGEST + 1), "at most 1,048,576"),
+    "a merge key": ("base: &b {a: 1}\nx:\n  <<: *b\n", r"line 3: merge keys \(<<\) are not part of YAML 1.2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_bombs_are_refused_before_they_are_composed(bomb: str) -> None:
+    """Aliases that explode, any kind of nesting, size: one message, at once, without a crash."""
+    text, words = BOMBS[bomb]
+    started = time.process_time()
+    with pytest.raises(RecipeError, match=words):
+        yaml12.parse(text)
+    assert time.process_time() - started < 1
+
+
+def test_aliases_that_do_not_explode_are_read() -> None:
+    """Fifty levels and a few aliases are ordinary YAML."""
+    assert yaml12.parse("a: &a [1, 2]\nb: [*a, *a]") == {"a": [1, 2], "b": [[1, 2], [1, 2]]}
+    assert yaml12.parse("[" * 50 + "]" * 50)

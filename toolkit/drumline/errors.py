@@ -7,6 +7,7 @@
     ├── DataError          2   a file that is missing, empty or not in its stated format
     ├── LaunchError        2   this machine cannot start what the plan asks for
     ├── CheckpointError    4   no sound checkpoint, or one of another training
+    │   └── CheckpointUnreadable   its files cannot be read now, which says nothing about their content
     ├── RunFolderError     2   the folder is not a run folder, or already holds a run
     └── RunError           4   the run failed
         ├── NotFinite          too many steps in a row were skipped; a restart would repeat them
@@ -55,6 +56,10 @@ class CheckpointError(DrumlineError):
     """A checkpoint is missing, damaged, or belongs to another training."""
 
     exit_code = 4
+
+
+class CheckpointUnreadable(CheckpointError):
+    """A checkpoint cannot be read now (permission, I/O error, mount gone); it may well be sound."""
 
 
 class RunError(DrumlineError):

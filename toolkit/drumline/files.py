@@ -1,11 +1,76 @@
-"""Atomic file replacement: write a temporary file in the same folder, fsync it, rename it."""
+"""Atomic file replacement, and reading of files that somebody else may have placed.
+
+Replacement writes a temporary file in the same folder, fsyncs it, and renames it. Reading follows no symbolic
+link, opens regular files only, and stops at a size and depth limit.
+"""
 
 import contextlib
+import errno
 import io
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
+
+RECORD_LIMIT = 64 << 20
+"""Bytes of the largest JSON file that a run folder holds; a record with its code has at most a few MiB."""
+_DEEPEST = 100
+
+
+def open_regular(path: Path, flags: int = os.O_RDONLY, *, follow: bool = False) -> int:
+    """Open a regular file without waiting for a pipe and, unless `follow`, without following a link.
+
+    Returns the descriptor. OSError names the path and says what it is, if it is something else.
+    """
+    flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(
+                errno.ELOOP, "is a symbolic link, which is not followed", str(path)
+            ) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return descriptor
+
+
+def read_bytes(path: Path, limit: int = RECORD_LIMIT, *, follow: bool = False) -> bytes:
+    """Read a regular file of at most `limit` bytes; OSError otherwise. `follow`: also through a link."""
+    with os.fdopen(open_regular(path, follow=follow), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            words = f"has {size:,} bytes, at most {limit:,} are read"
+            raise OSError(errno.EFBIG, words, str(path))
+        return file.read(limit)
+
+
+def read_json(path: Path, limit: int = RECORD_LIMIT) -> Any:
+    """Read a JSON file; OSError as `read_bytes`, ValueError if it is not JSON or nested too deeply."""
+    return parse_json(read_bytes(path, limit))
+
+
+def parse_json(raw: bytes | str) -> Any:
+    """Parse JSON text; ValueError if it is not UTF-8, not JSON, or nested more than 100 levels deep."""
+    try:
+        found = json.loads(raw)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    waiting = [(found, 1)]
+    while waiting:
+        value, depth = waiting.pop()
+        if depth > _DEEPEST:
+            raise ValueError("nested too deeply")
+        if isinstance(value, dict):
+            waiting += [
+                (item, depth + 1) for item in value.values() if isinstance(item, dict | list)
+            ]
+        elif isinstance(value, list):
+            waiting += [(item, depth + 1) for item in value if isinstance(item, dict | list)]
+    return found
 
 
 def write_durably(path: Path, raw: bytes) -> None:
@@ -15,7 +80,8 @@ def write_durably(path: Path, raw: bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.part")
     try:
-        with temporary.open("wb") as file:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        with os.fdopen(open_regular(temporary, flags), "wb") as file:
             file.write(raw)
             file.flush()
             os.fsync(file.fileno())

@@ -17,7 +17,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from drumline.errors import RunError
+from drumline.files import open_regular, parse_json
+
 _BLOCK = 1 << 16
+_LONGEST_LINE = 4 << 20
 
 Line = dict[str, Any]
 
@@ -42,9 +46,8 @@ class MetricsFile:
         self._waiting: list[str] = []
         self._lock = threading.Lock()
         self._has_warned = False
-        if path.exists():
-            cut_after(path, resume_at, evaluation_due)
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._descriptor = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        cut_after(path, resume_at, evaluation_due)
         self._size = os.fstat(self._descriptor).st_size
 
     def add(self, kind: Kind, **values: Any) -> None:
@@ -88,10 +91,12 @@ class MetricsFile:
 
 def iterate_metrics(path: Path) -> Iterator[Line]:
     """Yield every complete line in file order; a torn last line is left out."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return
-    with path.open("rb") as file:
-        for raw in file:
+    with os.fdopen(open_regular(path), "rb") as file:
+        while raw := file.readline(_LONGEST_LINE):
+            if len(raw) == _LONGEST_LINE:
+                raise _too_long(path)
             line = parsed_line(raw)
             if line is not None:
                 yield line
@@ -118,7 +123,7 @@ def last_step_line(path: Path) -> Line | None:
 def is_torn(path: Path) -> bool:
     """Whether the file ends in the middle of a line."""
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             end = file.seek(0, os.SEEK_END)
             file.seek(max(0, end - 1))
             return file.read() not in (b"", b"\n")
@@ -129,10 +134,20 @@ def is_torn(path: Path) -> bool:
 def parsed_line(raw: bytes) -> Line | None:
     """Parse a line of metrics and add its kind; None if it is torn or not a metrics line."""
     try:
-        line = json.loads(raw)
+        line = parse_json(raw)
     except ValueError:
         return None
-    return with_kind(line) if isinstance(line, dict) and "step" in line else None
+    return with_kind(line) if isinstance(line, dict) and _has_step(line) else None
+
+
+def _has_step(line: Line) -> bool:
+    return isinstance(line.get("step"), int) and not isinstance(line["step"], bool)
+
+
+def _too_long(path: Path) -> RunError:
+    return RunError(
+        f"{path}: a line of more than {_LONGEST_LINE >> 20} MiB; it is not a metrics file"
+    )
 
 
 def with_kind(line: Line) -> Line:
@@ -185,15 +200,17 @@ def _encoded(line: Line) -> bytes:
 def _lines_from_end(path: Path) -> Iterator[tuple[int, Line | None]]:
     """Yield (byte offset, line) from the last line to the first; the line is None if torn or empty."""
     try:
-        file = path.open("rb")
+        descriptor = open_regular(path)
     except OSError:
         return
-    with file:
+    with os.fdopen(descriptor, "rb") as file:
         at, rest = file.seek(0, os.SEEK_END), b""
         while at > 0:
             size = min(at, _BLOCK)
             at = file.seek(at - size)
             block = file.read(size) + rest
+            if len(block) > _LONGEST_LINE:
+                raise _too_long(path)
             first, *lines = block.split(b"\n")
             starts, end = [], at + len(first) + 1
             for raw in lines:

@@ -14,12 +14,12 @@ A SHA-256 covers every bit of every file: rank-N.json has those of the tensors a
 manifest.json those of the JSON files and of itself. Only regular files of exactly these names are read.
 """
 
+import errno
 import hashlib
 import json
 import math
 import os
 import re
-import stat
 import struct
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from drumline.checkpoint.state import TrainState
-from drumline.errors import CheckpointError
-from drumline.files import fsync_folder, write_durably
+from drumline.errors import CheckpointError, CheckpointUnreadable
+from drumline.files import RECORD_LIMIT, fsync_folder, open_regular, parse_json, write_durably
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -39,6 +39,8 @@ DIGEST_THREADS = 4
 _NAME = re.compile(r"^step-(\d{8,})$")
 _CHUNK = 1 << 22
 _LARGEST_HEADER = 100 << 20
+_NOT_A_FILE = (errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.EISDIR, errno.ENOTDIR)
+"""What opening something that is not a regular file gives; a checkpoint holds regular files only."""
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
          "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}  # fmt: skip
 
@@ -136,7 +138,7 @@ def write_amendment(path: Path, state: dict[str, Any]) -> None:
 
 def _amended(path: Path, state: TrainState) -> TrainState:
     where = path / AMENDMENT
-    if not where.exists() and not where.is_symlink():
+    if not os.path.lexists(where):
         return state
     try:
         amended = TrainState(**_self_checked(where)["state"])
@@ -228,8 +230,10 @@ def _verify_shard(path: Path, rank: int, digest: str) -> None:
             bad = next((name for name in threads.map(check, places) if name), None)
         if bad:
             raise CheckpointError(f"{where}: tensor {bad} is not what was saved")
-    except (OSError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{where}: cannot be read: {error}") from None
+    except OSError as error:
+        raise _unreadable(where, error) from None
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{where}: it is not what was saved: {error}") from None
     finally:
         os.close(descriptor)
 
@@ -250,6 +254,8 @@ def _data_start(path: Path) -> int:
     descriptor = _open(path)
     try:
         first, size = os.pread(descriptor, 8, 0), os.fstat(descriptor).st_size
+    except OSError as error:
+        raise _unreadable(path, error) from None
     finally:
         os.close(descriptor)
     length = struct.unpack("<Q", first)[0] if len(first) == 8 else size + 1
@@ -287,28 +293,44 @@ def _json_of(path: Path, name: str, digest: str) -> dict[str, Any]:
 
 def _read(path: Path) -> bytes:
     descriptor = _open(path)
-    try:
-        with os.fdopen(descriptor, "rb") as file:
+    with os.fdopen(descriptor, "rb") as file:
+        try:
+            size = os.fstat(descriptor).st_size
+            if size > RECORD_LIMIT:
+                raise CheckpointError(f"{path}: it is not what was saved ({size:,} bytes)")
             return file.read()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        except OSError as error:
+            raise _unreadable(path, error) from None
 
 
 def _open(path: Path) -> int:
     """Open a regular file without following a link; CheckpointError for anything else."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        return open_regular(path)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise CheckpointError(f"{path}: is not a regular file")
-    return descriptor
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    """The error of a file that cannot be read: whether that proves damage, or says nothing of the content.
+
+    Damage: a file that is missing from its checkpoint, or is a link, a pipe or a folder. Anything else, such
+    as a permission, an I/O error or a checkpoint folder that is gone (deleted meanwhile, or its mount is),
+    can pass, so no checkpoint may be given up for it.
+    """
+    words = f"{path}: cannot be read: {error.strerror or error}"
+    missing = error.errno == errno.ENOENT and path.parent.is_dir()
+    if missing or error.errno in _NOT_A_FILE:
+        return CheckpointError(words)
+    return CheckpointUnreadable(
+        f"{words}. That does not say that it is damaged: nothing was renamed. Nearest: make it readable for "
+        "this user"
+    )
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(raw)
+        found = parse_json(raw)
     except ValueError:
         found = None
     if not isinstance(found, dict):

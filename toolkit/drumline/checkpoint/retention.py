@@ -1,34 +1,65 @@
 """Finds, sets aside and deletes checkpoints in a run's checkpoint folder."""
 
 import contextlib
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from drumline.checkpoint.manifest import MANIFEST, step_of, verify
 from drumline.checkpoint.state import TrainState, badness
-from drumline.errors import CheckpointError
+from drumline.errors import CheckpointError, CheckpointUnreadable
 from drumline.recipe.schema import Checkpoint
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """Published checkpoints, oldest first; a folder gets its `step-*` name only once it is complete."""
-    found = [(step, path) for path in folder.glob("step-*") if (step := step_of(path)) is not None]
+    """Published checkpoints, oldest first; a folder gets its `step-*` name only once it is complete.
+
+    CheckpointUnreadable if the folder is there and cannot be listed: it may hold sound ones.
+    """
+    paths = [folder / name for name in _names_in(folder)]
+    found = [(step, path) for path in paths if (step := step_of(path)) is not None]
     return [path for _, path in sorted(found)]
 
 
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointUnreadable(
+            f"{folder}: cannot be listed: {error.strerror}. Nearest: make it readable for this user"
+        ) from None
+
+
 def newest_sound(folder: Path, report: Callable[[str], None]) -> tuple[Path, TrainState] | None:
-    """The newest checkpoint that verifies; each bad one is renamed `.bad-<n>` and reported."""
+    """The newest checkpoint that verifies; each damaged one is reported. Changes nothing.
+
+    CheckpointUnreadable where a newer one cannot be read, since it may be sound.
+    """
     for path in reversed(find_checkpoints(folder)):
         try:
             return path, verify(path)
+        except CheckpointUnreadable:
+            raise
         except CheckpointError as error:
-            report(f"{error}; kept as {set_aside(path).name}, falling back to the one before")
+            report(f"{error}; falling back to the one before")
     return None
 
 
+def find_set_aside(folder: Path) -> list[str]:
+    """Names of the checkpoints that were set aside because they were damaged, sorted."""
+    return sorted(
+        name for name in _names_in(folder) if name.startswith("step-") and ".bad-" in name
+    )
+
+
 def set_aside(path: Path) -> Path:
-    """Rename a checkpoint to `<name>.bad-<n>`, so that no attempt loads it; returns the new path."""
+    """Rename a damaged checkpoint to `<name>.bad-<n>`, so that no attempt loads it; returns the new path.
+
+    Only a training may call it, after `verify` has found damage.
+    """
     number = 1
     while (path.parent / f"{path.name}.bad-{number}").exists():
         number += 1
@@ -61,7 +92,12 @@ def apply_retention(folder: Path, spec: Checkpoint, state: TrainState) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Delete a checkpoint; a rename comes first, so that an incomplete one is never found."""
+    """Delete a checkpoint; a rename comes first, so that an incomplete one is never found.
+
+    A link in a checkpoint's place is left alone: what it leads to is not this run's.
+    """
+    if path.is_symlink():
+        return
     doomed = path.with_name(f".{path.name}.deleted.tmp")
     path.rename(doomed)
     (doomed / MANIFEST).unlink(missing_ok=True)

@@ -76,6 +76,10 @@ def resume_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     overrides: Overrides = None,
     gpus: Gpus = None,
+    from_scratch: Annotated[
+        bool,
+        typer.Option("--from-scratch", help="Begin at step 1 again, where no checkpoint is left."),
+    ] = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -110,9 +114,14 @@ def resume_command(
             f"{plan.data.fingerprint} now"
         )
     refuse_what_cannot_start(plan, force, as_json)
+    if from_scratch:
+        with folder.locked():
+            kept = folder.begin_anew()
+        names = ", ".join(path.name for path in kept)
+        print(f"{run}: begins again at step 1; what it had is kept as {names}", file=sys.stderr)
     sys.stderr = ForgivingOutput(sys.stderr.fileno())
     print(plan_table(plan), file=sys.stderr)
-    _finish(folder, plan, "resume", as_json)
+    _finish(folder, plan, "from scratch" if from_scratch else "resume", as_json)
 
 
 def _finish(folder: RunFolder, plan: Plan, cause: str, as_json: bool) -> None:

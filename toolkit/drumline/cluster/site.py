@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from drumline.errors import PlanError, RecipeError
 from drumline.recipe import yaml12
+from drumline.recipe.load import read_text
 from drumline.recipe.problems import explain
 from drumline.recipe.schema import Recipe
 from drumline.secrets import is_secret_name, secrets_in
@@ -18,10 +19,9 @@ from drumline_launchers.site import Site
 def load_site(path: Path) -> Site:
     """Read a site file; RecipeError lists every problem with its key and value."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"--site {path}: cannot be read: {error}") from None
-    raw = yaml12.parse(text)
+        raw = yaml12.parse(read_text(path))
+    except RecipeError as error:
+        raise RecipeError(f"--site {error}") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"--site {path}: a site is a mapping that begins with `site:`")
     return validate_site(raw, f"--site {path}")

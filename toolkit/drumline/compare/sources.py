@@ -8,7 +8,7 @@ from drumline.compare.logged import Logged, split_lines
 from drumline.errors import RecipeError, RunFolderError
 from drumline.metrics_file import read_metrics
 from drumline.recipe import yaml12
-from drumline.runs.folder import RunFolder
+from drumline.runs.folder import RunFolder, open_run
 from drumline.runs.recipe_facts import read_facts
 
 
@@ -22,7 +22,7 @@ def read_logged(where: str) -> Logged:
     if not path.exists():
         raise RunFolderError(f"{where}: does not exist")
     if (path / "record.json").is_file():
-        return read_folder(RunFolder(path.resolve()))
+        return read_folder(open_run(path))
     if (path / MANIFEST).is_file():
         return _read_checkpoint(path.resolve())
     if path.suffix == ".wandb" or (path.is_dir() and any(path.rglob("run-*.wandb"))):
@@ -31,7 +31,7 @@ def read_logged(where: str) -> Logged:
         return read_offline(path)
     if path.is_file():
         if path.name == "recipe.yaml" and (path.parent / "record.json").is_file():
-            return read_folder(RunFolder(path.resolve().parent))
+            return read_folder(open_run(path.parent))
         return _read_recipe_file(path)
     raise RunFolderError(
         f"{where}: neither a run folder (record.json), a checkpoint ({MANIFEST}), a logged recipe.yaml nor a "
@@ -74,7 +74,7 @@ def _read_checkpoint(path: Path) -> Logged:
     recipe = read_manifest(path)["recipe"]
     logged = Logged(str(path), {"recipe": recipe}, [], until=state.step)
     if (parent / "record.json").is_file():
-        logged = read_folder(RunFolder(parent), state.step)
+        logged = read_folder(open_run(parent), state.step)
     if logged.record["recipe"] is None:
         raise RunFolderError(f"{path}: it does not hold its recipe")
     record = {**logged.record, "weights": weight_facts(path)}

@@ -1,6 +1,7 @@
 """Finds the local files of a recipe and their formats. No numpy, so that planning can import it."""
 
 import glob
+import re
 from pathlib import Path
 
 from drumline.errors import DataError
@@ -16,6 +17,9 @@ FORMATS = {
     ".parquet": "parquet",
 }
 
+_ESCAPED = re.compile(r"\[([*?[])\]")
+"""What `glob.escape` makes of a character that is not meant as a pattern."""
+
 
 def matching_files(data: Data) -> list[Path]:
     """The files of `data.path`, each pattern's sorted; DataError for no match or an unknown format."""
@@ -23,20 +27,27 @@ def matching_files(data: Data) -> list[Path]:
     found: list[Path] = []
     for pattern in patterns:
         path = Path(pattern)
-        if path.is_dir():
-            raise DataError(f"data.path: {pattern} is a folder. Nearest: {pattern}/*.txt")
+        literal = Path(_ESCAPED.sub(r"\1", pattern))
+        if path.is_dir() or literal.is_dir():
+            raise DataError(f"data.path: {literal} is a folder. Nearest: {pattern}/*.txt")
         found_paths = (
             [path] if path.is_file() else map(Path, sorted(glob.glob(pattern, recursive=True)))
         )
         matches = [match for match in found_paths if match.is_file()]
         if not matches:
-            what = "matches no file" if any(c in pattern for c in "*?[") else "does not exist"
-            raise DataError(f"data.path: {pattern} {what}")
+            is_pattern = any(c in _ESCAPED.sub("", pattern) for c in "*?[")
+            what = "matches no file" if is_pattern else "does not exist"
+            raise DataError(f"data.path: {literal} {what}")
         found += matches
     for path in found:
         if path.suffix not in FORMATS:
             raise DataError(
                 f"data.path: {path}: {path.suffix or 'no suffix'} is not a known format "
                 f"({', '.join(FORMATS)})"
+            )
+        if "::" in str(path) and FORMATS[path.suffix] != "text":
+            raise DataError(
+                f"data.path: {path}: `datasets` takes :: in a path for an archive in an archive. "
+                "Nearest: rename the folder"
             )
     return found

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from drumline.errors import PlanError
+from drumline.files import parse_json
 from drumline.memory.ranges import ByteRange
 from drumline.plan.batch import Split
 from drumline.plan.mesh import Mesh, mesh_of
@@ -174,7 +175,7 @@ def read_plan(text: str) -> Plan:
     from pydantic import TypeAdapter
 
     try:
-        plain = json.loads(text)
+        plain = parse_json(text)
         found = plain.get("plan_version") if isinstance(plain, dict) else None
         if found != PLAN_VERSION:
             raise PlanError(f"plan_version {found}: this drumline reads version {PLAN_VERSION}")

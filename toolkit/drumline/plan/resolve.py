@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from drumline.architectures.config_fields import check_config
 from drumline.architectures.configs import read_shape
 from drumline.architectures.gpus import find_gpu
 from drumline.architectures.shapes import ModelShape
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 DEFAULT_CLASSES = 2
 """Assumed classes of a classifier whose data are not prepared; they hardly affect its memory."""
+
+_NEAR_THE_PEAK = 0.9
 
 UNKNOWN_MEMORY = "memory is not known"
 
@@ -84,6 +87,7 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
     resolved = _fill(recipe, split)
     steps, clock = _steps(recipe, split, world)
     curve = _curve(recipe, split, steps)
+    schedule.check_warmup(curve, clock)
     memory = memory_of(split)
     recipe_sha256, training_sha256 = ("", "") if is_candidate else identity.hashes(resolved)
     warnings += world.problems
@@ -118,7 +122,7 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
         warnings=warnings
         + batchnorm_warnings(resolved, split, world.factory_has_batchnorm)
         + _step_warnings(split, clock)
-        + _rate_warnings(curve)
+        + _rate_warnings(recipe, curve, clock)
         + _noise_warnings(recipe, split),
     )
 
@@ -243,11 +247,23 @@ def _steps(recipe: Recipe, split: Split, world: World) -> tuple[StepFacts, Clock
     ), clock
 
 
-def _rate_warnings(curve: schedule.Curve) -> list[str]:
-    if schedule.rate_at(curve, curve.total) > 0 or (curve.unit == "step" and curve.total > 1):
-        return []
-    what = "last epoch" if curve.unit == "epoch" else "only step"
-    return [f"the {what} trains at rate 0: set schedule.min_lr_ratio above 0"]
+def _rate_warnings(recipe: Recipe, curve: schedule.Curve, clock: Clock | None) -> list[str]:
+    """Warn where the rates are not those that the recipe's words make one expect."""
+    found = []
+    facts, ratio = schedule.rate_facts(curve, clock), recipe.schedule.warmup_ratio
+    if ratio and curve.warmup_steps == 0:
+        found.append(
+            f"schedule.warmup_ratio: {ratio:g} × {curve.total} steps = {ratio * curve.total:g} rounds to 0, "
+            "so there is no warm-up. Nearest: warmup_steps 2"
+        )
+    if facts.highest < _NEAR_THE_PEAK * curve.peak_lr:
+        found.append(
+            f"the rate never comes near the peak {curve.peak_lr:g}: it is {facts.highest:g} at most"
+        )
+    if facts.last == 0 and (curve.unit == "epoch" or curve.total == 1):
+        what = "last epoch" if curve.unit == "epoch" else "only step"
+        found.append(f"the {what} trains at rate 0: set schedule.min_lr_ratio above 0")
+    return found
 
 
 def _noise_warnings(recipe: Recipe, split: Split) -> list[str]:
@@ -276,6 +292,7 @@ def _curve(recipe: Recipe, split: Split, steps: StepFacts) -> schedule.Curve:
     s, total = recipe.schedule, steps.total
     warmup = steps.warmup
     decay = max(1, round(s.decay_ratio * total))
+    schedule.check_cycles(s.cycles, total, warmup)
     if s.name == "wsd" and warmup + decay > total:
         raise PlanError(
             f"schedule: warm-up {warmup} + decay {decay} = {warmup + decay} > {total} steps. "
@@ -332,10 +349,14 @@ def shape_of(recipe: Recipe, world: World) -> ModelShape | str:
     architecture, config = model.architecture, model.config
     if model.source == "factory":
         return f"no closed form for {model.factory}"
+    if model.source == "config":
+        assert architecture
+        check_config(architecture, config)
     if model.source != "config":
         if world.model_config is None:
             return f"the config of {model.name or model.path} is not at hand"
         architecture = str(world.model_config.get("model_type", ""))
+        check_config(architecture, config)
         config = {**world.model_config, **config}
     assert architecture is not None
     classes = None

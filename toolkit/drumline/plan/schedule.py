@@ -135,6 +135,59 @@ def rate(curve: Curve, step: int, clock: Clock | None) -> float:
     return rate_at(curve, step)
 
 
+@dataclass(frozen=True)
+class RateFacts:
+    """The rates that a run trains at: of its first step, the highest with its first step, of its last."""
+
+    first: float
+    highest: float
+    highest_step: int
+    last: float
+
+
+def rate_facts(curve: Curve, clock: Clock | None) -> RateFacts:
+    """The rates of a run; exact, from the few steps at which a schedule can have its highest rate."""
+    length = curve.total - curve.warmup_steps
+    restarts = {
+        curve.warmup_steps - (-cycle * length // curve.cycles) for cycle in range(curve.cycles)
+    }
+    candidates = {1, curve.warmup_steps, curve.warmup_steps + 1, *restarts}
+    candidates |= {step for step, _ in curve.milestones}
+    if curve.unit == "epoch":
+        assert clock is not None
+        epochs = {clock.epoch(min(max(step, 1), curve.total)) for step in candidates}
+        epochs |= {epoch + 1 for epoch in epochs}
+        candidates |= {clock.last_step_of_epoch(epoch - 1) + 1 for epoch in epochs}
+    steps = sorted(step for step in candidates if 1 <= step <= curve.total)
+    rates = {step: rate(curve, step, clock) for step in steps}
+    highest = max(steps, key=lambda step: (rates[step], -step))
+    return RateFacts(rates[1], rates[highest], highest, rate(curve, curve.total, clock))
+
+
+def check_warmup(curve: Curve, clock: Clock | None) -> None:
+    """Raise PlanError for a warm-up that no step would see, because the rate is held within an epoch."""
+    if curve.unit != "epoch" or curve.warmup_steps == 0:
+        return
+    assert clock is not None
+    first = min(clock.last_step_of_epoch(1), curve.total)
+    if first >= curve.warmup_steps:
+        raise PlanError(
+            f"schedule: unit epoch holds one rate within an epoch of {first:,} steps, so a warm-up of "
+            f"{curve.warmup_steps:,} would not be seen by any step. Nearest: warmup_steps {2 * first} (two "
+            "epochs), or unit step"
+        )
+
+
+def check_cycles(cycles: int, total: int, warmup: int) -> None:
+    """Raise PlanError for cycles of less than two steps, whose rates would not be half a cosine."""
+    if cycles > 1 and 2 * cycles > total - warmup:
+        most = (total - warmup) // 2
+        raise PlanError(
+            f"schedule.cycles: {cycles} in {total - warmup:,} steps is less than two steps each. "
+            f"Nearest: cycles {max(1, most)}"
+        )
+
+
 def resolve_warmup(steps: int | None, ratio: float | None, name: str, total: int) -> int:
     """Warm-up steps of the run; if neither is given, 30 % of the run for one_cycle, else 0.
 
@@ -156,12 +209,18 @@ def resolve_warmup(steps: int | None, ratio: float | None, name: str, total: int
 def resolve_milestones(milestones: dict[str, float], total: int) -> list[tuple[int, float]]:
     """Milestones as (step, ratio); keys below 1 are fractions of the run, rounded to the nearest step.
 
-    Raises PlanError if a milestone is beyond the run.
+    Raises PlanError if a milestone is beyond the run, before its first step, or at the step of another.
     """
-    result = []
+    result: list[tuple[int, float]] = []
     for place, value in milestones.items():
         number = float(place)
         step = round(number * total) if number < 1 else int(number)
+        if step < 1 or (result and result[-1][0] == step):
+            where = "before the first step" if step < 1 else f"step {step}, as the one before"
+            raise PlanError(
+                f"schedule.milestones: {place} × {total} steps is {where}. Nearest: a larger fraction, or "
+                "fewer milestones"
+            )
         if step > total:
             raise PlanError(
                 f"schedule.milestones: step {place} > {total} steps of the run. "

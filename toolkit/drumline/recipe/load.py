@@ -1,12 +1,16 @@
 """From YAML files and `key.path=value` overrides to a validated Recipe."""
 
+import glob
+import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from drumline.errors import RecipeError
+from drumline.files import read_bytes
 from drumline.recipe import catalogue, yaml12
 from drumline.recipe.problems import explain
 from drumline.recipe.schema import Recipe
@@ -72,6 +76,9 @@ def validate(raw: dict[str, Any], origin: str) -> Recipe:
             f"{origin}: strategy.name: {raw['strategy']['name']!r}: drumline splits the batch only; "
             "tensor and pipeline parallelism are not offered. Nearest: fsdp"
         )
+    odd = next(_unwritable(raw, ""), None)
+    if odd:
+        raise RecipeError(f"{origin}: {odd}")
     found = list(secrets_in(raw))
     if found:
         raise RecipeError(
@@ -84,6 +91,26 @@ def validate(raw: dict[str, Any], origin: str) -> Recipe:
         raise RecipeError(explain(error, Recipe, origin)) from None
 
 
+def _unwritable(value: Any, path: str) -> Iterator[str]:
+    """Describe values that JSON or a path cannot hold: infinity, NaN, NUL, lone surrogates."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _unwritable(key, path)
+            yield from _unwritable(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _unwritable(item, f"{path}[{number}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{path}: {value} is not a finite number. Nearest: null, or a large number"
+    elif isinstance(value, str):
+        if "\0" in value:
+            yield f"{path}: {value!r} holds a NUL character"
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            yield f"{path}: {value!r} is not Unicode text"
+
+
 def _is_valid(raw: dict[str, Any]) -> bool:
     try:
         Recipe.model_validate(raw)
@@ -93,12 +120,7 @@ def _is_valid(raw: dict[str, Any]) -> bool:
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    text = read_text(path)
     try:
         raw = yaml12.parse(text)
     except RecipeError as error:
@@ -109,6 +131,16 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     if _names_a_factory(raw):
         raw.setdefault("project", ".")
     return _absolute_paths(raw, path.resolve().parent)
+
+
+def read_text(path: Path) -> str:
+    """Read a YAML file; RecipeError if it cannot be read, is too large, or is not UTF-8 text."""
+    try:
+        return read_bytes(path, yaml12.LARGEST, follow=True).decode()
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _read_base(path: Path, base_name: Any) -> dict[str, Any]:
@@ -135,22 +167,31 @@ def _absolute_paths(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
     for section, key in PATH_KEYS:
         values = result.get(section)
         if isinstance(values, dict) and key in values:
-            result[section] = {**values, key: _absolute(key, values[key], folder)}
+            result[section] = {**values, key: _absolute((section, key), values[key], folder)}
     if isinstance(result.get("project"), str):
         result["project"] = _expanded(result["project"], folder)
     return result
 
 
-def _absolute(key: str, value: Any, folder: Path) -> Any:
+def _absolute(key: tuple[str, str], value: Any, folder: Path) -> Any:
     if isinstance(value, list):
         return [_absolute(key, item, folder) for item in value]
-    if not isinstance(value, str) or (key == "tokenizer" and not value.startswith((".", "~", "/"))):
+    is_name = key == ("data", "tokenizer") and not str(value).startswith((".", "~", "/"))
+    if not isinstance(value, str) or is_name:
         return value
-    return _expanded(value, folder)
+    return _expanded(value, folder, is_pattern=key == ("data", "path"))
 
 
-def _expanded(value: str, folder: Path) -> str:
-    try:
-        return str(Path(os.path.normpath(folder / Path(value).expanduser())))
-    except RuntimeError:
-        raise RecipeError(f"{value}: no such user") from None
+def _expanded(value: str, folder: Path, is_pattern: bool = False) -> str:
+    """Make a path absolute; in a pattern, brackets and stars that the user did not write are escaped."""
+    head, _, rest = value.partition("/")
+    if head.startswith("~"):
+        try:
+            base = Path(head).expanduser()
+        except RuntimeError:
+            raise RecipeError(f"{value}: no such user") from None
+        inner = rest
+    else:
+        base, inner = folder, value
+    start = glob.escape(str(base)) if is_pattern else str(base)
+    return str(Path(os.path.normpath(os.path.join(start, inner))))

@@ -68,6 +68,10 @@ def _explain(item: Any, root: type[BaseModel]) -> str:
         return (
             f"{path}: {value!r} is not one of the choices{_did_you_mean(value, legal, 'choices')}"
         )
+    if kind in ("model_type", "model_attributes_type") and value is None:
+        return f"{path}: is empty. Nearest: leave the section out, or give it a key"
+    if kind == "int_type" and isinstance(value, float) and value.is_integer():
+        return f"{path}: {value!r} is not a whole number. Nearest: {int(value)}"
     message = item["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{path}: {message}" if path else message

@@ -487,6 +487,12 @@ def _check_milestones(milestones: dict[str, float]) -> None:
         raise ValueError(f"milestones: {places} must ascend from above 0")
     if any(place > 1 and place != int(place) for place in places):
         raise ValueError(f"milestones: {places}: a step is a whole number, a fraction is below 1")
+    for text, place in zip(milestones, places, strict=True):
+        if place >= 1 and not text.isdigit():
+            raise ValueError(
+                f"milestones: {text!r}: a fraction of the run is below 1, a step is written without a "
+                f"point. Nearest: a fraction such as 0.9, or the step {str(int(place))!r} in quotes"
+            )
     fractions = [place < 1 for place in places]
     if any(fractions) and not all(fractions):
         raise ValueError(f"milestones: {places} mixes fractions of the run with steps")

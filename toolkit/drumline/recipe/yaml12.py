@@ -1,6 +1,7 @@
 """YAML 1.2 scalars on PyYAML's safe loader; duplicate keys are refused.
 
-`1e-3` is a float, `no` a string, `010` ten; there are no dates, merge keys or tags.
+`1e-3` is a float, `no` a string, `010` ten; there are no dates, merge keys or tags. Text that is larger,
+deeper or, with its aliases written out, longer than any recipe is refused before it is composed.
 Source: YAML 1.2.2 §10.3, the core schema.
 """
 
@@ -24,6 +25,10 @@ _SCALARS = (
 )
 _LINE_BREAKS = {"\x85", "\u2028", "\u2029", "\ufeff"}
 """Line breaks of YAML 1.1, lost in a plain scalar; text with one is quoted, which escapes them."""
+
+LARGEST = 1 << 20
+"""Bytes of the largest YAML file that is read."""
+_DEEPEST, _MOST_VALUES = 50, 100_000
 
 _BASE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -61,6 +66,11 @@ def _mapping(loader: Any, node: yaml.MappingNode) -> dict[str, Any]:
         line = key_node.start_mark.line + 1
         if not isinstance(key, str):
             raise RecipeError(f"line {line}: key {key!r} is not a string; write it in quotes")
+        if key == "<<":
+            raise RecipeError(
+                f"line {line}: merge keys (<<) are not part of YAML 1.2. Nearest: repeat the keys, or "
+                "`extends:` another recipe"
+            )
         if key in result:
             raise RecipeError(f"line {line}: key {key!r} stands twice in one mapping")
         result[key] = loader.construct_object(value_node, deep=True)
@@ -79,7 +89,10 @@ _Loader.add_constructor(None, _refuse_tag)
 
 def parse(text: str) -> Any:
     """The value of one YAML document; errors name the line."""
+    if len(text) > LARGEST:
+        raise RecipeError(f"not read: {len(text):,} characters, at most {LARGEST:,}")
     try:
+        _refuse_bombs(text)
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of the safe loader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
@@ -91,6 +104,46 @@ def parse(text: str) -> Any:
         raise RecipeError(f"not valid YAML: {str(error).splitlines()[0]}") from None
     except RecursionError:
         raise RecipeError("not valid YAML: nested too deeply") from None
+
+
+def _refuse_bombs(text: str) -> None:
+    """Raise RecipeError for text that is nested too deeply, or too long once its aliases are written out.
+
+    Reads events only, which needs neither recursion nor memory for what an alias repeats.
+    """
+    sizes: dict[str, int] = {}
+    open_nodes: list[tuple[str | None, int]] = []  # anchor, values before it
+    values = 0
+    for event in yaml.parse(text, Loader=_BASE):
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                line = _line_of(event)
+                raise RecipeError(
+                    f"line {line}: not valid YAML: alias *{event.anchor} is unknown, or part of itself"
+                )
+            values += sizes[event.anchor]
+        elif isinstance(event, yaml.ScalarEvent):
+            values += 1
+            if event.anchor:
+                sizes[event.anchor] = 1
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, values))
+            values += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            if anchor:
+                sizes[anchor] = values - before
+        if len(open_nodes) > _DEEPEST:
+            raise RecipeError(f"line {_line_of(event)}: nested more than {_DEEPEST} levels deep")
+        if values > _MOST_VALUES:
+            raise RecipeError(
+                f"line {_line_of(event)}: more than {_MOST_VALUES:,} values, with every alias written out"
+            )
+
+
+def _line_of(event: yaml.Event) -> int:
+    assert event.start_mark
+    return event.start_mark.line + 1
 
 
 class _Dumper(yaml.SafeDumper):

@@ -2,19 +2,22 @@
 
 import contextlib
 import fcntl
-import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from drumline.errors import RunError, RunFolderError
-from drumline.files import write_json, write_text
+from drumline.checkpoint.retention import find_checkpoints
+from drumline.errors import PlanError, RunError, RunFolderError
+from drumline.files import open_regular, read_bytes, read_json, write_json, write_text
+from drumline.metrics_file import last_step_line
 from drumline.plan.model import Plan, read_plan
 from drumline.processes import Process
 from drumline.recipe import yaml12
 from drumline.recipe.schema import Recipe
 
+_LOCK_BYTES = 1 << 12
 _LOCK_S = 0.5
 """How long to retry, because `drumline doctor` holds the lock briefly to test it."""
 
@@ -32,7 +35,8 @@ class RunFolder:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Lock the run for one supervisor; RunFolderError if another one holds the lock."""
-        with (self.path / ".lock").open("a+") as file:
+        descriptor = open_regular(self.path / ".lock", os.O_RDWR | os.O_CREAT)
+        with os.fdopen(descriptor, "r+") as file:
             deadline = time.monotonic() + _LOCK_S
             while not _lock(file.fileno(), fcntl.LOCK_EX):
                 if time.monotonic() > deadline:
@@ -48,7 +52,7 @@ class RunFolder:
     def is_locked(self) -> bool:
         """Whether a supervisor holds the lock now."""
         try:
-            with (self.path / ".lock").open() as file:
+            with os.fdopen(open_regular(self.path / ".lock")) as file:
                 return not _lock(file.fileno(), fcntl.LOCK_SH)
         except OSError:
             return False
@@ -56,10 +60,14 @@ class RunFolder:
     def supervisor(self) -> Process | None:
         """The supervisor's process if it runs on this host, else None."""
         try:
-            process = Process.parse((self.path / ".lock").read_text())
+            process = Process.parse(self.lock_text())
         except OSError:
             return None
         return process if process and process.is_alive else None
+
+    def lock_text(self) -> str:
+        """What the lock file holds: its last supervisor's process; OSError if it cannot be read."""
+        return read_bytes(self.path / ".lock", _LOCK_BYTES).decode(errors="replace")
 
     def plan_file(self, attempt: int) -> Path:
         """Path of the plan that the workers of an attempt read."""
@@ -72,8 +80,10 @@ class RunFolder:
     def read_record(self) -> dict[str, Any]:
         """Read record.json; RunError if it is not a valid record."""
         try:
-            found = json.loads(self.record_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            found = read_json(self.record_file)
+        except OSError as error:
+            raise RunError(f"{self.record_file}: cannot be read: {error.strerror}") from None
+        except ValueError as error:
             raise RunError(f"{self.record_file}: cannot be read: {error}") from None
         needed = {"attempts", "outcome", "restarts", "training_sha256", "data"}
         if not isinstance(found, dict) or not needed <= set(found):
@@ -97,7 +107,17 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path}: this run never started. Nearest: `drumline run {self.recipe_file}`"
             )
-        return read_plan(self.plan_file(attempts - 1).read_text(encoding="utf-8"))
+        return self.read_plan(attempts - 1)
+
+    def read_plan(self, attempt: int) -> Plan:
+        """The plan of an attempt; RunError if its file is not a plan."""
+        path = self.plan_file(attempt)
+        try:
+            return read_plan(read_bytes(path).decode())
+        except OSError as error:
+            raise RunError(f"{path}: cannot be read: {error.strerror}") from None
+        except (PlanError, UnicodeDecodeError) as error:
+            raise RunError(f"{path}: {error}") from None
 
     def add_attempt(self, plan: Plan, entry: dict[str, Any], is_restart: bool = False) -> int:
         """Write an attempt's plan and its entry in the record; returns the attempt's number.
@@ -108,9 +128,48 @@ class RunFolder:
             number = len(record["attempts"])
             write_text(self.plan_file(number), plan.to_json() + "\n")
             self.logs(number).mkdir(parents=True, exist_ok=True)
+            _refuse_links_in(self.logs(number))
             record["attempts"].append({"number": number, **entry})
             record["restarts"] += is_restart
         return number
+
+    def steps_reached(self) -> int:
+        """The last step that metrics.jsonl or an attempt of the record holds; 0 if the run made none."""
+        line = last_step_line(self.metrics_file) or {"step": 0}
+        record = self.read_record()
+        since = record["begun_anew"][-1]["attempt"] if record.get("begun_anew") else 0
+        told = [attempt.get("step") or 0 for attempt in record["attempts"][since:]]
+        return max(int(step) for step in (line["step"], *told))
+
+    def begin_anew(self) -> list[Path]:
+        """Move checkpoints and metrics aside, to begin at step 1 again; returns what they are called now.
+
+        Deletes nothing. RunFolderError where a checkpoint is still in use: a resume goes on from it.
+        """
+        left = find_checkpoints(self.checkpoints)
+        if left:
+            raise RunFolderError(
+                f"{self.path}: --from-scratch: it has {left[-1].name}. Nearest: drumline resume without "
+                "--from-scratch, which goes on from it, or drumline run for another run"
+            )
+        number = 1
+        while (
+            self._before("checkpoints", number).exists()
+            or self._before("metrics.jsonl", number).exists()
+        ):
+            number += 1
+        moved = []
+        for path in (self.checkpoints, self.metrics_file):
+            if path.exists():
+                moved.append(path.rename(self._before(path.name, number)))
+        self.checkpoints.mkdir()
+        with self.changed_record() as record:
+            entry = {"attempt": len(record["attempts"]), "kept": [path.name for path in moved]}
+            record["begun_anew"] = [*record.get("begun_anew", []), entry]
+        return moved
+
+    def _before(self, name: str, number: int) -> Path:
+        return self.path / f"{name}.before-{number}"
 
     def forget_restarts(self) -> None:
         """Reset the count of restarts, because a person has resumed the run."""
@@ -139,7 +198,8 @@ class RunFolder:
         A lock is held from read to write, so that two processes cannot overwrite each other's changes. It is
         a separate file, because record.json itself is replaced.
         """
-        with (self.path / ".record.lock").open("a") as file:
+        descriptor = open_regular(self.path / ".record.lock", os.O_WRONLY | os.O_CREAT)
+        with os.fdopen(descriptor, "w") as file:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX)
             record = self.read_record()
             yield record
@@ -198,7 +258,9 @@ def _next_numbered(parent: Path, name: str) -> Path:
 def open_run(path: Path) -> RunFolder:
     """Open an existing run folder; else RunFolderError says what the path is."""
     if (path / "record.json").is_file():
-        return RunFolder(path.resolve())
+        folder = RunFolder(path.resolve())
+        refuse_links(folder)
+        return folder
     if not path.exists():
         what = "does not exist"
     elif (path / "manifest.json").is_file() and (path.parent.parent / "record.json").is_file():
@@ -206,3 +268,25 @@ def open_run(path: Path) -> RunFolder:
     else:
         what = "is not a run folder (no record.json)"
     raise RunFolderError(f"{path}: {what}")
+
+
+def refuse_links(folder: RunFolder) -> None:
+    """Raise RunFolderError if a file or folder of the run is a symbolic link.
+
+    What drumline writes, renames and deletes in a run folder must be that run's own; it makes no links there.
+    """
+    for parent in (folder.path, folder.checkpoints, folder.path / "logs"):
+        _refuse_links_in(parent)
+
+
+def _refuse_links_in(parent: Path) -> None:
+    try:
+        with os.scandir(parent) as entries:
+            links = sorted(entry.path for entry in entries if entry.is_symlink())
+    except OSError:  # missing, or not readable: what opens its files says so
+        return
+    if links:
+        raise RunFolderError(
+            f"{links[0]}: is a symbolic link, and what it leads to may be another run's. Nearest: put the "
+            "file or folder itself in its place"
+        )

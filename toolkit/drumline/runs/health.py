@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from drumline.checkpoint.beginning import why_not_anew
 from drumline.checkpoint.manifest import verify
 from drumline.checkpoint.retention import find_checkpoints
-from drumline.errors import CheckpointError
+from drumline.errors import CheckpointError, CheckpointUnreadable
 from drumline.metrics_file import is_torn, last_step_line
-from drumline.runs.folder import RunFolder
+from drumline.runs.folder import RunFolder, refuse_links
 from drumline.units import format_bytes
 
 State = Literal["running", "finished", "stopped", "failed", "interrupted", "never started"]
@@ -49,11 +50,13 @@ class Health:
 def examine(path: Path) -> Health:
     """Examine the run folder; reads every checkpoint completely, since only that verifies it."""
     folder = RunFolder(path)
+    refuse_links(folder)
     record = folder.read_record() if folder.record_file.is_file() else {}
     attempts = record.get("attempts", [])
-    sound, bad = _checkpoints(folder.checkpoints)
+    found = _checkpoints(folder.checkpoints)
+    sound, bad = found.sound, found.bad
     state = state_of(folder, attempts)
-    warnings = [f"{name}: {why}" for name, why in bad.items()]
+    warnings = [f"{name}: {why}" for name, why in [*bad.items(), *found.unreadable.items()]]
     torn, step = _metrics(folder.metrics_file)
     if torn:
         warnings.append("metrics.jsonl: its last line is torn; a resume mends it")
@@ -72,7 +75,7 @@ def examine(path: Path) -> Health:
             if p.name.startswith(".") or ".bad-" in p.name
         ),
         warnings=warnings,
-        next=_next(path, state, last, sound, bool(bad), bool(record.get("jobs"))),
+        next=_next(folder, state, last, found, bool(record.get("jobs"))),
         message=last.get("message") or "",
     )
 
@@ -87,16 +90,38 @@ def state_of(folder: RunFolder, attempts: list[dict[str, Any]]) -> State:
     return "interrupted" if outcome is None else outcome
 
 
-def _checkpoints(folder: Path) -> tuple[list[str], dict[str, str]]:
-    sound, bad = [], {}
-    for path in find_checkpoints(folder):
+@dataclass(frozen=True)
+class _Checkpoints:
+    """Names of sound checkpoints; damaged and unreadable ones, each with the error."""
+
+    sound: list[str] = field(default_factory=list)
+    bad: dict[str, str] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def are_there(self) -> bool:
+        """Whether there is any checkpoint, of whatever state."""
+        return bool(self.sound or self.bad or self.unreadable)
+
+
+def _checkpoints(folder: Path) -> _Checkpoints:
+    found = _Checkpoints()
+    try:
+        paths = find_checkpoints(folder)
+    except CheckpointUnreadable as error:
+        found.unreadable[folder.name] = str(error)
+        return found
+    for path in paths:
         try:
             verify(path)
-            sound.append(path.name)
-        except CheckpointError as error:
+            found.sound.append(path.name)
+        except CheckpointUnreadable as error:
             if path.exists():  # else retention has just deleted it
-                bad[path.name] = str(error)
-    return sound, bad
+                found.unreadable[path.name] = str(error)
+        except CheckpointError as error:
+            if path.exists():
+                found.bad[path.name] = str(error)
+    return found
 
 
 def _metrics(path: Path) -> tuple[bool, int]:
@@ -119,26 +144,30 @@ def _little_room(folder: RunFolder, sound: list[str]) -> list[str]:
 
 
 def _next(
-    path: Path,
+    folder: RunFolder,
     state: State,
     last: dict[str, Any],
-    sound: list[str],
-    damaged: bool,
+    found: _Checkpoints,
     has_jobs: bool,
 ) -> str:
+    path, sound = folder.path, found.sound
     shown = shlex.quote(str(path))
     if state == "running":
         return "nothing: it runs; a signal to it saves and stops"
     if state == "never started" and has_jobs:
         return f"drumline status {shown}: whether its jobs wait"
-    if state == "never started":
-        return f"rm -r {shown}, and run the recipe again"
+    if found.unreadable:
+        return f"make {next(iter(found.unreadable))} readable for this user; nothing says that it is damaged"
     if state == "finished":
         return f"drumline plan {shown}/recipe.yaml shows what ran"
-    if damaged and not sound:
-        return (
-            f"no checkpoint is sound: put a sound copy back into {shown}/checkpoints, or run anew"
-        )
+    why = why_not_anew(folder.checkpoints, folder.metrics_file)
+    if state == "never started" and not (found.are_there or why):
+        return f"run the recipe again in another folder; nothing was saved in {shown}"
+    if state == "never started":
+        return f"put record.json back into {shown}, which holds saved work"
+    if not sound and (why or found.bad or folder.steps_reached()):
+        put = f"put a sound copy back into {shown}/checkpoints, or " if why or found.bad else ""
+        return f"{put}drumline resume --from-scratch {shown}, which begins again at step 1"
     first = _NEXT.get(last.get("kind", ""), "")
-    where = f"from {sound[-1]}" if sound else "from the beginning, since nothing sound is saved"
+    where = f"from {sound[-1]}" if sound else "at step 1: it made no step"
     return f"{first}drumline resume {shown} goes on {where}"

@@ -8,7 +8,7 @@ from typing import Any
 from drumline.memory.ranges import ByteRange
 from drumline.plan.advise import change_words
 from drumline.plan.model import Plan
-from drumline.plan.schedule import rate_at
+from drumline.plan.schedule import rate_facts
 from drumline.units import format_bytes, format_count, format_flops
 
 _WIDTH = 100
@@ -69,10 +69,15 @@ def _schedule(plan: Plan) -> str:
             f" (derived: {c.base_lr:g} × {plan.batch.effective}/{scaling.reference_batch}, "
             f"{scaling.rule})"
         )
+    facts = rate_facts(c, plan.clock() if c.unit == "epoch" else None)
     warmup = f"warm-up {c.warmup_steps:,} steps, " if c.warmup_steps else ""
-    end = f"{rate_at(c, c.total):g} at step {c.total:,}"
     held = ", held within an epoch" if c.unit == "epoch" else ""
-    return f"{c.name}: {warmup}peak {c.peak_lr:g}{derived}, {end}{held}"
+    first = f"{facts.first:g} at step 1, " if facts.highest_step > 1 else ""
+    highest = "peak" if math.isclose(facts.highest, c.peak_lr) else "at most"
+    return (
+        f"{c.name}: {warmup}{first}{highest} {facts.highest:g} at step {facts.highest_step:,}{derived}, "
+        f"{facts.last:g} at step {c.total:,}{held}"
+    )
 
 
 def _memory(plan: Plan) -> str:

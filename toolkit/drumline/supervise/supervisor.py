@@ -1,11 +1,14 @@
 """Starts attempts until the run is finished, stopped, cannot succeed, or makes no progress."""
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from drumline.checkpoint.beginning import why_not_anew
 from drumline.checkpoint.manifest import step_of
 from drumline.checkpoint.retention import find_checkpoints, set_aside
+from drumline.errors import CheckpointError
 from drumline.plan.model import Plan
 from drumline.rank_files import RankFiles
 from drumline.runs.closing import close_run
@@ -44,6 +47,7 @@ class Surroundings:
 
 def run_attempts(folder: RunFolder, plan: Plan, cause: str, around: Surroundings) -> Result:
     """Start attempts as long as a restart can help; returns how the run ended."""
+    _refuse_to_begin_anew(folder, around.is_automatic)
     lost_at = _close_lost_attempt(folder)
     if around.is_automatic and lost_at is not None:
         over = _hopeless(folder, plan, lost_at)
@@ -54,6 +58,24 @@ def run_attempts(folder: RunFolder, plan: Plan, cause: str, around: Surroundings
     if result.outcome == "finished":
         close_run(folder, around.say)
     return result
+
+
+def _refuse_to_begin_anew(folder: RunFolder, is_automatic: bool) -> None:
+    """Raise CheckpointError if this start would give up steps that were trained before.
+
+    A scheduler may start a run again that was lost before its first save; a person has to say it
+    (`--from-scratch`).
+    """
+    why = why_not_anew(folder.checkpoints, folder.metrics_file)
+    if not why and not is_automatic and not find_checkpoints(folder.checkpoints):
+        reached = folder.steps_reached()
+        if reached:
+            why = f"{folder.path}: it reached step {reached:,} and saved no checkpoint. Nearest: another run"
+    if why:
+        raise CheckpointError(
+            f"{why}; or begin again at step 1: drumline resume --from-scratch "
+            f"{shlex.quote(str(folder.path))}, which keeps the old metrics beside the new"
+        )
 
 
 def _until_final(

@@ -1,6 +1,6 @@
 """Classifies exceptions; the kind of failure decides what the supervisor does next."""
 
-from drumline.errors import DrumlineError, RunError
+from drumline.errors import CheckpointError, DrumlineError, RunError
 
 OUT_OF_MEMORY = "OutOfMemory"
 PEER_LOST = "PeerLost"
@@ -29,6 +29,8 @@ def kind_of(error: BaseException) -> str:
     Naming the library is not enough, because NCCL also reports this rank's own errors.
     """
     name, text = type(error).__name__, str(error).lower()
+    if isinstance(error, CheckpointError):
+        return CheckpointError.__name__
     if isinstance(error, DrumlineError):
         return name
     if isinstance(error, MemoryError) or any(words.lower() in text for words in _OUT_OF_MEMORY):

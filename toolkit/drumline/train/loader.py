@@ -16,9 +16,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from drumline.checkpoint import retention
+from drumline.checkpoint.beginning import why_not_anew
 from drumline.checkpoint.manifest import read_entries, read_manifest, shard_name, verify
 from drumline.checkpoint.state import TrainState
-from drumline.errors import CheckpointError
+from drumline.errors import CheckpointError, CheckpointUnreadable
 from drumline.train.engines.base import TensorShard
 
 
@@ -46,39 +47,40 @@ Need = tuple[tuple[int, ...], int, int]
 """What a rank reads of a tensor: the global shape, the first element, the number of elements."""
 
 
-def choose(folder: Path) -> Choice:
+def choose(folder: Path, metrics: Path) -> Choice:
     """Choose the newest sound checkpoint, the same on every rank; each rank verifies its share of the shards.
 
-    A collective. CheckpointError where no checkpoint is sound or the folder is gone: silently starting again
-    from step 0 would discard the run that metrics.jsonl still records.
+    A damaged one is set aside. A collective. CheckpointError where no checkpoint is sound or the folder is
+    gone: silently starting again from step 0 would discard the run that `metrics` (metrics.jsonl) records.
+    CheckpointUnreadable where some rank cannot read the newest: nothing is set aside then.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     set_aside: list[str] = []
     while True:
-        shared: list[Any] = [None, set_aside]
-        if rank == 0 and folder.is_dir():
+        shared: list[Any] = [[], set_aside, ""]
+        if rank == 0:
             shared[0] = [path.name for path in retention.find_checkpoints(folder)]
+            shared[2] = why_not_anew(folder, metrics)
         dist.broadcast_object_list(shared, src=0)
-        names, set_aside = shared
-        if names is None:
-            raise CheckpointError(f"{folder}: it is gone. Nearest: put it back, or run anew")
+        names, set_aside, why_not = shared
+        if why_not:
+            raise CheckpointError(why_not)
         if not names:
-            if set_aside:
-                raise CheckpointError(
-                    f"{folder}: no checkpoint is sound; they are kept as {', '.join(set_aside)}. "
-                    "Nearest: put a sound copy in their place, or run anew"
-                )
             return Choice(None, TrainState(), has_older=False, set_aside=[])
         path = folder / names[-1]
-        state, error = TrainState(), ""
+        state, error = TrainState(), None
         try:
             ranks = read_manifest(path)["ranks"]
             state = verify(path, range(rank, ranks, world))
         except CheckpointError as problem:
-            error = str(problem)
-        errors: list[str] = [""] * world
-        dist.all_gather_object(errors, error)
-        problem_found = next(filter(None, errors), "")
+            error = problem
+        told = (str(error), isinstance(error, CheckpointUnreadable)) if error else None
+        errors: list[tuple[str, bool] | None] = [None] * world
+        dist.all_gather_object(errors, told)
+        unreadable = next((words for words, passes in filter(None, errors) if passes), "")
+        if unreadable:
+            raise CheckpointUnreadable(unreadable)
+        problem_found = next((words for words, _ in filter(None, errors)), "")
         if not problem_found:
             return Choice(path, state, has_older=len(names) > 1, set_aside=set_aside)
         if rank == 0:

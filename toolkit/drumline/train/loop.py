@@ -62,7 +62,7 @@ def train(
     engine = build_engine(plan, rows.manifest, device, progress=built)
     reader = StepReader(plan, rows, rank, pin=device.type == "cuda")
     watch.enter(Phase.LOADING)
-    state, suspect = _restore(engine, plan, run_folder / "checkpoints", watch)
+    state, suspect = _restore(engine, plan, run_folder, watch)
     logbook = Logbook(plan, run_folder / "metrics.jsonl", device, state)
     saver = _saver(plan, run_folder, attempt, state.step, logbook)
     evaluator = Evaluator(plan, engine)
@@ -289,15 +289,16 @@ def _gain(value: float, reference: float | None, mode: str) -> float:
 
 
 def _restore(
-    engine: Engine, plan: Plan, folder: Path, watch: Watch
+    engine: Engine, plan: Plan, run_folder: Path, watch: Watch
 ) -> tuple[TrainState, str | None]:
     """Load the newest sound checkpoint; returns its state, or a fresh one where there is none.
 
     Also returns the checkpoint's name if an older one exists to fall back to, else None.
     """
+    folder = run_folder / "checkpoints"
     if dist.get_rank() == 0:
         remove_abandoned(folder)
-    chosen = loader.choose(folder)
+    chosen = loader.choose(folder, run_folder / "metrics.jsonl")
     if chosen.path is None:
         fresh = TrainState(training_sha256=plan.training_sha256, fingerprint=plan.data.fingerprint)
         return fresh, None
