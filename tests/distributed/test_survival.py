@@ -329,8 +329,13 @@ def test_out_of_memory_at_per_device_1_fails_with_advice(
     assert "can't allocate memory" in child.err
     assert "batch.per_device is 1 already" in child.err
     assert [a["split"]["per_device"] for a in attempts(tmp_path / "r")] == [2, 1]
-    resumed = fork_server.drumline(tmp_path, "resume", "r")
-    assert resumed.wait() == 0, resumed.err
+    refused = fork_server.run(tmp_path, "resume", "r")
+    assert refused.returncode == 4
+    assert "it reached step 1 and saved no checkpoint" in refused.stderr
+    first = (tmp_path / "r/metrics.jsonl").read_bytes()
+    resumed = fork_server.run(tmp_path, "resume", "r", "--from-scratch")
+    assert resumed.returncode == 0, resumed.stderr
+    assert (tmp_path / "r/metrics.jsonl.before-1").read_bytes() == first
     assert [a["split"]["per_device"] for a in attempts(tmp_path / "r")] == [2, 1, 1]
 
 
@@ -766,18 +771,41 @@ def test_where_nothing_sound_is_left_nothing_is_begun_anew(
     folder = tmp_path / "r"
     shutil.move(folder / "checkpoints", tmp_path / "kept")
     before = (folder / "metrics.jsonl").read_bytes()
-    for words in (
-        "checkpoints: it is gone",
-        "no checkpoint is sound; they are kept as step-00000013.bad-1",
-    ):
-        resumed = fork_server.drumline(tmp_path, "resume", "r")
-        assert resumed.wait() == 4
-        assert words in resumed.err
+
+    def refused(words: str, *options: str) -> None:
+        resumed = fork_server.run(tmp_path, "resume", "r", *options)
+        assert resumed.returncode in (2, 4), resumed.stderr
+        assert words in resumed.stderr
         assert (folder / "metrics.jsonl").read_bytes() == before
-        if not (folder / "checkpoints").exists():
-            shutil.move(tmp_path / "kept", folder / "checkpoints")
-            for path in folder.glob("checkpoints/step-*/rank-0.safetensors"):
-                path.write_bytes(path.read_bytes()[:-1])
+
+    refused("checkpoints: it is gone")
+    (folder / "checkpoints").mkdir()
+    refused("it is empty, and metrics.jsonl says that step 13 was saved")
+    (folder / "checkpoints").rmdir()
+    shutil.move(tmp_path / "kept", folder / "checkpoints")
+    refused("it has step-00000013", "--from-scratch")
+    for path in folder.glob("checkpoints/step-*/rank-0.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    for _ in range(2):
+        refused("no checkpoint is sound; they are kept as step-000000")
+    health = json.loads(fork_server.run(tmp_path, "doctor", "r", "--json").stdout)
+    assert "drumline resume --from-scratch" in health["next"]
+    anew = fork_server.run(tmp_path, "resume", "r", "--from-scratch")
+    assert anew.returncode == 0, anew.stderr
+    assert (
+        "begins again at step 1; what it had is kept as checkpoints.before-1, metrics.jsonl.before-1"
+        in anew.stderr
+    )
+    assert (folder / "metrics.jsonl.before-1").read_bytes() == before
+    assert (folder / "checkpoints.before-1/step-00000013.bad-1").is_dir()
+    assert told_steps(folder) == list(range(1, STEPS + 1))
+
+
+def told_steps(folder: Path) -> list[int]:
+    """The steps of a run's metrics, in order."""
+    return [
+        line["step"] for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "step"
+    ]
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "null", '{"attempts": null}', "{", ""])

@@ -6,7 +6,15 @@ import signal
 import sys
 import traceback
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+
+import drumline.train.export  # imported here, because another user may not be able to read Python's library
+from drumline.cli import COMMANDS
+
+for _module in sorted(set(COMMANDS.values())):
+    import_module(f"drumline.cli.{_module}")
+assert drumline.train.export
 
 NOBODY = 65534
 

@@ -35,7 +35,8 @@ def report_end(folder: RunFolder, plan: Plan, result: Result, seconds: float) ->
             file=sys.stderr,
         )
     else:
-        print(f"next  drumline resume {shown}", file=sys.stderr)
+        command = "doctor" if result.kind == "CheckpointError" else "resume"
+        print(f"next  drumline {command} {shown}", file=sys.stderr)
 
 
 def _promise(plan: Plan) -> str:
