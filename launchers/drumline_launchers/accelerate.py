@@ -8,11 +8,19 @@ import json
 from typing import Any
 
 from drumline.plan.model import Plan
-from drumline_launchers.base import WORKER_ENVIRONMENT, Command, Job, start_module, worker_arguments
+from drumline_launchers.base import (
+    Command,
+    Job,
+    meeting_point,
+    start_module,
+    worker_arguments,
+    worker_environment,
+)
 
 
 def render(plan: Plan, job: Job) -> Command:
     """Render `python -m accelerate.commands.launch` for this node's ranks."""
+    job = meeting_point(plan, job)
     # One file per node: it contains the node rank, and all nodes share the run folder.
     config_file = str(job.run_folder / f"accelerate-{job.attempt}-node-{job.node_rank}.json")
     argv = [
@@ -26,7 +34,7 @@ def render(plan: Plan, job: Job) -> Command:
         "--module",
         *worker_arguments(job),
     ]
-    env = {**WORKER_ENVIRONMENT, "ACCELERATE_USE_CPU": str(_on_cpu(plan)).lower()}
+    env = {**worker_environment(plan), "ACCELERATE_USE_CPU": str(_on_cpu(plan)).lower()}
     return Command(argv, env, {config_file: json.dumps(_config(plan, job), indent=2) + "\n"})
 
 

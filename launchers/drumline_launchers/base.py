@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from drumline.plan.model import Plan
@@ -55,10 +55,32 @@ WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # the worker sets its own number of compute threads
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads take CPU time from other processes
     "PYTHONSAFEPATH": "1",  # what `-P` does, for the ranks too, which launchers start without it
+    "PYTHONUTF8": "1",  # paths and plans are UTF-8 whatever the node's locale
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+LOOPBACK = "127.0.0.1"
+_LOOPBACK_DEVICE = "lo"
+
 Renderer = Callable[[Plan, Job], Command]
+
+
+def meeting_point(plan: Plan, job: Job) -> Job:
+    """Return the job with the rendezvous on the loopback address if all ranks are on one node.
+
+    Then no name of the host, no route and no firewall matters.
+    """
+    return (
+        replace(job, host=LOOPBACK, address=LOOPBACK, node_rank=0) if plan.batch.nodes == 1 else job
+    )
+
+
+def worker_environment(plan: Plan) -> dict[str, str]:
+    """Return the variables that every launcher sets for the ranks."""
+    if plan.batch.nodes > 1:
+        return dict(WORKER_ENVIRONMENT)
+    interfaces = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _LOOPBACK_DEVICE)
+    return {**WORKER_ENVIRONMENT, **interfaces}
 
 
 def start_module(python: str, module: str) -> list[str]:

@@ -6,11 +6,12 @@ import json
 from drumline.plan.deepspeed import deepspeed_config
 from drumline.plan.model import Plan
 from drumline_launchers.base import (
-    WORKER_ENVIRONMENT,
     Command,
     Job,
+    meeting_point,
     start_module,
     worker_arguments,
+    worker_environment,
 )
 
 
@@ -19,6 +20,7 @@ def render(plan: Plan, job: Job) -> Command:
 
     The configuration file is for reference only; the workers build the same configuration from the plan.
     """
+    job = meeting_point(plan, job)
     slots = list(range(plan.mesh.ranks_per_node))
     world = {f"node-{number}": slots for number in range(plan.batch.nodes)}
     argv = [
@@ -34,4 +36,4 @@ def render(plan: Plan, job: Job) -> Command:
     kind = "cpu" if plan.recipe.cluster.gpu == "cpu" else "cuda"
     config_file = str(job.run_folder / f"deepspeed-{job.attempt}.json")
     text = json.dumps(deepspeed_config(plan), indent=2) + "\n"
-    return Command(argv, {**WORKER_ENVIRONMENT, "DS_ACCELERATOR": kind}, {config_file: text})
+    return Command(argv, {**worker_environment(plan), "DS_ACCELERATOR": kind}, {config_file: text})

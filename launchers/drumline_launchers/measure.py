@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from drumline_launchers.base import WORKER_ENVIRONMENT
+from drumline_launchers.environment import launch_environment
 from drumline_launchers.node import node_number
 from drumline_launchers.torchrun import Rendezvous, torchrun_command
 
@@ -40,7 +41,7 @@ def main() -> None:
         "drumline.train.bandwidth",
     ]
     argv += ["--out", str(given.out)]
-    os.execvpe(argv[0], argv, {**os.environ, **WORKER_ENVIRONMENT})  # noqa: S606
+    os.execvpe(argv[0], argv, launch_environment(os.environ, WORKER_ENVIRONMENT))  # noqa: S606
 
 
 if __name__ == "__main__":

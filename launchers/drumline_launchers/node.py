@@ -16,6 +16,7 @@ from drumline.files import write_text
 from drumline.plan.model import Plan, read_plan
 from drumline_launchers import LAUNCHERS
 from drumline_launchers.base import Command, Job
+from drumline_launchers.environment import launch_environment
 
 _NODE_NUMBER = ("SLURM_NODEID", "JOB_COMPLETION_INDEX", "NODE_RANK")
 
@@ -61,7 +62,8 @@ def main() -> None:
     command = node_command(plan, arguments, os.environ)
     for path, text in command.files.items():
         write_text(Path(path), text)
-    os.execvpe(command.argv[0], command.argv, {**os.environ, **command.env})  # noqa: S606
+    environment = launch_environment(os.environ, command.env)
+    os.execvpe(command.argv[0], command.argv, environment)  # noqa: S606
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """torchrun, with its own restarts off: drumline's supervisor decides about restarts."""
 
+import re
 from dataclasses import dataclass
 
 from drumline.plan.model import Plan
 from drumline_launchers.base import (
-    WORKER_ENVIRONMENT,
     Command,
     Job,
+    meeting_point,
     start_module,
     worker_arguments,
+    worker_environment,
 )
 
 JOIN_TIMEOUT_S = 600
@@ -28,10 +30,11 @@ class Rendezvous:
 
 def render(plan: Plan, job: Job) -> Command:
     """Render `python -m torch.distributed.run` for this node's ranks."""
-    name = f"{job.run_folder.name}-{job.attempt}"
+    job = meeting_point(plan, job)
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", f"{job.run_folder.name}-{job.attempt}")
     rendezvous = Rendezvous(job.host, job.port, name, job.node_rank, job.address)
     start = torchrun_command(job.python, plan.batch.nodes, plan.mesh.ranks_per_node, rendezvous)
-    return Command([*start, "-m", *worker_arguments(job)], WORKER_ENVIRONMENT)
+    return Command([*start, "-m", *worker_arguments(job)], worker_environment(plan))
 
 
 def torchrun_command(python: str, nodes: int, ranks: int, rendezvous: Rendezvous) -> list[str]:

@@ -34,8 +34,13 @@ def call(
     user: int | None = None,
     descriptors: int | None = None,
     limit_s: int = 60,
+    closed: int | None = None,
+    full: int | None = None,
 ) -> Done:
-    """`drumline ARGUMENTS` in a folder, as `user` if given, with at most so many open `descriptors`."""
+    """`drumline ARGUMENTS` in a folder, as `user` if given, with at most so many open `descriptors`.
+
+    `closed`: of stdin, stdout and stderr the one that is closed; `full`: the one that is a full device.
+    """
     out, err = (folder.parent / f"{folder.name}.{name}" for name in ("out", "err"))
     with out.open("wb") as to_out, err.open("wb") as to_err:
         pid = os.fork()
@@ -45,12 +50,14 @@ def call(
                 os.dup2(to_out.fileno(), 1)
                 os.dup2(to_err.fileno(), 2)
                 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+                if full is not None:
+                    os.dup2(os.open("/dev/full", os.O_WRONLY), full)
+                if closed is not None:
+                    os.close(closed)
                 signal.alarm(limit_s)
                 os.chdir(folder)
                 code = _command(list(arguments), user, descriptors)
             finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
                 os._exit(code)
         _, status = os.waitpid(pid, 0)
     return Done(
@@ -61,8 +68,7 @@ def call(
 
 
 def _command(arguments: list[str], user: int | None, descriptors: int | None) -> int:
-    sys.stdout = open(1, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
-    sys.stderr = open(2, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
+    sys.stdout = sys.stderr = None  # type: ignore[assignment]  # pytest's; main opens its own
     sys.argv = ["drumline", *arguments]
     from drumline.cli import main
 
@@ -78,7 +84,7 @@ def _command(arguments: list[str], user: int | None, descriptors: int | None) ->
     except SystemExit as ending:
         return int(ending.code or 0)
     except BaseException:
-        traceback.print_exc()
+        os.write(2, traceback.format_exc().encode())
         return 70
     return 0
 

@@ -74,12 +74,27 @@ def test_a_rank_that_moves_or_waits_for_a_disk_is_not_late(tmp_path: Path) -> No
 
 
 def test_a_start_may_take_longer(tmp_path: Path) -> None:
-    """Imports, loading and compiling have ten minutes, also where a step has ten seconds."""
+    """A rank that does not start has three minutes, imports ten, a compilation thirty; a step here ten seconds."""
     watched = Watched(tmp_path, 2, HangTimeout(10.0))
-    watched.enter(0, Phase.WARMING_UP, done=0, step=0)
+    watched.enter(0, Phase.IMPORTING, done=0, step=0)
     assert not watched.late(0.0)
+    assert not watched.late(179.0)
+    assert watched.late(181.0) == [1]
+    watched.enter(1, Phase.WARMING_UP, done=0, step=0)
     assert not watched.late(599.0)
-    assert watched.late(601.0) == [1]
+    assert watched.late(601.0)
+    watched.enter(0, Phase.WARMING_UP, done=0, step=0)
+    assert not watched.late(1900.0)
+    assert watched.late(602.0 + 1801.0)
+
+
+@pytest.mark.parametrize(("is_remote", "limit_s"), [(False, 180.0), (True, 900.0)])
+@pytest.mark.parametrize("timeout_s", [1.0, 10_000.0])
+def test_a_start_that_makes_no_progress_has_a_limit_of_its_own(
+    timeout_s: float, is_remote: bool, limit_s: float
+) -> None:
+    """Whatever hang_timeout_s is; longer where a node may first fetch its image."""
+    assert HangTimeout(timeout_s, None, is_remote).limit_s(None) == limit_s
 
 
 def test_a_save_has_a_limit_of_its_own(tmp_path: Path) -> None:

@@ -9,11 +9,14 @@ import errno
 import io
 import json
 import os
+import shutil
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 RECORD_LIMIT = 64 << 20
+_LONGEST_STEM = 200
 """Bytes of the largest JSON file that a run folder holds; a record with its code has at most a few MiB."""
 _DEEPEST = 100
 
@@ -102,6 +105,43 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside `target`, which takes its place if the block succeeds, else is deleted.
+
+    `target` is missing or empty. A folder that a killed process left behind is deleted first. OSError of the
+    block, also as the cause of a library's error, names `target`.
+    """
+    target = target.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    written = target.with_name(f".{target.name[:_LONGEST_STEM]}.part")
+    shutil.rmtree(written, ignore_errors=True)
+    try:
+        written.mkdir()
+        yield written
+        fsync_folder(written)
+        written.rename(target)
+    except BaseException as error:
+        shutil.rmtree(written, ignore_errors=True)
+        if (words := _disk_words(error)) is not None:
+            number, text = words
+            raise OSError(number, f"{text}; nothing was written", str(target)) from None
+        raise
+
+
+def _disk_words(error: BaseException) -> tuple[int, str] | None:
+    """Number and text of a full or failing disk; None for other errors.
+
+    safetensors reports one by its text only.
+    """
+    if isinstance(error, OSError) and error.errno:
+        return error.errno, os.strerror(error.errno)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS):
+        if f"os error {number}" in str(error):
+            return number, os.strerror(number)
+    return None
+
+
 def fsync_folder(path: Path) -> None:
     """Fsync a folder, so that renames and new files in it survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -111,22 +151,68 @@ def fsync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-class ForgivingOutput(io.TextIOBase):
-    """Unbuffered text output to a file descriptor; text that cannot be written is dropped.
+def printable(text: str) -> str:
+    """The text with control characters, such as a terminal's escape sequences, shown instead of sent."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape", "backslashreplace").decode()
+        if not "\udc80" <= c <= "\udcff" else f"\\x{ord(c) - 0xDC00:02x}"
+        for c in text
+    )  # fmt: skip
 
-    A closed pipe (`| head`), a closed terminal or a full disk must not end a training.
+
+def apply_umask(path: Path, mode: int) -> None:
+    """Give a file or folder the permissions that an ordinary program would: `mode` without the umask's bits.
+
+    For what libraries create for their user alone, such as temporary folders and safetensors files.
+    """
+    path.chmod(mode & ~_umask())
+
+
+def _umask() -> int:
+    """The process's umask, read without changing it for other threads."""
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    line = next(line for line in status.splitlines() if line.startswith("Umask:"))
+    return int(line.split()[1], 8)
+
+
+_ASCII_SIGNS = str.maketrans({
+    "×": "x", "÷": "/", "→": "->", "…": "...", "·": "-", "—": "-", "–": "-", "−": "-", "≤": "<=", "≥": ">=",
+    "µ": "u", "‖": "|", "Σ": "sum", "█": "#", "━": "=", "╸": "=", "╺": "-",
+})  # fmt: skip
+"""What signs of drumline's own messages become where the terminal cannot show them."""
+
+
+class ForgivingOutput(io.TextIOBase):
+    """Line-buffered text output to a file descriptor that never raises.
+
+    A closed pipe (`| head`), a closed terminal or a full disk must not end a training: text that cannot be
+    written is dropped, and the first error is kept in `failed_with`. Characters that `encoding` lacks become
+    similar ASCII signs or question marks.
     """
 
-    encoding = "utf-8"
+    def __init__(self, descriptor: int, encoding: str = "utf-8") -> None:
+        self._descriptor, self._encoding = descriptor, encoding
+        self._line = ""
+        self.failed_with: OSError | None = None
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """The encoding, by which other libraries choose what to draw."""
+        return self._encoding
 
     def write(self, text: str) -> int:
-        """Write the text and ignore OSError."""
-        with contextlib.suppress(OSError):
-            os.write(self._descriptor, text.encode(errors="replace"))
+        """Write whole lines, and keep the rest until the line or the program ends."""
+        lines, newline, rest = (self._line + text).rpartition("\n")
+        self._line = rest
+        self._send(lines + newline)
         return len(text)
+
+    def flush(self) -> None:
+        """Write a line that has not ended yet."""
+        rest, self._line = self._line, ""
+        self._send(rest)
 
     def fileno(self) -> int:
         """The file descriptor."""
@@ -135,3 +221,17 @@ class ForgivingOutput(io.TextIOBase):
     def isatty(self) -> bool:
         """Whether the descriptor is a terminal."""
         return os.isatty(self._descriptor)
+
+    def _send(self, text: str) -> None:
+        raw = self._encoded(text)
+        try:
+            while raw:
+                raw = raw[os.write(self._descriptor, raw) :]
+        except OSError as error:
+            self.failed_with = self.failed_with or error
+
+    def _encoded(self, text: str) -> bytes:
+        try:
+            return text.encode(self._encoding)
+        except UnicodeEncodeError:
+            return text.translate(_ASCII_SIGNS).encode(self._encoding, errors="replace")

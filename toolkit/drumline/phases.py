@@ -28,6 +28,16 @@ class Phase(StrEnum):
         return self in _BEFORE_THE_FIRST_STEP
 
     @property
+    def is_before_loading(self) -> bool:
+        """Nothing has been read from a checkpoint, so there is nothing to save yet."""
+        return self in _BEFORE_LOADING
+
+    @property
+    def start_limit_s(self) -> float:
+        """The longest that a phase before the first step may take, unless `hang_timeout_s` is longer."""
+        return _START_LIMITS_S.get(self, 0.0)
+
+    @property
     def is_in_a_step(self) -> bool:
         """Forward, backward, reduce, update: what a step's median time is made of."""
         return self in _IN_A_STEP
@@ -36,6 +46,16 @@ class Phase(StrEnum):
 _BEFORE_THE_FIRST_STEP = frozenset({
     Phase.STARTING, Phase.IMPORTING, Phase.JOINING, Phase.BUILDING, Phase.LOADING, Phase.WARMING_UP,
 })  # fmt: skip
+_BEFORE_LOADING = frozenset({Phase.STARTING, Phase.IMPORTING, Phase.JOINING, Phase.BUILDING})
+_START_LIMITS_S = {
+    Phase.STARTING: 180.0,
+    Phase.IMPORTING: 600.0,
+    Phase.JOINING: 600.0,
+    Phase.BUILDING: 600.0,
+    Phase.LOADING: 600.0,
+    Phase.WARMING_UP: 1800.0,
+}
+"""Starting: the launcher and Python. Joining waits for the slowest import, warm-up for a compilation."""
 _IN_A_STEP = frozenset({
     Phase.STEP_BEGINS, Phase.FORWARD, Phase.BACKWARD, Phase.REDUCING, Phase.UPDATING,
 })  # fmt: skip

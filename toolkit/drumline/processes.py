@@ -13,9 +13,16 @@ from typing import Self
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """A rank finishes the step, saves and exits. SIGHUP means that the terminal was closed."""
+_MAY_BE_IGNORED = (signal.SIGHUP, signal.SIGINT)
+"""nohup ignores SIGHUP, and a shell SIGINT for background jobs; whoever started this process wants that."""
 STACKS_SIGNAL = signal.SIGUSR2
 """A rank answers it by writing the stacks of all its threads to its log."""
 _PORTS, _TRIES = range(20000, 65536), 100
+
+
+def heeded(number: signal.Signals) -> bool:
+    """Whether to handle a stop signal: not if it is one that this process was started to ignore."""
+    return number not in _MAY_BE_IGNORED or signal.getsignal(number) is not signal.SIG_IGN
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,12 @@ def this_host() -> str:
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return socket.gethostname()
+
+
+def age_s() -> float:
+    """Seconds since this process started."""
+    since_boot = float(Path("/proc/uptime").read_text().split()[0])
+    return max(0.0, since_boot - (_started(os.getpid()) or 0) / os.sysconf("SC_CLK_TCK"))
 
 
 def _started(pid: int) -> int | None:

@@ -4,6 +4,7 @@ rank-0.pid            the process identity; written first
 rank-0.heartbeat      the rank's phase and progress, in one line that is overwritten in place
 rank-0.device.json    host, device, compute threads, and versions of torch, CUDA, NCCL and cuDNN
 rank-0.begun.json     which checkpoint was loaded, and which were set aside
+rank-0.started.json   seconds that each phase before the first step took
 rank-0.outcome.json   how the rank ended; a launcher's exit code does not say it reliably
 rank-0.log            everything the rank printed
 rank-0.collectives.json  after a hang: its last collectives, from torch's flight recorder
@@ -67,13 +68,14 @@ class RankFiles:
     """The files of one rank in one attempt."""
 
     def __init__(self, logs: Path, rank: int) -> None:
-        self.rank = rank
+        self.rank, self.folder = rank, logs
         self.log = logs / f"rank-{rank}.log"
         self.collectives = logs / f"rank-{rank}.collectives.json"
         self._pid = logs / f"rank-{rank}.pid"
         self._heartbeat = logs / f"rank-{rank}.heartbeat"
         self._outcome = logs / f"rank-{rank}.outcome.json"
         self._begun = logs / f"rank-{rank}.begun.json"
+        self._started = logs / f"rank-{rank}.started.json"
         self._device = logs / f"rank-{rank}.device.json"
         self._ended = logs / "ended"
         self._stop, self._stacks = logs / "stop", logs / "stacks"
@@ -114,6 +116,22 @@ class RankFiles:
     def device(self) -> dict[str, Any] | None:
         """Host, device, threads and library versions; None before the rank has written them."""
         return _object(self._device)
+
+    def announced_at(self) -> float | None:
+        """When the rank announced itself, in seconds since 1970; None before."""
+        try:
+            return self._pid.stat().st_mtime
+        except OSError:
+            return None
+
+    def started(self) -> dict[str, Any] | None:
+        """Seconds of each phase before the first step, by the phase's name; None before that step."""
+        return _object(self._started)
+
+    def write_started(self, seconds: dict[str, float]) -> None:
+        """In the rank: write how long each phase before the first step took."""
+        with contextlib.suppress(OSError):
+            write_json(self._started, seconds)
 
     def end_attempt(self) -> None:
         """Make ranks that start from now on, and ranks on other hosts, exit."""
@@ -237,6 +255,6 @@ def _object(path: Path) -> dict[str, Any] | None:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(errors="replace")
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""

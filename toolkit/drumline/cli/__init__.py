@@ -1,6 +1,9 @@
 """The command line: one file per command group; each reads files and this machine, and calls the rest."""
 
+import contextlib
+import errno
 import gc
+import locale
 import os
 import signal
 import sys
@@ -9,7 +12,9 @@ from types import ModuleType
 
 import typer
 
-from drumline.errors import DrumlineError
+from drumline.errors import DrumlineError, LaunchError
+from drumline.files import ForgivingOutput, printable
+from drumline.processes import heeded
 
 COMMANDS = {
     "recipes": "recipes",
@@ -36,6 +41,8 @@ COMMANDS = {
 """Maps each command to its module in this package; only that module is imported."""
 
 KILLED_EXIT_CODE = 130
+OUTPUT_FAILED_EXIT_CODE = 74
+"""Standard output could not be written; as EX_IOERR of sysexits.h."""
 
 app = typer.Typer(
     name="drumline",
@@ -72,8 +79,73 @@ def _skip_pydantic_plugins() -> None:
     sys.modules.setdefault(loader.__name__, loader)
 
 
+def _use_utf8() -> None:
+    """Start again in Python's UTF-8 mode if the locale has another encoding.
+
+    Paths and texts then mean the same to every process and in every record, whatever the locale of whoever
+    reads them later. Output keeps the locale's encoding.
+    """
+    is_utf8 = sys.flags.utf8_mode or sys.getfilesystemencoding() == "utf-8"
+    if is_utf8 or not sys.executable or "DRUMLINE_UTF8" in os.environ:
+        return
+    told = os.environ.get("PYTHONIOENCODING") or locale.getpreferredencoding(False)
+    environment = {**os.environ, "DRUMLINE_UTF8": "1", "PYTHONUTF8": "1", "PYTHONIOENCODING": told}
+    os.execve(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]], environment)  # noqa: S606
+
+
+def _open_streams() -> tuple[ForgivingOutput, ForgivingOutput]:
+    """Replace stdout and stderr by outputs that never raise; closed ones become the null device.
+
+    A closed descriptor would otherwise be given to the next file that is opened, and messages would go there.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor, which is this one
+    encodings = [
+        getattr(stream, "encoding", None) or "utf-8" for stream in (sys.stdout, sys.stderr)
+    ]
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, AttributeError):
+            stream.flush()
+    sys.stdout, sys.stderr = (
+        ForgivingOutput(n, code) for n, code in zip((1, 2), encodings, strict=True)
+    )
+    return sys.stdout, sys.stderr
+
+
 def main() -> None:
-    """Run the command line; a DrumlineError becomes one message on stderr and its class's exit code."""
+    """Run the command line and exit; see `_run` for errors.
+
+    Where the output could not be written (a full disk), one message says so beside the command's own exit
+    code, and the exit code is 74. A reader that left (`| head`) is no error.
+    """
+    _use_utf8()
+    os.environ.pop("DRUMLINE_UTF8", None)
+    out, err = _open_streams()
+    code: object = 0
+    try:
+        _run()
+    except SystemExit as ending:
+        code = ending.code
+        if code is not None and not isinstance(code, int):
+            print(code, file=err)
+            code = 1
+    finally:
+        out.flush()
+        err.flush()
+        gc.freeze()  # nothing is worth collecting at exit either
+    failed = out.failed_with
+    if failed and failed.errno != errno.EPIPE:
+        told = f"the command itself ended with exit code {code or 0}"
+        print(f"drumline: standard output: {failed.strerror}; {told}", file=err)
+        code = OUTPUT_FAILED_EXIT_CODE
+    sys.exit(code)  # type: ignore[arg-type]
+
+
+def _run() -> None:
+    """Run the command; a DrumlineError becomes one message on stderr and its class's exit code."""
     _skip_pydantic_plugins()
     gc.disable()  # collecting takes a tenth of a dry run, and start-up makes no garbage
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
@@ -82,23 +154,37 @@ def main() -> None:
         import_module(f"drumline.cli.{name}").register(app)
     if asked != "plan":
         gc.enable()
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _leave)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        if heeded(number):
+            signal.signal(number, _leave)
     try:
+        _refuse_lost_folder()
         app(arguments)
     except DrumlineError as error:
         if "--debug" in sys.argv:
             raise
-        print(f"drumline: {error}", file=sys.stderr)
+        print(f"drumline: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except SystemExit as ending:
         if ending.code == KILLED_EXIT_CODE:
             print("drumline: interrupted", file=sys.stderr)
         raise
-    except OSError as error:
-        if "--debug" in sys.argv or error.filename is None:
+    except UnicodeEncodeError as error:
+        if "--debug" in sys.argv:
             raise
-        print(f"drumline: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"drumline: {printable(error.object)}: is not UTF-8 text", file=sys.stderr)
         sys.exit(DrumlineError.exit_code)
-    finally:
-        gc.freeze()  # nothing is worth collecting at exit either
+    except OSError as error:
+        if "--debug" in sys.argv or error.errno is None:
+            raise
+        where = "" if error.filename is None else f"{printable(os.fsdecode(error.filename))}: "
+        print(f"drumline: {where}{error.strerror}", file=sys.stderr)
+        sys.exit(DrumlineError.exit_code)
+
+
+def _refuse_lost_folder() -> None:
+    """Raise LaunchError if the current folder has been deleted, since paths are relative to it."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise LaunchError("the current folder has been deleted. Nearest: cd to another") from None

@@ -83,6 +83,9 @@ def _tell_run(path: Path, as_json: bool) -> None:
         split = " × ".join(str(n) for n in attempt["split"].values())
         ended = attempt["outcome"] or "not ended"
         print(f"attempt {attempt['number']:<4} {split}: {attempt['cause']}; {ended}")
+        if seconds := attempt.get("start_s"):
+            parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+            print(f"             {sum(seconds.values()):.1f} s to the first step: {parts}")
     if health.state == "failed":
         print(textwrap.indent(health.message, "             "))
     print(f"sound        {', '.join(health.sound) or 'no checkpoint'}")

@@ -10,6 +10,7 @@ from drumline.checkpoint.manifest import step_of, verify
 from drumline.checkpoint.retention import find_checkpoints, newest_sound
 from drumline.checkpoint.state import badness
 from drumline.errors import CheckpointError, RunFolderError
+from drumline.files import new_folder
 from drumline.runs.folder import RunFolder, open_run
 
 
@@ -33,9 +34,10 @@ def export_command(
         raise RunFolderError(
             f"{plan.data.cache}: the prepared data are gone. Nearest: drumline prepare"
         )
-    target.mkdir(parents=True, exist_ok=True)
-    count = export(plan, manifest, path, target)
-    for name in check_finite(target):
+    with new_folder(target) as written:
+        count = export(plan, manifest, path, written)
+        bad = check_finite(written)
+    for name in bad:
         print(f"warning: {name} holds values that are not finite", file=sys.stderr)
     print(f"{count:,} parameters of {path.name} in {target}")
 

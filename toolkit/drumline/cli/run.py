@@ -10,7 +10,6 @@ import typer
 
 from drumline.cli.options import AsJson, Force, Gpus, Overrides, RecipeArgument
 from drumline.errors import LaunchError, RunFolderError
-from drumline.files import ForgivingOutput
 from drumline.plan.model import Plan
 from drumline.recipe.load import load_recipe, override
 from drumline.runs import folder as run_folder
@@ -65,7 +64,6 @@ def run_command(
     prepare_data(loaded)
     plan = make_plan(loaded)
     refuse_what_cannot_start(plan, force, as_json)
-    sys.stderr = ForgivingOutput(sys.stderr.fileno())
     print(plan_table(plan), file=sys.stderr)
     folder = run_folder.create(plan.recipe, run_dir)
     folder.write_record(new_record(plan, sys.argv, secrets))
@@ -119,7 +117,6 @@ def resume_command(
             kept = folder.begin_anew()
         names = ", ".join(path.name for path in kept)
         print(f"{run}: begins again at step 1; what it had is kept as {names}", file=sys.stderr)
-    sys.stderr = ForgivingOutput(sys.stderr.fileno())
     print(plan_table(plan), file=sys.stderr)
     _finish(folder, plan, "from scratch" if from_scratch else "resume", as_json)
 

@@ -106,7 +106,7 @@ def _in_ranks(plan: Plan, task: str) -> dict[str, Any]:
             result = run_attempt(folder, plan, number, command, _quiet, _quiet, signals)
         if result.kind != "finished":
             raise RunError(f"{task}: {result.message}")
-        return json.loads((folder.path / "verify.json").read_text())  # type: ignore[no-any-return]
+        return json.loads((folder.path / "verify.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 def _quiet(told: object) -> None:

@@ -45,7 +45,7 @@ def code_differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Pair]:
 
 
 def environment_differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Pair]:
-    """Differences in versions of training packages, GPU, driver, CUDA, NCCL, CPU, platform and container."""
+    """Differences in packages that train, GPU, driver, CUDA, NCCL, CPU, platform, container and variables."""
     pairs = {
         f"version of {name}": (_at(a, "versions", name), _at(b, "versions", name))
         for name in THAT_TRAIN
@@ -56,6 +56,10 @@ def environment_differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, P
     pairs["container"] = (a.get("container"), b.get("container"))
     for name in ("device", "cuda", "nccl", "cudnn", "threads"):
         pairs[name] = (_device(a, name), _device(b, name))
+    ours, theirs = _variables(a), _variables(b)
+    if ours is not None and theirs is not None:
+        for name in sorted({*ours, *theirs}):
+            pairs[f"variable {name}"] = (ours.get(name, "unset"), theirs.get(name, "unset"))
     found = _differing(pairs)
     others = _other_versions(a, b)
     if others:
@@ -113,6 +117,14 @@ def _device(record: dict[str, Any], name: str) -> Any:
     """A device fact of the last attempt that recorded its devices."""
     told = [entry["devices"] for entry in record.get("attempts") or [] if entry.get("devices")]
     return told[-1][0].get(name) if told else None
+
+
+def _variables(record: dict[str, Any]) -> dict[str, str] | None:
+    """Environment variables of the last attempt; None in a record that does not hold them."""
+    told = [
+        entry["environment"] for entry in record.get("attempts") or [] if "environment" in entry
+    ]
+    return told[-1] if told else None
 
 
 def _other_versions(a: dict[str, Any], b: dict[str, Any]) -> int:

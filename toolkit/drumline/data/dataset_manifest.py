@@ -1,8 +1,14 @@
 """The dataset manifest, which describes a prepared folder; readable without numpy or torch."""
 
 import json
+import os
+import pwd
+import stat
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from drumline.errors import DataError
+from drumline.files import read_json
 
 MANIFEST_VERSION = 3
 _FILE = "card.json"
@@ -34,21 +40,53 @@ class DatasetManifest:
 
     def write(self, folder: Path) -> None:
         """Write the manifest, the last file of a prepared folder."""
-        (folder / _FILE).write_text(json.dumps(asdict(self), indent=2))
+        (folder / _FILE).write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
 
 
 def read_dataset_manifest(folder: Path) -> DatasetManifest | None:
-    """The manifest of a prepared folder; None if it is missing or outdated, or if file sizes differ."""
+    """The manifest of a prepared folder; None if it is missing or outdated, or if file sizes differ.
+
+    DataError if the folder is there and this user may not read it.
+    """
     try:
-        raw = json.loads((folder / _FILE).read_text())
+        raw = read_json(folder / _FILE)
+    except PermissionError:
+        raise DataError(not_ours(folder)) from None
     except (OSError, ValueError):
         return None
-    if raw.get("version") != MANIFEST_VERSION:
+    if not isinstance(raw, dict) or raw.get("version") != MANIFEST_VERSION:
         return None
-    manifest = DatasetManifest(**raw)
+    try:
+        manifest = DatasetManifest(**raw)
+    except TypeError:
+        return None
     return manifest if manifest.files == sizes(folder) else None
+
+
+def not_ours(folder: Path) -> str:
+    """Say that prepared data belong to somebody else, and what to do."""
+    status = folder.stat()
+    try:
+        owner = pwd.getpwuid(status.st_uid).pw_name
+    except KeyError:
+        owner = f"user {status.st_uid}"
+    return (
+        f"{folder}: prepared by {owner} with mode {stat.S_IMODE(status.st_mode):04o}, which this user cannot "
+        f"use. Nearest: {owner} runs chmod -R a+rX {folder}, or another DRUMLINE_CACHE"
+    )
 
 
 def sizes(folder: Path) -> dict[str, int]:
     """Bytes of each array file in a prepared folder; detects missing and truncated files."""
-    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.glob("*/*.bin")}
+    found: dict[str, int] = {}
+    for part in ("train", "validation"):
+        try:
+            with os.scandir(folder / part) as entries:
+                found |= {
+                    f"{part}/{e.name}": e.stat().st_size for e in entries if e.name.endswith(".bin")
+                }
+        except PermissionError:
+            raise DataError(not_ours(folder)) from None
+        except OSError:
+            continue
+    return found

@@ -24,15 +24,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drumline.data import cache, sources
-from drumline.data.dataset_manifest import DatasetManifest, read_dataset_manifest, sizes
+from drumline.data.dataset_manifest import DatasetManifest, not_ours, read_dataset_manifest, sizes
 from drumline.data.rows import DTYPES, array_columns
 from drumline.data.tasks import Encoded, Task, find_task
 from drumline.data.tokenizers import Tokenizer, Tokens, find_tokenizer
 from drumline.errors import DataError
+from drumline.files import apply_umask
 from drumline.recipe.schema import Data
 
 _ROWS_AT_ONCE = 1 << 16
 _ABANDONED_AFTER_S = 60.0
+_JUST_MADE_S = 2.0
+"""A process may have made its lock file and not taken the lock yet."""
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
 
 Progress = Callable[[int, int], None]
@@ -50,6 +53,7 @@ def prepare(data: Data, project: str | None, progress: Progress | None = None) -
     try:
         with _locked(temporary):
             _write(data, project, temporary, progress or (lambda documents, tokens: None))
+            apply_umask(temporary, 0o777)
             _publish(temporary, final)
     except OSError as error:
         elsewhere = error.filename and not str(error.filename).startswith(str(final.parent))
@@ -322,15 +326,19 @@ def _publish(temporary: Path, final: Path) -> None:
     except OSError:
         if read_dataset_manifest(final) is None:
             shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
+            try:
+                temporary.rename(final)
+            except OSError:
+                raise DataError(not_ours(final)) from None
 
 
 def _remove_abandoned(final: Path) -> None:
-    """Delete temporary folders of this key whose process has ended."""
-    for folder in final.parent.glob(f".{final.name}.*"):
-        lock = folder / ".lock"
-        with contextlib.suppress(OSError), lock.open("r") as file:
-            if time.time() - folder.stat().st_mtime < _ABANDONED_AFTER_S:
+    """Delete temporary folders whose process has ended: their lock is free, or was never made."""
+    for folder in final.parent.glob(".*.*"):
+        with contextlib.suppress(OSError):
+            age_s = time.time() - folder.stat().st_mtime
+            if age_s < (_JUST_MADE_S if (folder / ".lock").exists() else _ABANDONED_AFTER_S):
                 continue
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(FileNotFoundError), (folder / ".lock").open("r") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)

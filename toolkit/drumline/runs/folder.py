@@ -18,6 +18,8 @@ from drumline.recipe import yaml12
 from drumline.recipe.schema import Recipe
 
 _LOCK_BYTES = 1 << 12
+_LONGEST_NAME = 200
+"""Names of files beside the folder are made of its name, and have at most 255 bytes."""
 _LOCK_S = 0.5
 """How long to retry, because `drumline doctor` holds the lock briefly to test it."""
 
@@ -216,7 +218,18 @@ def _lock(descriptor: int, kind: int) -> bool:
 
 
 def check_new(run_dir: Path) -> None:
-    """Raise RunFolderError unless the folder is new or empty."""
+    """Raise RunFolderError unless the folder is new or empty, and its name can be written into records."""
+    try:
+        str(run_dir.absolute()).encode()
+    except UnicodeEncodeError:
+        raise RunFolderError(
+            f"--run-dir {run_dir}: its name is not UTF-8. Nearest: another --run-dir"
+        ) from None
+    if len(os.fsencode(run_dir.name)) > _LONGEST_NAME:
+        raise RunFolderError(
+            f"--run-dir {run_dir.name[:40]}…: its name has {len(os.fsencode(run_dir.name))} bytes, more than "
+            f"{_LONGEST_NAME}. Nearest: a shorter one"
+        )
     for parent in run_dir.parents:
         if parent.exists() and not parent.is_dir():
             raise RunFolderError(f"--run-dir {run_dir}: {parent} is a file, not a folder")

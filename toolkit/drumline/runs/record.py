@@ -3,6 +3,7 @@
 It holds all that `drumline reproduce` needs, also later and on another machine.
 """
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,14 @@ def new_record(
     }
 
 
-def attempt_entry(plan: Plan, cause: str) -> dict[str, Any]:
-    """Build the entry of an attempt at its start; the launcher's command is added later as `command`."""
+def attempt_entry(
+    plan: Plan, cause: str, environment: dict[str, str] | None = None, cleared: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Build the entry of an attempt at its start; the launcher's command is added later as `command`.
+
+    `environment`: variables that reach the ranks and that a library may read; `cleared`: names of those that
+    were taken away.
+    """
     split = {
         "per_device": plan.batch.per_device,
         "gpus": plan.batch.gpus,
@@ -59,6 +66,8 @@ def attempt_entry(plan: Plan, cause: str) -> dict[str, Any]:
         "split": split,
         "launcher": plan.recipe.launch.launcher,
         "strategy": plan.recipe.strategy.name,
+        "environment": environment or {},
+        "cleared": list(cleared),
         "started": now(),
         "ended": None,
         "outcome": None,

@@ -20,6 +20,7 @@ from drumline.session.show import run_facts
 from drumline.units import format_bytes
 from drumline_launchers import LAUNCHERS, Command
 from drumline_launchers.base import Job
+from drumline_launchers.environment import cleared_names
 from drumline_launchers.site import Site
 
 
@@ -75,6 +76,8 @@ def show_command(plan: Plan, run_dir: Path | None, node: Node, as_json: bool) ->
     where = {name: shlex.quote(str(path)) for name, path in (
         ("logs", folder.logs(0)), ("checkpoints", folder.checkpoints), ("plan", folder.plan_file(0)),
     )}  # fmt: skip
+    if cleared := cleared_names(os.environ):
+        print(f"unset {' '.join(cleared)}")
     print(f"mkdir -p {where['logs']} {where['checkpoints']}")
     print(f"printf %s {shlex.quote(plan.to_json())} > {where['plan']}")
     print(command.to_shell())
@@ -127,22 +130,30 @@ def render_alone(plan: Plan, folder: RunFolder, attempt: int, **what: Any) -> Co
 
 def this_node(plan: Plan, node_rank: int | None, rendezvous: str | None) -> Node:
     """Return node rank and rendezvous: the options, else NODE_RANK, MASTER_ADDR and MASTER_PORT."""
+    who = "--node-rank"
     if node_rank is None:
-        stated = os.environ.get("NODE_RANK", "0")
+        who, stated = "NODE_RANK in the environment", os.environ.get("NODE_RANK", "0")
+        if plan.batch.nodes == 1:
+            stated = "0"  # left over from another job: one node has no other rank
         if not stated.isdigit():
             raise LaunchError(f"NODE_RANK={stated!r} in the environment is not a number")
         node_rank = int(stated)
     if node_rank >= plan.batch.nodes:
         raise LaunchError(
-            f"--node-rank {node_rank}: the plan has {plan.batch.nodes} nodes, counted from 0"
+            f"{who} {node_rank}: the plan has {plan.batch.nodes} nodes, counted from 0. Nearest: "
+            f"--node-rank {plan.batch.nodes - 1}"
         )
+    who = "--rendezvous"
     if rendezvous is None:
+        if plan.batch.nodes == 1:
+            return Node(node_rank)
+        who = "MASTER_ADDR:MASTER_PORT in the environment:"
         rendezvous = ":".join(
             [os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT", "29500")]
         )
     host, _, port = rendezvous.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
-        raise LaunchError(f"--rendezvous {rendezvous}: expected HOST:PORT, such as node-0:29500")
+    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 1 << 16:
+        raise LaunchError(f"{who} {rendezvous}: expected HOST:PORT, such as node-0:29500")
     return Node(node_rank, host, int(port))
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from drumline.errors import RunFolderError
 from drumline.files import write_json, write_text
-from drumline.plan.model import Plan, read_plan
-from drumline.processes import free_port
+from drumline.plan.model import Plan
+from drumline.processes import free_port, python_path
 from drumline.recipe.load import load_recipe
 from drumline.runs.folder import RunFolder
 from drumline.runs.record import new_record
@@ -26,6 +26,7 @@ from drumline.session.planning import make_plan
 from drumline.session.prepare import prepare_data
 from drumline_launchers import LAUNCHERS
 from drumline_launchers.base import Command, Job
+from drumline_launchers.environment import launch_environment
 
 _POLL_S = 0.5
 _GRACE_S = 15.0
@@ -108,7 +109,7 @@ def follow(folder: RunFolder, node: int) -> int:
 
 def _take_part(folder: RunFolder, number: int, node: int) -> None:
     """Run this node's launcher until it exits; kill it `_GRACE_S` after the attempt has ended."""
-    plan = read_plan(folder.plan_file(number).read_text(encoding="utf-8"))
+    plan = folder.read_plan(number)
     if node >= plan.batch.nodes:
         print(f"attempt {number} does not use node {node}", flush=True)
         return
@@ -117,7 +118,8 @@ def _take_part(folder: RunFolder, number: int, node: int) -> None:
     command = _launcher(plan, number, folder, node, rendezvous)
     for path, text in command.files.items():
         write_text(Path(path), text)
-    env = {**os.environ, **command.env, "DRUMLINE_SUPERVISOR": _supervisor(folder)}
+    ours = {"PYTHONPATH": python_path(os.environ), "DRUMLINE_SUPERVISOR": _supervisor(folder)}
+    env = launch_environment(os.environ, {**command.env, **ours})
     process = subprocess.Popen(
         command.argv, env=env, stdin=subprocess.DEVNULL, start_new_session=True
     )
@@ -159,7 +161,7 @@ def _newest_attempt(folder: RunFolder) -> int | None:
 
 def _supervisor(folder: RunFolder) -> str:
     try:
-        return (folder.path / ".lock").read_text()
+        return folder.lock_text()
     except OSError:
         return ""
 

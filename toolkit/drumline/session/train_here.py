@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Callable
 
-from drumline.files import ForgivingOutput
 from drumline.plan.advise import change_words, with_advice
 from drumline.plan.model import Plan
 from drumline.plan.resplit import with_smaller_per_device
@@ -36,7 +35,6 @@ def train_here(
     `until`: the step to stop after. `render`: by default all ranks are on this machine. `survive`: see
     Surroundings.
     """
-    sys.stderr = ForgivingOutput(sys.stderr.fileno())
     print(f"\nrun folder {folder.path}", file=sys.stderr)
     started = time.monotonic()
     progress = Progress(until or plan.steps.total)

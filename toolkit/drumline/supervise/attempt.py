@@ -24,6 +24,7 @@ from drumline.supervise.signals import Signals
 from drumline.supervise.stragglers import Stragglers
 from drumline.supervise.watchdog import Watchdog
 from drumline_launchers.base import Command
+from drumline_launchers.environment import launch_environment
 
 _POLL_S = 0.1
 _SETTLE_S = 2.0
@@ -62,18 +63,28 @@ def run_attempt(
     with (logs / "launcher.log").open("wb") as log:
         process = _start(command, log)
         try:
-            hang = _Watch(process, ranks, plan, say, signals).until_over(lambda: tick(folder))
+            watch = _Watch(process, ranks, plan, say, signals, command.is_remote)
+            hang = watch.until_over(lambda: tick(folder))
             ranks.refresh()
             died = ranks.died
-            if not hang and not signals.at_once:
+            if not hang and not signals.at_once and not watch.was_stopped:
                 _let_settle(ranks, folder.checkpoints)
         finally:
             end_launcher(process, ranks, gently=command.is_remote)
     tick(folder)
+    if watch.was_stopped:
+        return Result.stopped_early(
+            f"stopped by {signal_name(signals)} before the ranks had begun to train"
+        )
     if hang:
         ranks.refresh()
         return Result.failure("hang", ranks.steps_done, hang)
     return judge(ranks, logs, signals.at_once, died)
+
+
+def signal_name(signals: Signals) -> str:
+    """The name of the first signal that was received, such as SIGTERM."""
+    return signal.Signals(signals.first).name if signals.first else "a signal"
 
 
 def _start(command: Command, log: IO[bytes]) -> subprocess.Popen[bytes]:
@@ -81,7 +92,7 @@ def _start(command: Command, log: IO[bytes]) -> subprocess.Popen[bytes]:
     ours = {"PYTHONPATH": python_path(os.environ), "DRUMLINE_SUPERVISOR": str(Process.current())}
     return subprocess.Popen(
         command.argv,
-        env={**os.environ, **command.env, **ours},
+        env=launch_environment(os.environ, {**command.env, **ours}),
         stdout=log,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
@@ -99,20 +110,25 @@ class _Watch:
         plan: Plan,
         say: Callable[[str], None],
         signals: Signals,
+        is_remote: bool,
     ) -> None:
         self._process, self._ranks, self._say, self._signals = process, ranks, say, signals
         launch = plan.recipe.launch
-        hang_timeout = HangTimeout(launch.hang_timeout_s, launch.hang_factor)
+        hang_timeout = HangTimeout(launch.hang_timeout_s, launch.hang_factor, is_remote)
         self._watchdog = Watchdog(ranks, hang_timeout)
         self._stragglers = Stragglers(ranks, launch.straggler_ratio)
         self._signalled: set[Process] = set()
         self._has_begun = False
         self._all_ended_at: float | None = None
+        self.was_stopped = False
 
     def until_over(self, tick: Callable[[], None]) -> str:
         """Wait until the launcher exits or the attempt must end; returns a description of a hang, else ""."""
         while self._process.poll() is None and not self._signals.at_once:
             if self._signals.first:
+                if self._nothing_is_at_stake():
+                    self.was_stopped = True
+                    return ""
                 self._pass_on(self._signals.first)
             tick()
             if self._ranks.is_due():
@@ -126,6 +142,21 @@ class _Watch:
                     return ""
             time.sleep(_POLL_S)
         return ""
+
+    def _nothing_is_at_stake(self) -> bool:
+        """Whether no rank has loaded a checkpoint yet, so that all can be ended without saving.
+
+        Until then a rank may wait for others for minutes, and notice no signal. A heartbeat of another host
+        may be old, so for ranks there only that none has started counts.
+        """
+        self._ranks.refresh()
+        processes = [view.process for view in self._ranks]
+        if not any(processes):
+            return True
+        if not all(process.is_here for process in processes if process):
+            return False
+        phases = {view.heartbeat.phase for view in self._ranks if view.heartbeat}
+        return all(phase.is_before_loading for phase in phases) and not self._ranks.have_failed
 
     def _pass_on(self, number: int) -> None:
         """Send the signal to ranks that have not had it yet; ranks on other hosts are asked by a file."""

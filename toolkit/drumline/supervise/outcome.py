@@ -45,6 +45,19 @@ class Result:
             exit_code=exit_code,
         )
 
+    @classmethod
+    def stopped_early(cls, message: str) -> Self:
+        """Build the result of an attempt that a signal ended before it had anything to save."""
+        return cls(
+            kind="stopped",
+            outcome="stopped",
+            step=0,
+            loss=None,
+            evaluation=None,
+            message=message,
+            exit_code=STOPPED_EXIT_CODE,
+        )
+
     def saying(self, message: str) -> "Result":
         """Return a copy with another message."""
         return replace(self, message=message)
@@ -78,7 +91,7 @@ def judge(ranks: Ranks, logs: Path, at_once: bool, died: list[int]) -> Result:
         if at_once:
             message = "ended at once, without a new checkpoint"
             return Result.failure("killed", step, message, KILLED_EXIT_CODE)
-        message = f"rank {named} ended without a word; see {logs}{_last_words(logs)}"
+        message = f"rank {named} ended without a word; see {logs}, whose launcher.log ends:{last_words(logs)}"
         return Result.failure("lost", step, message)
     told = outcomes[0][1]
     assert told
@@ -104,10 +117,15 @@ def _failed_rank(rank: int, outcome: dict[str, Any], step: int) -> Result:
     return Result.failure("OutOfMemory" if kind == "OutOfMemory" else "error", step, message)
 
 
-def _last_words(logs: Path) -> str:
+def last_words(logs: Path) -> str:
     """Last five lines of the launcher's log, where an import error would show."""
     try:
-        text = (logs / "launcher.log").read_text(errors="replace").strip().splitlines()
+        text = (
+            (logs / "launcher.log")
+            .read_text(encoding="utf-8", errors="replace")
+            .strip()
+            .splitlines()
+        )
     except OSError:
         return ""
-    return "\n" + "\n".join(text[-5:]) if text else ""
+    return "\n" + "\n".join(text[-5:]) if text else " without a line"

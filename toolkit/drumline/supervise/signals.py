@@ -4,7 +4,7 @@ import signal
 from types import TracebackType
 from typing import Any, Self
 
-from drumline.processes import STOP_SIGNALS
+from drumline.processes import STOP_SIGNALS, heeded
 
 
 class Signals:
@@ -32,6 +32,7 @@ class Signals:
         self._before = {
             number: signal.signal(number, lambda got, frame: self._received.append(got))
             for number in STOP_SIGNALS
+            if heeded(number)
         }
         return self
 

@@ -1,6 +1,8 @@
 """Starts attempts until the run is finished, stopped, cannot succeed, or makes no progress."""
 
+import os
 import shlex
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,16 +12,19 @@ from drumline.checkpoint.manifest import step_of
 from drumline.checkpoint.retention import find_checkpoints, set_aside
 from drumline.errors import CheckpointError
 from drumline.plan.model import Plan
+from drumline.processes import age_s
 from drumline.rank_files import RankFiles
 from drumline.runs.closing import close_run
 from drumline.runs.folder import RunFolder
 from drumline.runs.peaks import memory_entry
 from drumline.runs.record import attempt_entry, now
+from drumline.secrets import Secrets
 from drumline.supervise.attempt import Tick, end_ranks, run_attempt
 from drumline.supervise.outcome import STOPPED_EXIT_CODE, Result
 from drumline.supervise.ranks import Ranks
 from drumline.supervise.signals import Signals
 from drumline_launchers.base import Command
+from drumline_launchers.environment import cleared_names, kept_variables
 
 _FINAL = ("finished", "stopped", "killed", "mistake", "disk", "NotFinite", "CheckpointError")
 
@@ -88,8 +93,10 @@ def _until_final(
 ) -> Result:
     is_restart = around.is_automatic and lost_at is not None
     failed_at = lost_at if is_restart and lost_at is not None else -1
+    before: dict[str, float] = {"plan": round(age_s(), 3)}
     while True:
-        result = _one_attempt(folder, plan, cause, is_restart, around, signals)
+        result = _one_attempt(folder, plan, cause, is_restart, around, signals, before)
+        before = {}
         is_restart = result.kind != "OutOfMemory"
         if result.kind in _FINAL:
             return result
@@ -127,13 +134,20 @@ def _one_attempt(
     is_restart: bool,
     around: Surroundings,
     signals: Signals,
+    before: dict[str, float],
 ) -> Result:
-    """Run one attempt and write its entry in the record; an OSError becomes a result of kind "disk"."""
+    """Run one attempt and write its entry in the record; an OSError becomes a result of kind "disk".
+
+    `before`: seconds of the phases before this attempt, which belong to its start.
+    """
     try:
-        number = folder.add_attempt(plan, attempt_entry(plan, cause), is_restart)
+        kept = Secrets(os.environ).hide_in(kept_variables(os.environ))
+        entry = attempt_entry(plan, cause, kept, cleared_names(os.environ))
+        number = folder.add_attempt(plan, entry, is_restart)
     except OSError as error:
         where = error.filename or folder.path
         return Result.failure("disk", 0, f"{where}: {error.strerror or error}")
+    launched = time.time()
     try:
         command = around.render(plan, number)
         folder.note_attempt(number, command=command.argv)
@@ -141,10 +155,11 @@ def _one_attempt(
     except OSError as error:
         where = error.filename or folder.path
         result = Result.failure("disk", 0, f"{where}: {error.strerror or error}")
-    if result.outcome == "failed":
+    if result.outcome == "failed" or result.step == 0:
         result = replace(result, step=max(result.step, _newest_step(folder)))
     ranks = Ranks(folder.logs(number), plan.mesh.ranks).files
     begun = ranks[0].begun() or {}
+    started = _start_seconds(ranks[0], launched, before)
     try:
         folder.note_attempt(
             number,
@@ -155,11 +170,27 @@ def _one_attempt(
             message=result.message,
             memory=memory_entry(plan, ranks),
             devices=_devices(ranks),
+            start_s=started,
             **begun,
         )
     except OSError as error:
         around.say(f"{folder.record_file}: {error.strerror}; it lacks how this attempt ended")
     return result
+
+
+def _start_seconds(
+    rank: RankFiles, launched: float, before: dict[str, float]
+) -> dict[str, float] | None:
+    """Seconds from the command's start to the first step, by phase; None if there was no first step.
+
+    `launched`: when the attempt began, in seconds since 1970. `launch` is the launcher and Python, until the
+    rank began to report.
+    """
+    phases = rank.started()
+    began = rank.announced_at()
+    if phases is None or began is None:
+        return None
+    return {**before, "launch": round(max(0.0, began - launched), 3), **phases}
 
 
 def _close_lost_attempt(folder: RunFolder) -> int | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from drumline.hang_timeout import HangTimeout
 from drumline.processes import STACKS_SIGNAL
 from drumline.rank_files import Heartbeat, RankFiles
+from drumline.supervise.outcome import last_words
 from drumline.supervise.ranks import Ranks, RankView
 
 _STACKS_S = 1.0
@@ -48,6 +49,10 @@ class Watchdog:
     def describe(self, late: list[RankView]) -> str:
         """Make every rank dump its stacks to its log, and describe the hang with the late ranks."""
         files = self._ranks.files
+        if not any(view.process or view.heartbeat for view in self._ranks):
+            limit_s = self._hang_timeout.limit_s(None)
+            end = last_words(files[0].folder)
+            return f"no rank has started within {limit_s:g} s; the launcher's log ends:{end}"
         files[0].ask_for_stacks()
         processes = [view.process for view in self._ranks]
         for process in processes:
@@ -78,7 +83,7 @@ def _where(heartbeat: Heartbeat | None) -> str:
 def _waits_for_others(files: RankFiles) -> bool:
     """Whether the main thread, whose stack is dumped last in the log, is inside a collective."""
     try:
-        text = files.log.read_text(errors="replace")
+        text = files.log.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
     dumped = re.split(r"^(?:Current thread|Thread) 0x", text, flags=re.MULTILINE)[-1]

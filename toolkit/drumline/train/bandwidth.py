@@ -139,7 +139,7 @@ def main() -> None:
     try:
         report = measure(device)
         if dist.get_rank() == 0:
-            arguments.out.write_text(json.dumps(report))
+            arguments.out.write_text(json.dumps(report), encoding="utf-8")
         dist.barrier()
     finally:
         dist.destroy_process_group()

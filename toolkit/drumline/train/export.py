@@ -9,6 +9,7 @@ from safetensors import safe_open
 from drumline.checkpoint.manifest import read_entries, read_manifest, shard_name
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.errors import CheckpointError
+from drumline.files import apply_umask
 from drumline.plan.model import Plan
 from drumline.train.models import ModelBuilder
 
@@ -40,6 +41,8 @@ def export(plan: Plan, manifest: DatasetManifest, checkpoint: Path, target: Path
     if short:
         raise CheckpointError(f"{checkpoint}: {short[0]} is not whole in it")
     model.save_pretrained(target, safe_serialization=True)
+    for path in target.iterdir():
+        apply_umask(path, 0o666)
     return sum(p.numel() for p in model.parameters())
 
 

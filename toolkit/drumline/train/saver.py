@@ -24,7 +24,7 @@ from drumline.checkpoint.retention import apply_retention, set_aside
 from drumline.checkpoint.state import MOST_SCORES, TrainState, badness
 from drumline.checkpoint.weights import WEIGHTS, WeightSums, sum_weights
 from drumline.errors import CheckpointError, PeerLost
-from drumline.files import fsync_folder
+from drumline.files import apply_umask, fsync_folder
 from drumline.recipe.schema import Checkpoint
 from drumline.train.commit import SaveCommit
 from drumline.train.engines.base import TensorShard
@@ -296,6 +296,7 @@ def _write_shard(
             if is_final and name.startswith(WEIGHTS)
         }
         save_file({name: tensor.reshape(-1) for name, tensor in tensors.items()}, path)
+        apply_umask(path, 0o666)
         with path.open("rb") as file:
             os.fsync(file.fileno())
     described = {

@@ -1,7 +1,8 @@
 """Interface between the loop and its process: reports the loop's phase and carries stop requests."""
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from drumline.phases import Phase
@@ -18,16 +19,21 @@ class Watch:
 
     All ranks enter the same phases in the same order, so the rank that has entered fewest is the late one.
     `busy_s` is the time spent in forwards (train/forward_timer.py). `wait` reports progress within a phase
-    that waits, for example for a disk. `begun` reports which checkpoint was loaded.
+    that waits, for example for a disk. `begun` reports which checkpoint was loaded, `started`
+    the seconds of each phase before the first step.
     """
 
     heartbeat: Callable[[Heartbeat], None] = _ignore
     wait: Callable[[], None] = _ignore
     stop_asked: Callable[[], bool] = lambda: False
     begun: Callable[[dict[str, Any]], None] = _ignore
+    started: Callable[[dict[str, float]], None] = _ignore
     step: int = 0
     done: int = 0
     busy_s: float = 0.0
+    _phase: Phase = Phase.STARTING
+    _since_s: float = field(default_factory=time.monotonic)
+    _seconds: dict[str, float] = field(default_factory=dict)
 
     def begin(self, step: int) -> None:
         """Report that a step begins."""
@@ -36,6 +42,8 @@ class Watch:
 
     def enter(self, phase: Phase, detail: str = "", limit_s: float = 0.0) -> None:
         """Report that the loop enters this phase, which may take `limit_s` seconds (0: not known)."""
+        if phase is not self._phase:
+            self._time(phase)
         self.heartbeat(
             Heartbeat(
                 done=self.done,
@@ -46,6 +54,16 @@ class Watch:
                 detail=detail,
             )
         )
+
+    def _time(self, phase: Phase) -> None:
+        """Add the seconds of the phase that ends; report all of them when the first step begins."""
+        before, self._phase = self._phase, phase
+        if before.is_before_the_first_step:
+            now = time.monotonic()
+            self._seconds[before] = round(self._seconds.get(before, 0.0) + now - self._since_s, 3)
+            self._since_s = now
+            if not phase.is_before_the_first_step:
+                self.started({str(name): seconds for name, seconds in self._seconds.items()})
 
     def finish(self) -> None:
         """Count the current step as done: its update was applied or skipped."""

@@ -62,10 +62,11 @@ def main(argv: list[str] | None = None) -> int:
         wait=heartbeats.wait,
         stop_asked=lambda: bool(asked),
         begun=files.write_begun,
+        started=files.write_started,
     )
     exit_code = 0
     try:
-        plan = read_plan(arguments.plan.read_text())
+        plan = read_plan(arguments.plan.read_text(encoding="utf-8"))
         launch = plan.recipe.launch
         hang_timeout = HangTimeout(launch.hang_timeout_s, launch.hang_factor)
         with RankWatchdog(heartbeats, files, hang_timeout):
@@ -236,12 +237,12 @@ def _keep_memory_summary(log: Path) -> None:
 
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         with contextlib.suppress(OSError, RuntimeError):
-            log.with_suffix(".memory.txt").write_text(torch.cuda.memory_summary())
+            log.with_suffix(".memory.txt").write_text(torch.cuda.memory_summary(), encoding="utf-8")
 
 
 def _send_output_to(path: Path) -> None:
     """Redirect stdout and stderr, C++ output included, to the rank's log; a full disk only loses output."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)

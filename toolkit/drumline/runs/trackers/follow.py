@@ -69,9 +69,10 @@ class Sent:
     def __init__(self, path: Path) -> None:
         self._known: dict[str, str] = {}
         if path.exists():
-            rows = (row.split(" ", 1) for row in path.read_text(errors="replace").split("\n"))
+            text = path.read_text(encoding="utf-8", errors="replace")
+            rows = (row.split(" ", 1) for row in text.split("\n"))
             self._known = {_key(row[0]): row[1] for row in rows if len(row) == 2}
-        self._file = path.open("a")
+        self._file = path.open("a", encoding="utf-8")
 
     def is_new(self, line: dict[str, Any]) -> bool:
         """Whether the line has not been sent with this loss; marks it as sent."""
