@@ -36,6 +36,7 @@ def prepared_data_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
     os.environ["DRUMLINE_CACHE"] = str(shared / "drumline-cache")
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["XDG_STATE_HOME"] = str(base / "state")
 
 
 def run_drumline(folder: Path, *arguments: str, timeout: float = 300) -> Any:

@@ -145,7 +145,7 @@ def test_a_slow_git_is_told(project: Path, tmp_path: Path, monkeypatch: pytest.M
     """A repository that takes too long costs its diff, never the run."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/git").write_text(
-        f'#!/bin/sh\ncase "$*" in *diff*|*ls-files*) sleep 9;; *) {shutil.which("git")} "$@";; esac\n'
+        f'#!/bin/sh\ncase "$*" in *" diff "*|*" ls-files "*) sleep 9;; *) {shutil.which("git")} "$@";; esac\n'
     )
     (tmp_path / "bin/git").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")

@@ -50,7 +50,7 @@ def test_the_state_is_that_of_the_newest_condition(
     assert found
     assert (found.state, found.reason, found.source) == (state, reason, "kubectl")
     assert found.is_final is (state in ("COMPLETED", "FAILED"))
-    assert calls.read_text() == "get trainjob/a --namespace train --output=json\n"
+    assert calls.read_text() == "get --namespace=train --output=json -- trainjob/a\n"
 
 
 def test_a_plain_job_has_no_condition_while_it_runs(
@@ -69,6 +69,6 @@ def test_cancel_deletes_and_what_is_gone_is_none(
     """By kind and name, in its namespace."""
     calls = kubectl(tmp_path, {}, 0, monkeypatch)
     cancel_job(ENTRY, gently=True)
-    assert calls.read_text() == "delete trainjob/a --namespace train --wait=false\n"
+    assert calls.read_text() == "delete --namespace=train --wait=false -- trainjob/a\n"
     kubectl(tmp_path, {}, 1, monkeypatch)
     assert job_state(ENTRY) is None

@@ -11,6 +11,7 @@ from drumline.errors import RunError
 from drumline.plan.resolve import resolve
 from drumline.recipe.load import validate
 from drumline.runs.folder import RunFolder
+from drumline.runs.record import attempt_entry
 
 WRITER = """
 import sys
@@ -18,14 +19,15 @@ from pathlib import Path
 from drumline.runs.folder import RunFolder
 folder = RunFolder(Path(sys.argv[1]))
 for number in range(30):
-    folder.add_job({"target": "slurm", "id": f"{sys.argv[2]}-{number}"})
+    folder.add_job({"target": "slurm", "id": f"{ord(sys.argv[2])}{number:02d}"})
 """
 
 
 def a_run(path: Path) -> RunFolder:
     folder = RunFolder(path)
     path.mkdir()
-    record = {"attempts": [], "outcome": None, "restarts": 0, "training_sha256": "", "data": {}}
+    record = {"recipe": {"recipe": "r"}, "attempts": [], "outcome": None, "restarts": 0,
+              "training_sha256": "", "data": {"fingerprint": None}}  # fmt: skip
     folder.write_record({**record, "jobs": []})
     return folder
 
@@ -42,7 +44,7 @@ def test_submit_and_its_job_write_at_once(tmp_path: Path) -> None:
     ]
     numbers = []
     while any(writer.poll() is None for writer in writers) or len(numbers) < 20:
-        number = folder.add_attempt(plan, {"cause": "start"})
+        number = folder.add_attempt(plan, attempt_entry(plan, "start"))
         folder.note_attempt(number, outcome="stopped")
         numbers.append(number)
     assert [writer.wait() for writer in writers] == [0, 0, 0]

@@ -1,5 +1,8 @@
 """What counts as a secret, and that it is hidden wherever it stands."""
 
+import json
+from urllib.parse import quote
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +17,8 @@ from drumline.secrets import HIDDEN, Secrets, is_secret_file, is_secret_name, se
 @pytest.mark.parametrize(
     "name",
     ["HF_TOKEN", "WANDB_API_KEY", "api-key", "apiKey", "db_password", "AWS_SECRET_ACCESS_KEY", "secrets",
-     "clientSecret", "AZURE_CLIENT_CREDENTIALS", "GITHUB_TOKEN", "passphrase"],
+     "clientSecret", "AZURE_CLIENT_CREDENTIALS", "GITHUB_TOKEN", "passphrase", "account_key", "PGPASSWORD",
+     "Authorization", "pwd"],
 )  # fmt: skip
 def test_names_of_secrets(name: str) -> None:
     """Usual names are known, in every style of writing."""
@@ -47,6 +51,13 @@ def test_no_key_of_the_recipe_is_taken_for_a_secret() -> None:
         {"model": {"config": {"nested": {"apiKey": "abc"}}}},
         {"description": "with hf_abcdefghijklmnopqrstuvwxyz"},
         {"data": {"path": "https://me:password1@example.org/x"}},
+        {"data": {"path": "https://abcTOKEN@example.org/x"}},
+        {"data": {"path": "https://example.org/x?a=1&token=abc123"}},
+        {"data": {"options": {"token": ["abc", "def"]}}},
+        {"data": {"options": {"db": {"password": 12345}}}},
+        {"data": {"options": {"account_key": "abc"}}},
+        {"data": {"options": {"headers": {"Authorization": "Bearer abc"}}}},
+        {"description": "curl -H 'Authorization: Bearer abcdef'"},
     ],
 )
 def test_a_recipe_with_a_secret_is_refused(sections: dict) -> None:
@@ -89,3 +100,56 @@ def test_files_of_secrets(name: str) -> None:
     """Known by their names."""
     assert is_secret_file(name)
     assert not is_secret_file("environment.py")
+
+
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        ('PASSWORD = "hunter2hunter2"', "hunter2hunter2"),
+        ("db_password='correcthorse'", "correcthorse"),
+        ('{"api_key": "k1234567"}', "k1234567"),
+        ("export PGPASSWORD=hunter22", "hunter22"),
+        ("https://TOKENabc@host/x", "TOKENabc"),
+        ("git clone https://me:hunter22@host/x", "hunter22"),
+        ("GET https://host/x?b=1&access_token=abcdef&c=2", "abcdef"),
+        ('headers = {"Authorization": "Bearer abc.def"}', "abc.def"),
+        ("Authorization: Basic dXNlcjpwYXNz", "dXNlcjpwYXNz"),
+        (
+            "wandb login 0123456789abcdef0123456789abcdef01234567",
+            "0123456789abcdef0123456789abcdef01234567",
+        ),
+        ("tool --token abcd1234 run", "abcd1234"),
+        ("AKIA" + "A" * 16, "AKIA" + "A" * 16),
+        ("xoxb-1234-5678-abcdef", "xoxb-1234-5678-abcdef"),
+        ("SK" + "0a" * 16, "SK" + "0a" * 16),
+        ("-----BEGIN OPENSSH PRIVATE KEY-----", "BEGIN OPENSSH PRIVATE KEY"),
+    ],
+)
+def test_a_secret_is_known_by_what_stands_before_it(text: str, secret: str) -> None:
+    """Assignments, addresses, queries, headers, logins, options, and providers' keys."""
+    assert secret not in Secrets({}).hide(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['tokenizer = "bert-base-uncased"', 'eos_token = "</s>"', 'auth="basic"', "max_tokens = 100", "lr: 3e-4",
+     'secret_key = os.environ["X"]', "password = get_password()", 'key="label"', "git@github.com:a/b.git",
+     "ssh://git@github.com/a", "module load cuda/12.8", "https://host/x?page=2#token"],
+)  # fmt: skip
+def test_ordinary_text_stays(text: str) -> None:
+    """Words that only look like it; a file is not left out of a record for them."""
+    assert Secrets({}).hide(text) == text
+
+
+@pytest.mark.parametrize("name", ["PGPASSWORD", "OPENAI_KEY", "MY_PAT", "DB_DSN", "SERVICE_AUTH"])
+@pytest.mark.parametrize("spelling", ["{}", "x?p={q}", '{{"a": "{j}"}}'])
+def test_values_of_secret_variables_are_hidden_in_every_spelling(name: str, spelling: str) -> None:
+    """As they are, in an address, in JSON."""
+    value = 'p@ss "w0rd/1'
+    text = spelling.format(value, q=quote(value, safe=""), j=json.dumps(value)[1:-1])
+    hidden = Secrets({name: value, "XAUTHORITY": "/root/.Xauthority", "PWD": "/work"}).hide(text)
+    assert "w0rd" not in hidden
+    assert (
+        Secrets({"XAUTHORITY": "/root/.Xauthority"}).hide("/root/.Xauthority")
+        == "/root/.Xauthority"
+    )

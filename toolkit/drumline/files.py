@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,14 @@ def read_json(path: Path, limit: int = RECORD_LIMIT) -> Any:
     return parse_json(read_bytes(path, limit))
 
 
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not JSON")
+
+
 def parse_json(raw: bytes | str) -> Any:
-    """Parse JSON text; ValueError if it is not UTF-8, not JSON, or nested more than 100 levels deep."""
+    """Parse JSON text; ValueError if it is not UTF-8, not JSON (NaN is not), or over 100 levels deep."""
     try:
-        found = json.loads(raw)
+        found = json.loads(raw, parse_constant=_refuse_constant)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     waiting = [(found, 1)]
@@ -189,11 +193,16 @@ class ForgivingOutput(io.TextIOBase):
 
     A closed pipe (`| head`), a closed terminal or a full disk must not end a training: text that cannot be
     written is dropped, and the first error is kept in `failed_with`. Characters that `encoding` lacks become
-    similar ASCII signs or question marks.
+    similar ASCII signs or question marks. `hide` is applied to all text, to take secrets out of it.
     """
 
-    def __init__(self, descriptor: int, encoding: str = "utf-8") -> None:
-        self._descriptor, self._encoding = descriptor, encoding
+    def __init__(
+        self,
+        descriptor: int,
+        encoding: str = "utf-8",
+        hide: Callable[[str], str] = lambda text: text,
+    ) -> None:
+        self._descriptor, self._encoding, self._hide = descriptor, encoding, hide
         self._line = ""
         self.failed_with: OSError | None = None
 
@@ -223,7 +232,7 @@ class ForgivingOutput(io.TextIOBase):
         return os.isatty(self._descriptor)
 
     def _send(self, text: str) -> None:
-        raw = self._encoded(text)
+        raw = self._encoded(self._hide(text)) if text else b""
         try:
             while raw:
                 raw = raw[os.write(self._descriptor, raw) :]

@@ -137,11 +137,33 @@ def parsed_line(raw: bytes) -> Line | None:
         line = parse_json(raw)
     except ValueError:
         return None
-    return with_kind(line) if isinstance(line, dict) and _has_step(line) else None
+    return with_kind(line) if isinstance(line, dict) and _is_line(line) else None
 
 
-def _has_step(line: Line) -> bool:
-    return isinstance(line.get("step"), int) and not isinstance(line["step"], bool)
+def count_bad_lines(path: Path) -> int:
+    """How many lines are no metrics lines, a torn last one left aside."""
+    try:
+        descriptor = open_regular(path)
+    except OSError:
+        return 0
+    with os.fdopen(descriptor, "rb") as file:
+        return sum(raw.endswith(b"\n") and parsed_line(raw) is None for raw in file)
+
+
+_NUMBERS = ("loss", "lr", "grad_norm", "samples", "weight", "seconds", "samples_per_s", "tokens_per_s", "mfu",
+            "peak_allocated", "peak_reserved", "epoch")  # fmt: skip
+
+
+def _is_line(line: Line) -> bool:
+    """Whether the fields that other code computes with have their types."""
+    step = line.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        return False
+    if line.get("kind", Kind.STEP) not in list(Kind) or not isinstance(line.get("digest", ""), str):
+        return False
+    names = [*_NUMBERS, *(name for name in line if name.startswith("eval/"))]
+    values = [line[name] for name in names if line.get(name) is not None]
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
 
 
 def _too_long(path: Path) -> RunError:

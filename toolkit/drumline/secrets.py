@@ -1,12 +1,16 @@
 """Finds tokens, keys and passwords by name, by pattern, or as values of environment variables.
 
-They are refused in recipes and hidden in everything else that is written. Pure: the environment is an
-argument.
+They are refused in recipes and sites, and hidden in everything else that is written. Patterns of providers'
+keys are those of detect-secrets, if it is installed, and some of our own. Pure: the environment is passed in.
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib import import_module
 from typing import Any
+from urllib.parse import quote
 
 HIDDEN = "[secret]"
 
@@ -15,16 +19,39 @@ _NAMES = (
     "apikey",
     "access_key",
     "accesskey",
+    "account_key",
+    "accountkey",
     "auth_key",
+    "encryption_key",
     "private_key",
+    "secret_key",
+    "shared_key",
+    "signing_key",
+    "storage_key",
     "key_id",
     "secret",
     "token",
     "auth",
+    "authorization",
+    "bearer",
+    "connection_string",
+    "cookie",
+    "dsn",
     "password",
     "passwd",
     "passphrase",
+    "pwd",
     "credential",
+)
+_PASSWORDS = ("password", "passwd", "passphrase", "pwd", "secret", "pin", "_key")
+"""Names whose numbers are secrets too; a number under `tokens` is a count."""
+_VARIABLE = re.compile(
+    r"(?i)(api_?key|_key$|_key_|^key_|^key$|token|secret|passw|passphrase|pass$|pwd$|credential|_auth$|auth_|dsn$"
+    r"|connection_string|cookie|_pat$)"
+)
+"""Names of environment variables that hold secrets: PGPASSWORD, OPENAI_KEY, GITHUB_PAT."""
+_NOT_A_SECRET = re.compile(
+    r"(?i)(_path|_file|_dir|_home|_sock|_host|_url|_parallelism|^pwd$|^oldpwd$)$|^(pwd|oldpwd|xauthority)$"
 )
 _SPECIAL_TOKENS = {
     "bos",
@@ -49,7 +76,26 @@ _SHAPES = (
     r"|npm_[A-Za-z0-9]{30,}|pypi-[\w-]{30,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
-_USER_IN_URL = r"(?<=://)[^/\s@:]+:[^/\s@]+(?=@)"
+_LONG_VALUE = r"[^\s\"'`,;&<>{}()\[\]$]"
+_IN_CONTEXT = re.compile(
+    r"(?i)(?P<url>(?<=://)[^/\s@:\"']+:[^/\s@\"']+(?=@)"
+    r"|(?<=https://)[^/\s@:\"']+(?=@)|(?<=http://)[^/\s@:\"']+(?=@))"
+    r"|(?<=[?&])(?P<query>(?:[\w.-]*(?:token|api_?key|access_?key|secret|password|passwd|sig|signature"
+    r"|auth|credential))=)[^&\s\"'#]+"
+    r"|(?P<header>\b(?:proxy-)?authorization[\"']?\s*[:=]\s*[\"']?(?:(?:bearer|basic|token|digest)\s+)?)"
+    r"[^\s\"',}]{4,}"
+    r"|(?P<scheme>\b(?:bearer|basic)\s+)[A-Za-z0-9._~+/=-]{12,}"
+    r"|(?P<login>\b(?:wandb|huggingface-cli|hf|docker|podman|gh|az|aws|comet|neptune|clearml)\b[^\n]{0,40}"
+    r"\blogin\b[ \t]+(?:--?[\w-]+[ \t=]+)*)[A-Za-z0-9_.:/+-]{12,}"
+    r"|(?P<option>--?(?:[\w-]*(?:token|password|passwd|secret|api-?key|access-?key))[ \t=]+)"
+    r"[^\s\"'-][^\s\"']{3,}"
+)
+"""Secrets known by what stands before them: in an address, a query, a header, a login or an option."""
+_ASSIGNED = re.compile(
+    r"(?P<name>[A-Za-z_][\w.-]*)(?P<between>[\"']?\s*(?::|=>|=)\s*)"
+    r"(?P<quote>[\"'])(?P<value>[^\"'\s]{4,})(?P=quote)"
+)
+_ASSIGNED_BARE = re.compile(r"(?m)(?P<name>\b[A-Z_][A-Z0-9_]*)=(?P<value>[^\s\"'$`;|&<>]{6,})")
 _FILE = (
     r"(?i)(^|/)(\.env(\..*)?|\.netrc|_netrc|\.npmrc|\.pypirc|\.pgpass|id_(rsa|dsa|ecdsa|ed25519)|.*\.(pem|key|p12|pfx"
     r"|keystore|kdbx)|.*(secret|credential|password)[^/]*\.(ya?ml|json|toml|ini|txt|env|cfg)"
@@ -75,7 +121,8 @@ _SIGNS = (
     "PRIVATE KEY",
 )
 """Every pattern in `_SHAPES` contains one of these, so text without them does not need the regex compiled."""
-_SHORTEST = 8
+_SHORTEST_LINE, _SHORTEST_KEY = 16, 16
+_SHORTEST = 6
 """Shorter values of secret environment variables are not searched for: they would match ordinary text."""
 
 
@@ -85,6 +132,7 @@ def is_secret_name(name: str) -> bool:
         name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
     one = name.replace("-", "_").removesuffix("s")
     found = any(one == ending or one.endswith(f"_{ending}") for ending in _NAMES)
+    found = found or one.endswith(("password", "passwd", "passphrase"))
     special = one.removesuffix("_token").rpartition("_")[2] in _SPECIAL_TOKENS
     return found and not (special and one.endswith("_token"))
 
@@ -94,37 +142,116 @@ def is_secret_file(path: str) -> bool:
     return bool(re.search(_FILE, path))
 
 
+def is_secret_variable(name: str) -> bool:
+    """Whether an environment variable of this name holds a secret: `PGPASSWORD`, `OPENAI_KEY`, `HF_TOKEN`."""
+    return bool(_VARIABLE.search(name)) and not _NOT_A_SECRET.search(name)
+
+
 def secrets_in(value: Any, path: str = "") -> Iterator[str]:
-    """Yield dotted paths of secrets in plain data: text under a secret name or matching a pattern."""
+    """Yield dotted paths of secrets in plain data: values under a secret name, texts that hold a secret."""
     if isinstance(value, dict):
         for key, item in value.items():
             where = f"{path}.{key}" if path else str(key)
-            if isinstance(item, str) and item and is_secret_name(str(key)):
+            if _is_secret_item(str(key), item):
                 yield where
             else:
                 yield from secrets_in(item, where)
     elif isinstance(value, list):
         for number, item in enumerate(value):
             yield from secrets_in(item, f"{path}[{number}]")
-    elif isinstance(value, str) and _hide_shapes(value) != value:
+    elif isinstance(value, str) and _hide_patterns(value) != value:
         yield path
 
 
-def _hide_shapes(text: str) -> str:
+def _is_secret_item(key: str, item: Any) -> bool:
+    """Whether a mapping's item is a secret by its key: text, a list of texts, a number under a password."""
+    if not is_secret_name(key):
+        return False
+    if isinstance(item, list):
+        return any(isinstance(one, str) and one for one in item)
+    if isinstance(item, int | float) and not isinstance(item, bool):
+        return key.lower().endswith(_PASSWORDS)
+    return isinstance(item, str) and bool(item)
+
+
+def _hide_patterns(text: str) -> str:
+    """Hide what is a secret by its form, or by what stands before it."""
     if any(sign in text for sign in _SIGNS):
         text = re.sub(_SHAPES, HIDDEN, text)
-    return re.sub(_USER_IN_URL, HIDDEN, text) if "://" in text else text
+    if len(text) < _SHORTEST:
+        return text
+    text = _IN_CONTEXT.sub(_hidden_in_context, text)
+    text = _ASSIGNED.sub(_hidden_assignment, text)
+    return _ASSIGNED_BARE.sub(_hidden_assignment, text)
+
+
+def _hidden_in_context(match: re.Match[str]) -> str:
+    before = next(
+        (match[name] for name in ("query", "header", "scheme", "login", "option") if match[name]),
+        "",
+    )
+    return before + HIDDEN
+
+
+def _hidden_assignment(match: re.Match[str]) -> str:
+    name, value = match["name"].rpartition(".")[2], match["value"]
+    if value == HIDDEN or not is_secret_name(name) or not _looks_secret(name, value):
+        return match[0]
+    start, end = match.span("value")
+    return match[0][: start - match.start()] + HIDDEN + match[0][end - match.start() :]
+
+
+def _looks_secret(name: str, value: str) -> bool:
+    """Whether an assigned value is a secret rather than a name, a placeholder or a special token."""
+    if re.search(r"[<>{}()\[\]$*]|^\.{3}|^x+$|^\w+\.\w+\.", value) or value.startswith(
+        ("os.", "./", "/")
+    ):
+        return False
+    if name.lower().endswith(_PASSWORDS):
+        return len(value) >= 6
+    return len(value) >= 16 or (len(value) >= 8 and any(c.isdigit() for c in value))
+
+
+@cache
+def _providers() -> list[re.Pattern[str]]:
+    """Patterns of providers' keys from detect-secrets; none if it is not installed.
+
+    Loaded at the first use: some of its modules take half a second to import.
+    """
+    found: list[re.Pattern[str]] = []
+    for name in _PROVIDERS:
+        try:
+            module = import_module(f"detect_secrets.plugins.{name}")
+        except ImportError:
+            continue
+        kinds = [kind for kind in vars(module).values() if isinstance(kind, type)]
+        own = [kind for kind in kinds if kind.__module__ == module.__name__]
+        found += [pattern for kind in own for pattern in getattr(kind, "denylist", [])]
+    return found
+
+
+_PROVIDERS = (
+    "artifactory", "aws", "azure_storage_key", "cloudant", "discord", "github_token", "gitlab_token",
+    "ibm_cloud_iam", "ibm_cos_hmac", "jwt", "mailchimp", "npm", "openai", "private_key", "pypi_token",
+    "sendgrid", "slack", "softlayer", "square_oauth", "stripe", "telegram_token", "twilio",
+)  # fmt: skip
+
+
+def _spellings(value: str) -> set[str]:
+    """A secret as it is, in an address, in JSON, and each of its longer lines."""
+    lines = {line for line in value.splitlines() if len(line) >= _SHORTEST_LINE}
+    return {value, quote(value, safe=""), json.dumps(value)[1:-1], repr(value)[1:-1], *lines}
 
 
 class Secrets:
     """Hides the values of secret environment variables, and text that matches a secret pattern."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        self._known = sorted(
-            {v for k, v in environment.items() if is_secret_name(k) and len(v) >= _SHORTEST},
-            key=len,
-            reverse=True,
-        )
+        values = {
+            v for k, v in environment.items() if is_secret_variable(k) and len(v) >= _SHORTEST
+        }
+        known = {spelling for value in values for spelling in _spellings(value)}
+        self._known = sorted(known, key=lambda text: (-len(text), text))
 
     def are_in(self, text: str) -> bool:
         """Whether the text contains a secret."""
@@ -134,15 +261,23 @@ class Secrets:
         """Replace each secret in the text by `[secret]`."""
         for value in self._known:
             text = text.replace(value, HIDDEN)
-        return _hide_shapes(text)
+        text = _hide_patterns(text)
+        if len(text) >= _SHORTEST_KEY:
+            for pattern in _providers():
+                text = pattern.sub(HIDDEN, text)
+        return text
+
+    def hide_quickly(self, text: str) -> str:
+        """Replace secrets of the environment and common patterns: for logs, where providers' are too slow."""
+        for value in self._known:
+            text = text.replace(value, HIDDEN)
+        return _hide_patterns(text)
 
     def hide_in(self, value: Any) -> Any:
         """Hide every secret in plain data; any text under a secret name counts as one."""
         if isinstance(value, dict):
             return {
-                key: HIDDEN
-                if isinstance(item, str) and item and is_secret_name(str(key))
-                else self.hide_in(item)
+                key: HIDDEN if _is_secret_item(str(key), item) else self.hide_in(item)
                 for key, item in value.items()
             }
         if isinstance(value, list):

@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from drumline.checkpoint.state import TrainState
+from drumline.checkpoint.state import TrainState, read_state
 from drumline.errors import CheckpointError, CheckpointUnreadable
 from drumline.files import RECORD_LIMIT, fsync_folder, open_regular, parse_json, write_durably
 
@@ -118,8 +118,8 @@ def verify(path: Path, ranks: Iterable[int] | None = None) -> TrainState:
     """
     index = read_manifest(path)
     try:
-        state = TrainState(**_json_of(path, STATE, index["files"][STATE]))
-    except TypeError as error:
+        state = read_state(_json_of(path, STATE, index["files"][STATE]))
+    except ValueError as error:
         raise CheckpointError(f"{path / STATE}: {error}") from None
     if state.step != index["step"]:
         raise CheckpointError(f"{path / STATE}: step {state.step}, the manifest says another")
@@ -141,8 +141,8 @@ def _amended(path: Path, state: TrainState) -> TrainState:
     if not os.path.lexists(where):
         return state
     try:
-        amended = TrainState(**_self_checked(where)["state"])
-    except (KeyError, TypeError):
+        amended = read_state(_self_checked(where)["state"])
+    except (KeyError, ValueError):
         raise CheckpointError(f"{where}: it is not what was saved") from None
     if amended.step != state.step:
         raise CheckpointError(f"{where}: step {amended.step} in a checkpoint of {state.step}")
@@ -184,7 +184,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def read_entries(path: Path, rank: int) -> dict[str, Any]:
     """The entries of a rank's manifest: tensor name -> shape, start, dtype, bytes, sha256."""
     where = path / rank_manifest_name(rank)
-    return _parse(where, _read(where))["tensors"]  # type: ignore[no-any-return]
+    tensors = _parse(where, _read(where)).get("tensors")
+    if not isinstance(tensors, dict):
+        raise CheckpointError(f"{where}: it is not what was saved")
+    return tensors
 
 
 def read_weight_sums(path: Path, rank: int) -> dict[str, Any] | None:
@@ -232,7 +235,7 @@ def _verify_shard(path: Path, rank: int, digest: str) -> None:
             raise CheckpointError(f"{where}: tensor {bad} is not what was saved")
     except OSError as error:
         raise _unreadable(where, error) from None
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{where}: it is not what was saved: {error}") from None
     finally:
         os.close(descriptor)

@@ -42,6 +42,23 @@ class TrainState:
         self.metric, self.is_best, self.evaluation_due = None, False, False
 
 
+def read_state(plain: Any) -> TrainState:
+    """The state from plain data; ValueError for a field that is missing, unknown or of another type."""
+    from pydantic import TypeAdapter, ValidationError
+
+    unknown = (
+        set(plain) - set(TrainState.__dataclass_fields__) if isinstance(plain, dict) else {"it"}
+    )
+    if unknown:
+        raise ValueError(f"{sorted(unknown)[0]}: unknown")
+    try:
+        return TypeAdapter(TrainState).validate_python(plain)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{where}: {first['msg']}") from None
+
+
 def badness(state: TrainState, metric: float) -> float:
     """The metric with its sign set so that less is better."""
     return -metric if state.metric_mode == "max" else metric

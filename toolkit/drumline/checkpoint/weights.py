@@ -28,6 +28,7 @@ from drumline.checkpoint.manifest import (
     read_weight_sums,
     tensor_bytes,
 )
+from drumline.errors import CheckpointError
 
 WEIGHTS = "model."
 """Prefix of the weights' names among all tensors of a checkpoint."""
@@ -123,11 +124,36 @@ def weight_facts(path: Path) -> dict[str, Any]:
         total += WeightSums.from_plain(saved)
     return {
         "step": index["step"],
-        "checksum": "".join(f"{lane:016x}" for lane in total.lanes),
+        "checksum": _checksum(total),
         "elements": total.elements,
         "norm": math.sqrt(total.squares),
         "sketch": total.sketch.tolist(),
     }
+
+
+def refuse_other_weights(path: Path, recorded: dict[str, Any] | None) -> None:
+    """Raise CheckpointError if these are not the final weights that the run's record names.
+
+    Reads every weight. Nothing is compared where the record has no final weights, or those of another step.
+    """
+    if not recorded or recorded["step"] != read_manifest(path)["step"]:
+        return
+    if recorded.get("checksum"):
+        name, is_same = (
+            "checksum",
+            _checksum(_sums_of_files(path, read_manifest(path)["ranks"])) == recorded["checksum"],
+        )
+    else:
+        name, is_same = "sha256", weights_sha256(path) == recorded.get("sha256")
+    if not is_same:
+        raise CheckpointError(
+            f"{path}: its weights are not those that record.json names (weights.{name}); somebody has "
+            "replaced them"
+        )
+
+
+def _checksum(total: WeightSums) -> str:
+    return "".join(f"{lane:016x}" for lane in total.lanes)
 
 
 def weights_sha256(path: Path) -> str:

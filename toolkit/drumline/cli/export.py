@@ -9,25 +9,31 @@ import typer
 from drumline.checkpoint.manifest import step_of, verify
 from drumline.checkpoint.retention import find_checkpoints, newest_sound
 from drumline.checkpoint.state import badness
+from drumline.cli.options import TrustCode
 from drumline.errors import CheckpointError, RunFolderError
 from drumline.files import new_folder
 from drumline.runs.folder import RunFolder, open_run
+from drumline.session.trust import refuse_foreign_code
 
 
 def export_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     target: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty.")],
     best: Annotated[bool, typer.Option("--best", help="The best evaluated one instead.")] = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Write a checkpoint's model as config.json and safetensors, from any engine and split."""
     folder = open_run(run)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunFolderError(f"{target} is not an empty folder. Nearest: another folder")
     plan = folder.latest_plan()
+    refuse_foreign_code(plan.recipe, str(run), trust_code)
     path = _best(folder) if best else _newest(folder)
+    from drumline.checkpoint.weights import refuse_other_weights
     from drumline.data.dataset_manifest import read_dataset_manifest
     from drumline.train.export import check_finite, export
 
+    refuse_other_weights(path, folder.read_record().get("weights"))
     assert plan.data.cache
     manifest = read_dataset_manifest(Path(plan.data.cache))
     if manifest is None:

@@ -15,6 +15,9 @@ Gpus = Annotated[
 GpuType = Annotated[str | None, typer.Option("--gpu", help="Re-split on this kind of GPU.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Train although the plan does not fit.")]
+TrustCode = Annotated[
+    bool, typer.Option("--trust-code", help="Run the Python that a run folder names.")
+]
 Tolerance = Annotated[
     float, typer.Option("--tolerance", min=0.0, help="On losses, and on the norm of the weights.")
 ]

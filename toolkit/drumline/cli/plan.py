@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from drumline.cli.options import AsJson, Gpus, GpuType, Overrides, RecipeArgument
+from drumline.cli.options import AsJson, Gpus, GpuType, Overrides, RecipeArgument, TrustCode
 from drumline.errors import DoesNotFit, PlanError
 from drumline.plan.model import Plan
 from drumline.recipe.load import load_recipe
@@ -57,13 +57,20 @@ def plan_command(
     trace: Trace = False,
     fix: Fix = False,
     sweep: Sweep = False,
+    trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Show batch equation, optimizer steps, schedule and memory of a run; needs no GPU and no torch.
 
     `--trace` does need torch: it runs the model's real training step on tensors without data.
     """
-    plan = make_plan(load_recipe(recipe, overrides), gpus, gpu)
+    if trace:
+        from drumline.session.trust import load_to_run
+
+        loaded = load_to_run(recipe, overrides, trust_code)
+    else:
+        loaded = load_recipe(recipe, overrides)
+    plan = make_plan(loaded, gpus, gpu)
     if fix:
         plan = fixed(plan)
     if trace:
@@ -80,9 +87,13 @@ def plan_command(
         raise typer.Exit(DoesNotFit.exit_code)
 
 
-def prepare_command(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+def prepare_command(
+    recipe: RecipeArgument, overrides: Overrides = None, trust_code: TrustCode = False
+) -> None:
     """Tokenise, pack and fingerprint the data; later plans and runs reuse them. Needs no GPU."""
-    loaded = load_recipe(recipe, overrides)
+    from drumline.session.trust import load_to_run
+
+    loaded = load_to_run(recipe, overrides, trust_code)
     folder = prepare_data(loaded)
     from drumline.data.dataset_manifest import read_dataset_manifest
 

@@ -27,7 +27,7 @@ from drumline.recipe.load import override, validate
 from drumline.recipe.schema import Recipe, factories_of
 from drumline.runs import folder as run_folder
 from drumline.runs.closing import close_run, note_weights_sha256
-from drumline.runs.code import restore_code
+from drumline.runs.code import remove_worktree, restore_code
 from drumline.runs.folder import RunFolder
 from drumline.runs.record import new_record
 from drumline.secrets import Secrets
@@ -146,8 +146,7 @@ def _with_restored_code(recipe: Recipe, logged: Logged, folder: RunFolder) -> Re
     recorded = logged.record.get("code")
     if not recorded or not (recorded.get("commit") or recorded.get("untracked")):
         raise RunError(f"--code: {logged.name} holds no code. Nearest: without --code")
-    near = Path(recipe.project) if recipe.project and Path(recipe.project).is_dir() else Path.cwd()
-    project = restore_code(recorded, near, folder.path / "code")
+    project = restore_code(recorded, Path.cwd(), folder.path / "code")
     for name, why in recorded.get("left_out", {}).items():
         print(f"--code: {name} was not recorded: {why}", file=sys.stderr)
     print(f"--code: restored into {folder.path / 'code'}", file=sys.stderr)
@@ -202,14 +201,10 @@ def _until(logged: Logged, plan: Plan, steps: int | None) -> int | None:
 def _remove(folder: RunFolder) -> None:
     """Delete the folder of a run that does not start, and deregister its git worktree."""
     import shutil
-    import subprocess
 
     worktree = folder.path / "code"
     if (worktree / ".git").exists():
-        subprocess.run(
-            ["git", "-C", str(worktree), "worktree", "remove", "--force", str(worktree)],
-            check=False,
-        )
+        remove_worktree(worktree)
     shutil.rmtree(folder.path, ignore_errors=True)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from drumline.cli.options import AsJson, Force, Gpus, Overrides, RecipeArgument
+from drumline.cli.options import AsJson, Force, Gpus, Overrides, RecipeArgument, TrustCode
 from drumline.errors import LaunchError, RunFolderError
 from drumline.plan.model import Plan
 from drumline.recipe.load import load_recipe, override
@@ -30,6 +30,7 @@ from drumline.session.planning import make_plan, needs_data
 from drumline.session.prepare import prepare_data
 from drumline.session.show import plan_table, run_facts
 from drumline.session.train_here import train_here
+from drumline.session.trust import load_to_run, refuse_foreign_code
 
 
 def run_command(
@@ -44,10 +45,13 @@ def run_command(
         str | None, typer.Option("--rendezvous", help="With --dry-run: HOST:PORT of node 0.")
     ] = None,
     force: Force = False,
+    trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Plan, then train on this machine with the recipe's launcher."""
-    loaded = load_recipe(recipe, overrides)
+    loaded = (
+        load_recipe(recipe, overrides) if dry_run else load_to_run(recipe, overrides, trust_code)
+    )
     if not dry_run:
         check_offered(loaded)
         if node_rank is not None or rendezvous is not None:
@@ -79,6 +83,7 @@ def resume_command(
         typer.Option("--from-scratch", help="Begin at step 1 again, where no checkpoint is left."),
     ] = False,
     force: Force = False,
+    trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Resume from the newest sound checkpoint; split and strategy may change, the training may not."""
@@ -96,6 +101,7 @@ def resume_command(
         )
     with folder.locked():
         recipe = override(folder.latest_plan().recipe, overrides)
+        refuse_foreign_code(recipe, str(run), trust_code)
         folder.forget_restarts()
     check_offered(recipe)
     prepare_data(recipe)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -9,6 +10,7 @@ import typer
 
 from drumline.cli.options import AsJson
 from drumline.errors import RunFolderError
+from drumline.files import printable
 from drumline.runs.catalogue import RunRow, list_runs
 from drumline.runs.health import State
 from drumline.units import format_duration
@@ -29,7 +31,7 @@ def runs_command(
         raise RunFolderError(f"--state {state}: choose from {', '.join(get_args(State))}")
     rows = [
         row
-        for row in list_runs(folder)
+        for row in list_runs(folder, _report)
         if state in (None, row.state) and recipe in (None, row.recipe)
     ]
     if as_json:
@@ -41,6 +43,10 @@ def runs_command(
         print(
             "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
         )
+
+
+def _report(line: str) -> None:
+    print(f"left out: {printable(line)}", file=sys.stderr)
 
 
 def _cells(row: RunRow) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from drumline.cli.options import AsJson, Force, Overrides, RecipeArgument
+from drumline.cli.options import AsJson, Force, Overrides, RecipeArgument, TrustCode
 from drumline.cluster.site import on_site
 from drumline.errors import LaunchError
 from drumline.recipe.load import load_recipe
@@ -29,6 +29,7 @@ from drumline.session.submit import (
     refuse_without,
     submit_all,
 )
+from drumline.session.trust import load_to_run
 
 
 def submit_command(
@@ -52,6 +53,7 @@ def submit_command(
         bool, typer.Option("--dry-run", help="Print the script, submit nothing.")
     ] = False,
     force: Force = False,
+    trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Plan, then submit to a cluster; a recipe that does not fit is not submitted (exit 3)."""
@@ -60,7 +62,8 @@ def submit_command(
     if to == "skypilot" and not dry_run:
         raise LaunchError("--to skypilot: only with --dry-run; give its output to `sky launch`")
     site = read_site(site_file, preflight, to)
-    loaded = on_site(load_recipe(recipe, overrides), site)
+    read = load_recipe(recipe, overrides) if dry_run else load_to_run(recipe, overrides, trust_code)
+    loaded = on_site(read, site)
     secrets = Secrets(os.environ)
     refuse_secrets(loaded, secrets)
     refuse_secrets(site, secrets)

@@ -30,6 +30,7 @@ from drumline.session.launch import refuse_secrets, refuse_what_does_not_fit
 from drumline.session.planning import make_plan
 from drumline.session.prepare import prepare_data
 from drumline.session.submit import SCRIPT, SITE, batch_of, refuse_without, runs_of
+from drumline.session.trust import load_to_run
 from drumline_launchers.site import Site
 from drumline_launchers.slurm import render_script
 
@@ -123,7 +124,7 @@ def split_outside_brackets(text: str) -> list[str]:
 
 
 def _planned(recipe: str, overrides: list[str], site: Site, to: str, dry_run: bool) -> Plan:
-    loaded = load_recipe(recipe, overrides)
+    loaded = load_recipe(recipe, overrides) if dry_run else load_to_run(recipe, overrides, False)
     if to == "slurm":
         loaded = on_site(loaded, site)
     refuse_secrets(loaded, Secrets(os.environ))

@@ -9,16 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
-from drumline.cli.options import AsJson, Gpus, Overrides, RecipeArgument
+from drumline.cli.options import AsJson, Gpus, Overrides, RecipeArgument, TrustCode
 from drumline.errors import NOT_EQUAL_EXIT_CODE, PlanError, RunError
 from drumline.plan.model import Plan
-from drumline.recipe.load import load_recipe, override
+from drumline.recipe.load import override
 from drumline.runs import folder as run_folder
 from drumline.runs.record import attempt_entry, new_record
 from drumline.secrets import Secrets
 from drumline.session.launch import check_offered, refuse_what_cannot_start, render_alone
 from drumline.session.planning import make_plan
 from drumline.session.prepare import prepare_data
+from drumline.session.trust import load_to_run
 from drumline.supervise.attempt import run_attempt
 from drumline.supervise.signals import Signals
 
@@ -33,10 +34,11 @@ def verify_command(
     bitwise: Annotated[
         bool, typer.Option("--bitwise", help="One gradient per sample; SHA-256 of the weights.")
     ] = False,
+    trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Check on the real model and data that this split's gradient equals that of the undivided batch."""
-    loaded = load_recipe(recipe, overrides)
+    loaded = load_to_run(recipe, overrides, trust_code)
     if layers is not None:
         if loaded.model.source == "factory":
             raise PlanError(

@@ -23,14 +23,16 @@ def cancel_job(entry: dict[str, Any], gently: bool) -> None:
     """Cancel the job. On Kubernetes `gently` has no effect: pods always get SIGTERM and a grace period."""
     if entry["target"] == "slurm":
         return slurm.cancel(entry["id"], gently)
-    done = _kubectl("delete", entry["id"], "--namespace", entry["namespace"], "--wait=false")
+    done = _kubectl(
+        "delete", f"--namespace={entry['namespace']}", "--wait=false", "--", entry["id"]
+    )
     if done.returncode:
         raise LaunchError(f"kubectl delete: {done.stderr.strip()}")
 
 
 def _from_kubectl(entry: dict[str, Any]) -> JobState | None:
     """State from the object's conditions: the last one whose status is True."""
-    done = _kubectl("get", entry["id"], "--namespace", entry["namespace"], "--output=json")
+    done = _kubectl("get", f"--namespace={entry['namespace']}", "--output=json", "--", entry["id"])
     if done.returncode:
         return None
     status = json.loads(done.stdout).get("status", {})

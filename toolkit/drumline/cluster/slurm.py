@@ -82,8 +82,8 @@ def keep_only(job: str, hosts: list[str]) -> str:
 
 def cancel(job: str, gently: bool) -> None:
     """Cancel the job; `gently` sends SIGTERM to its script, so that all ranks save first."""
-    arguments = ["--signal=TERM", "--batch", job] if gently else [job]
-    done = _run("scancel", *arguments)
+    arguments = ["--signal=TERM", "--batch"] if gently else []
+    done = _run("scancel", *arguments, "--", job)
     if done.returncode:
         raise LaunchError(f"scancel: {_words(done)}")
 

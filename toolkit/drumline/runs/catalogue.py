@@ -1,6 +1,7 @@
 """Lists the run folders in a folder with state, progress and results."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -30,16 +31,19 @@ class RunRow:
     verdict: str | None
 
 
-def list_runs(folder: Path) -> list[RunRow]:
-    """List the run folders directly in `folder`, newest first; RunFolderError if it is not a folder."""
+def list_runs(folder: Path, report: Callable[[str], None]) -> list[RunRow]:
+    """List the run folders directly in `folder`, newest first; RunFolderError if it is not a folder.
+
+    `report` gets one line for each folder whose record cannot be read.
+    """
     if not folder.is_dir():
         raise RunFolderError(f"{folder}: is not a folder. Nearest: drumline run, or another folder")
     rows = []
-    for path in folder.glob("*/record.json"):
+    for path in sorted(folder.glob("*/record.json")):
         try:
             rows.append(_row(RunFolder(path.parent)))
-        except RunError:
-            continue
+        except (RunError, RunFolderError) as error:
+            report(str(error))
     return sorted(rows, key=lambda row: row.age_s)
 
 

@@ -22,8 +22,11 @@ MOST_LEFT_OUT = 200
 """Maximum number of names in `left_out`; the rest is only counted."""
 _GIT_S = 30.0
 _SLOW = f"git did not answer within {_GIT_S:.0f} s"
+_GIT_OFF = ("core.fsmonitor=false", "core.hooksPath=/dev/null", "core.pager=cat", "core.sshCommand=false",
+            "diff.external=", "submodule.recurse=false", "protocol.allow=never")  # fmt: skip
+"""Settings under which git starts no other program."""
 _PLAIN_DIFF = ("-c", "core.quotepath=off", "diff", "--binary", "--no-renames", "--no-ext-diff",
-               "--no-textconv", "--no-color")  # fmt: skip
+               "--no-textconv", "--no-color", "--ignore-submodules=dirty")  # fmt: skip
 
 
 def read_code(recipe: Recipe, folder: Path, secrets: Secrets) -> dict[str, Any]:
@@ -31,7 +34,7 @@ def read_code(recipe: Recipe, folder: Path, secrets: Secrets) -> dict[str, Any]:
 
     `commit` is null outside a repository; `left_out` maps each omitted file to the reason.
     """
-    base = Path(recipe.project) if recipe.project else folder
+    base = Path(recipe.project) if recipe.project and factories_of(recipe) else folder
     found: dict[str, Any] = {"commit": None, "remote": None, "project": ".", "diff": "",
                              "untracked": {}, "left_out": {}}  # fmt: skip
     root = _said(base, "rev-parse", "--show-toplevel")
@@ -77,6 +80,11 @@ def restore_code(code: dict[str, Any], near: Path, target: Path) -> Path:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(text, encoding="utf-8")
     return inside(target, code["project"])
+
+
+def remove_worktree(worktree: Path) -> None:
+    """Delete a worktree that `restore_code` made; an error of git is ignored."""
+    _git(worktree, "worktree", "remove", "--force", str(worktree))
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -200,11 +208,11 @@ def _git(folder: Path, *arguments: str) -> str | None:
     """Git's output; "" if it fails (no git, no repository), None if it times out."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
+            [*_git_command(folder), *arguments],
             capture_output=True,
             timeout=_GIT_S,
             check=False,
-            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"},
+            env=_git_environment(),
         )
     except OSError:
         return ""
@@ -213,12 +221,46 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.decode(errors="surrogateescape") if done.returncode == 0 else ""
 
 
+def _git_command(folder: Path) -> list[str]:
+    """The start of a git command that runs no program which the repository's own configuration names.
+
+    Filters have names of the repository's choice, so its configuration is listed first; listing runs nothing.
+    """
+    start = ["git", "-C", str(folder)]
+    try:
+        listed = subprocess.run(
+            [*start, "config", "--list", "--name-only", "-z"],
+            capture_output=True,
+            timeout=_GIT_S,
+            check=False,
+            env=_git_environment(),
+        ).stdout.decode(errors="surrogateescape")
+    except (OSError, subprocess.TimeoutExpired):
+        listed = ""
+    own = [
+        f"{name}={'false' if name.endswith('.required') else ''}"
+        for name in dict.fromkeys(listed.split("\0"))
+        if re.fullmatch(r"filter\.[^=\n]+\.(clean|smudge|process|required)", name)
+    ]
+    odd = re.search(r"(?m)^filter\..*[=\n].*\.(clean|smudge|process)$", listed.replace("\0", "\n"))
+    if odd:
+        raise RunError(f"{folder}: git's configuration has a filter of the name {odd.group()!r}")
+    return [*start, *(part for setting in (*_GIT_OFF, *own) for part in ("-c", setting))]
+
+
+def _git_environment() -> dict[str, str]:
+    """The environment without git's own variables, which could name programs or another repository."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    return {**kept, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
+
+
 def _git_or_fail(folder: Path, *arguments: str, text: str = "") -> None:
     done = subprocess.run(
-        ["git", "-C", str(folder), *arguments],
+        [*_git_command(folder), *arguments],
         input=text.encode(),
         capture_output=True,
         check=False,
+        env=_git_environment(),
     )
     if done.returncode:
         words = done.stderr.decode(errors="replace").strip()

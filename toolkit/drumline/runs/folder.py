@@ -16,6 +16,8 @@ from drumline.plan.model import Plan, read_plan
 from drumline.processes import Process
 from drumline.recipe import yaml12
 from drumline.recipe.schema import Recipe
+from drumline.runs.schema import why_no_record
+from drumline.secrets import Secrets
 
 _LOCK_BYTES = 1 << 12
 _LONGEST_NAME = 200
@@ -87,15 +89,14 @@ class RunFolder:
             raise RunError(f"{self.record_file}: cannot be read: {error.strerror}") from None
         except ValueError as error:
             raise RunError(f"{self.record_file}: cannot be read: {error}") from None
-        needed = {"attempts", "outcome", "restarts", "training_sha256", "data"}
-        if not isinstance(found, dict) or not needed <= set(found):
-            raise RunError(f"{self.record_file}: it is not a record of drumline")
-        if not isinstance(found["attempts"], list):
-            raise RunError(f"{self.record_file}: its attempts are no list")
-        return found
+        if why := why_no_record(found):
+            raise RunError(f"{self.record_file}: it is not a record of drumline: {why}")
+        return found  # type: ignore[no-any-return]
 
     def write_record(self, record: dict[str, Any]) -> None:
         """Replace record.json."""
+        why = why_no_record(record)
+        assert not why, why
         write_json(self.record_file, record)
 
     def write_recipe(self, recipe: dict[str, Any], comment: str = "") -> None:
@@ -131,7 +132,7 @@ class RunFolder:
             write_text(self.plan_file(number), plan.to_json() + "\n")
             self.logs(number).mkdir(parents=True, exist_ok=True)
             _refuse_links_in(self.logs(number))
-            record["attempts"].append({"number": number, **entry})
+            record["attempts"].append({"number": number, **_hidden(entry)})
             record["restarts"] += is_restart
         return number
 
@@ -180,13 +181,13 @@ class RunFolder:
     def note_attempt(self, number: int, **facts: Any) -> None:
         """Add facts to an attempt's entry; its outcome becomes the run's."""
         with self.changed_record() as record:
-            record["attempts"][number].update(facts)
+            record["attempts"][number].update(_hidden(facts))
             record["outcome"] = facts.get("outcome")
 
     def note(self, **facts: Any) -> None:
         """Add facts to the top level of the record."""
         with self.changed_record() as record:
-            record.update(facts)
+            record.update(_hidden(facts))
 
     def add_job(self, entry: dict[str, Any]) -> None:
         """Add a submitted job, which may already run and write to the record itself."""
@@ -206,6 +207,11 @@ class RunFolder:
             record = self.read_record()
             yield record
             self.write_record(record)
+
+
+def _hidden(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts without secrets of this process's environment, which messages and commands may repeat."""
+    return Secrets(os.environ).hide_in(facts)  # type: ignore[no-any-return]
 
 
 def _lock(descriptor: int, kind: int) -> bool:

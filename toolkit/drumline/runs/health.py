@@ -11,7 +11,7 @@ from drumline.checkpoint.beginning import why_not_anew
 from drumline.checkpoint.manifest import verify
 from drumline.checkpoint.retention import find_checkpoints
 from drumline.errors import CheckpointError, CheckpointUnreadable
-from drumline.metrics_file import is_torn, last_step_line
+from drumline.metrics_file import count_bad_lines, is_torn, last_step_line
 from drumline.runs.folder import RunFolder, refuse_links
 from drumline.units import format_bytes
 
@@ -53,13 +53,15 @@ def examine(path: Path) -> Health:
     refuse_links(folder)
     record = folder.read_record() if folder.record_file.is_file() else {}
     attempts = record.get("attempts", [])
-    found = _checkpoints(folder.checkpoints)
+    found = _checkpoints(folder.checkpoints, record.get("weights"))
     sound, bad = found.sound, found.bad
     state = state_of(folder, attempts)
     warnings = [f"{name}: {why}" for name, why in [*bad.items(), *found.unreadable.items()]]
     torn, step = _metrics(folder.metrics_file)
     if torn:
         warnings.append("metrics.jsonl: its last line is torn; a resume mends it")
+    if bad_lines := count_bad_lines(folder.metrics_file):
+        warnings.append(f"metrics.jsonl: {bad_lines:,} lines are no metrics and are left out")
     warnings += _little_room(folder, sound)
     last = attempts[-1] if attempts else {}
     return Health(
@@ -104,7 +106,10 @@ class _Checkpoints:
         return bool(self.sound or self.bad or self.unreadable)
 
 
-def _checkpoints(folder: Path) -> _Checkpoints:
+def _checkpoints(folder: Path, weights: dict[str, Any] | None) -> _Checkpoints:
+    """Verify every checkpoint; `weights` are the record's final ones, with which the last is compared."""
+    from drumline.checkpoint.weights import refuse_other_weights
+
     found = _Checkpoints()
     try:
         paths = find_checkpoints(folder)
@@ -114,6 +119,7 @@ def _checkpoints(folder: Path) -> _Checkpoints:
     for path in paths:
         try:
             verify(path)
+            refuse_other_weights(path, weights)
             found.sound.append(path.name)
         except CheckpointUnreadable as error:
             if path.exists():  # else retention has just deleted it

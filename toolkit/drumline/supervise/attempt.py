@@ -4,6 +4,7 @@ Signals go directly to the ranks (each writes its process to a file), because a 
 signal kills its ranks before they have saved.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from drumline.hang_timeout import HangTimeout
 from drumline.plan.model import Plan
 from drumline.processes import Process, python_path
 from drumline.runs.folder import RunFolder
+from drumline.secrets import Secrets
 from drumline.supervise.outcome import AGREED, Result, judge
 from drumline.supervise.ranks import Ranks
 from drumline.supervise.signals import Signals
@@ -71,6 +73,7 @@ def run_attempt(
                 _let_settle(ranks, folder.checkpoints)
         finally:
             end_launcher(process, ranks, gently=command.is_remote)
+            _hide_secrets(logs / "launcher.log")
     tick(folder)
     if watch.was_stopped:
         return Result.stopped_early(
@@ -98,6 +101,15 @@ def _start(command: Command, log: IO[bytes]) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         start_new_session=True,
     )
+
+
+def _hide_secrets(log: Path) -> None:
+    """Take secrets out of the launcher's log, into which ranks print until they have a log of their own."""
+    secrets = Secrets(os.environ)
+    with contextlib.suppress(OSError):
+        text = log.read_text(encoding="utf-8", errors="replace")
+        if (hidden := secrets.hide(text)) != text:
+            write_text(log, hidden)
 
 
 class _Watch:

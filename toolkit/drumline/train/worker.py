@@ -26,6 +26,7 @@ from drumline.phases import Phase
 from drumline.plan.model import Plan, read_plan
 from drumline.processes import STACKS_SIGNAL, STOP_SIGNALS, Process
 from drumline.rank_files import RankFiles
+from drumline.secrets import Secrets
 from drumline.train.failures import OUT_OF_MEMORY, exit_code_of, kind_of
 from drumline.train.rank_watchdog import RankWatchdog, keep_collectives
 from drumline.train.watch import Watch
@@ -216,10 +217,14 @@ def _failure(error: BaseException, log: Path) -> dict[str, Any]:
         "when": time.time(),
         "error": type(error).__name__,
         "kind": kind,
-        "message": str(error).split("\nException raised from")[0][:4000],
+        "message": _hidden(str(error).split("\nException raised from")[0])[:4000],
         "exit_code": exit_code_of(error),
         "suspect": getattr(error, "checkpoint", ""),
     }
+
+
+def _hidden(text: str) -> str:
+    return Secrets(os.environ).hide(text)
 
 
 def _peaks() -> dict[str, int] | None:
@@ -246,7 +251,8 @@ def _send_output_to(path: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-    sys.stdout, sys.stderr = ForgivingOutput(1), ForgivingOutput(2)
+    hide = Secrets(os.environ).hide_quickly
+    sys.stdout, sys.stderr = ForgivingOutput(1, hide=hide), ForgivingOutput(2, hide=hide)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,335 @@
+"""A run folder from a stranger: nothing of it is run, followed, passed on or believed without being asked for."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands_here import call, snapshot
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_readers import READERS, desk
+
+from conftest import tiny_recipe
+from drumline.checkpoint.manifest import MANIFEST, _encode, sha256
+from drumline.checkpoint.state import TrainState
+from drumline.metrics_file import parsed_line
+from drumline.recipe import yaml12
+from drumline.recipe.load import validate
+from drumline.runs.code import read_code, restore_code
+from drumline.runs.schema import why_no_record
+from drumline.secrets import Secrets
+
+__all__ = ["desk"]
+
+EVIL = "from pathlib import Path\nPath(__file__).with_name('executed').touch()\n\n\ndef make(**config):\n    raise SystemExit(3)\n"
+
+
+def change_record(run: Path, **changes: Any) -> None:
+    path = run / "record.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture
+def evil(desk: Path) -> Path:
+    """A stopped run whose plan and recipe name a function of a project beside it."""
+    project = desk / "project"
+    project.mkdir()
+    (project / "evil.py").write_text(EVIL)
+    recipe = validate(tiny_recipe(project=str(project), model={"factory": "evil:make"}), "r")
+    plain = recipe.model_dump(by_alias=True)
+    (desk / "r/recipe.yaml").write_text(yaml12.dump(plain))
+    plan = json.loads((desk / "r/plan-0.json").read_text())
+    (desk / "r/plan-0.json").write_text(json.dumps({**plan, "recipe": plain}))
+    change_record(desk / "r", recipe=plain, recipe_sha256=None, outcome="stopped")
+    return project
+
+
+@pytest.mark.parametrize("words", [("export", "r", "out"), ("resume", "r"), ("run", "r"), ("run", "r/recipe.yaml"),
+                                   ("verify", "r"), ("prepare", "r"), ("plan", "r", "--trace"),
+                                   ("reproduce", "r"), ("sweep", "r", "optimizer.lr=1e-3,1e-4")],
+                         ids=lambda words: " ".join(words))  # fmt: skip
+def test_the_code_of_a_strangers_run_is_not_run_unasked(
+    desk: Path, evil: Path, words: tuple[str, ...]
+) -> None:
+    """Every command that would run it names the function and the option; asked for, it does run."""
+    done = call(desk, *words)
+    assert done.code == 2, done
+    assert "evil:make" in done.err
+    assert "--trust-code" in done.err
+    assert not (evil / "executed").exists()
+    if words[0] in ("export", "verify", "plan"):
+        trusted = call(desk, *words, "--trust-code", limit_s=120)
+        assert (evil / "executed").exists() or "prepare" in trusted.err, trusted
+    for command in ("plan", "doctor", "status", "compare", "report"):
+        call(desk, *READERS[command])
+        assert not (evil / "executed").exists() or words[0] in ("export", "verify", "plan")
+
+
+def test_a_project_that_this_user_has_trained_is_trusted(desk: Path, evil: Path) -> None:
+    """A recipe of one's own is asked for nothing, and neither are the runs of its project afterwards."""
+    (desk / "own.yaml").write_text((desk / "r/recipe.yaml").read_text())
+    call(desk, "prepare", "own.yaml")
+    done = call(desk, "plan", "r", "--trace")
+    assert (evil / "executed").exists(), done
+
+
+GIT_TRAPS = {
+    "fsmonitor": ("core.fsmonitor", "{trap}"),
+    "clean filter": ("filter.evil.clean", "{trap}"),
+    "filter process": ("filter.e.v il.process", "{trap}"),
+    "external diff": ("diff.external", "{trap}"),
+    "textconv": ("diff.evil.textconv", "{trap}"),
+    "diff command": ("diff.evil.command", "{trap}"),
+    "hooks": ("core.hooksPath", "{hooks}"),
+    "pager": ("core.pager", "{trap}"),
+    "smudge filter": ("filter.evil.smudge", "{trap}"),
+}
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A repository with a changed file that has attributes, and every hook that git knows here."""
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    trap = tmp_path / "trap"
+    trap.write_text(f"#!/bin/sh\ntouch {tmp_path}/sprung\ncat\n")
+    trap.chmod(0o755)
+    (tmp_path / "hooks").mkdir()
+    for name in (
+        "post-checkout",
+        "pre-commit",
+        "post-index-change",
+        "reference-transaction",
+        "pre-auto-gc",
+    ):
+        shutil.copy(trap, tmp_path / "hooks" / name)
+
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True,
+                       capture_output=True)  # fmt: skip
+
+    git("init", "-q")
+    (folder / "m.py").write_text("def make(**config):\n    return config\n")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    (folder / ".gitattributes").write_text('*.py filter=evil diff=evil\n*.txt filter="e.v il"\n')
+    (folder / "m.py").write_text("def make(**config):\n    return dict(config)\n")
+    (folder / "n.txt").write_text("new\n")
+    return folder
+
+
+@pytest.mark.parametrize("trap", GIT_TRAPS)
+@pytest.mark.parametrize("through", ["configuration", "environment"])
+def test_git_runs_nothing_that_a_repository_names(
+    repository: Path, tmp_path: Path, trap: str, through: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading the code of a repository, and restoring it: the same diff, and no program is started."""
+    key, value = GIT_TRAPS[trap]
+    value = value.format(trap=tmp_path / "trap", hooks=tmp_path / "hooks")
+    if through == "configuration":
+        subprocess.run(["git", "-C", str(repository), "config", key, value], check=True)
+    else:
+        monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
+        monkeypatch.setenv("GIT_CONFIG_KEY_0", key)
+        monkeypatch.setenv("GIT_CONFIG_VALUE_0", value)
+        monkeypatch.setenv("GIT_EXTERNAL_DIFF", value)
+    recipe = validate(tiny_recipe(project=str(repository), model={"factory": "m:make"}), "r")
+    code = read_code(recipe, repository, Secrets({}))
+    assert "return dict(config)" in code["diff"]
+    assert set(code["untracked"]) == {".gitattributes", "n.txt"}
+    restored = restore_code(code, repository, tmp_path / "restored")
+    assert "dict(config)" in (restored / "m.py").read_text()
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("job", [
+    {"target": "slurm", "id": "--user=root"},
+    {"target": "slurm", "id": "1;rm"},
+    {"target": "slurm", "id": "../../x"},
+    {"target": "slurm", "id": ["1"]},
+    {"target": "kubernetes", "id": "namespace/prod", "namespace": "default"},
+    {"target": "kubernetes", "id": "job/a", "namespace": "--all-namespaces"},
+    {"target": "kubernetes", "id": "job/--all", "namespace": "default"},
+    {"target": "elsewhere", "id": "1"},
+    "1",
+])  # fmt: skip
+def test_a_job_id_that_is_none_goes_nowhere(
+    desk: Path, job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused with the key, before scancel or kubectl is called."""
+    calls = desk.parent / "calls"
+    (desk.parent / "bin").mkdir()
+    for name in ("scancel", "scontrol", "sacct", "kubectl"):
+        (desk.parent / "bin" / name).write_text(f'#!/bin/sh\necho "$0 $@" >> {calls}\n')
+        (desk.parent / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{desk.parent}/bin:{os.environ['PATH']}")
+    change_record(desk / "r", jobs=[job])
+    for command in ("cancel", "status"):
+        done = call(desk, command, "r")
+        assert done.code == 4, done
+        assert "it is not a record of drumline: jobs.0" in done.err
+    assert not calls.exists()
+
+
+KEYS = ["record_version", "recipe", "recipe_sha256", "training_sha256", "plan", "data", "code", "versions",
+        "hardware", "container", "command", "parent", "created", "attempts", "restarts", "outcome", "weights",
+        "jobs", "reproduced", "begun_anew"]  # fmt: skip
+WRONG = st.sampled_from([-1, 1.5, "x", True, [1], {"a": 1}, [{"a": None}], [None], "2026-99-99", {"recipe": 3},
+                         float("nan"), "\x1b[31mred", {"total": "x"}, {"commit": 1}])  # fmt: skip
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(key=st.sampled_from(KEYS), inner=st.booleans(), value=WRONG)
+def test_a_record_of_other_types_is_told_by_path_and_key(
+    desk: Path, key: str, inner: bool, value: Any
+) -> None:
+    """No command shows a traceback; one bad record among others is left out of `runs`, and said."""
+    good = json.loads((desk / "r/record.json").read_text())
+    shutil.copytree(desk / "r", desk / "good", dirs_exist_ok=True)
+    changed = json.loads(json.dumps(good))
+    if inner and isinstance(changed.get(key), dict) and changed[key]:
+        changed[key][sorted(changed[key])[0]] = value
+    elif inner and key == "attempts":
+        changed[key][0][sorted(changed[key][0])[0]] = value
+    else:
+        changed[key] = value
+    (desk / "r/record.json").write_text(json.dumps(changed))
+    try:
+        for command in ("status", "runs", "doctor", "compare", "report"):
+            done = call(desk, *READERS[command])
+            assert done.code in (0, 2, 4, 5), (command, done)
+            assert "Traceback" not in done.err, (command, done.err)
+            assert "\x1b" not in done.out + done.err
+            if command == "status" and "NaN" in (desk / "r/record.json").read_text():
+                assert "record.json: cannot be read: NaN is not JSON" in done.err
+            elif command == "status" and why_no_record(changed):
+                assert f"record.json: it is not a record of drumline: {key}" in done.err
+            if command == "runs":
+                assert "good" in done.out
+                text = (desk / "r/record.json").read_text()
+                assert ("left out" in done.err) is bool(why_no_record(changed) or "NaN" in text)
+    finally:
+        (desk / "r/record.json").write_text(json.dumps(good))
+
+
+def test_replaced_weights_are_found_though_all_digests_agree(desk: Path) -> None:
+    """The weights of a finished run are compared with its record, by doctor and export."""
+    path = desk / "r/checkpoints/step-00000012"
+    shard, told = path / "rank-0.safetensors", path / "rank-0.json"
+    raw = bytearray(shard.read_bytes())
+    described = json.loads(told.read_bytes())
+    name = next(name for name in described["tensors"] if name.startswith("model."))
+    size = int.from_bytes(raw[:8], "little")
+    begin, end = json.loads(raw[8 : 8 + size])[name]["data_offsets"]
+    raw[8 + size + begin : 8 + size + begin + 2] = b"\x00\x42"
+    shard.write_bytes(bytes(raw))
+    described["tensors"][name]["sha256"] = sha256(bytes(raw[8 + size + begin : 8 + size + end]))
+    described.pop("weight_sums", None)
+    told.write_bytes(_encode(described))
+    manifest = json.loads((path / MANIFEST).read_bytes())
+    manifest.pop("sha256")
+    manifest["files"]["rank-0.json"] = sha256(told.read_bytes())
+    (path / MANIFEST).write_bytes(_encode({**manifest, "sha256": sha256(_encode(manifest))}))
+    health = json.loads(call(desk, "doctor", "r", "--json").out)
+    assert "its weights are not those that record.json names" in health["bad"]["step-00000012"]
+    done = call(desk, "export", "r", "../exported")
+    assert done.code == 4
+    assert "its weights are not those that record.json names (weights.sha256)" in done.err
+    assert not (desk.parent / "exported").exists()
+
+
+def test_doctor_never_advises_to_delete_what_holds_checkpoints(desk: Path) -> None:
+    """A folder without a record, or with one that is a pipe: put it back."""
+    (desk / "r/record.json").unlink()
+    told = call(desk, "doctor", "r")
+    assert "next         put record.json back" in told.out
+    os.mkfifo(desk / "r/record.json")
+    told = call(desk, "doctor", "r")
+    assert "rm -r" not in told.out + told.err
+
+
+def test_few_descriptors_and_an_odd_name_end_in_one_message(desk: Path) -> None:
+    """Twenty descriptors; a run folder whose name is not UTF-8, or too long: no traceback, nothing changes."""
+    before = snapshot(desk)
+    for command in ("status", "doctor", "export", "runs", "report"):
+        done = call(desk, *READERS[command], descriptors=20)
+        assert "Traceback" not in done.err, (command, done)
+        assert done.code in (0, 2, 4), (command, done)
+    assert snapshot(desk) == before
+    (desk / "own.yaml").write_text(yaml12.dump(tiny_recipe()))
+    for name in (os.fsdecode(b"r\xff"), "x" * 250):
+        done = call(desk, "run", "own.yaml", "--run-dir", name)
+        assert done.code == 2, done
+        assert done.err.startswith("drumline: --run-dir")
+    shutil.move(desk / "r", desk / os.fsdecode(b"r\xff"))
+    for command in ("status", "doctor", "plan", "runs"):
+        words = [os.fsdecode(b"r\xff") if word == "r" else word for word in READERS[command]]
+        done = call(desk, *words)
+        assert "Traceback" not in done.err, (command, done)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_damaged_lines_and_comments_are_left_out_and_counted(
+    desk: Path, data: st.DataObject
+) -> None:
+    """Any value of any field of metrics.jsonl and of recipe.yaml's comments: no traceback; doctor counts them."""
+    metrics, recipe = desk / "r/metrics.jsonl", desk / "r/recipe.yaml"
+    before = metrics.read_text(), recipe.read_text()
+    lines = before[0].splitlines()
+    number = data.draw(st.integers(0, len(lines) - 1))
+    line = json.loads(lines[number])
+    line[data.draw(st.sampled_from(sorted(line)))] = data.draw(WRONG)
+    changed = data.draw(st.sampled_from([json.dumps(line), "[]", "x", '{"step": 3', "null", "{}"]))
+    metrics.write_text("\n".join([*lines[:number], changed, *lines[number + 1 :]]) + "\n")
+    comment = data.draw(st.sampled_from(["# x", "#", "# drumline: {", "# {}", "# record: []"]))
+    texts = before[1].splitlines()
+    place = data.draw(st.integers(0, len(texts)))
+    recipe.write_text("\n".join([*texts[:place], comment, *texts[place:]]) + "\n")
+    try:
+        for command in ("status", "runs", "doctor", "compare", "report", "logs"):
+            done = call(desk, *READERS[command])
+            assert done.code in (0, 2, 4, 5), (command, done)
+            assert "Traceback" not in done.err, (command, done.err)
+            if command == "doctor" and parsed_line(changed.encode()) is None:
+                assert "metrics.jsonl: 1 lines are no metrics and are left out" in done.out
+        done = call(desk, "compare", "r/recipe.yaml", "r")
+        assert "Traceback" not in done.err, done.err
+    finally:
+        metrics.write_text(before[0])
+        recipe.write_text(before[1])
+
+
+STATE = st.sampled_from(sorted(TrainState.__dataclass_fields__))
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(field=STATE, value=WRONG)
+def test_a_checkpoint_of_other_types_is_damaged(desk: Path, field: str, value: Any) -> None:
+    """A state whose digests agree and whose types do not: told as damage, with the field, or read."""
+    path = desk / "r/checkpoints/step-00000012"
+    before = {name: (path / name).read_bytes() for name in ("state.json", MANIFEST)}
+    state = {**json.loads(before["state.json"]), field: value}
+    (path / "state.json").write_bytes(_encode(state))
+    manifest = json.loads(before[MANIFEST])
+    manifest.pop("sha256")
+    manifest["files"]["state.json"] = sha256(_encode(state))
+    (path / MANIFEST).write_bytes(_encode({**manifest, "sha256": sha256(_encode(manifest))}))
+    try:
+        for command in ("doctor", "compare"):
+            done = call(desk, *READERS[command])
+            assert "Traceback" not in done.err, (command, done.err)
+            assert done.code in (0, 2, 4, 5)
+    finally:
+        for name, raw in before.items():
+            (path / name).write_bytes(raw)
