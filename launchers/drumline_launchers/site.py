@@ -1,8 +1,8 @@
 """A site: a cluster's properties, in a YAML file that is validated like a recipe but never part of one."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from drumline.recipe.schema import Count, Name, Section, Slug
 
@@ -12,8 +12,24 @@ Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 SlurmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:+@-]*$")]
 SlurmList = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:+@,\[\]-]*$")]
 Adapters = Annotated[str, Field(pattern=r"^[\^=]{0,2}[A-Za-z0-9_][A-Za-z0-9_.:,-]*$")]
-TimeLimit = Annotated[str, Field(pattern=r"^(\d+-)?\d{1,3}:\d{2}(:\d{2})?$")]
-Memory = Annotated[str, Field(pattern=r"^(0|\d+[KMGT])$")]
+
+
+def _text_of_number(value: Any) -> Any:
+    """YAML reads `60` as a number; Slurm's own forms of a limit are text."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+TimeLimit = Annotated[
+    str,
+    BeforeValidator(_text_of_number),
+    Field(
+        pattern=r"^(\d+|\d+:\d{2}|\d+:\d{2}:\d{2}|\d+-\d{1,2}(:\d{2}(:\d{2})?)?|UNLIMITED|INFINITE)$"
+    ),
+]
+"""Minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]], or UNLIMITED."""
+Memory = Annotated[str, BeforeValidator(_text_of_number), Field(pattern=r"^\d+[KMGT]?$")]
+"""Megabytes, or with a unit; 0 is all of a node's memory."""
+Mail = Annotated[str, Field(pattern=r"^[A-Za-z0-9._%+-]+(@[A-Za-z0-9.-]+)?$")]
 
 
 class Container(Section):
@@ -59,6 +75,16 @@ class Kubernetes(Section):
     secrets: dict[Variable, SecretReference] = Field(default_factory=dict)
 
 
+MailEvent = Literal["begin", "end", "fail", "requeue", "time_limit", "all"]
+
+
+class MailRules(Section):
+    """Who gets Slurm's mails, and about what."""
+
+    user: Mail
+    events: list[MailEvent] = Field(default_factory=lambda: list[MailEvent](("end", "fail")))
+
+
 SLOW_NODE_RATIO = 0.8
 
 
@@ -91,6 +117,7 @@ class Site(Section):
     exclude: list[SlurmList] = Field(default_factory=list)
     runs: str | None = None
     cache: str | None = None
+    mail: MailRules | None = None
     sbatch: list[Option] = Field(default_factory=list)
     preflight: bool = False
     slow_node_ratio: Annotated[float, Field(gt=0, lt=1)] = SLOW_NODE_RATIO

@@ -1,5 +1,6 @@
 """Slurm: renders the batch script, and the srun that starts an attempt on the job's nodes. Pure."""
 
+import re
 import shlex
 from dataclasses import dataclass
 from functools import cache
@@ -21,8 +22,9 @@ _TEMPLATE = Path(__file__).with_name("slurm.sh.j2")
 class Batch:
     """What the batch script needs besides plan and site.
 
-    `fewest` to `most`: the nodes to ask for. Several run folders make a job array, one task each. `after`:
-    the job that this one waits for. `is_followed`: another job waits for this one, which then does not
+    `fewest` to `most`: the nodes to ask for. Several run folders make a job array, one task each. `name`: the
+    job's, by default the run folder's. `after`: the job of the chain that this one waits for; `dependency`: a
+    further one in Slurm's words. `is_followed`: another job waits for this one, which then does not
     requeue itself after saving (exit 75). `at_most`: array tasks that run at the same time.
     """
 
@@ -31,7 +33,9 @@ class Batch:
     import_path: list[Path]
     fewest: int
     most: int
+    name: str | None = None
     after: str | None = None
+    dependency: str | None = None
     is_followed: bool = False
     at_most: int | None = None
 
@@ -51,6 +55,7 @@ def render_script(plan: Plan, site: Site, batch: Batch) -> str:
         recipe=plan.recipe.recipe,
         split=str(plan.batch.split),
         effective=plan.batch.effective,
+        nodes_range=None if batch.fewest == batch.most else f"{batch.fewest}-{batch.most}",
     )
 
 
@@ -115,8 +120,11 @@ def _options(plan: Plan, site: Site, batch: Batch, per_node: int) -> list[str]:
     if plan.recipe.cluster.gpu != "cpu":
         kind = f"{site.gpu_type}:" if site.gpu_type else ""
         gpus = f"--gpus-per-node={kind}{per_node}"
+    waits = [f"afterany:{batch.after}" if batch.after else "", batch.dependency or ""]
+    mail = site.mail
     found = [
-        f"--job-name={plan.recipe.recipe}",
+        f"--job-name={_quoted(batch.name or _job_name(plan, batch))}",
+        *_where_an_admin_looks(batch),
         f"--nodes={nodes}",  # no --ntasks-per-node: with it Slurm gives the fewest nodes of a range
         gpus,
         f"--cpus-per-task={site.cpus_per_node}" if site.cpus_per_node else None,
@@ -126,15 +134,53 @@ def _options(plan: Plan, site: Site, batch: Batch, per_node: int) -> list[str]:
         f"--account={site.account}" if site.account else None,
         f"--qos={site.qos}" if site.qos else None,
         f"--exclude={','.join(site.exclude)}" if site.exclude else None,
-        f"--dependency=afterany:{batch.after}" if batch.after else None,
+        f"--dependency={','.join(filter(None, waits))}" if any(waits) else None,
+        f"--mail-user={mail.user}" if mail else None,
+        f"--mail-type={','.join(event.upper() for event in mail.events)}" if mail else None,
         _array(batch),
         f"--export={','.join([*_ALWAYS, *site.environment])}" if site.environment else None,
         f"--signal=B:USR1@{site.warning_s}",
         "--requeue",
         "--open-mode=append",
-        *site.sbatch,
+        *(_option_of_site(option) for option in site.sbatch),
     ]
     return [option for option in found if option]
+
+
+_PLAIN = re.compile(r"[A-Za-z0-9_./+@,=:-]+")
+_QUOTABLE = re.compile(r"[A-Za-z0-9_./+@,=: -]+")
+"""What #SBATCH lines take as it is, and in double quotes."""
+
+
+def _quoted(value: str) -> str:
+    return value if _PLAIN.fullmatch(value) else f'"{value}"'
+
+
+def _option_of_site(option: str) -> str:
+    """Quote the value of an option, so that it stays one word."""
+    name, equals, value = option.partition("=")
+    is_whole = _PLAIN.fullmatch(value) or (
+        value[:1] == value[-1:] and value[:1] in "\"'" and len(value) > 1
+    )
+    return option if not equals or is_whole else f'{name}="{value}"'
+
+
+def _job_name(plan: Plan, batch: Batch) -> str:
+    """The run folder's name, an array's that of the folder around its runs; the recipe's if it is odd."""
+    first = batch.run_folders[0]
+    name = first.name if len(batch.run_folders) == 1 else first.parent.name
+    return name if _QUOTABLE.fullmatch(name) else plan.recipe.recipe
+
+
+def _where_an_admin_looks(batch: Batch) -> list[str]:
+    """Comment and output file; a path that #SBATCH lines cannot hold has neither."""
+    first = batch.run_folders[0]
+    is_array = len(batch.run_folders) > 1
+    folder = first.parent if is_array else first
+    if not _QUOTABLE.fullmatch(str(folder)):
+        return ["--output=/dev/null"]
+    name = "slurm-%A_%a.out" if is_array else "logs/slurm-%j.out"
+    return [f'--comment="drumline {folder}"', f"--output={_quoted(f'{folder}/{name}')}"]
 
 
 def _array(batch: Batch) -> str | None:

@@ -1,5 +1,7 @@
 #!/bin/bash
-#SBATCH --job-name=llama-8b-8xh100
+#SBATCH --job-name=r
+#SBATCH --comment="drumline /r"
+#SBATCH --output="/r/slurm-%A_%a.out"
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=h100:8
 #SBATCH --cpus-per-task=96
@@ -16,7 +18,6 @@
 #SBATCH --open-mode=append
 #SBATCH --reservation=spring
 #SBATCH --mail-type=FAIL
-#SBATCH --output=/dev/null
 
 # llama-8b-8xh100: effective 4096 = 1 per_device × 8 gpus × 512 accumulation.
 # Everything that this job needs lies in its run folder. It can be edited and given to sbatch by hand; a job
@@ -31,9 +32,15 @@ if [ ! -f "$run/record.json" ]; then
   scontrol update "JobId=$SLURM_JOB_ID" Comment="the run folder is not visible on $SLURMD_NODENAME"
   exit 2
 fi
+me="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}"
+me="${me:-$SLURM_JOB_ID}"
 mkdir -p "$run/logs"
-exec >> "$run/logs/job-$SLURM_JOB_ID.log" 2>&1
-echo "$(date -Is) job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start ${SLURM_RESTART_COUNT:-0}"
+log="$run/logs/job-$me.log"
+exec >> "$log" 2>&1
+# What `drumline status` shows beside Slurm's own state.
+note() { printf '%s\n' "$*" > "$run/logs/job-$me.state"; }
+echo "$(date -Is) job $me on $SLURM_JOB_NODELIST, start ${SLURM_RESTART_COUNT:-0}"
+note "started on $SLURM_JOB_NODELIST"
 cd "$run" || exit 2
 
 export PYTHONPATH=/sw/drumline"${PYTHONPATH:+:$PYTHONPATH}"
@@ -42,9 +49,16 @@ export GLOO_SOCKET_IFNAME=ib0
 export NCCL_IB_HCA=mlx5
 export DRUMLINE_CACHE='/scratch/it'"'"'s mine'
 
-# The site's own set-up.
+# The site's own set-up. A line that fails ends the job; one that may fail ends in `|| true`.
+setup_failed() {
+  echo "set-up failed with exit code $2: $1"
+  note "set-up failed with exit code $2: $1"
+  exit 1
+}
+trap 'setup_failed "$BASH_COMMAND" "$?"' ERR
 module load cuda/12.8
 source /sw/venv/bin/activate
+trap - ERR
 
 set -u
 
@@ -62,18 +76,24 @@ while :; do
   code=$?
   [ -n "$interrupted" ] || break
 done
+note "exit code $code: $(tail -n 1 "$log")"
 
-# Above 128: whoever attended was killed itself; 75: saved and stopped. Then the job asks to be started again,
-# unless somebody has cancelled it.
+# Cancelled by a person: Slurm calls the job so, too, and starts nothing that waits for it to end well.
+if [ -e "$run/logs/cancelled-$me" ] && [ "$code" -ne 0 ]; then
+  note "cancelled; saved with exit code $code"
+  scancel "$SLURM_JOB_ID" && sleep 60
+  exit 0
+fi
+
+# Above 128: whoever attended was killed itself; 75: saved and stopped. Then the job asks to be started again.
 case $code in
   75) again=1 ;;
   129 | 13? | 14? | 15?) again=1 ;;
   *) again='' ;;
 esac
-me="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}"
-if [ -e "$run/logs/cancelled-${me:-$SLURM_JOB_ID}" ]; then again=''; fi
 if [ -n "$again" ] && scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then
   echo "$(date -Is) code $code: asking Slurm to start this job again"
+  note "exit code $code: asked Slurm to start this job again"
   scontrol requeue "$SLURM_JOB_ID" && sleep 60
 fi
 exit "$code"

@@ -1,12 +1,13 @@
 #!/bin/bash
-#SBATCH --job-name=llama-8b-8xh100
+#SBATCH --job-name=a
+#SBATCH --comment="drumline /shared/runs/a"
+#SBATCH --output="/shared/runs/a/logs/slurm-%j.out"
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
 #SBATCH --dependency=afterany:17
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=/dev/null
 
 # llama-8b-8xh100: effective 4096 = 1 per_device × 8 gpus × 512 accumulation.
 # Everything that this job needs lies in its run folder. It can be edited and given to sbatch by hand; a job
@@ -17,9 +18,15 @@ if [ ! -f "$run/record.json" ]; then
   scontrol update "JobId=$SLURM_JOB_ID" Comment="the run folder is not visible on $SLURMD_NODENAME"
   exit 2
 fi
+me="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}"
+me="${me:-$SLURM_JOB_ID}"
 mkdir -p "$run/logs"
-exec >> "$run/logs/job-$SLURM_JOB_ID.log" 2>&1
-echo "$(date -Is) job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start ${SLURM_RESTART_COUNT:-0}"
+log="$run/logs/job-$me.log"
+exec >> "$log" 2>&1
+# What `drumline status` shows beside Slurm's own state.
+note() { printf '%s\n' "$*" > "$run/logs/job-$me.state"; }
+echo "$(date -Is) job $me on $SLURM_JOB_NODELIST, start ${SLURM_RESTART_COUNT:-0}"
+note "started on $SLURM_JOB_NODELIST"
 cd "$run" || exit 2
 
 export PYTHONPATH=/sw/drumline"${PYTHONPATH:+:$PYTHONPATH}"
@@ -40,18 +47,24 @@ while :; do
   code=$?
   [ -n "$interrupted" ] || break
 done
+note "exit code $code: $(tail -n 1 "$log")"
 
-# Above 128: whoever attended was killed itself; 75: saved and stopped. Then the job asks to be started again,
-# unless somebody has cancelled it.
+# Cancelled by a person: Slurm calls the job so, too, and starts nothing that waits for it to end well.
+if [ -e "$run/logs/cancelled-$me" ] && [ "$code" -ne 0 ]; then
+  note "cancelled; saved with exit code $code"
+  scancel "$SLURM_JOB_ID" && sleep 60
+  exit 0
+fi
+
+# Above 128: whoever attended was killed itself; 75: saved and stopped. Then the job asks to be started again.
 case $code in
   75) again=1 ;;
   129 | 13? | 14? | 15?) again=1 ;;
   *) again='' ;;
 esac
-me="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}"
-if [ -e "$run/logs/cancelled-${me:-$SLURM_JOB_ID}" ]; then again=''; fi
 if [ -n "$again" ] && scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then
   echo "$(date -Is) code $code: asking Slurm to start this job again"
+  note "exit code $code: asked Slurm to start this job again"
   scontrol requeue "$SLURM_JOB_ID" && sleep 60
 fi
 exit "$code"

@@ -17,23 +17,63 @@ from drumline.cli.options import AsJson, RunFolderArgument
 from drumline.cluster.jobs import cancel_job, job_state
 from drumline.cluster.slurm import JobState
 from drumline.errors import RunFolderError
+from drumline.files import printable, read_bytes
 from drumline.metrics_file import last_step_line
 from drumline.runs.folder import RunFolder, open_run
 from drumline.runs.health import state_of
+from drumline.runs.sweeps import is_sweep, runs_of_sweep
 
 _FOLLOW_S = 0.5
 _ASK_S = 5.0
 """Interval between queries of the scheduler, which many users may query at once."""
 _LAST_BYTES = 4000
+_LIVE = ("PENDING", "CONFIGURING", "RUNNING", "REQUEUED", "SUSPENDED", "COMPLETING")
 
 
 def status_command(run: RunFolderArgument, as_json: AsJson = False) -> None:
     """Show a run's state, step and loss, and what the scheduler says about its jobs."""
-    folder = open_run(run)
+    if is_sweep(run):
+        return _tell_sweep(run, as_json)
+    facts, attempts = _facts(open_run(run))
+    if as_json:
+        print(json.dumps(facts))
+        return
+    loss = "" if facts["loss"] is None else f", loss {facts['loss']:.4f}"
+    print(f"{facts['state']}  step {facts['step']:,}/{facts['total']:,}{loss}")
+    for attempt in attempts:
+        split = " × ".join(str(n) for n in attempt["split"].values())
+        how = f"{printable(attempt['cause'])}; {attempt['outcome'] or 'goes on'}"
+        print(f"attempt {attempt['number']}  {split}  {how}")
+    for job in facts["jobs"]:
+        print(_job_line(job))
+
+
+def _job_line(job: dict[str, Any]) -> str:
+    """A job as Slurm or Kubernetes sees it, then what its script has noted."""
+    why = f" ({job['reason']})" if job["reason"] not in ("", "None") else ""
+    note = f"  {printable(job['note'])}" if job["note"] else ""
+    return f"job {job['id']}  {job['state']}{why}  {job['nodes']}  (by {job['source']}){note}"
+
+
+def _tell_sweep(path: Path, as_json: bool) -> None:
+    """Print one line for each run of a sweep."""
+    found = [_facts(open_run(folder))[0] for folder in runs_of_sweep(path)]
+    if as_json:
+        print(json.dumps({"sweep": str(path), "runs": found}))
+        return
+    for facts in found:
+        loss = "" if facts["loss"] is None else f", loss {facts['loss']:.4f}"
+        jobs = "; ".join(_job_line(job) for job in facts["jobs"][-1:])
+        step = f"step {facts['step']:,}/{facts['total']:,}{loss}"
+        print(f"{Path(facts['run']).name}  {facts['state']}  {step}  {jobs}")
+
+
+def _facts(folder: RunFolder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What `status --json` prints of a run, and its attempts."""
     record = folder.read_record()
     attempts = record["attempts"]
     line = last_step_line(folder.metrics_file) or {}
-    jobs = [_job_facts(entry) for entry in record.get("jobs") or []]
+    jobs = [_job_facts(folder, entry) for entry in record.get("jobs") or []]
     facts = {
         "run": str(folder.path),
         "state": _state(folder, attempts, jobs),
@@ -45,19 +85,7 @@ def status_command(run: RunFolderArgument, as_json: AsJson = False) -> None:
         "last": _shown(attempts[-1]) if attempts else None,
         "jobs": jobs,
     }
-    if as_json:
-        print(json.dumps(facts))
-        return
-    loss = "" if facts["loss"] is None else f", loss {facts['loss']:.4f}"
-    print(f"{facts['state']}  step {facts['step']:,}/{facts['total']:,}{loss}")
-    for attempt in attempts:
-        split = " × ".join(str(n) for n in attempt["split"].values())
-        print(
-            f"attempt {attempt['number']}  {split}  {attempt['cause']}; {attempt['outcome'] or 'goes on'}"
-        )
-    for job in jobs:
-        why = f" ({job['reason']})" if job["reason"] not in ("", "None") else ""
-        print(f"job {job['id']}  {job['state']}{why}  {job['nodes']}  (by {job['source']})")
+    return facts, attempts
 
 
 def logs_command(
@@ -66,6 +94,11 @@ def logs_command(
     rank: Annotated[int, typer.Option("--rank", min=0, help="The rank whose log to print.")] = 0,
 ) -> None:
     """Print the job's log (without a job: the metrics), and the newest attempt's launcher and rank log."""
+    if is_sweep(run):
+        for path in runs_of_sweep(run):
+            for text in _new_texts(open_run(path), rank, {}):
+                print(text, end="")
+        return
     folder = open_run(run)
     shown: dict[Path, int] = {}
     asked, is_over = float("-inf"), not follow
@@ -83,7 +116,29 @@ def cancel_command(
     run: RunFolderArgument,
     now: Annotated[bool, typer.Option("--now", help="Without saving.")] = False,
 ) -> None:
-    """Stop a run: all ranks finish the step and save; waiting jobs are removed from the queue."""
+    """Stop a run: all ranks finish the step and save; waiting jobs are removed from the queue.
+
+    A sweep: every run of it that waits or runs.
+    """
+    if is_sweep(run):
+        stopped = [path for path in runs_of_sweep(run) if _cancel_if_live(path, now)]
+        if not stopped:
+            raise RunFolderError(
+                f"{run}: nothing runs. Nearest: drumline status {shlex.quote(str(run))}"
+            )
+        return
+    _cancel(run, now)
+
+
+def _cancel_if_live(run: Path, now: bool) -> bool:
+    try:
+        _cancel(run, now)
+    except RunFolderError:
+        return False
+    return True
+
+
+def _cancel(run: Path, now: bool) -> None:
     folder = open_run(run)
     jobs = [(entry, job_state(entry)) for entry in folder.read_record().get("jobs") or []]
     live = [(entry, state) for entry, state in jobs if state is None or not state.is_final]
@@ -114,20 +169,35 @@ def _shown(attempt: dict[str, Any]) -> dict[str, Any]:
     return {key: attempt.get(key) for key in ("cause", "split", "outcome", "message")}
 
 
-def _job_facts(entry: dict[str, Any]) -> dict[str, Any]:
+def _job_facts(folder: RunFolder, entry: dict[str, Any]) -> dict[str, Any]:
+    """What the scheduler says about a job, and the last note of its script."""
     found = job_state(entry)
     if found is None:
         found = JobState(
             "unknown", "its scheduler lists it no more, or is out of reach from here", "", "none"
         )
-    return {**entry, **dataclasses.asdict(found)}
+    return {**entry, **dataclasses.asdict(found), "note": _note_of(folder, str(entry["id"]))}
+
+
+def _note_of(folder: RunFolder, job: str) -> str:
+    """What the job's script has written last: that it began, why its set-up failed, how it ended."""
+    try:
+        path = folder.path / "logs" / f"job-{job.replace('/', '-')}.state"
+        return read_bytes(path, _LAST_BYTES).decode(errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def _state(folder: RunFolder, attempts: list[dict[str, Any]], jobs: list[dict[str, Any]]) -> str:
     """Return the run's own state, or the job's if one waits in the queue and nothing supervises the run."""
-    waiting = [job["state"].lower() for job in jobs if job["state"] in ("PENDING", "CONFIGURING")]
-    if waiting and not folder.is_locked():
-        return str(waiting[0])
+    has_ended = bool(attempts) and attempts[-1]["outcome"] == "finished"
+    if folder.is_locked() or has_ended:
+        return state_of(folder, attempts)
+    live = [job["state"].lower() for job in jobs if job["state"] in _LIVE]
+    if live:
+        return "starting" if live[0] == "running" else str(live[0])
+    if not attempts and jobs and jobs[-1]["state"] not in ("unknown", "COMPLETED"):
+        return f"{jobs[-1]['state'].split()[0].lower()} before it began"
     return state_of(folder, attempts)
 
 

@@ -15,6 +15,12 @@ Gpus = Annotated[
 GpuType = Annotated[str | None, typer.Option("--gpu", help="Re-split on this kind of GPU.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Train although the plan does not fit.")]
+SlurmTime = Annotated[
+    str | None, typer.Option("--time", help="Slurm: this job's limit, instead of the site's.")
+]
+SlurmPartition = Annotated[str | None, typer.Option("--partition", help="Slurm: this job's.")]
+SlurmAccount = Annotated[str | None, typer.Option("--account", help="Slurm: this job's.")]
+SlurmQos = Annotated[str | None, typer.Option("--qos", help="Slurm: this job's.")]
 TrustCode = Annotated[
     bool, typer.Option("--trust-code", help="Run the Python that a run folder names.")
 ]

@@ -4,11 +4,23 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from drumline.cli.options import AsJson, Force, Gpus, Overrides, RecipeArgument, TrustCode
+from drumline.cli.options import (
+    AsJson,
+    Force,
+    Gpus,
+    Overrides,
+    RecipeArgument,
+    SlurmAccount,
+    SlurmPartition,
+    SlurmQos,
+    SlurmTime,
+    TrustCode,
+)
+from drumline.cluster.jobs import job_state
 from drumline.errors import LaunchError, RunFolderError
 from drumline.plan.model import Plan
 from drumline.recipe.load import load_recipe, override
@@ -29,6 +41,15 @@ from drumline.session.launch import (
 from drumline.session.planning import make_plan, needs_data
 from drumline.session.prepare import prepare_data
 from drumline.session.show import plan_table, run_facts
+from drumline.session.submit import (
+    SITE,
+    JobOptions,
+    apply_again,
+    check_slurm,
+    read_site,
+    refuse_without,
+    submit_again,
+)
 from drumline.session.train_here import train_here
 from drumline.session.trust import load_to_run, refuse_foreign_code
 
@@ -82,6 +103,19 @@ def resume_command(
         bool,
         typer.Option("--from-scratch", help="Begin at step 1 again, where no checkpoint is left."),
     ] = False,
+    to: Annotated[
+        str, typer.Option("--to", help="local, or as a job of its cluster: slurm, kubernetes.")
+    ] = "local",
+    site_file: Annotated[
+        Path | None, typer.Option("--site", help="Instead of the site that it was submitted with.")
+    ] = None,
+    time: SlurmTime = None,
+    partition: SlurmPartition = None,
+    account: SlurmAccount = None,
+    qos: SlurmQos = None,
+    hold: Annotated[
+        bool, typer.Option("--hold", help="Slurm: submitted, but not started.")
+    ] = False,
     force: Force = False,
     trust_code: TrustCode = False,
     as_json: AsJson = False,
@@ -96,8 +130,8 @@ def resume_command(
         return
     if record["outcome"] == "finished":
         raise RunFolderError(
-            f"{run}: this run is finished; there is nothing to resume. "
-            f"Nearest: `drumline run {run} key=value` starts another"
+            f"{run}: this run is finished, its schedule has ended, and it cannot be given more steps. "
+            f"Nearest: `drumline run {run} duration.steps=N` trains another one, from step 1"
         )
     with folder.locked():
         recipe = override(folder.latest_plan().recipe, overrides)
@@ -117,6 +151,9 @@ def resume_command(
             f"{run}: the data have changed: fingerprint {expected} when the run began, "
             f"{plan.data.fingerprint} now"
         )
+    if to != "local":
+        options = JobOptions(time=time, partition=partition, account=account, qos=qos)
+        return _resume_in_queue(folder, plan, record, to, site_file, options, hold, from_scratch)
     refuse_what_cannot_start(plan, force, as_json)
     if from_scratch:
         with folder.locked():
@@ -125,6 +162,40 @@ def resume_command(
         print(f"{run}: begins again at step 1; what it had is kept as {names}", file=sys.stderr)
     print(plan_table(plan), file=sys.stderr)
     _finish(folder, plan, "from scratch" if from_scratch else "resume", as_json)
+
+
+def _resume_in_queue(
+    folder: RunFolder,
+    plan: Plan,
+    record: dict[str, Any],
+    to: str,
+    site_file: Path | None,
+    options: JobOptions,
+    hold: bool,
+    from_scratch: bool,
+) -> None:
+    """Submit a job that goes on with the run; refused while another of its jobs waits or runs."""
+    if to not in ("slurm", "kubernetes"):
+        raise LaunchError(f"--to {to}: choose from local, slurm, kubernetes")
+    for entry in record.get("jobs") or []:
+        state = job_state(entry)
+        if state is not None and not state.is_final:
+            raise RunFolderError(
+                f"{folder.path}: job {entry['id']} is {state.state.lower()}. Nearest: drumline cancel first, "
+                "or wait for it"
+            )
+    with folder.locked():
+        if from_scratch:
+            folder.begin_anew()
+        folder.write_recipe(plan.recipe.model_dump(by_alias=True))
+    refuse_without(to, plan.recipe)
+    if to == "kubernetes":
+        print(f"job {apply_again(folder)}")
+        return
+    stored = folder.path / SITE
+    site = read_site(site_file or (stored if stored.is_file() else None), False, to, options)
+    options = check_slurm(plan, site, options)
+    print(f"job {submit_again(plan, site, folder, options, hold)}")
 
 
 def _finish(folder: RunFolder, plan: Plan, cause: str, as_json: bool) -> None:

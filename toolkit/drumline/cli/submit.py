@@ -2,14 +2,25 @@
 
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from drumline.cli.options import AsJson, Force, Overrides, RecipeArgument, TrustCode
+from drumline.cli.options import (
+    AsJson,
+    Force,
+    Overrides,
+    RecipeArgument,
+    SlurmAccount,
+    SlurmPartition,
+    SlurmQos,
+    SlurmTime,
+    TrustCode,
+)
 from drumline.cluster.site import on_site
 from drumline.errors import LaunchError
 from drumline.recipe.load import load_recipe
@@ -23,8 +34,11 @@ from drumline.session.show import plan_table
 from drumline.session.submit import (
     MANIFESTS,
     SCRIPT,
+    JobOptions,
     check_fewest,
+    check_slurm,
     dry_text,
+    lacking_variables,
     read_site,
     refuse_without,
     submit_all,
@@ -49,6 +63,20 @@ def submit_command(
         bool, typer.Option("--preflight", help="Slurm: measure the nodes' links before training.")
     ] = False,
     hold: Annotated[bool, typer.Option("--hold", help="Submitted, but not started yet.")] = False,
+    time: SlurmTime = None,
+    partition: SlurmPartition = None,
+    account: SlurmAccount = None,
+    qos: SlurmQos = None,
+    job_name: Annotated[
+        str | None, typer.Option("--job-name", help="Default: the run folder's name.")
+    ] = None,
+    dependency: Annotated[
+        str | None, typer.Option("--dependency", help="Slurm's words: afterok:17, singleton.")
+    ] = None,
+    after: Annotated[
+        Path | None,
+        typer.Option("--after", metavar="RUN", help="Start when that run has ended well."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the script, submit nothing.")
     ] = False,
@@ -61,7 +89,16 @@ def submit_command(
         raise LaunchError(f"--to {to}: choose from slurm, kubernetes, skypilot")
     if to == "skypilot" and not dry_run:
         raise LaunchError("--to skypilot: only with --dry-run; give its output to `sky launch`")
-    site = read_site(site_file, preflight, to)
+    options = job_options(
+        time=time,
+        partition=partition,
+        account=account,
+        qos=qos,
+        job_name=job_name,
+        dependency=dependency,
+        after=after,
+    )
+    site = read_site(site_file, preflight, to, options)
     read = load_recipe(recipe, overrides) if dry_run else load_to_run(recipe, overrides, trust_code)
     loaded = on_site(read, site)
     secrets = Secrets(os.environ)
@@ -78,12 +115,26 @@ def submit_command(
     refuse_what_does_not_fit(plan, force, as_json)
     if to == "slurm":
         check_fewest(plan, force, as_json)
+    if to == "slurm" and not dry_run:
+        options = check_slurm(plan, site, options)
     if dry_run:
+        if lacking := lacking_variables(site):
+            print(f"warning: {lacking}", file=sys.stderr)
         print(dry_text(to, plan, site, run_dir, secrets), end="")
         return
     print(plan_table(plan), file=sys.stderr)
-    folder, jobs = submit_all(plan, site, run_dir, to, secrets, chain, hold)
+    folder, jobs = submit_all(plan, site, run_dir, to, secrets, chain, hold, options)
     _tell(folder, jobs, MANIFESTS if to == "kubernetes" else SCRIPT, as_json)
+
+
+def job_options(**values: Any) -> JobOptions:
+    """The options of one submission; LaunchError for a value that cannot stand in a script."""
+    for name, pattern in (("job_name", r"[A-Za-z0-9_./+@,=: -]{1,200}"),
+                          ("dependency", r"[a-z_:0-9,?+]{1,1000}")):  # fmt: skip
+        value = values.get(name)
+        if value is not None and not re.fullmatch(pattern, value):
+            raise LaunchError(f"--{name.replace('_', '-')} {value!r}: cannot stand in a job script")
+    return JobOptions(**values)
 
 
 def _tell(folder: RunFolder, jobs: list[str], file: str, as_json: bool) -> None:

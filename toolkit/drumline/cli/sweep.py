@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from drumline.cli.options import AsJson, RecipeArgument
+from drumline.cli.options import AsJson, Force, RecipeArgument
 from drumline.cluster import slurm
 from drumline.cluster.site import load_site, on_site, validate_site
 from drumline.compare.report import write_report
@@ -20,16 +20,23 @@ from drumline.compare.sources import read_logged
 from drumline.errors import LaunchError, PlanError, RecipeError, RunError
 from drumline.files import write_json, write_text
 from drumline.plan.model import Plan
-from drumline.recipe import yaml12
 from drumline.recipe.load import load_recipe
 from drumline.recipe.schema import NodeRange
 from drumline.runs import folder as run_folder
-from drumline.runs.record import new_record, now
+from drumline.runs.record import now
+from drumline.runs.sweeps import SWEEP
 from drumline.secrets import Secrets
 from drumline.session.launch import refuse_secrets, refuse_what_does_not_fit
 from drumline.session.planning import make_plan
 from drumline.session.prepare import prepare_data
-from drumline.session.submit import SCRIPT, SITE, batch_of, refuse_without, runs_of
+from drumline.session.submit import (
+    SCRIPT,
+    batch_of,
+    check_slurm,
+    prepare_folder,
+    refuse_without,
+    runs_of,
+)
 from drumline.session.trust import load_to_run
 from drumline_launchers.site import Site
 from drumline_launchers.slurm import render_script
@@ -55,6 +62,7 @@ def sweep_command(
         int | None, typer.Option("--at-most", min=1, help="Slurm: at most N jobs run at once.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the combinations.")] = False,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Train every combination of the listed values; each is planned before the first starts."""
@@ -64,10 +72,12 @@ def sweep_command(
     if to not in ("local", "slurm"):
         raise LaunchError(f"--to {to}: choose from local, slurm")
     site = load_site(site_file) if site_file else validate_site({"site": "default"}, "default site")
-    plans = [_planned(recipe, overrides, site, to, dry_run) for overrides in combinations]
+    plans = [_planned(recipe, overrides, site, to, dry_run, force) for overrides in combinations]
     if to == "slurm":
         refuse_secrets(site, Secrets(os.environ))
         _check_one_size(plans)
+    if to == "slurm" and not dry_run:
+        check_slurm(plans[0], site)
     if dry_run:
         for overrides, plan in zip(combinations, plans, strict=True):
             print(f"{shlex.join(overrides)}   {plan.batch.split}, {plan.steps.total:,} steps")
@@ -76,7 +86,7 @@ def sweep_command(
     run_folder.check_new(base)
     base.mkdir(parents=True, exist_ok=True)
     names = [f"{number:03d}" for number in range(len(plans))]
-    write_json(base / "sweep.json", dict(zip(names, combinations, strict=True)))
+    write_json(base / SWEEP, dict(zip(names, combinations, strict=True)))
     if to == "slurm":
         try:
             facts = _as_array(base, names, plans, site, at_most)
@@ -84,7 +94,7 @@ def sweep_command(
             shutil.rmtree(base, ignore_errors=True)
             raise
     else:
-        facts = _one_after_the_other(base, names, recipe, combinations)
+        facts = _one_after_the_other(base, names, recipe, combinations, force)
     if as_json:
         print(json.dumps({"sweep": str(base), **facts}))
     print(f"next  drumline runs {shlex.quote(str(base))}", file=sys.stderr)
@@ -123,7 +133,9 @@ def split_outside_brackets(text: str) -> list[str]:
     return parts
 
 
-def _planned(recipe: str, overrides: list[str], site: Site, to: str, dry_run: bool) -> Plan:
+def _planned(
+    recipe: str, overrides: list[str], site: Site, to: str, dry_run: bool, force: bool
+) -> Plan:
     loaded = load_recipe(recipe, overrides) if dry_run else load_to_run(recipe, overrides, False)
     if to == "slurm":
         loaded = on_site(loaded, site)
@@ -133,12 +145,12 @@ def _planned(recipe: str, overrides: list[str], site: Site, to: str, dry_run: bo
             refuse_without("slurm", loaded)
         prepare_data(loaded)
     plan = make_plan(loaded)
-    refuse_what_does_not_fit(plan, force=False, as_json=False)
+    refuse_what_does_not_fit(plan, force, as_json=False)
     return plan
 
 
 def _one_after_the_other(
-    base: Path, names: list[str], recipe: str, combinations: list[list[str]]
+    base: Path, names: list[str], recipe: str, combinations: list[list[str]], force: bool
 ) -> dict[str, list[str]]:
     """Call `drumline run` for each, also after one has failed; then write a report of all."""
     failed = []
@@ -154,6 +166,7 @@ def _one_after_the_other(
             *overrides,
             "--run-dir",
             str(base / name),
+            *(["--force"] if force else []),
         ]
         done = subprocess.run(command, check=False)
         if done.returncode:
@@ -188,8 +201,7 @@ def _as_array(
     folders = []
     for name, plan in zip(names, plans, strict=True):
         made = run_folder.create(plan.recipe, base / name)
-        made.write_record({**new_record(plan, sys.argv, Secrets(os.environ)), "jobs": []})
-        write_text(made.path / SITE, yaml12.dump(site.model_dump()))
+        prepare_folder(plan, site, made, Secrets(os.environ))
         folders.append(made)
     write_text(
         base / SCRIPT, render_script(plans[0], site, batch_of(plans[0], folders, at_most=at_most))

@@ -48,7 +48,9 @@ def validate_site(raw: dict[str, Any], origin: str) -> Site:
         site = Site.model_validate(raw)
     except ValidationError as error:
         raise RecipeError(explain(error, Site, origin)) from None
-    if site.time_limit and (limit := _seconds(site.time_limit)) <= site.warning_s:
+    _refuse_contradictions(site, origin)
+    limit = limit_seconds(site.time_limit) if site.time_limit else None
+    if limit is not None and limit <= site.warning_s:
         raise RecipeError(
             f"{origin}: warning_s: {site.warning_s} s are not before the end of time_limit {site.time_limit} "
             f"({limit} s). Nearest: warning_s: {max(1, limit // 10)}"
@@ -58,15 +60,46 @@ def validate_site(raw: dict[str, Any], origin: str) -> Site:
     return site.model_copy(update=at_home)
 
 
-def _seconds(time_limit: str) -> int:
-    """Seconds of Slurm's days-hours:minutes[:seconds], hours:minutes:seconds or minutes:seconds."""
-    days, _, clock = time_limit.rpartition("-")
+_OWN_OPTIONS = {
+    "account": "account", "array": "", "chdir": "runs", "cpus-per-task": "cpus_per_node", "dependency": "",
+    "error": "", "exclude": "exclude", "export": "environment", "gpus": "gpus_per_node",
+    "gpus-per-node": "gpus_per_node", "gpus-per-task": "gpus_per_node", "gres": "gpu_type", "hold": "",
+    "job-name": "", "mem": "memory_per_node", "mem-per-cpu": "memory_per_node",
+    "mem-per-gpu": "memory_per_node", "no-requeue": "", "nodes": "", "ntasks": "", "ntasks-per-node": "",
+    "open-mode": "", "output": "", "parsable": "", "partition": "partition", "qos": "qos", "requeue": "",
+    "signal": "warning_s", "time": "time_limit", "wrap": "",
+}  # fmt: skip
+"""Options of sbatch that drumline writes itself, and the site's key for them, if there is one."""
+
+
+def _refuse_contradictions(site: Site, origin: str) -> None:
+    """Raise RecipeError for an option that would silently replace one that the plan or the site states."""
+    for option in site.sbatch:
+        name = option.removeprefix("--").partition("=")[0]
+        key = _OWN_OPTIONS.get(name)
+        if key is None:
+            continue
+        instead = f"the site's key {key}" if key else "leave it out: the plan says it"
+        raise RecipeError(
+            f"{origin}: sbatch: {option} contradicts what drumline writes. Nearest: {instead}"
+        )
+    if site.mail and any(option.startswith("--mail-") for option in site.sbatch):
+        raise RecipeError(f"{origin}: sbatch: --mail-… contradicts mail. Nearest: mail alone")
+
+
+def limit_seconds(time_limit: str) -> int | None:
+    """Seconds of one of Slurm's forms of a time limit (see `TimeLimit`); None for no limit."""
+    if time_limit in ("UNLIMITED", "INFINITE"):
+        return None
+    days, dash, clock = time_limit.rpartition("-")
     parts = [int(part) for part in clock.split(":")]
-    if days or len(parts) == 3:
-        hours, minutes, seconds = [*parts, 0][:3]
-    else:
-        hours, (minutes, seconds) = 0, parts
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    if dash:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+        return ((int(days) * 24 + hours) * 60 + minutes) * 60 + seconds
+    if len(parts) == 3:
+        return (parts[0] * 60 + parts[1]) * 60 + parts[2]
+    minutes, seconds = [*parts, 0][:2]
+    return minutes * 60 + seconds
 
 
 def on_site(recipe: Recipe, site: Site) -> Recipe:

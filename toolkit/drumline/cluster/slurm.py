@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,11 @@ _HINTS = {
     "Node count specification invalid": "the partition has fewer nodes than cluster.nodes asks for",
     "Invalid qos": "sacctmgr show qos lists them",
 }
+_REASONS = {
+    "JobLaunchFailure": "JobLaunchFailure: is the run folder visible on the node?",
+    "JobHeldUser": "JobHeldUser: held; scontrol release lets it start",
+}
+"""Slurm's reasons that need a word of explanation."""
 _FINAL = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
           "PREEMPTED", "TIMEOUT")  # fmt: skip
 
@@ -41,12 +47,38 @@ class JobState:
 
 
 def submit(script: Path, hold: bool = False) -> str:
-    """Submit a batch script and return the job id; LaunchError with sbatch's message and the nearest fix."""
-    done = _run("sbatch", "--parsable", *(["--hold"] if hold else []), str(script))
+    """Submit a batch script and return the job id; LaunchError with sbatch's message and the nearest fix.
+
+    Variables named SBATCH_… would replace options of the script, so those that the script states are left
+    out of sbatch's environment.
+    """
+    done = _run(
+        "sbatch",
+        "--parsable",
+        *(["--hold"] if hold else []),
+        str(script),
+        without=_replacing(script.read_text(encoding="utf-8")),
+    )
     job = done.stdout.strip().partition(";")[0]
     if done.returncode or not job.isdigit():
         raise LaunchError(f"sbatch: {_words(done)}")
     return job
+
+
+_MAY_COME_FROM_OUTSIDE = {"SBATCH_ACCOUNT": "account", "SBATCH_PARTITION": "partition", "SBATCH_QOS": "qos",
+                          "SBATCH_RESERVATION": "reservation", "SBATCH_TIMELIMIT": "time"}  # fmt: skip
+"""A site's defaults, used where the script states none."""
+
+
+def _replacing(script: str) -> list[str]:
+    """Names of this environment's SBATCH_… variables that would change the script's options."""
+    stated = set(re.findall(r"^#SBATCH --([a-z-]+)", script, flags=re.MULTILINE))
+    return [
+        name
+        for name in os.environ
+        if name.startswith("SBATCH_")
+        and (name not in _MAY_COME_FROM_OUTSIDE or _MAY_COME_FROM_OUTSIDE[name] in stated)
+    ]
 
 
 def job_state(job: str) -> JobState | None:
@@ -66,6 +98,27 @@ def host_names(node_list: str) -> list[str]:
     return done.stdout.split()
 
 
+def partitions() -> dict[str, dict[str, str]]:
+    """Every partition's fields by its name, as scontrol shows them; {} if Slurm does not answer."""
+    done = _run("scontrol", "show", "partition", "--oneliner")
+    rows = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in done.stdout.splitlines()]
+    return {row["PartitionName"]: row for row in rows if "PartitionName" in row}
+
+
+def node_lines(partition: str) -> list[str]:
+    """One line `cores|memory in MiB|gres` for each node of a partition that is not down."""
+    done = _run("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%c|%m|%G")
+    return done.stdout.splitlines() if done.returncode == 0 else []
+
+
+def associations(user: str) -> list[tuple[str, str]]:
+    """Account and list of QOS of each association of a user; [] where accounting is off."""
+    done = _run("sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={user}",
+                "format=account,qos")  # fmt: skip
+    rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 1]
+    return [(row[0], row[1]) for row in rows] if done.returncode == 0 else []
+
+
 def answering(hosts: list[str], command: list[str]) -> list[str]:
     """Hosts whose names the command prints, in the given order; all hosts if it prints none of them."""
     answers = set(_run(*command).stdout.split())
@@ -73,11 +126,24 @@ def answering(hosts: list[str], command: list[str]) -> list[str]:
 
 
 def keep_only(job: str, hosts: list[str]) -> str:
-    """Release the job's other nodes, so that a dead one does not end it; returns Slurm's error or ""."""
+    """Release the job's other nodes, so that a dead one does not end it; returns Slurm's error or "".
+
+    Slurm may requeue the job at the same moment, for the node that it lost. For a waiting job the same
+    command would require these nodes at the next start, so that requirement is taken back.
+    """
+    if _is_waiting(job):
+        return "Slurm has requeued the job meanwhile"
     with tempfile.TemporaryDirectory() as where:  # scontrol writes two scripts to its cwd
         change = ["update", f"JobId={job}", f"NodeList={','.join(hosts)}"]
         done = _run("scontrol", *change, where=Path(where))
+    if _is_waiting(job):
+        _run("scontrol", "update", f"JobId={job}", "ReqNodeList=")
     return _words(done) if done.returncode else ""
+
+
+def _is_waiting(job: str) -> bool:
+    found = _from_scontrol(job)
+    return found is not None and found.state == "PENDING"
 
 
 def cancel(job: str, gently: bool) -> None:
@@ -94,9 +160,10 @@ def _from_scontrol(job: str) -> JobState | None:
         return None
     fields = dict(re.findall(r"(\w+)=(.*?)(?= \w+=|$)", done.stdout.splitlines()[0]))
     comment = fields.get("Comment", "").strip()
+    reason = str(fields.get("Reason", ""))
     return JobState(
         fields.get("JobState", "?"),
-        comment if comment.startswith(OUR_COMMENT) else fields.get("Reason", ""),
+        comment if comment.startswith(OUR_COMMENT) else _REASONS.get(reason, reason),
         fields.get("NodeList", ""),
         "scontrol",
     )
@@ -135,7 +202,9 @@ def _first_row(done: subprocess.CompletedProcess[str], source: str) -> JobState 
     return JobState(state, reason, nodes, source)
 
 
-def _run(*command: str, where: Path | None = None) -> subprocess.CompletedProcess[str]:
+def _run(
+    *command: str, where: Path | None = None, without: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
     """Run one of Slurm's commands; a missing command or a timeout counts as a failure."""
     try:
         return subprocess.run(
@@ -145,7 +214,7 @@ def _run(*command: str, where: Path | None = None) -> subprocess.CompletedProces
             timeout=_SLURM_S,
             check=False,
             cwd=where,
-            env={**os.environ, "LC_ALL": "C"},
+            env={k: v for k, v in {**os.environ, "LC_ALL": "C"}.items() if k not in without},
         )
     except FileNotFoundError:
         return subprocess.CompletedProcess(command, 127, "", f"{command[0]}: not found")

@@ -11,7 +11,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from drumline.data.factory import factory_file
+from drumline.data.factory import factory_files
 from drumline.data.files import matching_files
 from drumline.recipe.schema import Data
 
@@ -45,14 +45,20 @@ def _stamps(data: Data, project: str | None) -> Any:
         stamps += [_stamp(path) for path in matching_files(data)]
     elif data.source == "factory":
         assert data.factory
-        stamps.append(hashlib.sha256(factory_file(data.factory, project).read_bytes()).hexdigest())
+        stamps += _hashes(data.factory, project)
     if data.task_factory:
-        raw = factory_file(data.task_factory, project).read_bytes()
-        stamps.append(hashlib.sha256(raw).hexdigest())
+        stamps += _hashes(data.task_factory, project)
     if data.tokenizer.startswith("/"):
         folder = Path(data.tokenizer)
         stamps += [_stamp(path) for path in sorted(folder.glob("*")) if path.is_file()]
     return stamps
+
+
+def _hashes(factory: str, project: str | None) -> list[str]:
+    """SHA-256 of the factory's file and of those of the project that it imports."""
+    return [
+        hashlib.sha256(path.read_bytes()).hexdigest() for path in factory_files([factory], project)
+    ]
 
 
 def _stamp(path: Path) -> list[Any]:

@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from drumline.data.factory import factory_files
 from drumline.errors import RunError
 from drumline.recipe.schema import Recipe, factories_of
 from drumline.secrets import Secrets, is_secret_file
@@ -45,7 +46,7 @@ def read_code(recipe: Recipe, folder: Path, secrets: Secrets) -> dict[str, Any]:
         found["project"] = os.path.relpath(base.resolve(), top.resolve())
         _add_diff(found, top, secrets)
         _add_untracked(found, top, secrets)
-    found["factories"] = _factories(recipe)
+    found["factories"] = factory_hashes(recipe)
     if not found["commit"]:
         for name in found["factories"]:
             place = str(PurePosixPath(found["project"]) / name)
@@ -112,15 +113,23 @@ def package_sha256() -> str:
     return digest.hexdigest()
 
 
-def _factories(recipe: Recipe) -> dict[str, str]:
-    """SHA-256 of the files that define the recipe's factories, by name."""
-    files = {f"{name.partition(':')[0]}.py" for name in factories_of(recipe)}
+def factory_hashes(recipe: Recipe) -> dict[str, str]:
+    """SHA-256 of the project's files that the recipe's factories run, by name, relative to the project."""
     base = Path(recipe.project or ".")
-    return {
-        name: hashlib.sha256((base / name).read_bytes()).hexdigest()
-        for name in sorted(files)
-        if (base / name).is_file()
-    }
+    named = [
+        name for name in factories_of(recipe) if (base / f"{name.partition(':')[0]}.py").is_file()
+    ]
+    files = factory_files(named, recipe.project)
+    names = {os.path.relpath(path, base): path for path in files}
+    return {name: hashlib.sha256(names[name].read_bytes()).hexdigest() for name in sorted(names)}
+
+
+def listed_files(project: Path) -> list[str] | None:
+    """Tracked files, and untracked ones that are not ignored, relative to the project; None outside git."""
+    if not _said(project, "rev-parse", "--show-toplevel"):
+        return None
+    listed = _git(project, "ls-files", "--cached", "--others", "--exclude-standard", "-z")
+    return None if listed is None else sorted(set(filter(None, listed.split("\0"))))
 
 
 def _add_diff(found: dict[str, Any], top: Path, secrets: Secrets) -> None:

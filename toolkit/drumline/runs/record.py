@@ -49,12 +49,16 @@ def new_record(
 
 
 def attempt_entry(
-    plan: Plan, cause: str, environment: dict[str, str] | None = None, cleared: Sequence[str] = ()
+    plan: Plan,
+    cause: str,
+    environment: dict[str, str] | None = None,
+    cleared: Sequence[str] = (),
+    changed: dict[str, list[Any]] | None = None,
 ) -> dict[str, Any]:
     """Build the entry of an attempt at its start; the launcher's command is added later as `command`.
 
     `environment`: variables that reach the ranks and that a library may read; `cleared`: names of those that
-    were taken away.
+    were taken away. `changed`: what differs from the record (`runs/changes.py`).
     """
     split = {
         "per_device": plan.batch.per_device,
@@ -68,6 +72,7 @@ def attempt_entry(
         "strategy": plan.recipe.strategy.name,
         "environment": environment or {},
         "cleared": list(cleared),
+        "changed": changed or {},
         "started": now(),
         "ended": None,
         "outcome": None,

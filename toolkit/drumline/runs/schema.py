@@ -62,6 +62,7 @@ class Attempt(_Part):
     command: list[Text] = []
     environment: dict[str, str] = {}
     cleared: list[str] = []
+    changed: dict[str, list[Any]] = {}
     start_s: dict[str, Annotated[float, Field(strict=False)]] | None = None
     memory: dict[str, Any] | None = None
     devices: list[dict[str, Any]] = []

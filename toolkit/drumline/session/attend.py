@@ -14,6 +14,7 @@ from drumline.processes import free_port
 from drumline.recipe.load import load_recipe
 from drumline.recipe.schema import NodeRange, Recipe
 from drumline.runs.folder import RunFolder
+from drumline.runs.record import now
 from drumline.session import members
 from drumline.session.ending import report_end
 from drumline.session.links import links_of, slow_words
@@ -38,6 +39,7 @@ def supervise_in_slurm(folder: RunFolder) -> int:
     """Supervise the run inside a Slurm job, through srun on its nodes; return the exit code."""
     site = load_site(folder.path / SITE)
     allocation = _allocation()
+    _register(folder)
     listed = ",".join(allocation.hosts)
     remark = _preflight(folder, site, allocation) if site.preflight else ""
     return _supervise(
@@ -47,6 +49,15 @@ def supervise_in_slurm(folder: RunFolder) -> int:
         lambda p, n, until: _render(p, n, until, folder, site, allocation),
         lambda plan: _survive(plan, folder, allocation),
     )
+
+
+def _register(folder: RunFolder) -> None:
+    """Add this job to the record, if a person gave its script to sbatch: `cancel` and `status` look there."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
+    known = [entry["id"] for entry in folder.read_record().get("jobs") or []]
+    if job not in known and os.environ["SLURM_JOB_ID"] not in known:
+        folder.add_job({"target": "slurm", "id": job, "submitted": now(), "by": "sbatch"})
 
 
 def supervise_members(folder: RunFolder, nodes: int) -> int:
@@ -152,13 +163,13 @@ def plan_for(folder: RunFolder, nodes: int) -> Plan:
 
 def _refuse_another_training(folder: RunFolder, plan: Plan) -> None:
     record = folder.read_record()
-    for name, was, now in (
+    for name, was, here in (
         ("training_sha256", record["training_sha256"], plan.training_sha256),
         ("data fingerprint", record["data"]["fingerprint"], plan.data.fingerprint),
     ):
-        if was != now:
+        if was != here:
             raise RunFolderError(
-                f"{folder.path}: {name} changed since the job was submitted: {was} then, {now} now"
+                f"{folder.path}: {name} changed since the job was submitted: {was} then, {here} now"
             )
 
 

@@ -1,27 +1,34 @@
 """Submits to a cluster: creates the run folder, then its script or manifests, then the jobs."""
 
+import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from drumline.cluster import slurm
+from drumline.cluster.limits import check_limits
 from drumline.cluster.site import load_site, validate_site
 from drumline.errors import DoesNotFit, LaunchError
-from drumline.files import write_text
+from drumline.files import read_bytes, write_text
 from drumline.plan.model import Plan
 from drumline.processes import SOURCE_ROOTS
 from drumline.recipe import yaml12
-from drumline.recipe.schema import NodeRange, Recipe
+from drumline.recipe.schema import NodeRange, Recipe, factories_of
 from drumline.runs import folder as run_folder
-from drumline.runs.folder import RunFolder
+from drumline.runs.code import factory_hashes
+from drumline.runs.folder import RunFolder, open_run
+from drumline.runs.freeze import freeze_project
 from drumline.runs.record import new_record, now
 from drumline.secrets import Secrets
 from drumline.session.launch import check_offered, refuse_what_does_not_fit
 from drumline.session.planning import plan_on_nodes
+from drumline.session.trust import remember_project
 from drumline_launchers.kubernetes import check_manifests, render_manifests
 from drumline_launchers.site import Site
 from drumline_launchers.skypilot import render_task
@@ -30,14 +37,55 @@ from drumline_launchers.slurm import Batch, render_script
 SCRIPT, MANIFESTS = "job.sh", "manifests.yaml"
 
 SITE = "site.yaml"
+CODE = "code"
+"""The copy of the project's code in a run folder."""
 
 _LONGEST_LABEL = 50
 """Kubernetes allows names of 63 characters; a JobSet appends some for its pods."""
 
 
-def read_site(file: Path | None, preflight: bool, to: str) -> Site:
-    """Load the site file (None: an empty site) and apply `--preflight`, which is for Slurm only."""
+@dataclass(frozen=True)
+class JobOptions:
+    """What a single submission says beside the site: each None where the site's word holds.
+
+    `dependency` is in Slurm's words, such as afterok:17; `after` a run whose jobs must end well first.
+    """
+
+    time: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    job_name: str | None = None
+    dependency: str | None = None
+    after: Path | None = None
+
+    @property
+    def of_the_site(self) -> dict[str, str]:
+        """Those that replace a key of the site."""
+        found = {
+            "time_limit": self.time,
+            "partition": self.partition,
+            "account": self.account,
+            "qos": self.qos,
+        }
+        return {key: value for key, value in found.items() if value is not None}
+
+
+NO_OPTIONS = JobOptions()
+
+
+def read_site(
+    file: Path | None, preflight: bool, to: str, options: JobOptions = NO_OPTIONS
+) -> Site:
+    """Load the site file (None: an empty site), apply the options, and `--preflight`, for Slurm only."""
     site = load_site(file) if file else validate_site({"site": "default"}, "default site")
+    if to != "slurm" and options != NO_OPTIONS:
+        raise LaunchError(
+            f"--to {to}: --time, --partition, --after … are Slurm's. Nearest: --to slurm"
+        )
+    if options.of_the_site:
+        plain = {**site.model_dump(exclude_unset=True), **options.of_the_site}
+        site = validate_site(plain, "options")
     if preflight:
         site = site.model_copy(update={"preflight": True})
     if site.preflight and to != "slurm":
@@ -48,6 +96,40 @@ def read_site(file: Path | None, preflight: bool, to: str) -> Site:
     return site
 
 
+def lacking_variables(site: Site) -> str:
+    """Say which variables under the site's `environment` are not set here; "" if all are."""
+    lacking = [name for name in site.environment if name not in os.environ]
+    if not lacking:
+        return ""
+    return (
+        f"environment: {lacking[0]} is not set here, so the job would not get it. Nearest: "
+        f"export {lacking[0]}, or leave it out of the site"
+    )
+
+
+def check_slurm(plan: Plan, site: Site, options: JobOptions = NO_OPTIONS) -> JobOptions:
+    """Raise LaunchError if the job could never start, or a variable of the site is not set here.
+
+    Nothing is written before. Returns the options with `after` as a dependency on that run's jobs.
+    """
+    if lacking := lacking_variables(site):
+        raise LaunchError(lacking)
+    nodes = plan.recipe.cluster.nodes
+    check_limits(plan, site, nodes.min if isinstance(nodes, NodeRange) else plan.batch.nodes)
+    if options.after is None:
+        return options
+    jobs = open_run(options.after).read_record().get("jobs") or []
+    ids = [entry["id"] for entry in jobs if entry["target"] == "slurm"]
+    if not ids:
+        raise LaunchError(
+            f"--after {options.after}: this run has no job in Slurm. Nearest: without --after"
+        )
+    words = f"afterok:{ids[-1]}"
+    return dataclasses.replace(
+        options, after=None, dependency=",".join(filter(None, [options.dependency, words]))
+    )
+
+
 def submit_all(
     plan: Plan,
     site: Site,
@@ -56,23 +138,51 @@ def submit_all(
     secrets: Secrets,
     chain: int,
     hold: bool,
+    options: JobOptions = NO_OPTIONS,
 ) -> tuple[RunFolder, list[str]]:
     """Create the run folder and submit its jobs; on an error, cancel Slurm jobs and delete the folder."""
     folder = run_folder.create(plan.recipe, run_dir, runs_of(site))
     jobs: list[str] = []
     try:
-        folder.write_record({**new_record(plan, sys.argv, secrets), "jobs": []})
-        write_text(folder.path / SITE, yaml12.dump(site.model_dump()))
+        plan = prepare_folder(plan, site, folder, secrets)
         if to == "kubernetes":
             jobs.append(_apply(plan, site, folder))
         for _ in range(chain if to == "slurm" else 0):
-            jobs.append(_submit_one(plan, site, folder, jobs, hold, chain))
+            jobs.append(_submit_one(plan, site, folder, jobs, hold, chain, options))
     except BaseException:
         for job in jobs if to == "slurm" else []:
             slurm.cancel(job, gently=False)
         shutil.rmtree(folder.path, ignore_errors=True)
         raise
     return folder, jobs
+
+
+def prepare_folder(plan: Plan, site: Site, folder: RunFolder, secrets: Secrets) -> Plan:
+    """Write what a job needs into its new run folder: code, recipe, record, site; return its plan.
+
+    The project's code is copied, and the recipe in the folder names the copy.
+    """
+    record = {**new_record(plan, sys.argv, secrets), "jobs": []}
+    if plan.recipe.project and factories_of(plan.recipe):
+        target = folder.path / CODE
+        frozen = freeze_project(Path(plan.recipe.project), target)
+        for name, why in frozen.left_out.items():
+            print(f"not copied for the job: {name}: {why}", file=sys.stderr)
+        recipe = plan.recipe.model_copy(update={"project": str(target)})
+        if factory_hashes(recipe) != record["code"]["factories"]:
+            raise LaunchError(
+                f"{plan.recipe.project}: a file that the recipe's factories run was not copied. Nearest: put "
+                "it into the project as a regular file"
+            )
+        plan = dataclasses.replace(plan, recipe=recipe)
+        remember_project(recipe)
+        plain = recipe.model_dump(by_alias=True)
+        folder.write_recipe(plain)
+        record["recipe"] = plain
+    folder.write_record(record)
+    write_text(folder.path / SITE, yaml12.dump(site.model_dump()))
+    (folder.path / "logs").mkdir()
+    return plan
 
 
 def check_fewest(plan: Plan, force: bool, as_json: bool) -> None:
@@ -149,25 +259,57 @@ def _apply(plan: Plan, site: Site, folder: RunFolder) -> str:
     manifests = _manifests(plan, site, name, folder.read_record())
     text = _manifest_text(manifests)
     write_text(folder.path / MANIFESTS, text)
-    command = ["kubectl", "apply", "-f", "-"]
-    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise LaunchError(
-            f"kubectl apply: {(done.stderr.strip() or 'it printed no error').splitlines()[-1]}"
-        )
+    _kubectl(["apply", "-f", "-"], text)
     kind, meta = manifests[-1]["kind"].lower(), manifests[-1]["metadata"]
     entry = {"target": "kubernetes", "id": f"{kind}/{meta['name']}", "namespace": meta["namespace"]}
     folder.add_job({**entry, "submitted": now()})
     return str(entry["id"])
 
 
+def submit_again(plan: Plan, site: Site, folder: RunFolder, options: JobOptions, hold: bool) -> str:
+    """Submit another job for an existing run, which goes on from its newest checkpoint; return its id."""
+    write_text(folder.path / SITE, yaml12.dump(site.model_dump()))
+    return _submit_one(plan, site, folder, [], hold, 1, options)
+
+
+def apply_again(folder: RunFolder) -> str:
+    """Give the run's manifests to Kubernetes again, replacing the object that has ended; return its name."""
+    path = folder.path / MANIFESTS
+    if not path.is_file():
+        raise LaunchError(f"{path}: is missing. Nearest: drumline submit the recipe again")
+    text = read_bytes(path).decode()
+    _kubectl(["delete", "--ignore-not-found", "--wait", "-f", "-"], text)
+    _kubectl(["apply", "-f", "-"], text)
+    last = [entry for entry in folder.read_record()["jobs"] if entry["target"] == "kubernetes"][-1]
+    folder.add_job({**last, "submitted": now()})
+    return str(last["id"])
+
+
+def _kubectl(arguments: list[str], text: str) -> None:
+    command = ["kubectl", *arguments]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    if done.returncode:
+        words = (done.stderr.strip() or "it printed no error").splitlines()[-1]
+        raise LaunchError(f"kubectl {arguments[0]}: {words}")
+
+
 def _submit_one(
-    plan: Plan, site: Site, folder: RunFolder, before: list[str], hold: bool, chain: int
+    plan: Plan,
+    site: Site,
+    folder: RunFolder,
+    before: list[str],
+    hold: bool,
+    chain: int,
+    options: JobOptions,
 ) -> str:
     """Submit a job that waits for the last of `before`, record it, and return its id."""
     path = folder.path / (f"job-{len(before)}.sh" if before else SCRIPT)
     after = before[-1] if before else None
-    batch = batch_of(plan, [folder], after, is_followed=len(before) + 1 < chain)
+    batch = dataclasses.replace(
+        batch_of(plan, [folder], after, is_followed=len(before) + 1 < chain),
+        name=options.job_name,
+        dependency=None if before else options.dependency,
+    )
     write_text(path, render_script(plan, site, batch))
     job = slurm.submit(path, hold)
     folder.add_job({"target": "slurm", "id": job, "submitted": now()})

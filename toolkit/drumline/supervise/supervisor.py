@@ -14,6 +14,7 @@ from drumline.errors import CheckpointError
 from drumline.plan.model import Plan
 from drumline.processes import age_s
 from drumline.rank_files import RankFiles
+from drumline.runs.changes import change_words, changed_since
 from drumline.runs.closing import close_run
 from drumline.runs.folder import RunFolder
 from drumline.runs.peaks import memory_entry
@@ -141,8 +142,11 @@ def _one_attempt(
     `before`: seconds of the phases before this attempt, which belong to its start.
     """
     try:
+        changed = changed_since(folder.read_record(), plan.recipe)
+        if changed:
+            around.say(f"changed since the run was recorded: {change_words(changed)}")
         kept = Secrets(os.environ).hide_in(kept_variables(os.environ))
-        entry = attempt_entry(plan, cause, kept, cleared_names(os.environ))
+        entry = attempt_entry(plan, cause, kept, cleared_names(os.environ), changed)
         number = folder.add_attempt(plan, entry, is_restart)
     except OSError as error:
         where = error.filename or folder.path

@@ -1,0 +1,102 @@
+"""Copies a project's code into a run folder, so that a job trains what was submitted, whatever is edited."""
+
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from drumline.errors import RunError
+from drumline.files import apply_umask
+from drumline.runs.code import listed_files
+from drumline.secrets import is_secret_file
+
+FILE_LIMIT = 1 << 20
+TOTAL_LIMIT = 256 << 20
+MOST_FILES = 20_000
+_NEVER = {"__pycache__", "node_modules", ".git"}
+
+
+@dataclass
+class Frozen:
+    """The copy: number of files, their bytes, and each omitted file with the reason."""
+
+    files: int = 0
+    size: int = 0
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def freeze_project(project: Path, target: Path) -> Frozen:
+    """Copy the project's files into the new folder `target`.
+
+    In a git repository: tracked files as they are now, and untracked ones that are not ignored; elsewhere all
+    files. Python files of any size are copied, others up to FILE_LIMIT bytes. Left out: links, files whose
+    name says that they hold secrets, caches, virtual environments and run folders. RunError if there is too
+    much to be a project's code.
+    """
+    found = Frozen()
+    target.mkdir(parents=True)
+    for name in _names(project):
+        source = project / name
+        if why := _why_left_out(source, name):
+            if why != "gone":
+                found.left_out[name] = why
+            continue
+        found.files += 1
+        found.size += source.stat().st_size
+        if found.files > MOST_FILES or found.size > TOTAL_LIMIT:
+            raise RunError(
+                f"project {project}: over {MOST_FILES:,} files or {TOTAL_LIMIT:,} bytes, too much to "
+                "copy for a job. Nearest: a folder for the recipe and its code alone"
+            )
+        place = target / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, place, follow_symlinks=False)
+        apply_umask(place, 0o666)
+    return found
+
+
+def _why_left_out(source: Path, name: str) -> str:
+    if source.is_symlink():
+        return "a symbolic link"
+    if not source.is_file():
+        return "not a regular file" if source.exists() else "gone"
+    if is_secret_file(name):
+        return "holds secrets by its name"
+    size = source.stat().st_size
+    if source.suffix != ".py" and size > FILE_LIMIT:
+        return f"{size:,} bytes, over {FILE_LIMIT:,}"
+    return ""
+
+
+def _names(project: Path) -> list[str]:
+    """The project's files by name, relative to it, sorted; those of run folders are left out."""
+    listed = listed_files(project)
+    names = _walk(project) if listed is None else listed
+    return sorted(name for name in names if not _is_in_a_run(project, name))
+
+
+def _walk(project: Path) -> list[str]:
+    found = []
+    for folder, folders, files in os.walk(project):
+        base = Path(folder)
+        folders[:] = [
+            name
+            for name in folders
+            if name not in _NEVER
+            and not name.startswith(".")
+            and not (base / name / "pyvenv.cfg").exists()
+        ]
+        found += [
+            str((base / name).relative_to(project)) for name in files if not name.startswith(".")
+        ]
+        if len(found) > 10 * MOST_FILES:
+            break
+    return found
+
+
+def _is_in_a_run(project: Path, name: str) -> bool:
+    parts = Path(name).parts[:-1]
+    folders = (project.joinpath(*parts[: count + 1]) for count in range(len(parts)))
+    return any(
+        (folder / "record.json").exists() or (folder / "sweep.json").exists() for folder in folders
+    )
