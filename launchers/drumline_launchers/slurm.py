@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from drumline.plan.model import Plan
 from drumline_launchers.base import Command, Job
@@ -14,8 +14,6 @@ from drumline_launchers.site import Container, Site
 
 _ALWAYS = ("PATH", "HOME", "USER", "SHELL", "LANG", "SLURM_CONF", "DRUMLINE_CACHE")
 """Variables to pass on besides the site's `environment`; unused if that is empty."""
-
-_TEMPLATE = Path(__file__).with_name("slurm.sh.j2")
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Batch:
 def render_script(plan: Plan, site: Site, batch: Batch) -> str:
     """Render the sbatch script; every value is quoted, except in #SBATCH lines."""
     per_node = plan.mesh.ranks_per_node
-    return _template().render(
+    return _template("slurm.sh.j2").render(
         options=_options(plan, site, batch, per_node),
         site=site,
         runs=batch.run_folders,
@@ -56,6 +54,27 @@ def render_script(plan: Plan, site: Site, batch: Batch) -> str:
         split=str(plan.batch.split),
         effective=plan.batch.effective,
         nodes_range=None if batch.fewest == batch.most else f"{batch.fewest}-{batch.most}",
+    )
+
+
+def render_command_script(
+    site: Site, name: str, arguments: list[str], batch: Batch, output: Path
+) -> str:
+    """Render the sbatch script of one drumline command, with its `arguments`, on one node without GPUs."""
+    found = [
+        f"--job-name={_quoted(name if _QUOTABLE.fullmatch(name) else 'drumline')}",
+        f"--output={_quoted(str(output)) if _QUOTABLE.fullmatch(str(output)) else '/dev/null'}",
+        "--nodes=1",
+        *_of_site(site, batch),
+    ]
+    start = [site.python or batch.python, "-P", "-m", "drumline.cli", *arguments]
+    return _template("slurm_command.sh.j2").render(
+        options=[option for option in found if option],
+        command=shlex.join(start),
+        import_path=":".join(map(str, batch.import_path)),
+        site=site,
+        fabric=_fabric(site),
+        cache=site.cache,
     )
 
 
@@ -120,13 +139,26 @@ def _options(plan: Plan, site: Site, batch: Batch, per_node: int) -> list[str]:
     if plan.recipe.cluster.gpu != "cpu":
         kind = f"{site.gpu_type}:" if site.gpu_type else ""
         gpus = f"--gpus-per-node={kind}{per_node}"
-    waits = [f"afterany:{batch.after}" if batch.after else "", batch.dependency or ""]
-    mail = site.mail
     found = [
         f"--job-name={_quoted(batch.name or _job_name(plan, batch))}",
         *_where_an_admin_looks(batch),
         f"--nodes={nodes}",  # no --ntasks-per-node: with it Slurm gives the fewest nodes of a range
         gpus,
+        *_of_site(site, batch),
+        _array(batch),
+        f"--signal=B:USR1@{site.warning_s}",
+        "--requeue",
+        "--open-mode=append",
+        *(_option_of_site(option) for option in site.sbatch),
+    ]
+    return [option for option in found if option]
+
+
+def _of_site(site: Site, batch: Batch) -> list[str | None]:
+    """Options that every job of a site has, and what it waits for."""
+    waits = [f"afterany:{batch.after}" if batch.after else "", batch.dependency or ""]
+    mail = site.mail
+    return [
         f"--cpus-per-task={site.cpus_per_node}" if site.cpus_per_node else None,
         f"--mem={site.memory_per_node}" if site.memory_per_node else None,
         f"--time={site.time_limit}" if site.time_limit else None,
@@ -137,14 +169,8 @@ def _options(plan: Plan, site: Site, batch: Batch, per_node: int) -> list[str]:
         f"--dependency={','.join(filter(None, waits))}" if any(waits) else None,
         f"--mail-user={mail.user}" if mail else None,
         f"--mail-type={','.join(event.upper() for event in mail.events)}" if mail else None,
-        _array(batch),
         f"--export={','.join([*_ALWAYS, *site.environment])}" if site.environment else None,
-        f"--signal=B:USR1@{site.warning_s}",
-        "--requeue",
-        "--open-mode=append",
-        *(_option_of_site(option) for option in site.sbatch),
     ]
-    return [option for option in found if option]
 
 
 _PLAIN = re.compile(r"[A-Za-z0-9_./+@,=:-]+")
@@ -214,9 +240,15 @@ def _apptainer(container: Container, run_folder: Path) -> list[str]:
 
 
 @cache
-def _template() -> Template:
+def _template(name: str) -> Template:
     """Return the parsed template; its filter `quoted` quotes a value, and an undefined name is an error."""
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-                              keep_trailing_newline=True, autoescape=False)  # fmt: skip  # noqa: S701 - shell
+    environment = Environment(
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # noqa: S701 - a shell script, where every value is quoted
+        loader=FileSystemLoader(Path(__file__).parent),
+    )
     environment.filters["quoted"] = lambda value: shlex.quote(str(value))
-    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    return environment.get_template(name)

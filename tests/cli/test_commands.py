@@ -237,3 +237,25 @@ def test_sweep_trains_each_and_reports_all(forked: Any, tmp_path: Path) -> None:
     assert rates == [1e-3, 2e-3]
     assert "000 and 001" in (tmp_path / "s/report.html").read_text()
     assert len(json.loads(forked("runs", "s", "--json").stdout)["runs"]) == 2
+
+
+def test_edges_of_a_shell_are_told_as_they_are(drumline: Any, tmp_path: Path) -> None:
+    """A rank left over in the environment, a recipe on a pipe, a folder that is gone: one message, no traceback."""
+    env = {**os.environ, "PYTHONPATH": SOURCES}
+
+    def run(command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        shell = command.replace("drumline", f"{sys.executable} -P -m drumline.cli")
+        return subprocess.run(["bash", "-c", shell], cwd=tmp_path, env={**env, **variables}, capture_output=True,
+                              text=True, timeout=60, check=False)  # fmt: skip
+
+    alone = run("drumline run tiny-code-lm --dry-run", NODE_RANK="1", MASTER_ADDR="elsewhere")
+    assert alone.returncode == 0, alone.stderr
+    assert "unset MASTER_ADDR NODE_RANK" in alone.stdout
+    several = ["batch.gpus=64", "batch.accumulation=null"]
+    wide = f"drumline run llama-8b-8xh100 {' '.join(several)} --dry-run"
+    assert "NODE_RANK in the environment 9: the plan has 8 nodes" in run(wide, NODE_RANK="9").stderr
+    piped = run("cat /dev/null | drumline plan /dev/stdin")
+    assert piped.returncode == 2
+    assert "Traceback" not in piped.stderr
+    lost = run("mkdir gone && cd gone && rmdir ../gone && drumline plan tiny-code-lm")
+    assert (lost.returncode, "the current folder has been deleted" in lost.stderr) == (2, True)

@@ -258,6 +258,11 @@ def test_a_run_after_another_and_a_sweep_by_its_folder(desk: Desk) -> None:
     first = desk.submit(*ALONE, "duration.steps=10", name="first")
     second = desk.submit(*SHORT, name="second", options=["--after", "first"])
     assert f"afterok:{first}" in desk.lab.ask("scontrol", "show", "job", "-o", second)
+    (desk.folder / "c.yaml").write_text(yaml12.dump(CORPUS))
+    (desk.folder / "corpus.txt").write_text("some text " * 400)
+    desk.drumline("submit", "c.yaml", "--site", "site.yaml", "--run-dir", "lm")
+    exported = desk.drumline("export", "lm", "model", "--to", "slurm").stdout.split()[1]
+    assert "afterok:" in desk.lab.ask("scontrol", "show", "job", "-o", exported)
     desk.drumline("sweep", "r.yaml", "optimizer.lr=1e-3,3e-3", *ALONE, "duration.steps=400", "--to", "slurm", "--site",
                   "site.yaml", "--folder", "all", "--at-most", "1")  # fmt: skip
     wait(lambda: (desk.folder / "all/000/metrics.jsonl").exists(), 120)
@@ -271,3 +276,5 @@ def test_a_run_after_another_and_a_sweep_by_its_folder(desk: Desk) -> None:
     assert "nothing runs" in desk.drumline("cancel", "all", code=2).stderr
     desk.wait_for_job(second)
     assert desk.record("second")["outcome"] == "finished"
+    desk.wait_for_job(exported)
+    assert (desk.folder / "model/model.safetensors").is_file()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from lab import wait
 
-from conftest import SOURCES, tiny_recipe
+from conftest import SOURCES, run_drumline, tiny_recipe
 from drumline.errors import RunFolderError
 from drumline.metrics_file import read_metrics
 from drumline.rank_files import RankFiles
@@ -77,7 +77,10 @@ def test_two_nodes_meet_and_both_leave_with_the_outcome(tmp_path: Path) -> None:
     assert record["data"]["fingerprint"]
 
 
-RECORD = '{"training_sha256": "%s", "attempts": [], "restarts": 0, "outcome": null, "data": {}}'
+RECORD = (
+    '{"recipe": {"recipe": "r"}, "training_sha256": "%s", "attempts": [], "restarts": 0, "outcome": null, '
+    '"data": {"fingerprint": null}}'
+)
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -94,6 +97,38 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
         RunFolderError, match="another run has this folder .training_sha256 bb, not aa"
     ):
         adopt(source, folder)
+
+
+def test_the_submitted_code_reaches_the_pods(tmp_path: Path) -> None:
+    """The ConfigMap holds the project's code; a node writes it into the run folder, and the recipe names it there."""
+    project = tmp_path / "project"
+    (project / "package").mkdir(parents=True)
+    (project / "slow.py").write_text(SLOW)
+    (project / "package/part.py").write_text("VALUE = 1\n")
+    (project / ".env").write_text("HF_TOKEN=x\n")
+    (tmp_path / "s.yaml").write_text(
+        yaml12.dump({"site": "a", "kubernetes": {"image": "i", "claim": "c"}})
+    )
+    (tmp_path / "r.yaml").write_text(
+        yaml12.dump(tiny_recipe(project=str(project), model={"factory": "slow:make"}))
+    )
+    done = run_drumline(tmp_path, "submit", "r.yaml", "--to", "kubernetes", "--site", "s.yaml", "--run-dir", "name",
+                        "--dry-run")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    config = yaml12.parse(done.stdout.partition("---\n")[0])["data"]
+    assert yaml12.parse(config["recipe.yaml"])["project"] == "/runs/name/code"
+    assert json.loads(config["record.json"])["recipe"]["project"] == "/runs/name/code"
+    source, folder = tmp_path / "config", RunFolder(tmp_path / "name")
+    source.mkdir()
+    for name, text in config.items():
+        (source / name).write_text(text)
+    adopt(source, folder)
+    code = {
+        str(p.relative_to(folder.path / "code")): p.read_text()
+        for p in (folder.path / "code").rglob("*.py")
+    }
+    assert code == {"slow.py": SLOW, "package/part.py": "VALUE = 1\n"}
+    assert not (folder.path / "code/.env").exists()
 
 
 def test_stopped_on_a_signal_both_leave_with_75(tmp_path: Path) -> None:

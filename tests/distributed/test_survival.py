@@ -613,7 +613,7 @@ def test_a_full_disk_in_prepare(fork_server: ForkServer, tmp_path: Path) -> None
         assert not [path for path in (tmp_path / "small").rglob("*") if path.is_file()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_in_prepare(
     fork_server: ForkServer, tmp_path: Path, number: signal.Signals
 ) -> None:

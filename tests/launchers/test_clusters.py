@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from conftest import ROOT
-from drumline.cluster.site import load_site, validate_site
+from drumline.cluster.site import limit_seconds, load_site, validate_site
 from drumline.errors import LaunchError, PlanError, RecipeError
 from drumline.plan.model import Plan
 from drumline.plan.resolve import resolve
@@ -42,7 +42,8 @@ FULL: dict[str, Any] = {
     "environment": ["WANDB_API_KEY"],
     "exclude": ["node-07", "node-09"],
     "cache": "/scratch/it's mine",
-    "sbatch": ["--reservation=spring", "--mail-type=FAIL"],
+    "sbatch": ["--reservation=spring", "--comment=two words"],
+    "mail": {"user": "me@example.org"},
     "kubernetes": {
         "image": "registry.example/train:1",
         "claim": "runs",
@@ -150,6 +151,44 @@ def test_values_that_cannot_stand_in_a_script_are_refused(change: dict[str, Any]
         site(**change)
 
 
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [(60, 3600), ("90:30", 5430), ("1:02:03", 3723), ("1-12", 129600), ("2-01:30", 178200), ("1-00:00:01", 86401),
+     ("UNLIMITED", None), ("INFINITE", None)],
+)  # fmt: skip
+def test_every_form_of_a_limit_that_slurm_takes(limit: Any, seconds: int | None) -> None:
+    """Also as YAML reads it; rendered as it was written; memory as a number of megabytes, or all of it."""
+    made = site(time_limit=limit, memory_per_node=0)
+    assert made.time_limit
+    assert limit_seconds(made.time_limit) == seconds
+    script = render_script(plan_of(1), made, batch(1))
+    assert f"#SBATCH --time={limit}\n" in script
+    assert "#SBATCH --mem=0\n" in script
+    assert "#SBATCH --mem=64000\n" in render_script(
+        plan_of(1), site(memory_per_node=64000), batch(1)
+    )
+
+
+def test_options_of_a_site_are_quoted_and_may_not_contradict() -> None:
+    """A value of two words stays one; what the plan or another key says is refused with that key."""
+    script = render_script(
+        plan_of(1), site(sbatch=["--comment=two words", '--prefer="a b"', "--exclusive"]), batch(1)
+    )
+    assert '#SBATCH --comment="two words"\n#SBATCH --prefer="a b"\n#SBATCH --exclusive\n' in script
+    for option, words in (
+        ("--time=1:00", "the site's key time_limit"),
+        ("--nodes=3", "leave it out: the plan says it"),
+        ("--gres=gpu:4", "the site's key gpu_type"),
+        ("--output=/x", "leave it out"),
+        ("--partition=x", "the site's key partition"),
+        ("--mail-type=END", "mail alone"),
+    ):
+        with pytest.raises(
+            RecipeError, match=f"sbatch: {option.partition('=')[0]}.* contradicts .*{words}|{words}"
+        ):
+            site(sbatch=[option])
+
+
 def test_values_that_clusters_really_have() -> None:
     """Lists of partitions, ranges of nodes, what NCCL takes; `~` is the submitter's home."""
     change = {"partition": "gpu,long", "exclude": ["node[01-03]"], "account": "abc@v100", "runs": "~/runs",
@@ -167,6 +206,7 @@ def test_values_that_clusters_really_have() -> None:
         ({"sbatch": ["--export=ALL,WANDB_API_KEY=a"]}, "sbatch: WANDB_API_KEY: secrets"),
         ({"time_limit": "00:02:00", "warning_s": 120}, r"time_limit 00:02:00 \(120 s\). Nearest: warning_s: 12"),
         ({"time_limit": "1:00", "warning_s": 61}, r"\(60 s\)"),
+        ({"time_limit": "1-12", "warning_s": 129600}, r"\(129600 s\)"),
         ({"time_limit": "1-00:01", "warning_s": 86460}, r"\(86460 s\)"),
     ],
 )  # fmt: skip
@@ -261,6 +301,7 @@ def test_every_key_of_a_site_matters() -> None:
         "partition": "x", "account": "x", "qos": "x", "gpu_type": "x", "cpus_per_node": 5, "memory_per_node": "5G",
         "time_limit": "01:00:00", "warning_s": 5, "setup": ["x"], "python": "x", "fabric": {"interface": "x"},
         "container": {"kind": "pyxis", "image": "x"}, "environment": ["X"], "exclude": ["x"], "cache": "x", "sbatch": ["--x"],
+        "mail": {"user": "x"},
         "kubernetes": {**FULL["kubernetes"], "namespace": "x"},
     }  # fmt: skip
     elsewhere = {

@@ -166,6 +166,15 @@ def printable(text: str) -> str:
     )  # fmt: skip
 
 
+def printable_in(value: Any) -> Any:
+    """Plain data with every text made `printable`."""
+    if isinstance(value, dict):
+        return {key: printable_in(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [printable_in(item) for item in value]
+    return printable(value) if isinstance(value, str) else value
+
+
 def apply_umask(path: Path, mode: int) -> None:
     """Give a file or folder the permissions that an ordinary program would: `mode` without the umask's bits.
 

@@ -11,13 +11,15 @@
 #SBATCH --account=lab
 #SBATCH --qos=high
 #SBATCH --exclude=node-07,node-09
-#SBATCH --array=0-1
+#SBATCH --mail-user=me@example.org
+#SBATCH --mail-type=END,FAIL
 #SBATCH --export=PATH,HOME,USER,SHELL,LANG,SLURM_CONF,DRUMLINE_CACHE,WANDB_API_KEY
+#SBATCH --array=0-1
 #SBATCH --signal=B:USR1@180
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --reservation=spring
-#SBATCH --mail-type=FAIL
+#SBATCH --comment="two words"
 
 # llama-8b-8xh100: effective 4096 = 1 per_device × 8 gpus × 512 accumulation.
 # Everything that this job needs lies in its run folder. It can be edited and given to sbatch by hand; a job
@@ -50,6 +52,7 @@ export NCCL_IB_HCA=mlx5
 export DRUMLINE_CACHE='/scratch/it'"'"'s mine'
 
 # The site's own set-up. A line that fails ends the job; one that may fail ends in `|| true`.
+# shellcheck disable=SC2317  # the trap calls it
 setup_failed() {
   echo "set-up failed with exit code $2: $1"
   note "set-up failed with exit code $2: $1"

@@ -10,8 +10,10 @@ from drumline.checkpoint.manifest import step_of, verify
 from drumline.checkpoint.retention import find_checkpoints, newest_sound
 from drumline.checkpoint.state import badness
 from drumline.cli.options import TrustCode
-from drumline.errors import CheckpointError, RunFolderError
+from drumline.cluster.site import load_site
+from drumline.errors import CheckpointError, LaunchError, RunFolderError
 from drumline.files import new_folder
+from drumline.recipe.load import validate
 from drumline.runs.folder import RunFolder, open_run
 from drumline.session.trust import refuse_foreign_code
 
@@ -20,25 +22,43 @@ def export_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     target: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty.")],
     best: Annotated[bool, typer.Option("--best", help="The best evaluated one instead.")] = False,
+    to: Annotated[
+        str, typer.Option("--to", help="local, or slurm: as a job, after those of the run.")
+    ] = "local",
+    site_file: Annotated[
+        Path | None, typer.Option("--site", help="Instead of the site of the run.")
+    ] = None,
     trust_code: TrustCode = False,
 ) -> None:
     """Write a checkpoint's model as config.json and safetensors, from any engine and split."""
     folder = open_run(run)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunFolderError(f"{target} is not an empty folder. Nearest: another folder")
+    if to == "slurm":
+        recipe = validate(folder.read_record()["recipe"], str(run))
+        refuse_foreign_code(recipe, str(run), trust_code)
+        from drumline.session.submit import submit_export
+
+        site = load_site(site_file) if site_file else None
+        print(f"job {submit_export(folder, target, best, site)}")
+        return
+    if to != "local":
+        raise LaunchError(f"--to {to}: choose from local, slurm")
     plan = folder.latest_plan()
     refuse_foreign_code(plan.recipe, str(run), trust_code)
     path = _best(folder) if best else _newest(folder)
     from drumline.checkpoint.weights import refuse_other_weights
+    from drumline.data.cache import cache_folder
     from drumline.data.dataset_manifest import read_dataset_manifest
     from drumline.train.export import check_finite, export
 
     refuse_other_weights(path, folder.read_record().get("weights"))
     assert plan.data.cache
-    manifest = read_dataset_manifest(Path(plan.data.cache))
+    places = (Path(plan.data.cache), cache_folder(plan.recipe.data, plan.recipe.project))
+    manifest = next(filter(None, map(read_dataset_manifest, places)), None)
     if manifest is None:
         raise RunFolderError(
-            f"{plan.data.cache}: the prepared data are gone. Nearest: drumline prepare"
+            f"{plan.data.cache}: the prepared data are gone. Nearest: drumline prepare {run}"
         )
     with new_folder(target) as written:
         count = export(plan, manifest, path, written)

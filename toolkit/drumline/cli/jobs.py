@@ -224,7 +224,8 @@ def _new_texts(folder: RunFolder, rank: int, shown: dict[Path, int]) -> Iterator
             if path not in shown and len(shown) + len(newest) > 0:
                 yield f"==> {path.relative_to(folder.path)} <==\n"
             shown[path] = start + len(raw)
-            yield raw.decode(errors="replace")
+            text = raw.decode(errors="replace")
+            yield printable(text) if sys.stdout.isatty() else text
     sys.stdout.flush()
 
 

@@ -10,7 +10,14 @@ from typing import Any
 
 from drumline.checkpoint.retention import find_checkpoints
 from drumline.errors import PlanError, RunError, RunFolderError
-from drumline.files import open_regular, read_bytes, read_json, write_json, write_text
+from drumline.files import (
+    open_regular,
+    printable_in,
+    read_bytes,
+    read_json,
+    write_json,
+    write_text,
+)
 from drumline.metrics_file import last_step_line
 from drumline.plan.model import Plan, read_plan
 from drumline.processes import Process
@@ -91,7 +98,10 @@ class RunFolder:
             raise RunError(f"{self.record_file}: cannot be read: {error}") from None
         if why := why_no_record(found):
             raise RunError(f"{self.record_file}: it is not a record of drumline: {why}")
-        return found  # type: ignore[no-any-return]
+        return {
+            key: value if key in ("code", "recipe") else printable_in(value)
+            for key, value in found.items()
+        }
 
     def write_record(self, record: dict[str, Any]) -> None:
         """Replace record.json."""

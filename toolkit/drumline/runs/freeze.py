@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from drumline.errors import RunError
-from drumline.files import apply_umask
-from drumline.runs.code import listed_files
+from drumline.files import apply_umask, parse_json
+from drumline.runs.code import inside, listed_files
 from drumline.secrets import is_secret_file
 
 FILE_LIMIT = 1 << 20
@@ -53,6 +53,36 @@ def freeze_project(project: Path, target: Path) -> Frozen:
         shutil.copyfile(source, place, follow_symlinks=False)
         apply_umask(place, 0o666)
     return found
+
+
+CODE_TEXT = "code.json"
+"""A copy of the code as one JSON object, for nodes that get it with their configuration."""
+
+
+def frozen_text(code: Path) -> dict[str, str]:
+    """The text of each file of a copy, by its name; RunError for one that is not UTF-8 text."""
+    found = {}
+    for path in sorted(path for path in code.rglob("*") if path.is_file()):
+        name = str(path.relative_to(code))
+        try:
+            found[name] = path.read_bytes().decode()
+        except UnicodeDecodeError:
+            raise RunError(
+                f"{name}: is not text, and a ConfigMap holds text. Nearest: put it into the image"
+            ) from None
+    return found
+
+
+def thaw(text: str, target: Path) -> None:
+    """Write the files of `frozen_text` into the new folder `target`; RunError for a name leading outside."""
+    found = parse_json(text)
+    if not isinstance(found, dict):
+        raise RunError(f"{CODE_TEXT}: is not a copy of a project's code")
+    target.mkdir()
+    for name, content in found.items():
+        place = inside(target, str(name))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(str(content), encoding="utf-8")
 
 
 def _why_left_out(source: Path, name: str) -> str:

@@ -174,6 +174,8 @@ def _next(
     if not sound and (why or found.bad or folder.steps_reached()):
         put = f"put a sound copy back into {shown}/checkpoints, or " if why or found.bad else ""
         return f"{put}drumline resume --from-scratch {shown}, which begins again at step 1"
+    if "data fingerprint" in (last.get("message") or ""):
+        return "put the data back as they were when the run began; a resume is refused until then"
     first = _NEXT.get(last.get("kind", ""), "")
     where = f"from {sound[-1]}" if sound else "at step 1: it made no step"
     return f"{first}drumline resume {shown} goes on {where}"

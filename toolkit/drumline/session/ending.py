@@ -47,6 +47,7 @@ def _promise(plan: Plan) -> str:
 
 def _shortest(path: Path) -> Path:
     try:
-        return path.relative_to(Path.cwd())
+        short = path.relative_to(Path.cwd())
     except ValueError:
         return path
+    return path if short == Path() else short

@@ -20,6 +20,7 @@ from drumline.plan.model import Plan
 from drumline.processes import free_port, python_path
 from drumline.recipe.load import load_recipe
 from drumline.runs.folder import RunFolder
+from drumline.runs.freeze import CODE_TEXT, thaw
 from drumline.runs.record import new_record
 from drumline.secrets import Secrets
 from drumline.session.planning import make_plan
@@ -54,6 +55,9 @@ def adopt(source: Path, folder: RunFolder) -> None:
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.glob("*.yaml")):
         shutil.copyfile(path, folder.path / path.name)
+    code = source / CODE_TEXT
+    if code.is_file():
+        thaw(code.read_text(encoding="utf-8"), folder.path / "code")
     record = source / "record.json"
     if record.is_file():
         write_text(folder.record_file, record.read_text(encoding="utf-8"))

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from drumline.recipe.schema import NodeRange, Recipe, factories_of
 from drumline.runs import folder as run_folder
 from drumline.runs.code import factory_hashes
 from drumline.runs.folder import RunFolder, open_run
-from drumline.runs.freeze import freeze_project
+from drumline.runs.freeze import CODE_TEXT, freeze_project, frozen_text
 from drumline.runs.record import new_record, now
 from drumline.secrets import Secrets
 from drumline.session.launch import check_offered, refuse_what_does_not_fit
@@ -32,7 +33,7 @@ from drumline.session.trust import remember_project
 from drumline_launchers.kubernetes import check_manifests, render_manifests
 from drumline_launchers.site import Site
 from drumline_launchers.skypilot import render_task
-from drumline_launchers.slurm import Batch, render_script
+from drumline_launchers.slurm import Batch, render_command_script, render_script
 
 SCRIPT, MANIFESTS = "job.sh", "manifests.yaml"
 
@@ -232,18 +233,31 @@ def dry_text(to: str, plan: Plan, site: Site, run_dir: Path | None, secrets: Sec
         return yaml12.dump(render_task(plan, site, folder.recipe_file))
     record = new_record(plan, sys.argv, secrets)
     name = run_dir.name if run_dir else plan.recipe.recipe
-    return _manifest_text(_manifests(plan, site, name, record))
+    with tempfile.TemporaryDirectory(prefix="drumline-code-") as where:
+        code = Path(where) / CODE
+        if plan.recipe.project and factories_of(plan.recipe):
+            freeze_project(Path(plan.recipe.project), code)
+        return _manifest_text(_manifests(plan, site, name, record, code))
 
 
-def _manifests(plan: Plan, site: Site, name: str, record: dict[str, Any]) -> list[dict[str, Any]]:
-    files = {
-        "recipe.yaml": yaml12.dump(plan.recipe.model_dump(by_alias=True)),
-        "record.json": json.dumps(record),
-        SITE: yaml12.dump(site.model_dump()),
-    }
+def _manifests(
+    plan: Plan, site: Site, name: str, record: dict[str, Any], code: Path
+) -> list[dict[str, Any]]:
+    """Render the manifests; the frozen `code`, if there is any, is passed on as text with the recipe."""
     label = re.sub(r"[^a-z0-9]+", "-", name.lower())[:_LONGEST_LABEL].strip("-")
     if not label:
         raise LaunchError(f"{name}: no name for Kubernetes is in it. Nearest: another --run-dir")
+    recipe, files = plan.recipe, {}
+    if code.is_dir() and site.kubernetes:
+        project = f"{site.kubernetes.mount.rstrip('/')}/{label}/{CODE}"
+        recipe = recipe.model_copy(update={"project": project})
+        files[CODE_TEXT] = json.dumps(frozen_text(code))
+    plain = recipe.model_dump(by_alias=True)
+    files |= {
+        "recipe.yaml": yaml12.dump(plain),
+        "record.json": json.dumps({**record, "recipe": plain}),
+        SITE: yaml12.dump(site.model_dump()),
+    }
     found = render_manifests(plan, site, label, files)
     check_manifests(found)
     return found
@@ -256,7 +270,7 @@ def _manifest_text(manifests: list[dict[str, Any]]) -> str:
 def _apply(plan: Plan, site: Site, folder: RunFolder) -> str:
     """Run `kubectl apply` on the manifests, keep them in the run folder, and return the object's name."""
     name = folder.path.name
-    manifests = _manifests(plan, site, name, folder.read_record())
+    manifests = _manifests(plan, site, name, folder.read_record(), folder.path / CODE)
     text = _manifest_text(manifests)
     write_text(folder.path / MANIFESTS, text)
     _kubectl(["apply", "-f", "-"], text)
@@ -270,6 +284,39 @@ def submit_again(plan: Plan, site: Site, folder: RunFolder, options: JobOptions,
     """Submit another job for an existing run, which goes on from its newest checkpoint; return its id."""
     write_text(folder.path / SITE, yaml12.dump(site.model_dump()))
     return _submit_one(plan, site, folder, [], hold, 1, options)
+
+
+def submit_export(folder: RunFolder, target: Path, best: bool, site: Site | None) -> str:
+    """Submit a job that exports the run to `target` once its jobs have ended well; return the job's id."""
+    stored, record = folder.path / SITE, folder.read_record()
+    site = site or read_site(stored if stored.is_file() else None, preflight=False, to="slurm")
+    jobs = [entry["id"] for entry in record.get("jobs") or [] if entry["target"] == "slurm"]
+    state = slurm.job_state(jobs[-1]) if jobs else None
+    batch = Batch(
+        run_folders=[folder.path],
+        python=sys.executable,
+        import_path=list(SOURCE_ROOTS),
+        fewest=1,
+        most=1,
+        dependency=f"afterok:{jobs[-1]}" if state and not state.is_final else None,
+    )
+    if not record["attempts"] and batch.dependency is None:
+        raise LaunchError(
+            f"{folder.path}: this run never started. Nearest: drumline status {folder.path}"
+        )
+    arguments = [
+        "export",
+        str(folder.path),
+        str(target.absolute()),
+        *(["--best"] if best else []),
+        "--trust-code",
+    ]
+    script = folder.path / "export.sh"
+    output = folder.path / "logs" / "export-%j.out"
+    write_text(
+        script, render_command_script(site, f"export-{folder.path.name}", arguments, batch, output)
+    )
+    return slurm.submit(script)
 
 
 def apply_again(folder: RunFolder) -> str:

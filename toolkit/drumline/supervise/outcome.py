@@ -8,6 +8,7 @@ from drumline.errors import RunError
 from drumline.supervise.ranks import Ranks
 
 STOPPED_EXIT_CODE = 75
+LOG_ENDS = ", whose launcher.log ends:"
 KILLED_EXIT_CODE = 130
 """Ended by a second Ctrl-C: no new checkpoint is saved, older ones are kept, and there is no restart."""
 
@@ -91,7 +92,7 @@ def judge(ranks: Ranks, logs: Path, at_once: bool, died: list[int]) -> Result:
         if at_once:
             message = "ended at once, without a new checkpoint"
             return Result.failure("killed", step, message, KILLED_EXIT_CODE)
-        message = f"rank {named} ended without a word; see {logs}, whose launcher.log ends:{last_words(logs)}"
+        message = f"rank {named} ended without a word; see {logs}{LOG_ENDS}{last_words(logs)}"
         return Result.failure("lost", step, message)
     told = outcomes[0][1]
     assert told

@@ -21,7 +21,7 @@ from drumline.runs.peaks import memory_entry
 from drumline.runs.record import attempt_entry, now
 from drumline.secrets import Secrets
 from drumline.supervise.attempt import Tick, end_ranks, run_attempt
-from drumline.supervise.outcome import STOPPED_EXIT_CODE, Result
+from drumline.supervise.outcome import LOG_ENDS, STOPPED_EXIT_CODE, Result
 from drumline.supervise.ranks import Ranks
 from drumline.supervise.signals import Signals
 from drumline_launchers.base import Command
@@ -115,7 +115,7 @@ def _until_final(
             starts = 1 + folder.read_record()["restarts"]
             if starts > plan.recipe.launch.max_restarts:
                 return result.saying(f"gave up after {starts} failed starts: {result.message}")
-            failed_at, why = result.step, result.message
+            failed_at, why = result.step, _short(result.message)
             if result.suspect:
                 why += _set_aside_since(folder, result.suspect)
             left, words = around.survive(plan)
@@ -126,6 +126,11 @@ def _until_final(
                 return replace(result.saying(why), exit_code=STOPPED_EXIT_CODE)
             plan, cause = left, f"restart: {why}"
         around.say(cause)
+
+
+def _short(message: str) -> str:
+    """The message without the launcher's log, which the attempt's own message keeps."""
+    return message.partition(LOG_ENDS)[0]
 
 
 def _one_attempt(
