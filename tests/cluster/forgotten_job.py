@@ -15,7 +15,35 @@ from pathlib import Path
 
 from lab import HOSTS, Lab, wait
 
+from conftest import tiny_recipe
 from drumline.cluster import slurm
+from drumline.cluster.limits import check_limits
+from drumline.cluster.site import validate_site
+from drumline.errors import LaunchError
+from drumline.plan.resolve import resolve
+from drumline.recipe.load import validate
+
+
+def try_accounts(lab: Lab) -> list[str]:
+    """What `submit` says of an account and a QOS that this user does not have, and of those that he has."""
+    lab.ask("sacctmgr", "-i", "add", "account", "physics")
+    lab.ask("sacctmgr", "-i", "add", "user", "root", "account=physics")
+    wait(lambda: any(row[0] == "physics" for row in slurm.associations("root")), 60)
+    plan = resolve(validate(tiny_recipe(cluster={"gpus_per_node": 2}), "r"))
+    told = []
+    for changes in (
+        {"account": "chemistry"},
+        {"account": "physics", "qos": "fast"},
+        {"account": "physics"},
+    ):
+        try:
+            check_limits(
+                plan, validate_site({"site": "lab", "partition": "batch", **changes}, "s"), 1
+            )
+            told.append("")
+        except LaunchError as error:
+            told.append(str(error))
+    return told
 
 
 def main(folder: Path, accounting: bool) -> None:
@@ -41,7 +69,9 @@ def main(folder: Path, accounting: bool) -> None:
         wait(lambda: "batch" in lab.ask("sinfo", "-h", "-o", "%P"), 60)
         after = wait(lambda: (found := slurm.job_state(job)) and found.is_final and found, 60)
         assert before
-        print(json.dumps([dataclasses.asdict(state) for state in (before, after)]))
+        accounts = try_accounts(lab) if accounting else []
+        states = [dataclasses.asdict(state) for state in (before, after)]
+        print(json.dumps([*states, accounts]))
     finally:
         lab.stop()
 

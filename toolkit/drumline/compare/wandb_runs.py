@@ -14,8 +14,10 @@ from typing import Any
 
 from drumline.compare.logged import Logged, split_lines
 from drumline.errors import LaunchError, RunFolderError
+from drumline.files import read_bytes
 from drumline.metrics_file import Kind, with_kind
 
+_LARGEST = 4 << 30
 _MAGIC = b":W&B"
 _FILE_HEADER = 7
 _BLOCK = 1 << 15
@@ -91,7 +93,7 @@ def _read_file(
             f"{path}: wandb is not installed. Nearest: pip install 'drumline[wandb]'"
         ) from None
     try:
-        raw = path.read_bytes()
+        raw = read_bytes(path, _LARGEST, follow=True)
     except OSError as error:
         raise RunFolderError(f"{path}: cannot be read: {error.strerror}") from None
     if raw[:4] != _MAGIC:
