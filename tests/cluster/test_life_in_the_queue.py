@@ -1,12 +1,11 @@
 """Day two on a real Slurm: what was submitted trains, jobs say how they end, runs live by their folder."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from desk import ALONE, Desk, write_recipe
-from lab import Lab, wait, why_not
+from lab import Lab, wait
 
 from drumline.cluster import slurm as slurm_commands
 from drumline.recipe import yaml12
@@ -18,20 +17,6 @@ PROJECT = (
     "from torch import nn\n\nfrom parts import activation\n\n\ndef make(features, hidden, classes):\n"
     "    return nn.Sequential(nn.Linear(features, hidden), activation(), nn.Linear(hidden, classes))\n"
 )
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """Eight nodes, started and stopped here."""
-    reason = why_not()
-    if reason:
-        pytest.skip(reason)
-    lab = Lab(tmp_path_factory.mktemp("life") / "lab")
-    try:
-        lab.start()
-        yield lab
-    finally:
-        lab.stop()
 
 
 @pytest.fixture

@@ -11,28 +11,13 @@ from pathlib import Path
 
 import pytest
 from desk import ALONE, FOUR, Desk, write_recipe
-from lab import NODES, Lab, wait, why_not
+from lab import NODES, Lab, wait
 
 from conftest import SOURCES
 from drumline.rank_files import RankFiles
 from drumline.runs.folder import RunFolder
 
 pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.heavy]
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """Eight nodes, started and stopped here; a skip with the reason where Slurm cannot run."""
-    reason = why_not()
-    if reason:
-        pytest.skip(reason)
-    folder: Path = tmp_path_factory.mktemp("slurm")
-    lab = Lab(folder / "lab")
-    try:
-        lab.start()
-        yield lab
-    finally:
-        lab.stop()
 
 
 @pytest.fixture
