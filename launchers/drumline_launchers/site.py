@@ -23,11 +23,11 @@ TimeLimit = Annotated[
     str,
     BeforeValidator(_text_of_number),
     Field(
-        pattern=r"^(\d+|\d+:\d{2}|\d+:\d{2}:\d{2}|\d+-\d{1,2}(:\d{2}(:\d{2})?)?|UNLIMITED|INFINITE)$"
+        pattern=r"^([0-9]+|[0-9]+:[0-9]{2}|[0-9]+:[0-9]{2}:[0-9]{2}|[0-9]+-[0-9]{1,2}(:[0-9]{2}(:[0-9]{2})?)?|UNLIMITED|INFINITE)$"
     ),
 ]
 """Minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]], or UNLIMITED."""
-Memory = Annotated[str, BeforeValidator(_text_of_number), Field(pattern=r"^\d+[KMGT]?$")]
+Memory = Annotated[str, BeforeValidator(_text_of_number), Field(pattern=r"^[0-9]+[KMGT]?$")]
 """Megabytes, or with a unit; 0 is all of a node's memory."""
 Mail = Annotated[str, Field(pattern=r"^[A-Za-z0-9._%+-]+(@[A-Za-z0-9.-]+)?$")]
 
@@ -68,7 +68,7 @@ class Kubernetes(Section):
     runtime: Name = "torch-distributed"
     claim: Name
     mount: Annotated[str, Field(pattern=r"^/[^\n\r:]*$")] = "/runs"
-    shared_memory: Annotated[str, Field(pattern=r"^\d+(Mi|Gi)$")] = "16Gi"
+    shared_memory: Annotated[str, Field(pattern=r"^[0-9]+(Mi|Gi)$")] = "16Gi"
     gpu_resource: Name = "nvidia.com/gpu"
     service_account: Name | None = None
     node_selector: dict[str, str] = Field(default_factory=dict)
@@ -85,6 +85,8 @@ class MailRules(Section):
     events: list[MailEvent] = Field(default_factory=lambda: list[MailEvent](("end", "fail")))
 
 
+SITE = "site.yaml"
+"""The site's copy in a run folder."""
 SLOW_NODE_RATIO = 0.8
 
 

@@ -6,12 +6,11 @@ link, opens regular files only, and stops at a size and depth limit.
 
 import contextlib
 import errno
-import io
 import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,26 +154,6 @@ def fsync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def printable(text: str) -> str:
-    """The text with control characters, such as a terminal's escape sequences, shown instead of sent."""
-    if text.isprintable():
-        return text
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape", "backslashreplace").decode()
-        if not "\udc80" <= c <= "\udcff" else f"\\x{ord(c) - 0xDC00:02x}"
-        for c in text
-    )  # fmt: skip
-
-
-def printable_in(value: Any) -> Any:
-    """Plain data with every text made `printable`."""
-    if isinstance(value, dict):
-        return {key: printable_in(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [printable_in(item) for item in value]
-    return printable(value) if isinstance(value, str) else value
-
-
 def apply_umask(path: Path, mode: int) -> None:
     """Give a file or folder the permissions that an ordinary program would: `mode` without the umask's bits.
 
@@ -188,68 +167,3 @@ def _umask() -> int:
     status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     line = next(line for line in status.splitlines() if line.startswith("Umask:"))
     return int(line.split()[1], 8)
-
-
-_ASCII_SIGNS = str.maketrans({
-    "×": "x", "÷": "/", "→": "->", "…": "...", "·": "-", "—": "-", "–": "-", "−": "-", "≤": "<=", "≥": ">=",
-    "µ": "u", "‖": "|", "Σ": "sum", "█": "#", "━": "=", "╸": "=", "╺": "-",
-})  # fmt: skip
-"""What signs of drumline's own messages become where the terminal cannot show them."""
-
-
-class ForgivingOutput(io.TextIOBase):
-    """Line-buffered text output to a file descriptor that never raises.
-
-    A closed pipe (`| head`), a closed terminal or a full disk must not end a training: text that cannot be
-    written is dropped, and the first error is kept in `failed_with`. Characters that `encoding` lacks become
-    similar ASCII signs or question marks. `hide` is applied to all text, to take secrets out of it.
-    """
-
-    def __init__(
-        self,
-        descriptor: int,
-        encoding: str = "utf-8",
-        hide: Callable[[str], str] = lambda text: text,
-    ) -> None:
-        self._descriptor, self._encoding, self._hide = descriptor, encoding, hide
-        self._line = ""
-        self.failed_with: OSError | None = None
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        """The encoding, by which other libraries choose what to draw."""
-        return self._encoding
-
-    def write(self, text: str) -> int:
-        """Write whole lines, and keep the rest until the line or the program ends."""
-        lines, newline, rest = (self._line + text).rpartition("\n")
-        self._line = rest
-        self._send(lines + newline)
-        return len(text)
-
-    def flush(self) -> None:
-        """Write a line that has not ended yet."""
-        rest, self._line = self._line, ""
-        self._send(rest)
-
-    def fileno(self) -> int:
-        """The file descriptor."""
-        return self._descriptor
-
-    def isatty(self) -> bool:
-        """Whether the descriptor is a terminal."""
-        return os.isatty(self._descriptor)
-
-    def _send(self, text: str) -> None:
-        raw = self._encoded(self._hide(text)) if text else b""
-        try:
-            while raw:
-                raw = raw[os.write(self._descriptor, raw) :]
-        except OSError as error:
-            self.failed_with = self.failed_with or error
-
-    def _encoded(self, text: str) -> bytes:
-        try:
-            return text.encode(self._encoding)
-        except UnicodeEncodeError:
-            return text.translate(_ASCII_SIGNS).encode(self._encoding, errors="replace")

@@ -46,6 +46,7 @@ class MetricsFile:
         self._waiting: list[str] = []
         self._lock = threading.Lock()
         self._has_warned = False
+        _keep_what_is_not_understood(path)
         self._descriptor = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         cut_after(path, resume_at, evaluation_due)
         self._size = os.fstat(self._descriptor).st_size
@@ -87,6 +88,34 @@ class MetricsFile:
                 raise
             self._size += len(raw)
             self._waiting.clear()
+
+
+def _keep_what_is_not_understood(path: Path) -> None:
+    """Move a file aside that ends in lines which are no metrics lines: cutting it would delete them.
+
+    One such line at the end is a torn one, as a killed process leaves it.
+    """
+    bad = 0
+    for _, line in _lines_from_end(path):
+        if line is not None:
+            break
+        bad += 1
+    if (
+        bad <= 2
+    ):  # what follows the last line break, which is empty in a whole file, and a torn line
+        return
+    number = 1
+    while os.path.lexists(path.with_name(f"{path.name}.before-{number}")):
+        number += 1
+    aside = path.with_name(f"{path.name}.before-{number}")
+    path.rename(aside)
+    print(f"{path}: its end is no metrics file; kept as {aside.name}", flush=True)
+
+
+def missing_steps(path: Path) -> int:
+    """How many steps before the last one have no line."""
+    steps = [line["step"] for line in iterate_metrics(path) if line["kind"] == Kind.STEP]
+    return max(steps, default=0) - len(set(steps))
 
 
 def iterate_metrics(path: Path) -> Iterator[Line]:

@@ -19,6 +19,14 @@ _KWARGS = {"num_labels": "i", "rope_theta": "if", "rope_scaling": "dn"}
 """Keys that the base class takes besides its fields; the last two become `rope_parameters`."""
 
 
+_SAID_ELSEWHERE = {
+    "dtype": "the recipe's precision",
+    "torch_dtype": "the recipe's precision",
+    "return_dict": "leave it out: the loss is read from named outputs",
+    "architectures": "model.architecture",
+}
+
+
 @cache
 def config_fields(architecture: str) -> dict[str, str] | None:
     """Field -> letters of its types; None for an architecture that the table lacks."""
@@ -42,6 +50,10 @@ def check_config(architecture: str, config: dict[str, Any]) -> None:
     if fields is None:
         return
     for key, value in config.items():
+        if key in _SAID_ELSEWHERE:
+            raise PlanError(
+                f"model.config.{key}: has no effect here. Nearest: {_SAID_ELSEWHERE[key]}"
+            )
         if key not in fields:
             raise PlanError(
                 f"model.config.{key}: {architecture} has no such key{_nearest(key, fields)}"

@@ -131,6 +131,10 @@ def _llama(architecture: str, config: dict[str, Any], classes: int | None) -> Mo
     h = _whole(config, ("hidden_size",), defaults.get("hidden_size", 4096))
     heads = _whole(config, ("num_attention_heads",), 32)
     kv_heads = _whole(config, ("num_key_value_heads",), defaults["num_key_value_heads"] or heads)
+    if heads % kv_heads:
+        raise PlanError(
+            f"model.config.num_key_value_heads: {kv_heads} does not divide num_attention_heads {heads}"
+        )
     if "head_dim" not in defaults and config.get("head_dim") is None:
         _refuse_remainder(h, heads)
     head_dim = _whole(config, ("head_dim",), defaults.get("head_dim") or h // heads)

@@ -13,7 +13,7 @@ from types import ModuleType
 import typer
 
 from drumline.errors import DrumlineError, LaunchError
-from drumline.files import ForgivingOutput, printable
+from drumline.output import ForgivingOutput, printable
 from drumline.processes import heeded
 
 COMMANDS = {

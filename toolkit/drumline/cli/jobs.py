@@ -17,8 +17,9 @@ from drumline.cli.options import AsJson, RunFolderArgument
 from drumline.cluster.jobs import cancel_job, job_state
 from drumline.cluster.slurm import JobState
 from drumline.errors import RunFolderError
-from drumline.files import printable, read_bytes
+from drumline.files import read_bytes
 from drumline.metrics_file import last_step_line
+from drumline.output import printable
 from drumline.runs.folder import RunFolder, open_run
 from drumline.runs.health import state_of
 from drumline.runs.sweeps import is_sweep, runs_of_sweep

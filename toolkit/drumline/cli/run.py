@@ -38,20 +38,15 @@ from drumline.session.launch import (
     show_command,
     this_node,
 )
+from drumline.session.manifests import apply_again
 from drumline.session.planning import make_plan, needs_data
 from drumline.session.prepare import prepare_data
 from drumline.session.show import plan_table, run_facts
-from drumline.session.submit import (
-    SITE,
-    JobOptions,
-    apply_again,
-    check_slurm,
-    read_site,
-    refuse_without,
-    submit_again,
-)
+from drumline.session.submit import submit_again
+from drumline.session.submit_checks import JobOptions, check_slurm, read_site, refuse_without
 from drumline.session.train_here import train_here
 from drumline.session.trust import load_to_run, refuse_foreign_code
+from drumline_launchers.site import SITE
 
 
 def run_command(
@@ -90,8 +85,9 @@ def run_command(
     plan = make_plan(loaded)
     refuse_what_cannot_start(plan, force, as_json)
     print(plan_table(plan), file=sys.stderr)
+    record = new_record(plan, sys.argv, secrets)  # before the folder exists: git can take seconds
     folder = run_folder.create(plan.recipe, run_dir)
-    folder.write_record(new_record(plan, sys.argv, secrets))
+    folder.write_record(record)
     _finish(folder, plan, "start", as_json)
 
 

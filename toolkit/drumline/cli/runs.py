@@ -10,7 +10,7 @@ import typer
 
 from drumline.cli.options import AsJson
 from drumline.errors import RunFolderError
-from drumline.files import printable
+from drumline.output import printable
 from drumline.runs.catalogue import RunRow, list_runs
 from drumline.runs.health import State
 from drumline.units import format_duration

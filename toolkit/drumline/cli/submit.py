@@ -28,20 +28,18 @@ from drumline.runs import folder as run_folder
 from drumline.runs.folder import RunFolder
 from drumline.secrets import Secrets
 from drumline.session.launch import refuse_secrets, refuse_what_does_not_fit
+from drumline.session.manifests import MANIFESTS
 from drumline.session.planning import make_plan, needs_data
 from drumline.session.prepare import prepare_data
 from drumline.session.show import plan_table
-from drumline.session.submit import (
-    MANIFESTS,
-    SCRIPT,
+from drumline.session.submit import SCRIPT, dry_text, submit_all
+from drumline.session.submit_checks import (
     JobOptions,
     check_fewest,
     check_slurm,
-    dry_text,
     lacking_variables,
     read_site,
     refuse_without,
-    submit_all,
 )
 from drumline.session.trust import load_to_run
 

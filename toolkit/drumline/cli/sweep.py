@@ -29,14 +29,8 @@ from drumline.secrets import Secrets
 from drumline.session.launch import refuse_secrets, refuse_what_does_not_fit
 from drumline.session.planning import make_plan
 from drumline.session.prepare import prepare_data
-from drumline.session.submit import (
-    SCRIPT,
-    batch_of,
-    check_slurm,
-    prepare_folder,
-    refuse_without,
-    runs_of,
-)
+from drumline.session.submit import SCRIPT, batch_of, prepare_folder, runs_of
+from drumline.session.submit_checks import check_slurm, refuse_without
 from drumline.session.trust import load_to_run
 from drumline_launchers.site import Site
 from drumline_launchers.slurm import render_script

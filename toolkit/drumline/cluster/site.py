@@ -68,6 +68,9 @@ _OWN_OPTIONS = {
     "mem-per-gpu": "memory_per_node", "no-requeue": "", "nodes": "", "ntasks": "", "ntasks-per-node": "",
     "open-mode": "", "output": "", "parsable": "", "partition": "partition", "qos": "qos", "requeue": "",
     "signal": "warning_s", "time": "time_limit", "wrap": "",
+    "cpus-per-gpu": "cpus_per_node", "get-user-env": "environment", "gpus-per-socket": "gpus_per_node",
+    "help": "", "mincpus": "cpus_per_node", "ntasks-per-core": "", "ntasks-per-gpu": "",
+    "ntasks-per-socket": "", "test-only": "", "uid": "", "usage": "", "version": "",
 }  # fmt: skip
 """Options of sbatch that drumline writes itself, and the site's key for them, if there is one."""
 
@@ -75,10 +78,18 @@ _OWN_OPTIONS = {
 def _refuse_contradictions(site: Site, origin: str) -> None:
     """Raise RecipeError for an option that would silently replace one that the plan or the site states."""
     for option in site.sbatch:
-        name = option.removeprefix("--").partition("=")[0]
-        key = _OWN_OPTIONS.get(name)
-        if key is None:
+        name, _, value = option.removeprefix("--").partition("=")
+        is_quoted = len(value) > 1 and value[0] == value[-1] == '"' and '"' not in value[1:-1]
+        if ('"' in value and not is_quoted) or "\\" in value:
+            raise RecipeError(
+                f"{origin}: sbatch: {option}: quotes within a value cannot stand in a script"
+            )
+        meant = [
+            own for own in _OWN_OPTIONS if own.startswith(name)
+        ]  # sbatch takes a beginning, too
+        if not meant:
             continue
+        key = _OWN_OPTIONS[min(meant, key=len)]
         instead = f"the site's key {key}" if key else "leave it out: the plan says it"
         raise RecipeError(
             f"{origin}: sbatch: {option} contradicts what drumline writes. Nearest: {instead}"

@@ -31,7 +31,9 @@ def matching_files(data: Data) -> list[Path]:
         if path.is_dir() or literal.is_dir():
             raise DataError(f"data.path: {literal} is a folder. Nearest: {pattern}/*.txt")
         found_paths = (
-            [path] if path.is_file() else map(Path, sorted(glob.glob(pattern, recursive=True)))
+            [literal]
+            if literal.is_file()
+            else map(Path, sorted(glob.glob(pattern, recursive=True)))
         )
         matches = [match for match in found_paths if match.is_file()]
         if not matches:
@@ -39,6 +41,11 @@ def matching_files(data: Data) -> list[Path]:
             what = "matches no file" if is_pattern else "does not exist"
             raise DataError(f"data.path: {literal} {what}")
         found += matches
+    twice = next((path for number, path in enumerate(found) if path in found[:number]), None)
+    if twice:
+        raise DataError(
+            f"data.path: {twice} is matched twice. Nearest: patterns that do not overlap"
+        )
     for path in found:
         if path.suffix not in FORMATS:
             raise DataError(

@@ -251,10 +251,20 @@ def _rate_warnings(recipe: Recipe, curve: schedule.Curve, clock: Clock | None) -
     """Warn where the rates are not those that the recipe's words make one expect."""
     found = []
     facts, ratio = schedule.rate_facts(curve, clock), recipe.schedule.warmup_ratio
+    s_name = curve.name
     if ratio and curve.warmup_steps == 0:
         found.append(
             f"schedule.warmup_ratio: {ratio:g} × {curve.total} steps = {ratio * curve.total:g} rounds to 0, "
             "so there is no warm-up. Nearest: warmup_steps 2"
+        )
+    if curve.warmup_steps == curve.total > 1 and s_name not in (
+        "constant",
+        "inverse_sqrt",
+        "piecewise",
+    ):
+        found.append(
+            f"the warm-up takes all {curve.total:,} steps, so {s_name} never begins and the minimum is not "
+            "reached. Nearest: a shorter warm-up"
         )
     if facts.highest < _NEAR_THE_PEAK * curve.peak_lr:
         found.append(
@@ -303,10 +313,16 @@ def _curve(recipe: Recipe, split: Split, steps: StepFacts) -> schedule.Curve:
             "schedule.unit: epoch needs the number of samples. Nearest: run `drumline prepare`, "
             "or state data.samples, or use unit step"
         )
+    peak = recipe.optimizer.lr * _lr_factor(recipe, split)
+    if not math.isfinite(peak):
+        raise PlanError(
+            f"optimizer.lr: {recipe.optimizer.lr:g} × {_lr_factor(recipe, split):g} (lr_scaling) is {peak}. "
+            "Nearest: a smaller rate"
+        )
     return schedule.Curve(
         name=s.name,
         base_lr=recipe.optimizer.lr,
-        peak_lr=recipe.optimizer.lr * _lr_factor(recipe, split),
+        peak_lr=peak,
         min_lr_ratio=s.min_lr_ratio,
         total=total,
         warmup_steps=warmup,

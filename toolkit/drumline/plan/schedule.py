@@ -156,7 +156,7 @@ def rate_facts(curve: Curve, clock: Clock | None) -> RateFacts:
     if curve.unit == "epoch":
         assert clock is not None
         epochs = {clock.epoch(min(max(step, 1), curve.total)) for step in candidates}
-        epochs |= {epoch + 1 for epoch in epochs}
+        epochs |= {epoch + step for epoch in epochs for step in (-1, 1) if epoch + step >= 1}
         candidates |= {clock.last_step_of_epoch(epoch - 1) + 1 for epoch in epochs}
     steps = sorted(step for step in candidates if 1 <= step <= curve.total)
     rates = {step: rate(curve, step, clock) for step in steps}

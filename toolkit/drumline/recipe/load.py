@@ -193,5 +193,11 @@ def _expanded(value: str, folder: Path, is_pattern: bool = False) -> str:
         inner = rest
     else:
         base, inner = folder, value
+    parts = inner.split("/")
+    if ".." in parts and not inner.startswith("/"):  # what .. leads to depends on links before it
+        last = len(parts) - 1 - parts[::-1].index("..")
+        head = os.path.join(base, *parts[: last + 1])
+        if not (is_pattern and glob.has_magic("/".join(parts[: last + 1]))):
+            base, inner = Path(os.path.realpath(head)), "/".join(parts[last + 1 :])
     start = glob.escape(str(base)) if is_pattern else str(base)
     return str(Path(os.path.normpath(os.path.join(start, inner))))

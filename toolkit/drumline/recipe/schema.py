@@ -338,7 +338,7 @@ class Checkpoint(Section):
     """When to save and what to keep: the last n, the best n, and steps divisible by `keep_every`."""
 
     every_steps: Count | None = None
-    every_minutes: Positive | None = None
+    every_minutes: Annotated[float, Field(gt=0, le=10**6, allow_inf_nan=False)] | None = None
     keep_last: Count = 2
     keep_best: Annotated[int, Field(ge=0)] = 1
     keep_every: Count | None = None
@@ -369,7 +369,7 @@ class Launch(Section):
 
     launcher: Literal["torchrun", "accelerate", "deepspeed"] = "torchrun"
     max_restarts: Annotated[int, Field(ge=0)] = 3
-    hang_timeout_s: Positive = 600.0
+    hang_timeout_s: Annotated[float, Field(gt=0, le=10**7, allow_inf_nan=False)] = 600.0
     hang_factor: Annotated[float, Field(ge=2)] | None = None
     straggler_ratio: Annotated[float, Field(gt=1)] | None = 2.0
 

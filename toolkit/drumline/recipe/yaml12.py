@@ -29,6 +29,7 @@ _LINE_BREAKS = {"\x85", "\u2028", "\u2029", "\ufeff"}
 LARGEST = 1 << 20
 """Bytes of the largest YAML file that is read."""
 _DEEPEST, _MOST_VALUES = 50, 100_000
+_LONGEST_NUMBER = 1000
 
 _BASE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -49,6 +50,8 @@ def _refuse_tag(loader: Any, node: yaml.Node) -> None:
 
 def _int(loader: Any, node: yaml.ScalarNode) -> int:
     text = loader.construct_scalar(node)
+    if len(text) > _LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(text):,} digits")
     base = {"0o": 8, "0x": 16}.get(text[:2], 10)
     return int(text[2:] if base != 10 else text, base)
 
@@ -60,6 +63,8 @@ def _float(loader: Any, node: yaml.ScalarNode) -> float:
 
 
 def _mapping(loader: Any, node: yaml.MappingNode) -> dict[str, Any]:
+    if not isinstance(node, yaml.MappingNode):
+        _refuse_tag(loader, node)
     result: dict[str, Any] = {}
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
@@ -100,7 +105,7 @@ def parse(text: str) -> Any:
         raise RecipeError(f"{where}not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"not valid YAML: {str(error).splitlines()[0]}") from None
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"not valid YAML: {str(error).splitlines()[0]}") from None
     except RecursionError:
         raise RecipeError("not valid YAML: nested too deeply") from None

@@ -10,15 +10,9 @@ from typing import Any
 
 from drumline.checkpoint.retention import find_checkpoints
 from drumline.errors import PlanError, RunError, RunFolderError
-from drumline.files import (
-    open_regular,
-    printable_in,
-    read_bytes,
-    read_json,
-    write_json,
-    write_text,
-)
+from drumline.files import open_regular, read_bytes, read_json, write_json, write_text
 from drumline.metrics_file import last_step_line
+from drumline.output import printable_in
 from drumline.plan.model import Plan, read_plan
 from drumline.processes import Process
 from drumline.recipe import yaml12
@@ -139,12 +133,26 @@ class RunFolder:
         """
         with self.changed_record() as record:
             number = len(record["attempts"])
+            self._move_leftovers(number)
             write_text(self.plan_file(number), plan.to_json() + "\n")
             self.logs(number).mkdir(parents=True, exist_ok=True)
             _refuse_links_in(self.logs(number))
             record["attempts"].append({"number": number, **_hidden(entry)})
             record["restarts"] += is_restart
         return number
+
+    def _move_leftovers(self, number: int) -> None:
+        """Move aside what lies in an attempt's place though the record, perhaps an older copy, knows none.
+
+        Its outcome files would be taken for the new attempt's.
+        """
+        for path in (self.logs(number), self.plan_file(number)):
+            if not os.path.lexists(path):
+                continue
+            count = 1
+            while os.path.lexists(path.with_name(f"{path.name}.before-{count}")):
+                count += 1
+            path.rename(path.with_name(f"{path.name}.before-{count}"))
 
     def steps_reached(self) -> int:
         """The last step that metrics.jsonl or an attempt of the record holds; 0 if the run made none."""

@@ -55,6 +55,8 @@ def freeze_project(project: Path, target: Path) -> Frozen:
     return found
 
 
+CODE = "code"
+"""The copy of the project's code in a run folder."""
 CODE_TEXT = "code.json"
 """A copy of the code as one JSON object, for nodes that get it with their configuration."""
 

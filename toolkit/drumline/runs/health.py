@@ -11,7 +11,7 @@ from drumline.checkpoint.beginning import why_not_anew
 from drumline.checkpoint.manifest import verify
 from drumline.checkpoint.retention import find_checkpoints
 from drumline.errors import CheckpointError, CheckpointUnreadable
-from drumline.metrics_file import count_bad_lines, is_torn, last_step_line
+from drumline.metrics_file import count_bad_lines, is_torn, last_step_line, missing_steps
 from drumline.runs.folder import RunFolder, refuse_links
 from drumline.units import format_bytes
 
@@ -62,6 +62,8 @@ def examine(path: Path) -> Health:
         warnings.append("metrics.jsonl: its last line is torn; a resume mends it")
     if bad_lines := count_bad_lines(folder.metrics_file):
         warnings.append(f"metrics.jsonl: {bad_lines:,} lines are no metrics and are left out")
+    if gaps := missing_steps(folder.metrics_file):
+        warnings.append(f"metrics.jsonl: {gaps:,} steps have no line")
     warnings += _little_room(folder, sound)
     last = attempts[-1] if attempts else {}
     return Health(

@@ -20,10 +20,9 @@ from drumline.session.ending import report_end
 from drumline.session.links import links_of, slow_words
 from drumline.session.planning import make_plan, plan_on_nodes
 from drumline.session.prepare import prepare_data
-from drumline.session.submit import SITE
 from drumline.session.train_here import Render, Survive, train_here
 from drumline_launchers.base import Command, Job
-from drumline_launchers.site import Site
+from drumline_launchers.site import SITE, Site
 from drumline_launchers.slurm import roll_call, step_command
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from drumline.checkpoint.beginning import why_not_anew
 from drumline.checkpoint.manifest import step_of
 from drumline.checkpoint.retention import find_checkpoints, set_aside
-from drumline.errors import CheckpointError
+from drumline.errors import CheckpointError, RunFolderError
+from drumline.metrics_file import last_step_line
 from drumline.plan.model import Plan
 from drumline.processes import age_s
 from drumline.rank_files import RankFiles
@@ -54,6 +55,7 @@ class Surroundings:
 def run_attempts(folder: RunFolder, plan: Plan, cause: str, around: Surroundings) -> Result:
     """Start attempts as long as a restart can help; returns how the run ended."""
     _refuse_to_begin_anew(folder, around.is_automatic)
+    _tell_missing_lines(folder, around.say)
     lost_at = _close_lost_attempt(folder)
     if around.is_automatic and lost_at is not None:
         over = _hopeless(folder, plan, lost_at)
@@ -81,6 +83,19 @@ def _refuse_to_begin_anew(folder: RunFolder, is_automatic: bool) -> None:
         raise CheckpointError(
             f"{why}; or begin again at step 1: drumline resume --from-scratch "
             f"{shlex.quote(str(folder.path))}, which keeps the old metrics beside the new"
+        )
+
+
+def _tell_missing_lines(folder: RunFolder, say: Callable[[str], None]) -> None:
+    """Say that metrics.jsonl ends before the checkpoint, from which the run goes on all the same."""
+    if os.path.lexists(folder.metrics_file) and not folder.metrics_file.is_file():
+        raise RunFolderError(f"{folder.metrics_file}: is not a regular file. Nearest: move it away")
+    saved = _newest_step(folder)
+    last = (last_step_line(folder.metrics_file) or {"step": 0})["step"]
+    if last < saved:
+        say(
+            f"{folder.metrics_file}: it ends at step {last:,}, the newest checkpoint is of step {saved:,}; "
+            "the steps between stay without a line"
         )
 
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from drumline.errors import LaunchError
-from drumline.files import ForgivingOutput
 from drumline.hang_timeout import HangTimeout
+from drumline.output import ForgivingOutput
 from drumline.phases import Phase
 from drumline.plan.model import Plan, read_plan
 from drumline.processes import STACKS_SIGNAL, STOP_SIGNALS, Process
