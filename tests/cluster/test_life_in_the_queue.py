@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 from desk import ALONE, Desk, write_recipe
 from lab import Lab, wait
+from one_slurm import slurm
 
 from drumline.cluster import slurm as slurm_commands
 from drumline.recipe import yaml12
 
+__all__ = ["slurm"]
 pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.heavy]
 
 SHORT = [*ALONE, "duration.steps=6"]

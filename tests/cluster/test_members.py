@@ -78,7 +78,8 @@ def test_two_nodes_meet_and_both_leave_with_the_outcome(tmp_path: Path) -> None:
 
 
 RECORD = (
-    '{"recipe": {"recipe": "r"}, "training_sha256": "%s", "attempts": [], "restarts": 0, "outcome": null, '
+    '{"plan": {"steps": {"total": 1}, "batch": {"effective": 1, "per_device": 1, "gpus": 1, "accumulation": 1}}, '
+    '"recipe": {"recipe": "r"}, "training_sha256": "%s", "attempts": [], "restarts": 0, "outcome": null, '
     '"data": {"fingerprint": null}}'
 )
 

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 from desk import ALONE, FOUR, Desk, write_recipe
 from lab import NODES, Lab, wait
+from one_slurm import slurm
 
 from conftest import SOURCES
 from drumline.rank_files import RankFiles
 from drumline.runs.folder import RunFolder
 
+__all__ = ["slurm"]
 pytestmark = [pytest.mark.xdist_group("cluster"), pytest.mark.heavy]
 
 

@@ -13,6 +13,10 @@ from drumline.recipe.load import validate
 from drumline.runs.folder import RunFolder
 from drumline.runs.record import attempt_entry
 
+PLAN = {
+    "steps": {"total": 1},
+    "batch": {"effective": 1, "per_device": 1, "gpus": 1, "accumulation": 1},
+}
 WRITER = """
 import sys
 from pathlib import Path
@@ -26,7 +30,7 @@ for number in range(30):
 def a_run(path: Path) -> RunFolder:
     folder = RunFolder(path)
     path.mkdir()
-    record = {"recipe": {"recipe": "r"}, "attempts": [], "outcome": None, "restarts": 0,
+    record = {"recipe": {"recipe": "r"}, "plan": PLAN, "attempts": [], "outcome": None, "restarts": 0,
               "training_sha256": "", "data": {"fingerprint": None}}  # fmt: skip
     folder.write_record({**record, "jobs": []})
     return folder

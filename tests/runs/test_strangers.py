@@ -11,7 +11,7 @@ import pytest
 from commands_here import call, snapshot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_readers import READERS, desk
+from test_readers import READERS, RUNS, desk
 
 from conftest import tiny_recipe
 from drumline.checkpoint.manifest import MANIFEST, _encode, sha256
@@ -20,6 +20,7 @@ from drumline.metrics_file import parsed_line
 from drumline.recipe import yaml12
 from drumline.recipe.load import validate
 from drumline.runs.code import read_code, restore_code
+from drumline.runs.freeze import freeze_project
 from drumline.runs.schema import why_no_record
 from drumline.secrets import Secrets
 
@@ -333,3 +334,226 @@ def test_a_checkpoint_of_other_types_is_damaged(desk: Path, field: str, value: A
     finally:
         for name, raw in before.items():
             (path / name).write_bytes(raw)
+
+
+def test_code_without_a_project_and_without_a_record_is_asked_for_too(
+    desk: Path, evil: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """project: null means the current folder, which may be the run's own; a record that is a dangling link is one."""
+    run = desk / "r"
+    shutil.copy(evil / "evil.py", run / "evil.py")
+    for name in ("recipe.yaml", "plan-0.json", "record.json"):
+        text = (run / name).read_text().replace(f'"{evil}"', "null").replace(str(evil), "null")
+        (run / name).write_text(text)
+    for words in (("export", ".", "../out"), ("verify", "."), ("plan", ".", "--trace"), ("resume", "."),
+                  ("attend", ".", "--nodes", "1")):  # fmt: skip
+        done = call(run, *words)
+        assert done.code == 2, done
+        assert "evil:make in the current folder" in done.err
+    (run / "record.json").unlink()
+    (run / "record.json").symlink_to("/nonexistent")
+    assert call(run, "run", "recipe.yaml", "--run-dir", "../new").code == 2
+    assert not (run / "executed").exists()
+
+
+def test_a_site_in_a_strangers_run_is_not_submitted_unasked(
+    desk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its set-up lines are commands: `resume --to` and `export --to` ask, and manifests are rendered anew."""
+    change_record(desk / "r", outcome="stopped", weights=None,
+                  jobs=[{"target": "kubernetes", "id": "job/a", "namespace": "default"}])  # fmt: skip
+    (desk / "r/site.yaml").write_text("site: x\nsetup: ['touch /pwned']\n")
+    (desk / "r/manifests.yaml").write_text("kind: Namespace\n")
+    calls = desk.parent / "calls"
+    (desk.parent / "bin").mkdir()
+    for name in ("sbatch", "kubectl"):
+        (desk.parent / "bin" / name).write_text(
+            f'#!/bin/sh\necho "$0 $@" >> {calls}\ncat >> {calls}\n'
+        )
+        (desk.parent / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{desk.parent}/bin:{os.environ['PATH']}")
+    (desk / "r/recipe.yaml").write_text(
+        (desk / "r/recipe.yaml").read_text().replace("@FOLDER@", str(RUNS))
+    )
+    for name in ("plan-0.json", "record.json"):
+        (desk / "r" / name).write_text(
+            (desk / "r" / name).read_text().replace("@FOLDER@", str(RUNS))
+        )
+    call(desk, "prepare", "r")
+    for words in (("export", "r", "out", "--to", "slurm"), ("resume", "r", "--to", "slurm"),
+                  ("resume", "r", "--to", "kubernetes")):  # fmt: skip
+        done = call(desk, *words)
+        assert done.code == 2, done
+        assert "its site.yaml can name commands to run" in done.err, done
+    assert not calls.exists() or "Namespace" not in calls.read_text()
+    assert not calls.exists() or "sbatch" not in calls.read_text()
+
+
+def test_git_and_its_usual_filters_work(repository: Path, tmp_path: Path) -> None:
+    """What `git lfs install` sets is no odd name; a repository that is another's, by a file or a link, is not read."""
+    for key, value in (("clean", "git-lfs clean -- %f"), ("smudge", "git-lfs smudge"), ("process", "git-lfs filter-process"),
+                       ("required", "true")):  # fmt: skip
+        subprocess.run(
+            ["git", "-C", str(repository), "config", f"filter.lfs.{key}", value], check=True
+        )
+    recipe = validate(tiny_recipe(project=str(repository), model={"factory": "m:make"}), "r")
+    assert "dict(config)" in read_code(recipe, repository, Secrets({}))["diff"]
+    for kind in ("file", "link"):
+        strange = tmp_path / kind
+        strange.mkdir()
+        (strange / "m.py").write_text("def make(**config):\n    return 5\n")
+        if kind == "file":
+            (strange / ".git").write_text(f"gitdir: {repository}/.git\n")
+        else:
+            (strange / ".git").symlink_to(repository / ".git")
+        other = validate(tiny_recipe(project=str(strange), model={"factory": "m:make"}), "r")
+        code = read_code(other, strange, Secrets({}))
+        assert (code["commit"], code["diff"]) == (None, "")
+        assert set(code["untracked"]) == {"m.py"}
+    worktree = tmp_path / "worktree"
+    subprocess.run(
+        ["git", "-C", str(repository), "worktree", "add", "-q", str(worktree)], check=True
+    )
+    own = validate(tiny_recipe(project=str(worktree), model={"factory": "m:make"}), "r")
+    assert read_code(own, worktree, Secrets({}))["commit"]
+
+
+@pytest.mark.parametrize("trap", ["submodule", "lazy fetch"])
+def test_git_runs_nothing_of_submodules_and_missing_blobs(
+    repository: Path, tmp_path: Path, trap: str
+) -> None:
+    """A submodule's own diff command; the program of a remote from which a clone would fetch what it lacks."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@b", "-c",
+                               "protocol.file.allow=always", *words], check=True, capture_output=True, text=True)  # fmt: skip
+        return done.stdout.strip()
+
+    if trap == "submodule":
+        inner = tmp_path / "inner"
+        shutil.copytree(repository, inner)
+        git("submodule", "add", "-q", str(inner), "sub")
+        git("commit", "-qm", "sub")
+        (repository / "sub/m.py").write_text("changed = 1\n")
+        (repository / "sub/.gitattributes").write_text("*.py diff=evil\n")
+        for words in (
+            ["config", "diff.evil.command", str(tmp_path / "trap")],
+            ["commit", "-qam", "two"],
+        ):
+            subprocess.run(["git", "-C", str(repository / "sub"), "-c", "user.name=a", "-c", "user.email=a@b", *words],
+                           check=True)  # fmt: skip
+        git("config", "diff.submodule", "diff")
+    else:
+        blob = git("rev-parse", "HEAD:m.py")
+        (repository / ".git/objects" / blob[:2] / blob[2:]).unlink()
+        for key, value in (("core.repositoryformatversion", "1"), ("extensions.partialClone", "origin"),
+                           ("remote.origin.promisor", "true"), ("remote.origin.url", str(tmp_path)),
+                           ("remote.origin.uploadpack", str(tmp_path / "trap")), ("protocol.file.allow", "always")):  # fmt: skip
+            git("config", key, value)
+    recipe = validate(tiny_recipe(project=str(repository), model={"factory": "m:make"}), "r")
+    read_code(recipe, repository, Secrets({}))
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_copy_of_the_code_follows_no_link_and_takes_no_secret(tmp_path: Path) -> None:
+    """A folder that is a link, a file that holds a token: left out, with the reason."""
+    project = tmp_path / "project"
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/notes.txt").write_text("private")
+    (project / "conf").mkdir(parents=True)
+    (project / "conf/notes.txt").write_text("mine")
+    (project / "m.py").write_text("def make():\n    pass\n")
+    (project / "settings.py").write_text('API_TOKEN = "abcd1234efgh5678ijkl"\n')
+    for words in (["init", "-q"], ["add", "."]):
+        subprocess.run(["git", "-C", str(project), *words], check=True)
+    shutil.rmtree(project / "conf")
+    (project / "conf").symlink_to(tmp_path / "outside")
+    frozen = freeze_project(project, tmp_path / "copy")
+    assert [path.name for path in (tmp_path / "copy").rglob("*")] == ["m.py"]
+    left_out = dict(frozen.left_out)
+    assert left_out.pop("conf", "").startswith("a symbolic link")  # which git lists as a new file
+    assert left_out == {
+        "conf/notes.txt": "a symbolic link, or in a folder that is one",
+        "settings.py": "holds a secret",
+    }
+
+
+def test_logs_read_regular_files_only_and_a_sweep_only_its_own_runs(desk: Path) -> None:
+    """Links, pipes and odd names among the logs; a sweep whose run is a link to another."""
+    logs = desk / "r/logs/attempt-0"
+    logs.mkdir(parents=True, exist_ok=True)
+    (desk / "private.txt").write_text("private")
+    (logs / "rank-0.log").unlink(missing_ok=True)
+    (logs / "rank-0.log").symlink_to(desk / "private.txt")
+    (logs / "launcher.log").unlink(missing_ok=True)
+    os.mkfifo(logs / "launcher.log")
+    os.mkfifo(desk / "r/logs/job-5.log")
+    (desk / "r/logs/attempt-²").mkdir()
+    (desk / "r/logs/job-6.log").write_text("\x1b[31mred")
+    done = call(desk, "logs", "r", limit_s=20)
+    assert done.code == 0, done
+    assert "private" not in done.out
+    assert "\x1b" not in done.out
+    (desk / "all").mkdir()
+    (desk / "all/sweep.json").write_text('{"0": []}')
+    (desk / "all/0").symlink_to(desk / "r")
+    for command in ("status", "cancel", "logs"):
+        done = call(desk, command, "all")
+        assert done.code == 2, done
+        assert "all/0: is a symbolic link" in done.err
+
+
+def test_hard_links_are_not_written_through(desk: Path) -> None:
+    """A page's temporary name, and the lock, that are links to another file: that file stays as it is."""
+    (desk / "mine.txt").write_text("mine")
+    for name in (".report.html.part", ".lock"):
+        (desk / "r" / name).unlink(missing_ok=True)
+        os.link(desk / "mine.txt", desk / "r" / name)
+    change_record(desk / "r", outcome="stopped", weights=None)
+    assert call(desk, "report", "r").code == 0
+    assert "has a hard link elsewhere" in call(desk, "resume", "r").err
+    assert (desk / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("line", [
+    {"step": 13, "kind": "step"}, {"step": 13, "kind": "step", "loss": 10**400, "lr": 1.0, "digest": "a"},
+    {"step": 13, "kind": "step", "loss": 1.0, "lr": 1.0, "digest": "a", "seconds": 10**400},
+    {"step": 13, "kind": "event", "checkpoint/saved": "x"}, {"step": 10**400, "kind": "event"},
+], ids=str)  # fmt: skip
+def test_lines_with_impossible_numbers_are_left_out(desk: Path, line: dict[str, Any]) -> None:
+    """Every reader goes on without them."""
+    with (desk / "r/metrics.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    for command in ("status", "runs", "doctor", "compare", "report"):
+        done = call(desk, *READERS[command])
+        assert done.code == 0, (command, done)
+
+
+ENTRY = {
+    "start": [None, 10**15, -1, "x"],
+    "dtype": ["foo", 3],
+    "shape": [[10**9, 10**9], "x", None],
+    "bytes": [-8, "x"],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in ENTRY.items() for value in values]
+)
+def test_entries_that_do_not_go_together_are_damage(desk: Path, key: str, value: Any) -> None:
+    """A rank's manifest with refitted digests: doctor does not call it sound, and no command fails otherwise."""
+    path = desk / "r/checkpoints/step-00000012"
+    described = json.loads((path / "rank-0.json").read_bytes())
+    name = next(name for name in described["tensors"] if name.startswith("model."))
+    described["tensors"][name][key] = value
+    (path / "rank-0.json").write_bytes(_encode(described))
+    manifest = json.loads((path / MANIFEST).read_bytes())
+    manifest.pop("sha256")
+    manifest["files"]["rank-0.json"] = sha256(_encode(described))
+    (path / MANIFEST).write_bytes(_encode({**manifest, "sha256": sha256(_encode(manifest))}))
+    health = json.loads(call(desk, "doctor", "r", "--json").out)
+    assert "step-00000012" in health["bad"], health
+    for words in (("export", "r", "../out"), ("compare", "r/checkpoints/step-00000012", "r")):
+        done = call(desk, *words)
+        assert done.code in (2, 4), done
+        assert "Traceback" not in done.err

@@ -34,9 +34,14 @@ def open_regular(path: Path, flags: int = os.O_RDONLY, *, follow: bool = False) 
                 errno.ELOOP, "is a symbolic link, which is not followed", str(path)
             ) from None
         raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    status = os.fstat(descriptor)
+    is_written = bool(flags & (os.O_WRONLY | os.O_RDWR))
+    if not stat.S_ISREG(status.st_mode) or (is_written and status.st_nlink > 1):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        what = (
+            "has a hard link elsewhere" if stat.S_ISREG(status.st_mode) else "is not a regular file"
+        )
+        raise OSError(errno.EINVAL, what, str(path))
     return descriptor
 
 
@@ -86,7 +91,8 @@ def write_durably(path: Path, raw: bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.part")
     try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        temporary.unlink(missing_ok=True)  # it may be a link to another file
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         with os.fdopen(open_regular(temporary, flags), "wb") as file:
             file.write(raw)
             file.flush()

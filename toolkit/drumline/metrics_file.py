@@ -22,6 +22,7 @@ from drumline.files import open_regular, parse_json
 
 _BLOCK = 1 << 16
 _LONGEST_LINE = 4 << 20
+_LARGEST_NUMBER = 1e100
 
 Line = dict[str, Any]
 
@@ -190,9 +191,20 @@ def _is_line(line: Line) -> bool:
         return False
     if line.get("kind", Kind.STEP) not in list(Kind) or not isinstance(line.get("digest", ""), str):
         return False
-    names = [*_NUMBERS, *(name for name in line if name.startswith("eval/"))]
+    kind = line.get("kind", Kind.STEP if "lr" in line else None)
+    if kind == Kind.STEP and not {"loss", "lr"} <= line.keys():
+        return False
+    names = [*_NUMBERS, *(name for name in line if name.startswith(("eval/", "checkpoint/saved")))]
     values = [line[name] for name in names if line.get(name) is not None]
-    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    return all(_is_number(value) for value in values)
+
+
+def _is_number(value: Any) -> bool:
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) < _LARGEST_NUMBER
+    )
 
 
 def _too_long(path: Path) -> RunError:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import random
+import re
 import signal
 import socket
 from collections.abc import Mapping
@@ -42,7 +43,7 @@ class Process:
     def parse(cls, text: str) -> Self | None:
         """Parse what `str` wrote; None for any other text."""
         parts = text.split()
-        if len(parts) != 3 or not (parts[0].isdigit() and parts[1].isdigit()):
+        if len(parts) != 3 or not all(re.fullmatch(r"[0-9]{1,19}", part) for part in parts[:2]):
             return None
         return cls(int(parts[0]), int(parts[1]), parts[2])
 

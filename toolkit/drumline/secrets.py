@@ -47,7 +47,7 @@ _PASSWORDS = ("password", "passwd", "passphrase", "pwd", "secret", "pin", "_key"
 """Names whose numbers are secrets too; a number under `tokens` is a count."""
 _VARIABLE = re.compile(
     r"(?i)(api_?key|_key$|_key_|^key_|^key$|token|secret|passw|passphrase|pass$|pwd$|credential|_auth$|auth_|dsn$"
-    r"|connection_string|cookie|_pat$)"
+    r"|connection_string|cookie|_pat$|^jwt$|_jwt$|^creds?$|_creds?$)"
 )
 """Names of environment variables that hold secrets: PGPASSWORD, OPENAI_KEY, GITHUB_PAT."""
 _NOT_A_SECRET = re.compile(
@@ -74,14 +74,22 @@ _SHAPES = (
     r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
     r"|glpat-[\w-]{20,}|AKIA[0-9A-Z]{16}|AIza[\w-]{35}|xox[abeprs]-[\w-]{10,}|wandb_v\d_\w{20,}"
     r"|npm_[A-Za-z0-9]{30,}|pypi-[\w-]{30,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]+"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+    r"|gsk_[A-Za-z0-9]{20,}|r8_[A-Za-z0-9]{20,}|rpa_[A-Za-z0-9]{20,}|nvapi-[\w-]{20,}|hvs\.[\w-]{20,}"
+    r"|dapi[0-9a-f]{32}|xapp-[\w-]{20,}|ya29\.[\w-]{20,}|AGE-SECRET-KEY-[0-9A-Z]{20,}"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?:[\s\S]*?-----END [A-Z ]*PRIVATE KEY-----)?"
 )
 _LONG_VALUE = r"[^\s\"'`,;&<>{}()\[\]$]"
 _IN_CONTEXT = re.compile(
-    r"(?i)(?P<url>(?<=://)[^/\s@:\"']+:[^/\s@\"']+(?=@)"
+    r"(?i)(?P<url>(?<=://)[^/\s@:\"']*:[^/\s@\"']+(?=@)"
     r"|(?<=https://)[^/\s@:\"']+(?=@)|(?<=http://)[^/\s@:\"']+(?=@))"
     r"|(?<=[?&])(?P<query>(?:[\w.-]*(?:token|api_?key|access_?key|secret|password|passwd|sig|signature"
     r"|auth|credential))=)[^&\s\"'#]+"
+    r"|(?P<user>\bcurl\b[^\n|;&]*?\s(?:-u|--user)[ =]?[\"']?[^\s:\"']+:)[^\s\"']+"
+    r"|(?P<flag>\b(?:sshpass\s+-p\s*|mysql(?:dump)?\b[^\n|;&]*?\s-p))[^\s\"']{4,}"
+    r"|(?P<piped>\becho\s+(?:-n\s+)?[\"']?)[^\s\"'|]{4,}(?=[\"']?\s*\|[^\n]*(?:--password-stdin|\blogin\b))"
+    r"|(?P<custom>\b(?:x-[\w-]*(?:token|key|auth|secret)|api-key|(?:set-)?cookie)[\"']?\s*:\s*[\"']?)"
+    r"[^\s\"',}]{4,}"
+    r"|(?P<netrc>\bmachine\s+\S+\s+login\s+\S+\s+password\s+)\S+"
     r"|(?P<header>\b(?:proxy-)?authorization[\"']?\s*[:=]\s*[\"']?(?:(?:bearer|basic|token|digest)\s+)?)"
     r"[^\s\"',}]{4,}"
     r"|(?P<scheme>\b(?:bearer|basic)\s+)[A-Za-z0-9._~+/=-]{12,}"
@@ -91,6 +99,24 @@ _IN_CONTEXT = re.compile(
     r"[^\s\"'-][^\s\"']{3,}"
 )
 """Secrets known by what stands before them: in an address, a query, a header, a login or an option."""
+_BEFORE = (
+    "query",
+    "user",
+    "flag",
+    "piped",
+    "custom",
+    "netrc",
+    "header",
+    "scheme",
+    "login",
+    "option",
+)
+"""Groups of that pattern that stand before a secret and are kept."""
+_ASSIGNED_LOOSE = re.compile(
+    r"(?m)^(?P<lead>\s*(?:export\s+|-\s+)?[\"']?)(?P<name>[A-Za-z_][\w.-]*)(?P<between>[\"']?\s*[:=]\s*)"
+    r"(?P<value>[^\s\"'#,;&|]{6,})"
+)
+"""A line of YAML, INI or shell; a value without a digit may be a variable's name there."""
 _ASSIGNED = re.compile(
     r"(?P<name>[A-Za-z_][\w.-]*)(?P<between>[\"']?\s*(?::|=>|=)\s*)"
     r"(?P<quote>[\"'])(?P<value>[^\"'\s]{4,})(?P=quote)"
@@ -119,6 +145,15 @@ _SIGNS = (
     "pypi-",
     "eyJ",
     "PRIVATE KEY",
+    "gsk_",
+    "r8_",
+    "rpa_",
+    "nvapi-",
+    "hvs.",
+    "dapi",
+    "xapp-",
+    "ya29.",
+    "AGE-SECRET-KEY-",
 )
 """Every pattern in `_SHAPES` contains one of these, so text without them does not need the regex compiled."""
 _SHORTEST_LINE, _SHORTEST_KEY = 16, 16
@@ -182,12 +217,18 @@ def _hide_patterns(text: str) -> str:
         return text
     text = _IN_CONTEXT.sub(_hidden_in_context, text)
     text = _ASSIGNED.sub(_hidden_assignment, text)
-    return _ASSIGNED_BARE.sub(_hidden_assignment, text)
+    text = _ASSIGNED_BARE.sub(_hidden_assignment, text)
+    return _ASSIGNED_LOOSE.sub(
+        lambda match: (
+            _hidden_assignment(match) if any(map(str.isdigit, match["value"])) else match[0]
+        ),
+        text,
+    )
 
 
 def _hidden_in_context(match: re.Match[str]) -> str:
     before = next(
-        (match[name] for name in ("query", "header", "scheme", "login", "option") if match[name]),
+        (match[name] for name in _BEFORE if match[name]),
         "",
     )
     return before + HIDDEN
@@ -203,7 +244,7 @@ def _hidden_assignment(match: re.Match[str]) -> str:
 
 def _looks_secret(name: str, value: str) -> bool:
     """Whether an assigned value is a secret rather than a name, a placeholder or a special token."""
-    if re.search(r"[<>{}()\[\]$*]|^\.{3}|^x+$|^\w+\.\w+\.", value) or value.startswith(
+    if re.search(r"[<>{}()\[\]$*]|^\.{3}|^x+$|^[A-Za-z_]\w*(\.\w+)+$", value) or value.startswith(
         ("os.", "./", "/")
     ):
         return False
@@ -250,6 +291,8 @@ class Secrets:
         values = {
             v for k, v in environment.items() if is_secret_variable(k) and len(v) >= _SHORTEST
         }
+        found = (re.search(r"://[^/@\s:]*:([^/@\s]+)@", value) for value in environment.values())
+        values |= {match[1] for match in found if match and len(match[1]) >= _SHORTEST}
         known = {spelling for value in values for spelling in _spellings(value)}
         self._known = sorted(known, key=lambda text: (-len(text), text))
 

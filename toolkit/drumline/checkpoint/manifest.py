@@ -45,6 +45,13 @@ _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U1
          "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}  # fmt: skip
 
 
+_BITS_OF = {
+    "float64": 64, "float32": 32, "float16": 16, "bfloat16": 16, "int64": 64, "int32": 32, "int16": 16,
+    "int8": 8, "uint8": 8, "bool": 8,
+}  # fmt: skip
+"""Bits of an element, by the dtype's name in a rank's manifest."""
+
+
 def checkpoint_name(step: int) -> str:
     """The folder name of a step, such as `step-00000200`."""
     return f"step-{step:08d}"
@@ -127,6 +134,8 @@ def verify(path: Path, ranks: Iterable[int] | None = None) -> TrainState:
     for rank in range(index["ranks"]) if ranks is None else ranks:
         if rank < index["ranks"]:
             _verify_shard(path, rank, index["files"][rank_manifest_name(rank)])
+    if ranks is None:
+        _check_coverage(path, index["ranks"])
     return state
 
 
@@ -184,10 +193,43 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def read_entries(path: Path, rank: int) -> dict[str, Any]:
     """The entries of a rank's manifest: tensor name -> shape, start, dtype, bytes, sha256."""
     where = path / rank_manifest_name(rank)
-    tensors = _parse(where, _read(where)).get("tensors")
+    return _entries_of(where, _parse(where, _read(where)))
+
+
+def _entries_of(where: Path, described: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a parsed rank manifest; CheckpointError for one of another type or size."""
+    tensors = described.get("tensors")
     if not isinstance(tensors, dict):
         raise CheckpointError(f"{where}: it is not what was saved")
+    for name, entry in tensors.items():
+        try:
+            whole = math.prod(int(size) for size in entry["shape"])
+            count = entry["bytes"] * 8 // _BITS_OF[entry["dtype"]]
+            fits = entry["start"] >= 0 and entry["start"] + count <= whole
+        except (KeyError, TypeError, ValueError, AttributeError):
+            fits = False
+        if not fits:
+            raise CheckpointError(
+                f"{where}: tensor {name}: its shape, start and size do not go together"
+            )
     return tensors
+
+
+def _check_coverage(path: Path, ranks: int) -> None:
+    """Raise CheckpointError unless the ranks' parts make up each tensor, once and with one shape."""
+    parts: dict[str, list[tuple[int, int, tuple[int, ...]]]] = {}
+    for rank in range(ranks):
+        for name, entry in read_entries(path, rank).items():
+            count = entry["bytes"] * 8 // _BITS_OF[entry["dtype"]]
+            parts.setdefault(name, []).append((entry["start"], count, tuple(entry["shape"])))
+    for name, found in parts.items():
+        at = 0
+        for start, count, _ in sorted(found):
+            if start != at:
+                raise CheckpointError(f"{path}: tensor {name}: its parts overlap or leave gaps")
+            at += count
+        if at != math.prod(found[0][2]) or len({shape for _, _, shape in found}) > 1:
+            raise CheckpointError(f"{path}: tensor {name}: it is not whole in it")
 
 
 def read_weight_sums(path: Path, rank: int) -> dict[str, Any] | None:
@@ -210,7 +252,7 @@ def _verify_shard(path: Path, rank: int, digest: str) -> None:
     """Verify a rank's manifest, its shard's size and header, then the bytes of every tensor."""
     described = _json_of(path, rank_manifest_name(rank), digest)
     where = path / shard_name(rank)
-    tensors = described["tensors"]
+    tensors = _entries_of(path / rank_manifest_name(rank), described)
     descriptor = _open(where)
     try:
         size = os.fstat(descriptor).st_size

@@ -121,7 +121,12 @@ def weight_facts(path: Path) -> dict[str, Any]:
         if saved is None:
             total = _sums_of_files(path, index["ranks"])
             break
-        total += WeightSums.from_plain(saved)
+        try:
+            total += WeightSums.from_plain(saved)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path}: the sums of its weights are not what was saved: {error}"
+            ) from None
     return {
         "step": index["step"],
         "checksum": _checksum(total),

@@ -10,9 +10,11 @@ from typing import Annotated
 
 import typer
 
+from drumline.recipe.load import load_recipe
 from drumline.runs.folder import RunFolder, open_run
 from drumline.session import members
 from drumline.session.attend import supervise_in_slurm, supervise_members
+from drumline.session.trust import refuse_foreign_code
 from drumline_launchers.node import node_number
 
 
@@ -34,6 +36,8 @@ def attend_command(
     if source:
         members.adopt(source.expanduser(), folder)
     open_run(run)
+    if not source and "SLURM_JOB_ID" not in os.environ:
+        refuse_foreign_code(load_recipe(str(folder.recipe_file)), str(run), trust_code=False)
     if folder.read_record()["outcome"] == "finished":
         print(f"{run}: this run is finished")
         if nodes:

@@ -10,8 +10,9 @@ from drumline.cli.options import AsJson, Tolerance
 from drumline.compare.comparison import TOLERANCE, Comparison, compare, step_indices
 from drumline.compare.differences import difference_lines
 from drumline.compare.logged import Logged
-from drumline.compare.sources import read_logged
+from drumline.compare.sources import read_logged, understood
 from drumline.errors import NOT_EQUAL_EXIT_CODE
+from drumline.output import printable
 
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="A run folder, or anything that reproduce takes.")
@@ -33,13 +34,15 @@ def compare_command(
 
     Exit 0: identical, or equal within the tolerance; 5: diverged.
     """
-    first, second = read_logged(a), read_logged(b)
-    found = compare(first, second, tolerance)
-    indices = _indices_at(found, first, second)
+    with understood([a, b]):
+        first, second = read_logged(a), read_logged(b)
+        found = compare(first, second, tolerance)
+        indices = _indices_at(found, first, second)
+        page = "\n".join(_page(found, first, second, indices))
     if as_json:
         print(json.dumps({"a": a, "b": b, **dataclasses.asdict(found), "indices": indices}))
     else:
-        print("\n".join(_page(found, first, second, indices)))
+        print(printable(page))
     if found.verdict == "diverged":
         raise typer.Exit(NOT_EQUAL_EXIT_CODE)
 

@@ -15,7 +15,7 @@ from drumline.errors import CheckpointError, LaunchError, RunFolderError
 from drumline.files import new_folder
 from drumline.recipe.load import validate
 from drumline.runs.folder import RunFolder, open_run
-from drumline.session.trust import refuse_foreign_code
+from drumline.session.trust import refuse_foreign_code, refuse_foreign_site
 
 
 def export_command(
@@ -39,8 +39,10 @@ def export_command(
         refuse_foreign_code(recipe, str(run), trust_code)
         from drumline.session.submit import submit_export
 
+        if site_file is None:
+            refuse_foreign_site(folder.path, trust_code)
         site = load_site(site_file) if site_file else None
-        print(f"job {submit_export(folder, target, best, site)}")
+        print(f"job {submit_export(folder, target, best, site, trust_code)}")
         return
     if to != "local":
         raise LaunchError(f"--to {to}: choose from local, slurm")

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import shlex
 import signal
 import sys
@@ -17,7 +18,7 @@ from drumline.cli.options import AsJson, RunFolderArgument
 from drumline.cluster.jobs import cancel_job, job_state
 from drumline.cluster.slurm import JobState
 from drumline.errors import RunFolderError
-from drumline.files import read_bytes
+from drumline.files import open_regular, read_bytes
 from drumline.metrics_file import last_step_line
 from drumline.output import printable
 from drumline.runs.folder import RunFolder, open_run
@@ -28,6 +29,7 @@ _FOLLOW_S = 0.5
 _ASK_S = 5.0
 """Interval between queries of the scheduler, which many users may query at once."""
 _LAST_BYTES = 4000
+_MOST_BYTES = 1 << 24
 _LIVE = ("PENDING", "CONFIGURING", "RUNNING", "REQUEUED", "SUSPENDED", "COMPLETING")
 
 
@@ -210,23 +212,23 @@ def _has_live_jobs(folder: RunFolder) -> bool:
 def _new_texts(folder: RunFolder, rank: int, shown: dict[Path, int]) -> Iterator[str]:
     """Yield what each log has gained since it was last shown; the first time, its last `_LAST_BYTES`."""
     found = folder.path.glob("logs/attempt-*")
-    numbered = [path for path in found if path.name.removeprefix("attempt-").isdigit()]
+    numbered = [path for path in found if path.name.removeprefix("attempt-").isdecimal()]
     attempts = sorted(numbered, key=lambda path: int(path.name.removeprefix("attempt-")))
     newest = [attempts[-1] / "launcher.log", attempts[-1] / f"rank-{rank}.log"] if attempts else []
     told = sorted(folder.path.glob("logs/job-*.log")) or [folder.metrics_file]
     for path in [*told, *newest]:
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            size = path.stat().st_size
+        with contextlib.suppress(OSError), os.fdopen(open_regular(path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
             start = shown.get(path, max(0, size - _LAST_BYTES))
             file.seek(start)
-            raw = file.read()
+            raw = file.read(_MOST_BYTES)
             if not raw:
                 continue
             if path not in shown and len(shown) + len(newest) > 0:
                 yield f"==> {path.relative_to(folder.path)} <==\n"
             shown[path] = start + len(raw)
             text = raw.decode(errors="replace")
-            yield printable(text) if sys.stdout.isatty() else text
+            yield printable(text)
     sys.stdout.flush()
 
 

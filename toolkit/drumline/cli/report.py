@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from drumline.compare.report import write_report
-from drumline.compare.sources import read_logged
+from drumline.compare.sources import read_logged, understood
 from drumline.files import write_text
 
 
@@ -24,8 +24,9 @@ def report_command(
     ] = None,
 ) -> None:
     """Write one self-contained HTML page: curves, memory, timeline, environment; several runs overlaid."""
-    logged = [read_logged(where) for where in runs]
-    page = write_report(logged)
+    with understood(runs):
+        logged = [read_logged(where) for where in runs]
+        page = write_report(logged)
     if output is None:
         own = Path(logged[0].name)
         output = own / "report.html" if len(runs) == 1 and own.is_dir() else Path("report.html")

@@ -45,7 +45,7 @@ from drumline.session.show import plan_table, run_facts
 from drumline.session.submit import submit_again
 from drumline.session.submit_checks import JobOptions, check_slurm, read_site, refuse_without
 from drumline.session.train_here import train_here
-from drumline.session.trust import load_to_run, refuse_foreign_code
+from drumline.session.trust import load_to_run, refuse_foreign_code, refuse_foreign_site
 from drumline_launchers.site import SITE
 
 
@@ -130,7 +130,7 @@ def resume_command(
             f"Nearest: `drumline run {run} duration.steps=N` trains another one, from step 1"
         )
     with folder.locked():
-        recipe = override(folder.latest_plan().recipe, overrides)
+        recipe = override(folder.latest_recipe(), overrides)
         refuse_foreign_code(recipe, str(run), trust_code)
         folder.forget_restarts()
     check_offered(recipe)
@@ -149,6 +149,8 @@ def resume_command(
         )
     if to != "local":
         options = JobOptions(time=time, partition=partition, account=account, qos=qos)
+        if site_file is None:
+            refuse_foreign_site(folder.path, trust_code)
         return _resume_in_queue(folder, plan, record, to, site_file, options, hold, from_scratch)
     refuse_what_cannot_start(plan, force, as_json)
     if from_scratch:
@@ -185,11 +187,11 @@ def _resume_in_queue(
             folder.begin_anew()
         folder.write_recipe(plan.recipe.model_dump(by_alias=True))
     refuse_without(to, plan.recipe)
-    if to == "kubernetes":
-        print(f"job {apply_again(folder)}")
-        return
     stored = folder.path / SITE
     site = read_site(site_file or (stored if stored.is_file() else None), False, to, options)
+    if to == "kubernetes":
+        print(f"job {apply_again(plan, site, folder)}")
+        return
     options = check_slurm(plan, site, options)
     print(f"job {submit_again(plan, site, folder, options, hold)}")
 

@@ -1,15 +1,32 @@
 """Reads a logged run from a run folder, a recipe.yaml, a checkpoint or W&B."""
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from drumline.checkpoint.manifest import MANIFEST, read_manifest, verify
 from drumline.checkpoint.weights import weight_facts
 from drumline.compare.logged import Logged, split_lines
-from drumline.errors import RecipeError, RunFolderError
+from drumline.errors import RecipeError, RunError, RunFolderError
 from drumline.metrics_file import read_metrics
 from drumline.recipe import yaml12
 from drumline.runs.folder import RunFolder, open_run
 from drumline.runs.recipe_facts import read_facts
+
+
+@contextlib.contextmanager
+def understood(names: Iterable[str]) -> Iterator[None]:
+    """Turn errors over wrong types in logged runs, which anybody may have written, into one RunError.
+
+    `--debug` shows where it was.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+        told = f"{type(error).__name__}: {error}"
+        raise RunError(
+            f"{', '.join(names)}: what is logged there is not of drumline's types ({told})"
+        ) from error
 
 
 def read_logged(where: str) -> Logged:

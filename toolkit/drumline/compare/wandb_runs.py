@@ -5,7 +5,7 @@ protobuf records. The client's reader was removed in 0.31, so this module reads 
 records with the client's protobuf classes. A truncated file is read up to its last valid record.
 """
 
-import json
+import contextlib
 import struct
 import zlib
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from typing import Any
 
 from drumline.compare.logged import Logged, split_lines
 from drumline.errors import LaunchError, RunFolderError
-from drumline.files import read_bytes
+from drumline.files import parse_json, read_bytes
 from drumline.metrics_file import Kind, with_kind
 
 _LARGEST = 4 << 30
@@ -115,7 +115,11 @@ def _read_file(
 
 
 def _values(items: Any) -> dict[str, Any]:
-    return {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items}
+    found = {}
+    for item in items:
+        with contextlib.suppress(ValueError):  # a value that is not JSON is left out
+            found[item.key or ".".join(item.nested_key)] = parse_json(item.value_json)
+    return found
 
 
 def _records(raw: bytes) -> Iterator[bytes]:

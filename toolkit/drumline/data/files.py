@@ -1,11 +1,14 @@
 """Finds the local files of a recipe and their formats. No numpy, so that planning can import it."""
 
 import glob
+import itertools
 import re
 from pathlib import Path
 
 from drumline.errors import DataError
 from drumline.recipe.schema import Data
+
+MOST_MATCHES = 200_000
 
 FORMATS = {
     ".txt": "text",
@@ -30,11 +33,7 @@ def matching_files(data: Data) -> list[Path]:
         literal = Path(_ESCAPED.sub(r"\1", pattern))
         if path.is_dir() or literal.is_dir():
             raise DataError(f"data.path: {literal} is a folder. Nearest: {pattern}/*.txt")
-        found_paths = (
-            [literal]
-            if literal.is_file()
-            else map(Path, sorted(glob.glob(pattern, recursive=True)))
-        )
+        found_paths = [literal] if literal.is_file() else map(Path, _matches(pattern))
         matches = [match for match in found_paths if match.is_file()]
         if not matches:
             is_pattern = any(c in _ESCAPED.sub("", pattern) for c in "*?[")
@@ -58,3 +57,13 @@ def matching_files(data: Data) -> list[Path]:
                 "Nearest: rename the folder"
             )
     return found
+
+
+def _matches(pattern: str) -> list[str]:
+    """What a pattern matches, sorted; DataError for more than any data set has."""
+    found = list(itertools.islice(glob.iglob(pattern, recursive=True), MOST_MATCHES + 1))
+    if len(found) > MOST_MATCHES:
+        raise DataError(
+            f"data.path: {pattern} matches more than {MOST_MATCHES:,} files and folders"
+        )
+    return sorted(found)

@@ -26,8 +26,14 @@ _SLOW = f"git did not answer within {_GIT_S:.0f} s"
 _GIT_OFF = ("core.fsmonitor=false", "core.hooksPath=/dev/null", "core.pager=cat", "core.sshCommand=false",
             "diff.external=", "submodule.recurse=false", "protocol.allow=never")  # fmt: skip
 """Settings under which git starts no other program."""
+_NAMES_A_PROGRAM = re.compile(
+    r"(?s)filter\..*\.(clean|smudge|process|required)|remote\..*\.promisor"
+)
+"""Settings of any name under which git starts a program, or fetches what a clone lacks by one."""
+_ALLOWS_A_PROTOCOL = re.compile(r"(?s)protocol\..*\.allow")
 _PLAIN_DIFF = ("-c", "core.quotepath=off", "diff", "--binary", "--no-renames", "--no-ext-diff",
-               "--no-textconv", "--no-color", "--ignore-submodules=dirty")  # fmt: skip
+               "--no-textconv", "--no-color", "--submodule=short",
+               "--ignore-submodules=dirty")  # fmt: skip
 
 
 def read_code(recipe: Recipe, folder: Path, secrets: Secrets) -> dict[str, Any]:
@@ -39,7 +45,7 @@ def read_code(recipe: Recipe, folder: Path, secrets: Secrets) -> dict[str, Any]:
     found: dict[str, Any] = {"commit": None, "remote": None, "project": ".", "diff": "",
                              "untracked": {}, "left_out": {}}  # fmt: skip
     root = _said(base, "rev-parse", "--show-toplevel")
-    if root:
+    if root and _is_its_own(Path(root)):
         top = Path(root)
         found["commit"] = _said(top, "rev-parse", "--verify", "-q", "HEAD") or None
         found["remote"] = secrets.hide(_said(top, "remote", "get-url", "origin")) or None
@@ -208,6 +214,17 @@ def _counted(left_out: dict[str, str]) -> dict[str, str]:
     return {**dict(list(left_out.items())[:MOST_LEFT_OUT]), "…": f"{more:,} more files"}
 
 
+def _is_its_own(top: Path) -> bool:
+    """Whether a work tree's repository is its own: inside it, or one that names it as its work tree."""
+    git = top / ".git"
+    if git.is_symlink():
+        return False
+    if git.is_dir():
+        return True
+    listed = _git(top, "worktree", "list", "--porcelain", "-z") or ""
+    return f"worktree {top.resolve()}" in listed.split("\0")
+
+
 def _said(folder: Path, *arguments: str) -> str:
     """Git's stripped output; "" if it fails or times out."""
     return (_git(folder, *arguments) or "").strip()
@@ -246,21 +263,29 @@ def _git_command(folder: Path) -> list[str]:
         ).stdout.decode(errors="surrogateescape")
     except (OSError, subprocess.TimeoutExpired):
         listed = ""
-    own = [
-        f"{name}={'false' if name.endswith('.required') else ''}"
-        for name in dict.fromkeys(listed.split("\0"))
-        if re.fullmatch(r"filter\.[^=\n]+\.(clean|smudge|process|required)", name)
-    ]
-    odd = re.search(r"(?m)^filter\..*[=\n].*\.(clean|smudge|process)$", listed.replace("\0", "\n"))
+    names = [name for name in dict.fromkeys(listed.split("\0")) if name]
+    own = [f"{name}={'false' if name.endswith(('.required', '.promisor')) else ''}" for name in names
+           if _NAMES_A_PROGRAM.fullmatch(name)]  # fmt: skip
+    odd = next((setting for setting in own if "\n" in setting or setting.count("=") > 1), None)
     if odd:
-        raise RunError(f"{folder}: git's configuration has a filter of the name {odd.group()!r}")
+        raise RunError(
+            f"{folder}: git's configuration has an odd name: {odd!r}. Nearest: remove it"
+        )
+    own += [f"{name}=never" for name in names if _ALLOWS_A_PROTOCOL.fullmatch(name)]
     return [*start, *(part for setting in (*_GIT_OFF, *own) for part in ("-c", setting))]
 
 
 def _git_environment() -> dict[str, str]:
     """The environment without git's own variables, which could name programs or another repository."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    return {**kept, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
+    return {
+        **kept,
+        "GIT_ALLOW_PROTOCOL": "none",
+        "GIT_NO_LAZY_FETCH": "1",
+        "GIT_OPTIONAL_LOCKS": "0",
+        "GIT_TERMINAL_PROMPT": "0",
+        "LC_ALL": "C",
+    }
 
 
 def _git_or_fail(folder: Path, *arguments: str, text: str = "") -> None:

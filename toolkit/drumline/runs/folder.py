@@ -16,6 +16,7 @@ from drumline.output import printable_in
 from drumline.plan.model import Plan, read_plan
 from drumline.processes import Process
 from drumline.recipe import yaml12
+from drumline.recipe.load import validate
 from drumline.recipe.schema import Recipe
 from drumline.runs.schema import why_no_record
 from drumline.secrets import Secrets
@@ -115,6 +116,15 @@ class RunFolder:
                 f"{self.path}: this run never started. Nearest: `drumline run {self.recipe_file}`"
             )
         return self.read_plan(attempts - 1)
+
+    def latest_recipe(self) -> Recipe:
+        """The recipe of the newest attempt; that of the record if a kill or a queue has let none begin."""
+        record = self.read_record()
+        return (
+            self.latest_plan().recipe
+            if record["attempts"]
+            else validate(record["recipe"], str(self.record_file))
+        )
 
     def read_plan(self, attempt: int) -> Plan:
         """The plan of an attempt; RunError if its file is not a plan."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from drumline.errors import RunError
 from drumline.files import apply_umask, parse_json
 from drumline.runs.code import inside, listed_files
-from drumline.secrets import is_secret_file
+from drumline.secrets import Secrets, is_secret_file
 
 FILE_LIMIT = 1 << 20
 TOTAL_LIMIT = 256 << 20
@@ -37,7 +37,7 @@ def freeze_project(project: Path, target: Path) -> Frozen:
     target.mkdir(parents=True)
     for name in _names(project):
         source = project / name
-        if why := _why_left_out(source, name):
+        if why := _why_left_out(project, name):
             if why != "gone":
                 found.left_out[name] = why
             continue
@@ -87,14 +87,18 @@ def thaw(text: str, target: Path) -> None:
         place.write_text(str(content), encoding="utf-8")
 
 
-def _why_left_out(source: Path, name: str) -> str:
-    if source.is_symlink():
-        return "a symbolic link"
+def _why_left_out(project: Path, name: str) -> str:
+    source = project / name
+    parts = Path(name).parts
+    if any(project.joinpath(*parts[: count + 1]).is_symlink() for count in range(len(parts))):
+        return "a symbolic link, or in a folder that is one"
     if not source.is_file():
         return "not a regular file" if source.exists() else "gone"
     if is_secret_file(name):
         return "holds secrets by its name"
     size = source.stat().st_size
+    if size <= FILE_LIMIT and Secrets({}).are_in(source.read_bytes().decode(errors="replace")):
+        return "holds a secret"
     if source.suffix != ".py" and size > FILE_LIMIT:
         return f"{size:,} bytes, over {FILE_LIMIT:,}"
     return ""

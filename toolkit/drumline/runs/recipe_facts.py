@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from drumline.files import parse_json
+from drumline.metrics_file import parsed_line
 from drumline.runs.environment import THAT_TRAIN
 
 _COMMENT = "#| "
@@ -59,9 +61,21 @@ def read_facts(text: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     for row in text.split("\n"):
         if not row.startswith(_COMMENT):
             continue
-        fact = json.loads(row.removeprefix(_COMMENT))
+        fact = parse_json(row.removeprefix(_COMMENT))
+        if not isinstance(fact, dict):
+            raise ValueError(f"a comment holds {type(fact).__name__}, not facts")
         if "line" in fact:
-            steps.append(dict(zip(_STEP_FACTS, fact["line"], strict=True)))
+            steps.append(_step_line(fact["line"]))
         else:
             record |= fact
     return record, steps
+
+
+def _step_line(values: Any) -> dict[str, Any]:
+    """A step line of the comments; ValueError if it is none."""
+    if not isinstance(values, list):
+        raise ValueError("a line of a comment is not a list")
+    line = parsed_line(json.dumps(dict(zip(_STEP_FACTS, values, strict=True))).encode())
+    if line is None:
+        raise ValueError(f"{values}: is not a step")
+    return line

@@ -7,12 +7,20 @@ refused, since they are not JSON.
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 SLURM_ID = r"^[0-9]{1,15}(_[0-9]{1,7})?$"
 KUBERNETES_ID = r"^(job|jobset|trainjob)/[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"
 NAMESPACE = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 
+
+def _moment(text: str) -> str:
+    datetime.fromisoformat(text)
+    return text
+
+
+Moment = Annotated[str, AfterValidator(_moment)]
+"""A time in ISO format."""
 Count = Annotated[int, Field(ge=0)]
 Text = Annotated[str, Field(max_length=1 << 20)]
 Outcome = Literal["finished", "stopped", "failed"] | None
@@ -51,8 +59,8 @@ class Attempt(_Part):
     number: Count
     cause: Text
     split: Split
-    started: Text
-    ended: Text | None
+    started: Moment
+    ended: Moment | None
     outcome: Outcome
     kind: Text | None = None
     step: Count | None = None
@@ -119,13 +127,16 @@ class Weights(_Part):
 class Steps(_Part):
     """The plan's steps."""
 
-    total: Count | None
+    total: Count
 
 
 class Batch(_Part):
     """The plan's batch."""
 
-    effective: Count | None
+    effective: Count
+    per_device: Count
+    gpus: Count
+    accumulation: Count
 
 
 class PlanFacts(_Part):
@@ -167,7 +178,7 @@ class Record(_Part):
     recipe: RecipeName
     recipe_sha256: str | None = None
     training_sha256: str
-    plan: PlanFacts | None = None
+    plan: PlanFacts
     data: Data
     code: Code | None = None
     versions: dict[str, str | None] = {}
@@ -175,7 +186,7 @@ class Record(_Part):
     container: str | None = None
     command: list[str] = []
     parent: Parent | None = None
-    created: datetime | None = Field(default=None, strict=False)
+    created: Moment | None = None
     attempts: list[Attempt]
     restarts: Count
     outcome: Outcome

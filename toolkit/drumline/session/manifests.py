@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from drumline.errors import LaunchError
-from drumline.files import read_bytes, write_text
+from drumline.files import write_text
 from drumline.plan.model import Plan
 from drumline.recipe import yaml12
 from drumline.runs.folder import RunFolder
@@ -62,17 +62,12 @@ def apply(plan: Plan, site: Site, folder: RunFolder) -> str:
     return str(entry["id"])
 
 
-def apply_again(folder: RunFolder) -> str:
-    """Give the run's manifests to Kubernetes again, replacing the object that has ended; return its name."""
-    path = folder.path / MANIFESTS
-    if not path.is_file():
-        raise LaunchError(f"{path}: is missing. Nearest: drumline submit the recipe again")
-    text = read_bytes(path).decode()
-    _kubectl(["delete", "--ignore-not-found", "--wait", "-f", "-"], text)
-    _kubectl(["apply", "-f", "-"], text)
-    last = [entry for entry in folder.read_record()["jobs"] if entry["target"] == "kubernetes"][-1]
-    folder.add_job({**last, "submitted": now()})
-    return str(last["id"])
+def apply_again(plan: Plan, site: Site, folder: RunFolder) -> str:
+    """Give the run's manifests, rendered anew, to Kubernetes in place of the object that has ended."""
+    record = folder.read_record()
+    manifests = manifests_of(plan, site, folder.path.name, record, folder.path / CODE)
+    _kubectl(["delete", "--ignore-not-found", "--wait", "-f", "-"], manifest_text(manifests))
+    return apply(plan, site, folder)
 
 
 def _kubectl(arguments: list[str], text: str) -> None:

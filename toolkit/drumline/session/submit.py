@@ -21,7 +21,7 @@ from drumline.runs.record import new_record, now
 from drumline.secrets import Secrets
 from drumline.session.manifests import apply, manifest_text, manifests_of
 from drumline.session.submit_checks import NO_OPTIONS, JobOptions, read_site
-from drumline.session.trust import remember_project
+from drumline.session.trust import remember_folder, remember_project
 from drumline_launchers.site import SITE, Site
 from drumline_launchers.skypilot import render_task
 from drumline_launchers.slurm import Batch, render_command_script, render_script
@@ -79,6 +79,7 @@ def prepare_folder(plan: Plan, site: Site, folder: RunFolder, secrets: Secrets) 
         folder.write_recipe(plain)
         record["recipe"] = plain
     folder.write_record(record)
+    remember_folder(folder.path)
     write_text(folder.path / SITE, yaml12.dump(site.model_dump()))
     (folder.path / "logs").mkdir()
     return plan
@@ -106,7 +107,9 @@ def submit_again(plan: Plan, site: Site, folder: RunFolder, options: JobOptions,
     return _submit_one(plan, site, folder, [], hold, 1, options)
 
 
-def submit_export(folder: RunFolder, target: Path, best: bool, site: Site | None) -> str:
+def submit_export(
+    folder: RunFolder, target: Path, best: bool, site: Site | None, trust_code: bool
+) -> str:
     """Submit a job that exports the run to `target` once its jobs have ended well; return the job's id."""
     stored, record = folder.path / SITE, folder.read_record()
     site = site or read_site(stored if stored.is_file() else None, preflight=False, to="slurm")

@@ -12,6 +12,8 @@ from drumline.recipe.load import load_recipe
 from drumline.recipe.schema import Recipe, factories_of
 
 _LARGEST = 1 << 20
+_OF_A_RUN = ("record.json", "metrics.jsonl", "checkpoints", "plan-0.json")
+"""What a run folder holds, of which a stranger may have left some out."""
 
 
 def load_to_run(where: str, overrides: list[str] | None, trust_code: bool) -> Recipe:
@@ -30,28 +32,33 @@ def load_to_run(where: str, overrides: list[str] | None, trust_code: bool) -> Re
 def is_from_a_run(where: str) -> bool:
     """Whether this argument of a command is a run folder, or the recipe.yaml in one."""
     path = Path(where)
-    return any((folder / "record.json").exists() for folder in (path, path.parent) if where)
+    folders = [path] if path.is_dir() else [path.parent]
+    return any(os.path.lexists(folder / name) for folder in folders for name in _OF_A_RUN)
 
 
 def refuse_foreign_code(recipe: Recipe, where: str, trust_code: bool) -> None:
     """Raise RecipeError if the recipe of a run folder names code of a project that is not remembered."""
     named = factories_of(recipe)
-    if not named or trust_code or not recipe.project:
+    if not named or trust_code:
         return
-    if _resolved(recipe.project) in _remembered():
+    if _resolved(recipe.project or ".") in _remembered():
         return
+    place = recipe.project or "the current folder"
+    place = recipe.project or "the current folder"
     raise RecipeError(
-        f"{where}: it names Python to run: {', '.join(named)} in {recipe.project}, and this user has not "
-        "trained that project from a recipe of their own. Nearest: read it, then --trust-code"
+        f"{where}: it names Python to run: {', '.join(named)} in {place}, and this user has not trained that "
+        "project from a recipe of their own. Nearest: read it, then --trust-code"
     )
 
 
 def remember_project(recipe: Recipe) -> None:
     """Remember the project of a recipe that this user has given by hand, or has said to trust."""
-    if not factories_of(recipe) or not recipe.project:
-        return
-    known, project = _remembered(), _resolved(recipe.project)
-    if project in known or "\n" in project:
+    if factories_of(recipe):
+        _remember(_resolved(recipe.project or "."))
+
+
+def _remember(project: str) -> None:
+    if project in _remembered() or "\n" in project:
         return
     path = _file()
     try:
@@ -82,3 +89,21 @@ def _remembered() -> set[str]:
             return set(file.read().splitlines())
     except OSError:
         return set()
+
+
+def refuse_foreign_site(folder: Path, trust_code: bool) -> None:
+    """Raise RecipeError if the site of a run folder would run commands, and this user did not submit the run.
+
+    `folder`: the run folder; submitting remembers it.
+    """
+    if trust_code or _resolved(str(folder)) in _remembered():
+        return
+    raise RecipeError(
+        f"{folder}: its site.yaml can name commands to run, and this user has not submitted this run. "
+        "Nearest: --site with a file of your own, or read it, then --trust-code"
+    )
+
+
+def remember_folder(folder: Path) -> None:
+    """Remember a run folder that this user has submitted, whose site file they wrote."""
+    _remember(_resolved(str(folder)))

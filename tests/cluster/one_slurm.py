@@ -1,4 +1,4 @@
-"""One Slurm for all tests of this folder; xdist's group keeps them on one worker."""
+"""The fixture that starts a Slurm for a module; xdist's group keeps such modules on one worker."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ import pytest
 from lab import Lab, why_not
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """Eight nodes, started and stopped here; a skip with the reason where Slurm cannot run."""
     reason = why_not()
