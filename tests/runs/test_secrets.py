@@ -123,6 +123,24 @@ def test_files_of_secrets(name: str) -> None:
         ("xoxb-1234-5678-abcdef", "xoxb-1234-5678-abcdef"),
         ("SK" + "0a" * 16, "SK" + "0a" * 16),
         ("-----BEGIN OPENSSH PRIVATE KEY-----", "BEGIN OPENSSH PRIVATE KEY"),
+        (
+            "-----BEGIN RSA PRIVATE KEY-----\nMIIEabc123\n-----END RSA PRIVATE KEY-----",
+            "MIIEabc123",
+        ),
+        ("redis://:p4ssw0rdp4ss@host", "p4ssw0rdp4ss"),
+        ("curl -s -u user:hunter22 http://h", "hunter22"),
+        ("echo hunter22 | docker login -u me --password-stdin", "hunter22"),
+        ("mysql -h db -phunter22", "hunter22"),
+        ("sshpass -p hunter22 ssh host", "hunter22"),
+        ("machine host login me password hunter22", "hunter22"),
+        ("X-Api-Key: abcdef12", "abcdef12"),
+        ("Set-Cookie: session=abcdef12; Path=/", "abcdef12"),
+        ("db:\n  password: hunter2hunter\n", "hunter2hunter"),
+        ("api_key: abcdef0123456789abcdef", "abcdef0123456789abcdef"),
+        ("[s3]\naws_secret_access_key = abcDEF0123456789/+abcd\n", "abcDEF0123456789/+abcd"),
+        ("token=abcdef0123456789", "abcdef0123456789"),
+        ("gsk_" + "a1" * 15, "gsk_" + "a1" * 15),
+        ("hvs." + "a1" * 15, "hvs." + "a1" * 15),
     ],
 )
 def test_a_secret_is_known_by_what_stands_before_it(text: str, secret: str) -> None:
@@ -134,6 +152,7 @@ def test_a_secret_is_known_by_what_stands_before_it(text: str, secret: str) -> N
     "text",
     ['tokenizer = "bert-base-uncased"', 'eos_token = "</s>"', 'auth="basic"', "max_tokens = 100", "lr: 3e-4",
      'secret_key = os.environ["X"]', "password = get_password()", 'key="label"', "git@github.com:a/b.git",
+     "password = args.password", "token: gpt2", "    token = tokens[0]", "secret: false",
      "ssh://git@github.com/a", "module load cuda/12.8", "https://host/x?page=2#token"],
 )  # fmt: skip
 def test_ordinary_text_stays(text: str) -> None:
@@ -152,4 +171,15 @@ def test_values_of_secret_variables_are_hidden_in_every_spelling(name: str, spel
     assert (
         Secrets({"XAUTHORITY": "/root/.Xauthority"}).hide("/root/.Xauthority")
         == "/root/.Xauthority"
+    )
+
+
+def test_a_password_in_an_address_of_the_environment_is_hidden_alone_too() -> None:
+    """DATABASE_URL is no secret by its name; the password in it is one."""
+    secrets = Secrets(
+        {"DATABASE_URL": "postgres://me:hunter2hunter@db/x", "REDIS_URL": "redis://:p4ssw0rd@h"}
+    )
+    assert (
+        secrets.hide("failed with hunter2hunter and p4ssw0rd")
+        == f"failed with {HIDDEN} and {HIDDEN}"
     )
