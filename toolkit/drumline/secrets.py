@@ -113,7 +113,7 @@ _BEFORE = (
 )
 """Groups of that pattern that stand before a secret and are kept."""
 _ASSIGNED_LOOSE = re.compile(
-    r"(?m)^(?P<lead>[ \t]*(?:export[ \t]+|-[ \t]+)?[\"']?)(?P<name>[A-Za-z_][\w.-]*)(?P<between>[\"']?[ \t]*[:=][ \t]*)"
+    r"(?m)^[ \t]*(?:export[ \t]+|-[ \t]+)?[\"']?(?P<name>[A-Za-z_][\w.-]*)[\"']?[ \t]*[:=][ \t]*"
     r"(?P<value>[^\s\"'#,;&|]{6,})"
 )
 """A line of YAML, INI or shell; a value without a digit may be a variable's name there."""
