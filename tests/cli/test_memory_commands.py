@@ -85,15 +85,19 @@ def test_what_cannot_be_traced_is_said(drumline: Any, overrides: list[str], word
 def write_run(folder: Path, measured: dict[str, int] | None, predicted: dict[str, int]) -> Path:
     """A record as a run on a GPU leaves it. Stands in for one: there is no GPU where this runs."""
     folder.mkdir()
-    recipe = {"cluster": {"gpu": "h100-80gb"}, "strategy": {"name": "ddp"}}
+    recipe = {"recipe": "r", "cluster": {"gpu": "h100-80gb"}, "strategy": {"name": "ddp"}}
     memory = {
         "method": "closed-form",
         "phase": "backward",
         "predicted": predicted,
         "measured": measured,
     }
-    record = {"attempts": [{"kind": "finished", "memory": memory}], "outcome": "finished", "restarts": 0,
-              "training_sha256": "x", "data": {}, "recipe": recipe}  # fmt: skip
+    split = {"per_device": 1, "gpus": 1, "accumulation": 1}
+    attempt = {"number": 0, "cause": "start", "split": split, "started": "2026-11-01T00:00:00+00:00", "ended": None,
+               "outcome": "finished", "kind": "finished", "memory": memory}  # fmt: skip
+    record = {"attempts": [attempt], "outcome": "finished", "restarts": 0, "training_sha256": "x",
+              "data": {"fingerprint": None}, "recipe": recipe,
+              "plan": {"steps": {"total": 1}, "batch": {"effective": 1, **split}}}  # fmt: skip
     (folder / "record.json").write_text(json.dumps(record))
     return folder
 

@@ -1,7 +1,9 @@
 """The table of transformers' config fields is that of the installed transformers, and is used by `plan`."""
 
 import dataclasses
+import importlib
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,7 +41,7 @@ def lines() -> list[str]:
         mapped = {
             alias: own[name] for alias, name in (kind.attribute_map or {}).items() if name in own
         }
-        found[name] = {**mapped, **own}
+        found[name] = {**dict.fromkeys(_read_by_the_model(kind), ""), **mapped, **own}
     common = dict(set.intersection(*(set(fields.items()) for fields in found.values())))
     return [
         _line("*", common),
@@ -48,6 +50,15 @@ def lines() -> list[str]:
             for name, fields in sorted(found.items())
         ),
     ]
+
+
+def _read_by_the_model(kind: Any) -> list[str]:
+    """Keys that the architecture's code reads though its config class has no field of that name: `head_dim`."""
+    module = importlib.import_module(kind.__module__)
+    assert module.__file__
+    text = "".join(path.read_text() for path in Path(module.__file__).parent.glob("modeling_*.py"))
+    named = re.findall(r"\bconfig\.([a-z]\w*)\b(?!\()", text)
+    return named + re.findall(r"getattr\((?:self\.)?config, \"([a-z]\w*)\"", text)
 
 
 def _line(name: str, fields: dict[str, str]) -> str:
@@ -109,4 +120,5 @@ def test_what_is_legal_passes() -> None:
     """Aliases, null where the class allows it, sub-configs, and architectures that the table lacks."""
     check_config("gpt2", {"hidden_size": 32, "n_inner": None, "num_labels": 3})
     check_config("llama", {"rope_parameters": {"rope_theta": 5e5}, "attention_dropout": 0})
+    check_config("qwen2", {"head_dim": 16})
     check_config("my-own", {"anything": object})

@@ -1,7 +1,8 @@
 """Fields of every config class of transformers, and their types, read from config_fields.txt.
 
 One line per architecture: its name, then `field:types` with a letter for each type that the field takes:
-i int, f float, b bool, s str, l list, d mapping, n null. `tests/plan/test_config_fields.py` makes the table.
+i int, f float, b bool, s str, l list, d mapping, n null. No letter: any type, of a key that the model reads
+though its config class has no such field. `tests/plan/test_config_fields.py` makes the table.
 """
 
 from functools import cache
