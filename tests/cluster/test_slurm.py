@@ -375,7 +375,10 @@ def test_what_slurm_refuses_is_one_message_and_nothing_stays(
     """Unknown partition, node or option, no sbatch, a controller that is down: exit 2, no folder, no job."""
     before = slurm.ask("squeue", "-h", "-o", "%A")
     for site, words in (
-        ({"partition": "nowhere"}, "Invalid partition name specified. Nearest: sinfo lists"),
+        (
+            {"partition": "nowhere"},
+            "partition: nowhere: Slurm has no such partition. Nearest: batch",
+        ),
         ({"sbatch": ["--nodelist=node99"]}, "Invalid node name specified"),
         ({"sbatch": ["--no-such-option"]}, "unrecognized option '--no-such-option'"),
     ):
@@ -385,7 +388,7 @@ def test_what_slurm_refuses_is_one_message_and_nothing_stays(
         assert not (tmp_path / "r").exists()
     desk.site(partition="nowhere")
     for values, words in (
-        ("optimizer.lr=1e-3,3e-3", "Invalid partition"),
+        ("optimizer.lr=1e-3,3e-3", "Slurm has no such partition"),
         ("batch.gpus=1,2", "batch.gpus 1 on 1 node, batch.gpus 2 on 2 nodes, and an array has one"),
     ):
         sweep = ["r.yaml", values, "--to", "slurm", "--site", "site.yaml", "--folder", "all"]
@@ -428,16 +431,16 @@ def test_a_partition_that_is_full_or_down_is_told_by_status(
 
 
 def test_a_run_folder_that_the_nodes_do_not_see(desk: Desk) -> None:
-    """On another file system: exit 2 in the job, no restart, and `status` says which node does not see it."""
+    """On another file system: the job fails, no restart, and `status` asks whether the node sees it."""
     job = desk.submit("duration.steps=4", options=["--hold"])
     moved = desk.folder / "elsewhere"
     (desk.folder / "r").rename(moved)
     desk.lab.ask("scontrol", "release", job)
     desk.wait_for_job(job, "FAILED")
-    assert desk.lab.job(job)["ExitCode"] == "2:0"
+    assert desk.lab.job(job)["Restarts"] == "0"
     assert not (desk.folder / "r").exists()
     status = desk.drumline("status", "elsewhere").stdout
-    assert f"job {job}  FAILED (the run folder is not visible on node" in status
+    assert f"job {job}  FAILED (JobLaunchFailure: is the run folder visible on the node?)" in status
 
 
 def test_what_does_not_fit_is_not_submitted(desk: Desk) -> None:
