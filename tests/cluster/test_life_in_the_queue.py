@@ -132,7 +132,8 @@ def test_jobs_that_end_before_they_train_say_why(desk: Desk) -> None:
 
 def test_a_cancelled_run_stays_cancelled_whoever_started_its_job(desk: Desk) -> None:
     """Cancelled, given to sbatch by hand, cancelled again: saved, CANCELLED, not started again, in status; resumed in the queue."""
-    write_recipe(desk.folder, "        time.sleep(0.1)")
+    slow = f"        time.sleep(0 if Path({str(desk.folder / 'fast')!r}).exists() else 0.3)"
+    write_recipe(desk.folder, slow)
     first = desk.submit(*ALONE, "duration.steps=40")
     desk.wait_for_step(4)
     desk.drumline("cancel", "r")
@@ -148,6 +149,7 @@ def test_a_cancelled_run_stays_cancelled_whoever_started_its_job(desk: Desk) -> 
     assert f"job {by_hand}: asked to save and stop" in desk.drumline("cancel", "r").stdout
     desk.wait_for_job(by_hand, "CANCELLED")
     assert desk.lab.job(by_hand)["Restarts"] == "0"
+    (desk.folder / "fast").touch()
     again = desk.drumline(
         "resume", "r", "--to", "slurm", "--time", "5", "--qos", "normal"
     ).stdout.split()[1]
