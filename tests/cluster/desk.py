@@ -103,6 +103,9 @@ class Desk:
         wait(lambda: (lines := self.steps(name)) and lines[-1]["step"] >= step, 120)
 
     def wait_for_idle(self, node: str) -> None:
+        """Until a node that was lost takes jobs again, whatever Slurm still believes to run on it."""
+        for state in ("DOWN", "RESUME"):
+            self.lab.ask("scontrol", "update", f"NodeName={node}", f"State={state}", "Reason=lost")
         wait(
             lambda: "idle" in self.lab.ask("sinfo", "-h", "-n", node, "-p", "batch", "-o", "%t"), 60
         )
