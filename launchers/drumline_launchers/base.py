@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from drumline.files import write_text
 from drumline.plan.model import Plan
 
 
@@ -40,6 +41,11 @@ class Command:
     env: dict[str, str]
     files: dict[str, str] = field(default_factory=dict)
     is_remote: bool = False
+
+    def write_files(self) -> None:
+        """Write the files; OSError as `write_durably`."""
+        for path, text in self.files.items():
+            write_text(Path(path), text)
 
     def to_shell(self) -> str:
         """Return the command as shell text, every value quoted."""

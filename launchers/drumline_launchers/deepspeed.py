@@ -18,7 +18,8 @@ from drumline_launchers.base import (
 def render(plan: Plan, job: Job) -> Command:
     """Render `python -m deepspeed.launcher.launch` for this node's ranks.
 
-    The configuration file is for reference only; the workers build the same configuration from the plan.
+    The configuration file is for reference only; the workers build the same configuration from the plan. The
+    first node alone writes it: the run folder may be on a file system that all nodes share.
     """
     job = meeting_point(plan, job)
     slots = list(range(plan.mesh.ranks_per_node))
@@ -36,4 +37,5 @@ def render(plan: Plan, job: Job) -> Command:
     kind = "cpu" if plan.recipe.cluster.gpu == "cpu" else "cuda"
     config_file = str(job.run_folder / f"deepspeed-{job.attempt}.json")
     text = json.dumps(deepspeed_config(plan), indent=2) + "\n"
-    return Command(argv, {**worker_environment(plan), "DS_ACCELERATOR": kind}, {config_file: text})
+    files = {config_file: text} if job.node_rank == 0 else {}
+    return Command(argv, {**worker_environment(plan), "DS_ACCELERATOR": kind}, files)

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from drumline.files import write_text
 from drumline.plan.model import Plan, read_plan
 from drumline_launchers import LAUNCHERS
 from drumline_launchers.base import Command, Job
@@ -60,8 +59,7 @@ def main() -> None:
         )
     plan = read_plan(arguments.plan.read_text(encoding="utf-8"))
     command = node_command(plan, arguments, os.environ)
-    for path, text in command.files.items():
-        write_text(Path(path), text)
+    command.write_files()
     environment = launch_environment(os.environ, command.env)
     os.execvpe(command.argv[0], command.argv, environment)  # noqa: S606
 

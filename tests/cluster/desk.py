@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +103,32 @@ class Desk:
     def wait_for_step(self, step: int, name: str = "r") -> None:
         wait(lambda: (lines := self.steps(name)) and lines[-1]["step"] >= step, 120)
 
-    def wait_for_idle(self, node: str) -> None:
-        """Until a node that was lost takes jobs again, whatever Slurm still believes to run on it."""
-        for state in ("DOWN", "RESUME"):
-            self.lab.ask("scontrol", "update", f"NodeName={node}", f"State={state}", "Reason=lost")
-        wait(
-            lambda: "idle" in self.lab.ask("sinfo", "-h", "-n", node, "-p", "batch", "-o", "%t"), 60
-        )
+    def bring_back(self, nodes: Collection[str]) -> None:
+        """Start nodes that were lost, and wait until they take jobs; no job runs meanwhile.
+
+        Slurm 22.05 may count the CPUs of a job that it requeued from a lost node as used for minutes; reading
+        its configuration anew, it counts those of running jobs only.
+        """
+        for node in nodes:
+            for state in ("DOWN", "RESUME"):
+                self.lab.ask(
+                    "scontrol", "update", f"NodeName={node}", f"State={state}", "Reason=lost"
+                )
+            self.lab.start_node(node)
+        self.lab.ask("scontrol", "reconfigure")
+        seen: list[str] = []
+
+        def are_idle() -> bool:
+            listed = self.lab.ask(
+                "sinfo", "-h", "-N", "-n", ",".join(nodes), "-p", "batch", "-o", "%N=%t"
+            )
+            seen.append(" ".join(sorted(set(listed.split()))))
+            return seen[-1] == " ".join(f"{node}=idle" for node in sorted(nodes))
+
+        try:
+            wait(are_idle, 60)
+        except AssertionError:
+            raise AssertionError(f"nodes stay {' · '.join(dict.fromkeys(seen))}") from None
 
     def wait_for_job(self, job: str, *states: str, seconds: float = 150) -> None:
         try:

@@ -1,6 +1,8 @@
 """Day two on a real Slurm: what was submitted trains, jobs say how they end, runs live by their folder."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -150,9 +152,14 @@ def test_a_cancelled_run_stays_cancelled_whoever_started_its_job(desk: Desk) -> 
     desk.wait_for_job(by_hand, "CANCELLED")
     assert desk.lab.job(by_hand)["Restarts"] == "0"
     (desk.folder / "fast").touch()
+    before = sorted(path.name for path in (desk.folder / "r").iterdir())
+    never = ("resume", "r", "--to", "slurm", "--partition", "nowhere")
+    assert "Slurm has no such partition" in desk.drumline(*never, code=2).stderr
+    assert sorted(path.name for path in (desk.folder / "r").iterdir()) == before
     again = desk.drumline(
-        "resume", "r", "--to", "slurm", "--time", "5", "--qos", "normal"
-    ).stdout.split()[1]
+        "resume", "r", "--to", "slurm", "--time", "5", "--qos", "normal", "--json"
+    ).stdout
+    again = json.loads(again)["jobs"][0]
     asked = desk.lab.job(again)
     assert asked["TimeLimit"] == "00:05:00"
     desk.wait_for_job(again)
@@ -191,11 +198,35 @@ def test_a_waiting_job_is_given_no_nodes_to_insist_on(
     ).strip()
     assert slurm_commands.keep_only(job, ["node0"]) == "Slurm has requeued the job meanwhile"
     assert slurm.job(job)["ReqNodeList"] == "(null)"
-    answers = iter([False, True])
-    monkeypatch.setattr(slurm_commands, "_is_waiting", lambda job: next(answers))
+    slurm.ask("scancel", job)
+    job = slurm.ask("sbatch", "--parsable", "--nodes=2", "--output=/dev/null", "--wrap=sleep 60")
+    job = job.strip()
+    wait(lambda: slurm.job(job)["JobState"] == "RUNNING", 60)
+    requeue_at_the_first_update(desk.folder / "bin", job)
+    monkeypatch.setenv("PATH", f"{desk.folder / 'bin'}:{os.environ['PATH']}")
     slurm_commands.keep_only(job, ["node0"])  # requeued between the question and the command
+    assert "NodeList=node0" in (desk.folder / "bin/updates").read_text()
+    assert slurm.job(job)["JobState"] == "PENDING"
     assert slurm.job(job)["ReqNodeList"] == "(null)"
     slurm.ask("scancel", job)
+
+
+def requeue_at_the_first_update(folder: Path, job: str) -> None:
+    """A `scontrol` that requeues the job before it passes on an update, as Slurm may at that moment."""
+    folder.mkdir()
+    real = shutil.which("scontrol")
+    script = folder / "scontrol"
+    script.write_text(
+        f"""#!/bin/sh
+if [ "$1" = update ] && [ ! -e {folder}/updates ]; then
+    echo "$@" > {folder}/updates
+    {real} requeuehold {job}
+    until {real} show job {job} | grep -q JobState=PENDING; do sleep 0.2; done
+fi
+exec {real} "$@"
+"""
+    )
+    script.chmod(0o755)
 
 
 @pytest.mark.parametrize(

@@ -135,9 +135,7 @@ def losses(slurm: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Los
             slurm.kill_node(node)
         yield Losses(desk, hosts, lost)
     finally:
-        for node in lost.values():
-            slurm.start_node(node)
-            desk.wait_for_idle(node)
+        desk.bring_back(lost.values())
 
 
 class TestLostNodes:

@@ -410,6 +410,23 @@ def test_every_gpu_has_skypilots_name() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("to", "options", "words"),
+    [
+        ("kubernetes", ["--hold"], "--to kubernetes: --hold is Slurm's"),
+        ("kubernetes", ["--chain", "2"], "--to kubernetes: --chain is Slurm's"),
+        ("skypilot", ["--job-name", "x", "--dry-run"], "--to skypilot: --job-name is Slurm's"),
+        ("slurm", ["--job-name", "$(id)"], "--job-name '$(id)': cannot stand in a job script"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(
+    drumline: Any, to: str, options: list[str], words: str
+) -> None:
+    """Exit 2 before anything is read, instead of a job that is not what was asked for."""
+    done = drumline("submit", "llama-8b-8xh100", "--to", to, *options)
+    assert (done.returncode, words in done.stderr) == (2, True), done.stderr
+
+
 def test_submit_dry_run_prints_the_text(drumline: Any, tmp_path: Path) -> None:
     """To stdout, and writes nothing; what is not offered is said."""
     (tmp_path / "s.yaml").write_text(yaml12.dump(FULL))

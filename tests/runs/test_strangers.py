@@ -389,6 +389,21 @@ def test_a_site_in_a_strangers_run_is_not_submitted_unasked(
     assert not calls.exists() or "sbatch" not in calls.read_text()
 
 
+def test_what_a_job_s_option_does_not_do_here_is_said(desk: Path) -> None:
+    """`resume` and `export` on this machine refuse a cluster's options instead of ignoring them."""
+    change_record(desk / "r", outcome="stopped", weights=None)
+    (desk / "s.yaml").write_text("site: x\n")
+    for words, named in ((("resume", "r", "--time", "5"), "--time"), (("resume", "r", "--hold"), "--hold"),
+                         (("resume", "r", "--site", "s.yaml"), "--site"),
+                         (("export", "r", "out", "--site", "s.yaml"), "--site")):  # fmt: skip
+        done = call(desk, *words)
+        assert (done.code, f"{named}: " in done.err, "Nearest: --to slurm" in done.err) == (
+            2,
+            True,
+            True,
+        )
+
+
 def test_git_and_its_usual_filters_work(repository: Path, tmp_path: Path) -> None:
     """What `git lfs install` sets is no odd name; a repository that is another's, by a file or a link, is not read."""
     for key, value in (("clean", "git-lfs clean -- %f"), ("smudge", "git-lfs smudge"), ("process", "git-lfs filter-process"),

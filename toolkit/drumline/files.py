@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 RECORD_LIMIT = 64 << 20
-_LONGEST_STEM = 200
 """Bytes of the largest JSON file that a run folder holds; a record with its code has at most a few MiB."""
 _DEEPEST = 100
+_LONGEST_STEM = 200
+"""A name has at most 255 bytes, and a temporary folder's name has some around its target's."""
 
 
 def open_regular(path: Path, flags: int = os.O_RDONLY, *, follow: bool = False) -> int:
@@ -149,6 +150,14 @@ def _disk_words(error: BaseException) -> tuple[int, str] | None:
         if f"os error {number}" in str(error):
             return number, os.strerror(number)
     return None
+
+
+def free_name(path: Path, kind: str) -> Path:
+    """The first of `<name>.<kind>-1`, `-2`, … that is free: where a file or folder is kept aside."""
+    number = 1
+    while os.path.lexists(aside := path.with_name(f"{path.name}.{kind}-{number}")):
+        number += 1
+    return aside
 
 
 def fsync_folder(path: Path) -> None:

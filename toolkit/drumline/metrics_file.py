@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from drumline.errors import RunError
-from drumline.files import open_regular, parse_json
+from drumline.files import free_name, open_regular, parse_json
 
 _BLOCK = 1 << 16
 _LONGEST_LINE = 4 << 20
@@ -101,14 +101,9 @@ def _keep_what_is_not_understood(path: Path) -> None:
         if line is not None:
             break
         bad += 1
-    if (
-        bad <= 2
-    ):  # what follows the last line break, which is empty in a whole file, and a torn line
+    if bad <= 2:  # a torn line, and what follows the last line break
         return
-    number = 1
-    while os.path.lexists(path.with_name(f"{path.name}.before-{number}")):
-        number += 1
-    aside = path.with_name(f"{path.name}.before-{number}")
+    aside = free_name(path, "before")
     path.rename(aside)
     print(f"{path}: its end is no metrics file; kept as {aside.name}", flush=True)
 

@@ -10,11 +10,14 @@ def printable(text: str) -> str:
     """The text with control characters, such as a terminal's escape sequences, shown instead of sent."""
     if text.isprintable():
         return text
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape", "backslashreplace").decode()
-        if not "\udc80" <= c <= "\udcff" else f"\\x{ord(c) - 0xDC00:02x}"
-        for c in text
-    )  # fmt: skip
+    return "".join(c if c.isprintable() or c in "\n\t" else _escaped(c) for c in text)
+
+
+def _escaped(letter: str) -> str:
+    """A character as Python would write it; a byte of a name that is not UTF-8 in hexadecimal."""
+    if "\udc80" <= letter <= "\udcff":
+        return f"\\x{ord(letter) - 0xDC00:02x}"
+    return letter.encode("unicode_escape", "backslashreplace").decode()
 
 
 def printable_in(value: Any) -> Any:

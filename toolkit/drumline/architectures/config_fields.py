@@ -16,16 +16,16 @@ _NAMES = {"i": "a whole number", "f": "a number with a point", "b": "true or fal
           "l": "a list", "d": "a mapping", "n": "null"}  # fmt: skip
 _COMMON = "*"
 """The line of fields that every architecture has."""
-_KWARGS = {"num_labels": "i", "rope_theta": "if", "rope_scaling": "dn"}
-"""Keys that the base class takes besides its fields; the last two become `rope_parameters`."""
-
-
+_KWARGS = {"num_labels": "i"}
+_ROPE_KWARGS = {"rope_theta": "if", "rope_scaling": "dn"}
+"""Keys that the base class takes besides its fields; the second two become `rope_parameters`."""
 _SAID_ELSEWHERE = {
     "dtype": "the recipe's precision",
     "torch_dtype": "the recipe's precision",
     "return_dict": "leave it out: the loss is read from named outputs",
     "architectures": "model.architecture",
 }
+"""Keys that a config takes and drumline replaces, and what to state instead."""
 
 
 @cache
@@ -34,12 +34,8 @@ def config_fields(architecture: str) -> dict[str, str] | None:
     own, common = _line(architecture), _line(_COMMON) or {}
     if own is None:
         return None
-    kwargs = {
-        key: types
-        for key, types in _KWARGS.items()
-        if key[:4] != "rope" or "rope_parameters" in own
-    }
-    return {**common, **kwargs, **own}
+    rope = _ROPE_KWARGS if "rope_parameters" in own else {}
+    return {**common, **_KWARGS, **rope, **own}
 
 
 def check_config(architecture: str, config: dict[str, Any]) -> None:

@@ -43,13 +43,10 @@ _NOT_A_FILE = (errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.EISDIR, errno.ENOTD
 """What opening something that is not a regular file gives; a checkpoint holds regular files only."""
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
          "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}  # fmt: skip
-
-
-_BITS_OF = {
-    "float64": 64, "float32": 32, "float16": 16, "bfloat16": 16, "int64": 64, "int32": 32, "int16": 16,
-    "int8": 8, "uint8": 8, "bool": 8,
-}  # fmt: skip
-"""Bits of an element, by the dtype's name in a rank's manifest."""
+"""Bits of an element, by the dtype's name in a safetensors header."""
+WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2,
+          "int8": 1, "uint8": 1, "bool": 1}  # fmt: skip
+"""Bytes of an element, by the dtype's name in a rank's manifest."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -204,7 +201,7 @@ def _entries_of(where: Path, described: dict[str, Any]) -> dict[str, Any]:
     for name, entry in tensors.items():
         try:
             whole = math.prod(int(size) for size in entry["shape"])
-            count = entry["bytes"] * 8 // _BITS_OF[entry["dtype"]]
+            count = elements_of(entry)
             fits = entry["start"] >= 0 and entry["start"] + count <= whole
         except (KeyError, TypeError, ValueError, AttributeError):
             fits = False
@@ -215,12 +212,17 @@ def _entries_of(where: Path, described: dict[str, Any]) -> dict[str, Any]:
     return tensors
 
 
+def elements_of(entry: dict[str, Any]) -> int:
+    """How many elements of its tensor an entry of a rank's manifest describes."""
+    return int(entry["bytes"]) // WIDTHS[entry["dtype"]]
+
+
 def _check_coverage(path: Path, ranks: int) -> None:
     """Raise CheckpointError unless the ranks' parts make up each tensor, once and with one shape."""
     parts: dict[str, list[tuple[int, int, tuple[int, ...]]]] = {}
     for rank in range(ranks):
         for name, entry in read_entries(path, rank).items():
-            count = entry["bytes"] * 8 // _BITS_OF[entry["dtype"]]
+            count = elements_of(entry)
             parts.setdefault(name, []).append((entry["start"], count, tuple(entry["shape"])))
     for name, found in parts.items():
         at = 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from drumline.checkpoint.manifest import MANIFEST, step_of, verify
 from drumline.checkpoint.state import TrainState, badness
 from drumline.errors import CheckpointError, CheckpointUnreadable
+from drumline.files import free_name
 from drumline.recipe.schema import Checkpoint
 
 
@@ -60,10 +61,7 @@ def set_aside(path: Path) -> Path:
 
     Only a training may call it, after `verify` has found damage.
     """
-    number = 1
-    while (path.parent / f"{path.name}.bad-{number}").exists():
-        number += 1
-    aside = path.parent / f"{path.name}.bad-{number}"
+    aside = free_name(path, "bad")
     with contextlib.suppress(FileNotFoundError):
         path.rename(aside)
     return aside

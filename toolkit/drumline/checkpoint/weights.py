@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drumline.checkpoint.manifest import (
+    WIDTHS,
     read_entries,
     read_manifest,
     read_weight_sums,
@@ -84,7 +85,7 @@ def sum_weights(
 
     The checksum covers every dtype; the other sums cover floating-point dtypes only.
     """
-    width = _width_of(dtype)
+    width = WIDTHS[dtype]
     bits = raw.view(f"<u{width}")
     key = hashlib.sha256(f"{name}\0{dtype}\0{shape}".encode()).digest()
     seeds = np.frombuffer(key[: 8 * _LANES], dtype="<u8")
@@ -141,16 +142,16 @@ def refuse_other_weights(path: Path, recorded: dict[str, Any] | None) -> None:
 
     Reads every weight. Nothing is compared where the record has no final weights, or those of another step.
     """
-    if not recorded or recorded["step"] != read_manifest(path)["step"]:
+    index = read_manifest(path)
+    if not recorded or recorded["step"] != index["step"]:
         return
-    if recorded.get("checksum"):
-        name, is_same = (
-            "checksum",
-            _checksum(_sums_of_files(path, read_manifest(path)["ranks"])) == recorded["checksum"],
-        )
-    else:
-        name, is_same = "sha256", weights_sha256(path) == recorded.get("sha256")
-    if not is_same:
+    name = "checksum" if recorded.get("checksum") else "sha256"
+    found = (
+        _checksum(_sums_of_files(path, index["ranks"]))
+        if name == "checksum"
+        else weights_sha256(path)
+    )
+    if found != recorded.get(name):
         raise CheckpointError(
             f"{path}: its weights are not those that record.json names (weights.{name}); somebody has "
             "replaced them"
@@ -205,13 +206,6 @@ def _tensors(path: Path, ranks: int) -> dict[str, list[Part]]:
             if name.startswith(WEIGHTS):
                 found.setdefault(name, []).append((entry["start"], rank, entry))
     return {name: sorted(parts, key=lambda part: part[:2]) for name, parts in found.items()}
-
-
-def _width_of(dtype: str) -> int:
-    """Bytes per element of a dtype."""
-    if dtype in _DTYPES:
-        return int(_DTYPES[dtype][-1])
-    return 1 if dtype == "bool" else int(dtype.lstrip("uint")) // 8
 
 
 def _values(raw: NDArray[np.uint8], dtype: str) -> NDArray[Any] | None:

@@ -9,13 +9,12 @@ import typer
 from drumline.checkpoint.manifest import step_of, verify
 from drumline.checkpoint.retention import find_checkpoints, newest_sound
 from drumline.checkpoint.state import badness
-from drumline.cli.options import TrustCode
-from drumline.cluster.site import load_site
+from drumline.cli.options import SiteOfRun, TrustCode
 from drumline.errors import CheckpointError, LaunchError, RunFolderError
 from drumline.files import new_folder
 from drumline.recipe.load import validate
 from drumline.runs.folder import RunFolder, open_run
-from drumline.session.trust import refuse_foreign_code, refuse_foreign_site
+from drumline.session.trust import refuse_foreign_code
 
 
 def export_command(
@@ -25,9 +24,7 @@ def export_command(
     to: Annotated[
         str, typer.Option("--to", help="local, or slurm: as a job, after those of the run.")
     ] = "local",
-    site_file: Annotated[
-        Path | None, typer.Option("--site", help="Instead of the site of the run.")
-    ] = None,
+    site_file: SiteOfRun = None,
     trust_code: TrustCode = False,
 ) -> None:
     """Write a checkpoint's model as config.json and safetensors, from any engine and split."""
@@ -38,14 +35,16 @@ def export_command(
         recipe = validate(folder.read_record()["recipe"], str(run))
         refuse_foreign_code(recipe, str(run), trust_code)
         from drumline.session.submit import submit_export
+        from drumline.session.submit_checks import refuse_without, site_of_run
 
-        if site_file is None:
-            refuse_foreign_site(folder.path, trust_code)
-        site = load_site(site_file) if site_file else None
-        print(f"job {submit_export(folder, target, best, site, trust_code)}")
+        site = site_of_run(folder, site_file, to, trust_code)
+        refuse_without(to, recipe)
+        print(f"job {submit_export(folder, target, best, site)}")
         return
     if to != "local":
         raise LaunchError(f"--to {to}: choose from local, slurm")
+    if site_file is not None:
+        raise LaunchError("--site: an export here uses none. Nearest: --to slurm, or without it")
     plan = folder.latest_plan()
     refuse_foreign_code(plan.recipe, str(run), trust_code)
     path = _best(folder) if best else _newest(folder)

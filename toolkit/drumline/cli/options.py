@@ -21,6 +21,10 @@ SlurmTime = Annotated[
 SlurmPartition = Annotated[str | None, typer.Option("--partition", help="Slurm: this job's.")]
 SlurmAccount = Annotated[str | None, typer.Option("--account", help="Slurm: this job's.")]
 SlurmQos = Annotated[str | None, typer.Option("--qos", help="Slurm: this job's.")]
+Hold = Annotated[bool, typer.Option("--hold", help="Slurm: submitted, but not started.")]
+SiteOfRun = Annotated[
+    Path | None, typer.Option("--site", help="Instead of the site that it was submitted with.")
+]
 TrustCode = Annotated[
     bool, typer.Option("--trust-code", help="Run the Python that a run folder names.")
 ]

@@ -27,7 +27,7 @@ from drumline.recipe.load import override, validate
 from drumline.recipe.schema import Recipe, factories_of
 from drumline.runs import folder as run_folder
 from drumline.runs.closing import close_run, note_weights_sha256
-from drumline.runs.code import remove_worktree, restore_code
+from drumline.runs.code import CODE, remove_worktree, restore_code
 from drumline.runs.folder import RunFolder
 from drumline.runs.record import new_record
 from drumline.secrets import Secrets
@@ -146,7 +146,7 @@ def _with_restored_code(recipe: Recipe, logged: Logged, folder: RunFolder) -> Re
     recorded = logged.record.get("code")
     if not recorded or not (recorded.get("commit") or recorded.get("untracked")):
         raise RunError(f"--code: {logged.name} holds no code. Nearest: without --code")
-    project = restore_code(recorded, Path.cwd(), folder.path / "code")
+    project = restore_code(recorded, Path.cwd(), folder.path / CODE)
     for name, why in recorded.get("left_out", {}).items():
         print(f"--code: {name} was not recorded: {why}", file=sys.stderr)
     print(f"--code: restored into {folder.path / 'code'}", file=sys.stderr)
@@ -202,7 +202,7 @@ def _remove(folder: RunFolder) -> None:
     """Delete the folder of a run that does not start, and deregister its git worktree."""
     import shutil
 
-    worktree = folder.path / "code"
+    worktree = folder.path / CODE
     if (worktree / ".git").exists():
         remove_worktree(worktree)
     shutil.rmtree(folder.path, ignore_errors=True)

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -12,15 +12,17 @@ from drumline.cli.options import (
     AsJson,
     Force,
     Gpus,
+    Hold,
     Overrides,
     RecipeArgument,
+    SiteOfRun,
     SlurmAccount,
     SlurmPartition,
     SlurmQos,
     SlurmTime,
     TrustCode,
 )
-from drumline.cluster.jobs import job_state
+from drumline.cluster.site import on_site
 from drumline.errors import LaunchError, RunFolderError
 from drumline.plan.model import Plan
 from drumline.recipe.load import load_recipe, override
@@ -38,15 +40,22 @@ from drumline.session.launch import (
     show_command,
     this_node,
 )
-from drumline.session.manifests import apply_again
 from drumline.session.planning import make_plan, needs_data
 from drumline.session.prepare import prepare_data
 from drumline.session.show import plan_table, run_facts
-from drumline.session.submit import submit_again
-from drumline.session.submit_checks import JobOptions, check_slurm, read_site, refuse_without
+from drumline.session.submit import submit_again, tell_submitted
+from drumline.session.submit_checks import (
+    JobOptions,
+    check_fewest,
+    check_slurm,
+    refuse_while_queued,
+    refuse_without,
+    site_of_run,
+)
 from drumline.session.train_here import train_here
-from drumline.session.trust import load_to_run, refuse_foreign_code, refuse_foreign_site
-from drumline_launchers.site import SITE
+from drumline.session.trust import load_to_run, refuse_foreign_code
+from drumline.supervise.supervisor import close_lost_attempt
+from drumline_launchers.site import Site
 
 
 def run_command(
@@ -102,98 +111,105 @@ def resume_command(
     to: Annotated[
         str, typer.Option("--to", help="local, or as a job of its cluster: slurm, kubernetes.")
     ] = "local",
-    site_file: Annotated[
-        Path | None, typer.Option("--site", help="Instead of the site that it was submitted with.")
-    ] = None,
+    site_file: SiteOfRun = None,
     time: SlurmTime = None,
     partition: SlurmPartition = None,
     account: SlurmAccount = None,
     qos: SlurmQos = None,
-    hold: Annotated[
-        bool, typer.Option("--hold", help="Slurm: submitted, but not started.")
-    ] = False,
+    hold: Hold = False,
     force: Force = False,
     trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Resume from the newest sound checkpoint; split and strategy may change, the training may not."""
     folder = run_folder.open_run(run)
-    record = folder.read_record()
-    if record["outcome"] == "finished" and record.get("weights") is None:
-        with folder.locked():  # killed after its last step, before the record was complete
-            close_run(folder, lambda line: print(line, file=sys.stderr))
-        print(f"{run}: this run is finished; its record is complete now", file=sys.stderr)
-        return
-    if record["outcome"] == "finished":
-        raise RunFolderError(
-            f"{run}: this run is finished, its schedule has ended, and it cannot be given more steps. "
-            f"Nearest: `drumline run {run} duration.steps=N` trains another one, from step 1"
-        )
+    if folder.read_record()["outcome"] == "finished":
+        return _complete_record(folder)
+    options = JobOptions(time=time, partition=partition, account=account, qos=qos, hold=hold)
+    site = _site_to_resume(folder, site_file, to, trust_code, options)
     with folder.locked():
         recipe = override(folder.latest_recipe(), overrides)
         refuse_foreign_code(recipe, str(run), trust_code)
-        folder.forget_restarts()
-    check_offered(recipe)
+    if site is None:
+        check_offered(recipe)
+    else:
+        recipe = on_site(recipe, site)
+        refuse_without(to, recipe)
     prepare_data(recipe)
     plan = make_plan(recipe, gpus)
+    _refuse_another_training(folder, plan, overrides)
+    if site is None:
+        refuse_what_cannot_start(plan, force, as_json)
+    else:
+        refuse_what_does_not_fit(plan, force, as_json)
+    if to == "slurm":
+        assert site
+        check_fewest(plan, force, as_json)
+        options = check_slurm(plan, site, options)
+    _make_ready(folder, from_scratch)
+    print(plan_table(plan), file=sys.stderr)
+    if site is None:
+        return _finish(folder, plan, "from scratch" if from_scratch else "resume", as_json)
+    tell_submitted(folder, [submit_again(plan, site, folder, to, options)], to, as_json)
+
+
+def _complete_record(folder: RunFolder) -> None:
+    """Complete the record of a finished run that was killed before; RunFolderError if it is complete."""
+    if folder.read_record().get("weights") is not None:
+        raise RunFolderError(
+            f"{folder.path}: this run is finished, its schedule has ended, and it cannot be given more "
+            f"steps. Nearest: `drumline run {folder.path} duration.steps=N` trains another one, from step 1"
+        )
+    with folder.locked():
+        close_run(folder, lambda line: print(line, file=sys.stderr))
+    print(f"{folder.path}: this run is finished; its record is complete now", file=sys.stderr)
+
+
+def _site_to_resume(
+    folder: RunFolder, file: Path | None, to: str, trust_code: bool, options: JobOptions
+) -> Site | None:
+    """The site of the job that goes on with the run; None if this machine does, where options are refused."""
+    if to not in ("local", "slurm", "kubernetes"):
+        raise LaunchError(f"--to {to}: choose from local, slurm, kubernetes")
+    if to != "local":
+        site = site_of_run(folder, file, to, trust_code, options)
+        refuse_while_queued(folder)
+        return site
+    if unused := [*(["--site"] if file else []), *options.given]:
+        raise LaunchError(
+            f"{unused[0]}: a resume here uses none. Nearest: --to slurm, or without it"
+        )
+    return None
+
+
+def _refuse_another_training(folder: RunFolder, plan: Plan, overrides: list[str] | None) -> None:
+    """Raise RunFolderError if the overrides, or edited data, would make it another training."""
+    record = folder.read_record()
     if plan.training_sha256 != record["training_sha256"]:
         raise RunFolderError(
-            f"{run}: {' '.join(overrides or [])} would make it another training. "
+            f"{folder.path}: {' '.join(overrides or [])} would make it another training. "
             "A resumed run may change the split, cluster, strategy and launcher only"
         )
     expected = record["data"]["fingerprint"]
     if plan.data.fingerprint != expected:
         raise RunFolderError(
-            f"{run}: the data have changed: fingerprint {expected} when the run began, "
+            f"{folder.path}: the data have changed: fingerprint {expected} when the run began, "
             f"{plan.data.fingerprint} now"
         )
-    if to != "local":
-        options = JobOptions(time=time, partition=partition, account=account, qos=qos)
-        if site_file is None:
-            refuse_foreign_site(folder.path, trust_code)
-        return _resume_in_queue(folder, plan, record, to, site_file, options, hold, from_scratch)
-    refuse_what_cannot_start(plan, force, as_json)
-    if from_scratch:
-        with folder.locked():
-            kept = folder.begin_anew()
-        names = ", ".join(path.name for path in kept)
-        print(f"{run}: begins again at step 1; what it had is kept as {names}", file=sys.stderr)
-    print(plan_table(plan), file=sys.stderr)
-    _finish(folder, plan, "from scratch" if from_scratch else "resume", as_json)
 
 
-def _resume_in_queue(
-    folder: RunFolder,
-    plan: Plan,
-    record: dict[str, Any],
-    to: str,
-    site_file: Path | None,
-    options: JobOptions,
-    hold: bool,
-    from_scratch: bool,
-) -> None:
-    """Submit a job that goes on with the run; refused while another of its jobs waits or runs."""
-    if to not in ("slurm", "kubernetes"):
-        raise LaunchError(f"--to {to}: choose from local, slurm, kubernetes")
-    for entry in record.get("jobs") or []:
-        state = job_state(entry)
-        if state is not None and not state.is_final:
-            raise RunFolderError(
-                f"{folder.path}: job {entry['id']} is {state.state.lower()}. Nearest: drumline cancel first, "
-                "or wait for it"
-            )
+def _make_ready(folder: RunFolder, from_scratch: bool) -> None:
+    """End what a killed attempt left, forget earlier restarts; `from_scratch`: keep what it had aside."""
     with folder.locked():
-        if from_scratch:
-            folder.begin_anew()
-        folder.write_recipe(plan.recipe.model_dump(by_alias=True))
-    refuse_without(to, plan.recipe)
-    stored = folder.path / SITE
-    site = read_site(site_file or (stored if stored.is_file() else None), False, to, options)
-    if to == "kubernetes":
-        print(f"job {apply_again(plan, site, folder)}")
-        return
-    options = check_slurm(plan, site, options)
-    print(f"job {submit_again(plan, site, folder, options, hold)}")
+        close_lost_attempt(folder)
+        folder.forget_restarts()
+        kept = folder.begin_anew() if from_scratch else []
+    if kept:
+        names = ", ".join(path.name for path in kept)
+        print(
+            f"{folder.path}: begins again at step 1; what it had is kept as {names}",
+            file=sys.stderr,
+        )
 
 
 def _finish(folder: RunFolder, plan: Plan, cause: str, as_json: bool) -> None:

@@ -1,18 +1,16 @@
 """`drumline submit RECIPE --to slurm`: plans, creates the run folder, then renders and submits the job."""
 
-import json
 import os
-import re
-import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from drumline.cli.options import (
     AsJson,
     Force,
+    Hold,
     Overrides,
     RecipeArgument,
     SlurmAccount,
@@ -25,14 +23,12 @@ from drumline.cluster.site import on_site
 from drumline.errors import LaunchError
 from drumline.recipe.load import load_recipe
 from drumline.runs import folder as run_folder
-from drumline.runs.folder import RunFolder
 from drumline.secrets import Secrets
 from drumline.session.launch import refuse_secrets, refuse_what_does_not_fit
-from drumline.session.manifests import MANIFESTS
 from drumline.session.planning import make_plan, needs_data
 from drumline.session.prepare import prepare_data
 from drumline.session.show import plan_table
-from drumline.session.submit import SCRIPT, dry_text, submit_all
+from drumline.session.submit import dry_text, submit_all, tell_submitted
 from drumline.session.submit_checks import (
     JobOptions,
     check_fewest,
@@ -55,25 +51,25 @@ def submit_command(
     ] = None,
     run_dir: Annotated[Path | None, typer.Option("--run-dir", help="New or empty.")] = None,
     chain: Annotated[
-        int, typer.Option("--chain", min=1, help="N jobs, each after the one before.")
+        int, typer.Option("--chain", min=1, help="Slurm: N jobs, each after the one before.")
     ] = 1,
     preflight: Annotated[
         bool, typer.Option("--preflight", help="Slurm: measure the nodes' links before training.")
     ] = False,
-    hold: Annotated[bool, typer.Option("--hold", help="Submitted, but not started yet.")] = False,
+    hold: Hold = False,
     time: SlurmTime = None,
     partition: SlurmPartition = None,
     account: SlurmAccount = None,
     qos: SlurmQos = None,
     job_name: Annotated[
-        str | None, typer.Option("--job-name", help="Default: the run folder's name.")
+        str | None, typer.Option("--job-name", help="Slurm: by default the run folder's name.")
     ] = None,
     dependency: Annotated[
         str | None, typer.Option("--dependency", help="Slurm's words: afterok:17, singleton.")
     ] = None,
     after: Annotated[
         Path | None,
-        typer.Option("--after", metavar="RUN", help="Start when that run has ended well."),
+        typer.Option("--after", metavar="RUN", help="Slurm: start when that run has ended well."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the script, submit nothing.")
@@ -87,7 +83,7 @@ def submit_command(
         raise LaunchError(f"--to {to}: choose from slurm, kubernetes, skypilot")
     if to == "skypilot" and not dry_run:
         raise LaunchError("--to skypilot: only with --dry-run; give its output to `sky launch`")
-    options = job_options(
+    options = JobOptions(
         time=time,
         partition=partition,
         account=account,
@@ -95,6 +91,8 @@ def submit_command(
         job_name=job_name,
         dependency=dependency,
         after=after,
+        hold=hold,
+        chain=chain,
     )
     site = read_site(site_file, preflight, to, options)
     read = load_recipe(recipe, overrides) if dry_run else load_to_run(recipe, overrides, trust_code)
@@ -121,28 +119,8 @@ def submit_command(
         print(dry_text(to, plan, site, run_dir, secrets), end="")
         return
     print(plan_table(plan), file=sys.stderr)
-    folder, jobs = submit_all(plan, site, run_dir, to, secrets, chain, hold, options)
-    _tell(folder, jobs, MANIFESTS if to == "kubernetes" else SCRIPT, as_json)
-
-
-def job_options(**values: Any) -> JobOptions:
-    """The options of one submission; LaunchError for a value that cannot stand in a script."""
-    for name, pattern in (("job_name", r"[A-Za-z0-9_./+@,=: -]{1,200}"),
-                          ("dependency", r"[a-z_:0-9,?+]{1,1000}")):  # fmt: skip
-        value = values.get(name)
-        if value is not None and not re.fullmatch(pattern, value):
-            raise LaunchError(f"--{name.replace('_', '-')} {value!r}: cannot stand in a job script")
-    return JobOptions(**values)
-
-
-def _tell(folder: RunFolder, jobs: list[str], file: str, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({"run": str(folder.path), "jobs": jobs}))
-        return
-    shown = shlex.quote(str(folder.path))
-    print(f"job {', '.join(jobs)}, script {shown}/{file}")
-    print(f"the folder must be on a file system that all nodes see: {shown}", file=sys.stderr)
-    print(f"next  drumline status {shown}, drumline logs -f {shown}", file=sys.stderr)
+    folder, jobs = submit_all(plan, site, run_dir, to, secrets, options)
+    tell_submitted(folder, jobs, to, as_json)
 
 
 def register(app: typer.Typer) -> None:

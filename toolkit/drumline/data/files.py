@@ -3,6 +3,7 @@
 import glob
 import itertools
 import re
+from collections import Counter
 from pathlib import Path
 
 from drumline.errors import DataError
@@ -40,8 +41,8 @@ def matching_files(data: Data) -> list[Path]:
             what = "matches no file" if is_pattern else "does not exist"
             raise DataError(f"data.path: {literal} {what}")
         found += matches
-    twice = next((path for number, path in enumerate(found) if path in found[:number]), None)
-    if twice:
+    if len(set(found)) < len(found):
+        twice, _ = Counter(found).most_common(1)[0]
         raise DataError(
             f"data.path: {twice} is matched twice. Nearest: patterns that do not overlap"
         )

@@ -37,6 +37,9 @@ DEFAULT_CLASSES = 2
 """Assumed classes of a classifier whose data are not prepared; they hardly affect its memory."""
 
 _NEAR_THE_PEAK = 0.9
+"""A run whose highest rate is less than this part of the peak is warned of."""
+_WITHOUT_A_MINIMUM = ("constant", "inverse_sqrt", "piecewise")
+"""Schedules that decay to no minimum, so a warm-up of the whole run cuts nothing off."""
 
 UNKNOWN_MEMORY = "memory is not known"
 
@@ -251,20 +254,15 @@ def _rate_warnings(recipe: Recipe, curve: schedule.Curve, clock: Clock | None) -
     """Warn where the rates are not those that the recipe's words make one expect."""
     found = []
     facts, ratio = schedule.rate_facts(curve, clock), recipe.schedule.warmup_ratio
-    s_name = curve.name
     if ratio and curve.warmup_steps == 0:
         found.append(
             f"schedule.warmup_ratio: {ratio:g} × {curve.total} steps = {ratio * curve.total:g} rounds to 0, "
             "so there is no warm-up. Nearest: warmup_steps 2"
         )
-    if curve.warmup_steps == curve.total > 1 and s_name not in (
-        "constant",
-        "inverse_sqrt",
-        "piecewise",
-    ):
+    if curve.warmup_steps == curve.total > 1 and curve.name not in _WITHOUT_A_MINIMUM:
         found.append(
-            f"the warm-up takes all {curve.total:,} steps, so {s_name} never begins and the minimum is not "
-            "reached. Nearest: a shorter warm-up"
+            f"the warm-up takes all {curve.total:,} steps, so {curve.name} never begins and the minimum is "
+            "not reached. Nearest: a shorter warm-up"
         )
     if facts.highest < _NEAR_THE_PEAK * curve.peak_lr:
         found.append(

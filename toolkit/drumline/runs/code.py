@@ -15,8 +15,11 @@ from typing import Any
 from drumline.data.factory import factory_files
 from drumline.errors import RunError
 from drumline.recipe.schema import Recipe, factories_of
+from drumline.runs.sweeps import SWEEP
 from drumline.secrets import Secrets, is_secret_file
 
+CODE = "code"
+"""The folder in a run folder that holds the project's code: a job's copy, or what a record held."""
 FILE_LIMIT = 256 << 10
 TOTAL_LIMIT = 1 << 20
 MOST_LEFT_OUT = 200
@@ -138,6 +141,12 @@ def listed_files(project: Path) -> list[str] | None:
     return None if listed is None else sorted(set(filter(None, listed.split("\0"))))
 
 
+def is_in_a_run(top: Path, name: str) -> bool:
+    """Whether a file, by its name relative to `top`, lies in a run folder or a sweep's: it is no code."""
+    folders = [top / parent for parent in Path(name).parents if parent.name]
+    return any((folder / file).exists() for folder in folders for file in ("record.json", SWEEP))
+
+
 def _add_diff(found: dict[str, Any], top: Path, secrets: Secrets) -> None:
     if not found["commit"]:
         return
@@ -165,11 +174,8 @@ def _add_untracked(found: dict[str, Any], top: Path, secrets: Secrets) -> None:
         found["left_out"]["untracked files"] = _SLOW
         return
     for name in sorted(filter(None, listed.split("\0"))):
-        path = top / name
-        in_a_run = any((p / "record.json").exists() for p in path.parents if p.is_relative_to(top))
-        if in_a_run or path.name.endswith(".part"):
-            continue
-        _add_file(found, path, name, secrets)
+        if not is_in_a_run(top, name) and not name.endswith(".part"):
+            _add_file(found, top / name, name, secrets)
 
 
 def _add_file(found: dict[str, Any], path: Path, name: str, secrets: Secrets) -> None:

@@ -10,7 +10,14 @@ from typing import Any
 
 from drumline.checkpoint.retention import find_checkpoints
 from drumline.errors import PlanError, RunError, RunFolderError
-from drumline.files import open_regular, read_bytes, read_json, write_json, write_text
+from drumline.files import (
+    free_name,
+    open_regular,
+    read_bytes,
+    read_json,
+    write_json,
+    write_text,
+)
 from drumline.metrics_file import last_step_line
 from drumline.output import printable_in
 from drumline.plan.model import Plan, read_plan
@@ -157,12 +164,8 @@ class RunFolder:
         Its outcome files would be taken for the new attempt's.
         """
         for path in (self.logs(number), self.plan_file(number)):
-            if not os.path.lexists(path):
-                continue
-            count = 1
-            while os.path.lexists(path.with_name(f"{path.name}.before-{count}")):
-                count += 1
-            path.rename(path.with_name(f"{path.name}.before-{count}"))
+            if os.path.lexists(path):
+                path.rename(free_name(path, "before"))
 
     def steps_reached(self) -> int:
         """The last step that metrics.jsonl or an attempt of the record holds; 0 if the run made none."""
@@ -183,24 +186,16 @@ class RunFolder:
                 f"{self.path}: --from-scratch: it has {left[-1].name}. Nearest: drumline resume without "
                 "--from-scratch, which goes on from it, or drumline run for another run"
             )
-        number = 1
-        while (
-            self._before("checkpoints", number).exists()
-            or self._before("metrics.jsonl", number).exists()
-        ):
-            number += 1
-        moved = []
-        for path in (self.checkpoints, self.metrics_file):
-            if path.exists():
-                moved.append(path.rename(self._before(path.name, number)))
+        moved = [
+            path.rename(free_name(path, "before"))
+            for path in (self.checkpoints, self.metrics_file)
+            if path.exists()
+        ]
         self.checkpoints.mkdir()
         with self.changed_record() as record:
             entry = {"attempt": len(record["attempts"]), "kept": [path.name for path in moved]}
             record["begun_anew"] = [*record.get("begun_anew", []), entry]
         return moved
-
-    def _before(self, name: str, number: int) -> Path:
-        return self.path / f"{name}.before-{number}"
 
     def forget_restarts(self) -> None:
         """Reset the count of restarts, because a person has resumed the run."""

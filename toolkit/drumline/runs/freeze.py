@@ -7,7 +7,7 @@ from pathlib import Path
 
 from drumline.errors import RunError
 from drumline.files import apply_umask, parse_json
-from drumline.runs.code import inside, listed_files
+from drumline.runs.code import inside, is_in_a_run, listed_files
 from drumline.secrets import Secrets, is_secret_file
 
 FILE_LIMIT = 1 << 20
@@ -55,8 +55,6 @@ def freeze_project(project: Path, target: Path) -> Frozen:
     return found
 
 
-CODE = "code"
-"""The copy of the project's code in a run folder."""
 CODE_TEXT = "code.json"
 """A copy of the code as one JSON object, for nodes that get it with their configuration."""
 
@@ -108,7 +106,7 @@ def _names(project: Path) -> list[str]:
     """The project's files by name, relative to it, sorted; those of run folders are left out."""
     listed = listed_files(project)
     names = _walk(project) if listed is None else listed
-    return sorted(name for name in names if not _is_in_a_run(project, name))
+    return sorted(name for name in names if not is_in_a_run(project, name))
 
 
 def _walk(project: Path) -> list[str]:
@@ -128,11 +126,3 @@ def _walk(project: Path) -> list[str]:
         if len(found) > 10 * MOST_FILES:
             break
     return found
-
-
-def _is_in_a_run(project: Path, name: str) -> bool:
-    parts = Path(name).parts[:-1]
-    folders = (project.joinpath(*parts[: count + 1]) for count in range(len(parts)))
-    return any(
-        (folder / "record.json").exists() or (folder / "sweep.json").exists() for folder in folders
-    )

@@ -10,8 +10,9 @@ from drumline.errors import LaunchError
 from drumline.files import write_text
 from drumline.plan.model import Plan
 from drumline.recipe import yaml12
+from drumline.runs.code import CODE
 from drumline.runs.folder import RunFolder
-from drumline.runs.freeze import CODE, CODE_TEXT, frozen_text
+from drumline.runs.freeze import CODE_TEXT, frozen_text
 from drumline.runs.record import now
 from drumline_launchers.kubernetes import check_manifests, render_manifests
 from drumline_launchers.site import SITE, Site

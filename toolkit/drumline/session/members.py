@@ -19,6 +19,7 @@ from drumline.files import write_json, write_text
 from drumline.plan.model import Plan
 from drumline.processes import free_port, python_path
 from drumline.recipe.load import load_recipe
+from drumline.runs.code import CODE
 from drumline.runs.folder import RunFolder
 from drumline.runs.freeze import CODE_TEXT, thaw
 from drumline.runs.record import new_record
@@ -57,7 +58,7 @@ def adopt(source: Path, folder: RunFolder) -> None:
         shutil.copyfile(path, folder.path / path.name)
     code = source / CODE_TEXT
     if code.is_file():
-        thaw(code.read_text(encoding="utf-8"), folder.path / "code")
+        thaw(code.read_text(encoding="utf-8"), folder.path / CODE)
     record = source / "record.json"
     if record.is_file():
         write_text(folder.record_file, record.read_text(encoding="utf-8"))
@@ -120,8 +121,7 @@ def _take_part(folder: RunFolder, number: int, node: int) -> None:
     rendezvous = _object(folder.logs(number) / _RENDEZVOUS)
     assert rendezvous
     command = _launcher(plan, number, folder, node, rendezvous)
-    for path, text in command.files.items():
-        write_text(Path(path), text)
+    command.write_files()
     ours = {"PYTHONPATH": python_path(os.environ), "DRUMLINE_SUPERVISOR": _supervisor(folder)}
     env = launch_environment(os.environ, {**command.env, **ours})
     process = subprocess.Popen(

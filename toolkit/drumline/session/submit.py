@@ -1,6 +1,8 @@
 """Submits to a cluster: creates the run folder, then its script or manifests, then the jobs."""
 
 import dataclasses
+import json
+import shlex
 import shutil
 import sys
 import tempfile
@@ -14,13 +16,13 @@ from drumline.processes import SOURCE_ROOTS
 from drumline.recipe import yaml12
 from drumline.recipe.schema import NodeRange, factories_of
 from drumline.runs import folder as run_folder
-from drumline.runs.code import factory_hashes
+from drumline.runs.code import CODE, factory_hashes
 from drumline.runs.folder import RunFolder
-from drumline.runs.freeze import CODE, freeze_project
+from drumline.runs.freeze import freeze_project
 from drumline.runs.record import new_record, now
 from drumline.secrets import Secrets
-from drumline.session.manifests import apply, manifest_text, manifests_of
-from drumline.session.submit_checks import NO_OPTIONS, JobOptions, read_site
+from drumline.session.manifests import MANIFESTS, apply, apply_again, manifest_text, manifests_of
+from drumline.session.submit_checks import NO_OPTIONS, JobOptions
 from drumline.session.trust import remember_folder, remember_project
 from drumline_launchers.site import SITE, Site
 from drumline_launchers.skypilot import render_task
@@ -35,8 +37,6 @@ def submit_all(
     run_dir: Path | None,
     to: str,
     secrets: Secrets,
-    chain: int,
-    hold: bool,
     options: JobOptions = NO_OPTIONS,
 ) -> tuple[RunFolder, list[str]]:
     """Create the run folder and submit its jobs; on an error, cancel Slurm jobs and delete the folder."""
@@ -46,8 +46,8 @@ def submit_all(
         plan = prepare_folder(plan, site, folder, secrets)
         if to == "kubernetes":
             jobs.append(apply(plan, site, folder))
-        for _ in range(chain if to == "slurm" else 0):
-            jobs.append(_submit_one(plan, site, folder, jobs, hold, chain, options))
+        for _ in range(options.chain if to == "slurm" else 0):
+            jobs.append(_submit_one(plan, site, folder, jobs, options))
     except BaseException:
         for job in jobs if to == "slurm" else []:
             slurm.cancel(job, gently=False)
@@ -101,18 +101,20 @@ def dry_text(to: str, plan: Plan, site: Site, run_dir: Path | None, secrets: Sec
         return manifest_text(manifests_of(plan, site, name, record, code))
 
 
-def submit_again(plan: Plan, site: Site, folder: RunFolder, options: JobOptions, hold: bool) -> str:
-    """Submit another job for an existing run, which goes on from its newest checkpoint; return its id."""
-    write_text(folder.path / SITE, yaml12.dump(site.model_dump()))
-    return _submit_one(plan, site, folder, [], hold, 1, options)
-
-
-def submit_export(
-    folder: RunFolder, target: Path, best: bool, site: Site | None, trust_code: bool
+def submit_again(
+    plan: Plan, site: Site, folder: RunFolder, to: str, options: JobOptions = NO_OPTIONS
 ) -> str:
+    """Submit another job for an existing run, which goes on from its newest checkpoint; return its id."""
+    folder.write_recipe(plan.recipe.model_dump(by_alias=True))
+    write_text(folder.path / SITE, yaml12.dump(site.model_dump()))
+    if to == "kubernetes":
+        return apply_again(plan, site, folder)
+    return _submit_one(plan, site, folder, [], options)
+
+
+def submit_export(folder: RunFolder, target: Path, best: bool, site: Site) -> str:
     """Submit a job that exports the run to `target` once its jobs have ended well; return the job's id."""
-    stored, record = folder.path / SITE, folder.read_record()
-    site = site or read_site(stored if stored.is_file() else None, preflight=False, to="slurm")
+    record = folder.read_record()
     jobs = [entry["id"] for entry in record.get("jobs") or [] if entry["target"] == "slurm"]
     state = slurm.job_state(jobs[-1]) if jobs else None
     batch = Batch(
@@ -142,25 +144,34 @@ def submit_export(
     return slurm.submit(script)
 
 
+def tell_submitted(folder: RunFolder, jobs: list[str], to: str, as_json: bool) -> None:
+    """Print what was submitted, and the next two commands; as JSON the run folder and the jobs."""
+    if as_json:
+        print(json.dumps({"run": str(folder.path), "jobs": jobs}))
+        return
+    shown = shlex.quote(str(folder.path))
+    print(f"job {', '.join(jobs)}, script {shown}/{MANIFESTS if to == 'kubernetes' else SCRIPT}")
+    print(f"the folder must be on a file system that all nodes see: {shown}", file=sys.stderr)
+    print(f"next  drumline status {shown}, drumline logs -f {shown}", file=sys.stderr)
+
+
 def _submit_one(
     plan: Plan,
     site: Site,
     folder: RunFolder,
     before: list[str],
-    hold: bool,
-    chain: int,
     options: JobOptions,
 ) -> str:
     """Submit a job that waits for the last of `before`, record it, and return its id."""
     path = folder.path / (f"job-{len(before)}.sh" if before else SCRIPT)
     after = before[-1] if before else None
     batch = dataclasses.replace(
-        batch_of(plan, [folder], after, is_followed=len(before) + 1 < chain),
+        batch_of(plan, [folder], after, is_followed=len(before) + 1 < options.chain),
         name=options.job_name,
         dependency=None if before else options.dependency,
     )
     write_text(path, render_script(plan, site, batch))
-    job = slurm.submit(path, hold)
+    job = slurm.submit(path, options.hold)
     folder.add_job({"target": "slurm", "id": job, "submitted": now()})
     return job
 

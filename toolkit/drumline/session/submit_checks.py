@@ -2,27 +2,38 @@
 
 import dataclasses
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from drumline.cluster.jobs import job_state
 from drumline.cluster.limits import check_limits
 from drumline.cluster.site import load_site, validate_site
-from drumline.errors import DoesNotFit, LaunchError
+from drumline.errors import DoesNotFit, LaunchError, RunFolderError
 from drumline.plan.model import Plan
 from drumline.recipe.schema import NodeRange, Recipe
-from drumline.runs.folder import open_run
-from drumline.session.launch import check_offered, refuse_what_does_not_fit
+from drumline.runs.folder import RunFolder, open_run
+from drumline.secrets import Secrets
+from drumline.session.launch import check_offered, refuse_secrets, refuse_what_does_not_fit
 from drumline.session.planning import plan_on_nodes
-from drumline_launchers.site import Site
+from drumline.session.trust import refuse_foreign_site
+from drumline_launchers.site import SITE, Site
+
+_PATTERNS = {
+    "job_name": r"[A-Za-z0-9_./+@,=: -]{1,200}",
+    "dependency": r"[a-z_:0-9,?+]{1,1000}",
+}
 
 
 @dataclass(frozen=True)
 class JobOptions:
-    """What a single submission says beside the site: each None where the site's word holds.
+    """What a single submission to Slurm says beside the site: None where the site's word holds.
 
-    `dependency` is in Slurm's words, such as afterok:17; `after` a run whose jobs must end well first.
+    `dependency` is in Slurm's words, such as afterok:17; `after` a run whose jobs must end well first;
+    `chain` the number of jobs, each after the one before. LaunchError for a value that cannot stand in a
+    script; the site's schema checks those that replace a key of it.
     """
 
     time: str | None = None
@@ -32,6 +43,24 @@ class JobOptions:
     job_name: str | None = None
     dependency: str | None = None
     after: Path | None = None
+    hold: bool = False
+    chain: int = 1
+
+    def __post_init__(self) -> None:
+        for name, pattern in _PATTERNS.items():
+            value = getattr(self, name)
+            if value is not None and not re.fullmatch(pattern, value):
+                shown = name.replace("_", "-")
+                raise LaunchError(f"--{shown} {value!r}: cannot stand in a job script")
+
+    @property
+    def given(self) -> list[str]:
+        """The options that were given, as on the command line: `--job-name`."""
+        return [
+            f"--{field.name.replace('_', '-')}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        ]
 
     @property
     def of_the_site(self) -> dict[str, str]:
@@ -53,9 +82,9 @@ def read_site(
 ) -> Site:
     """Load the site file (None: an empty site), apply the options, and `--preflight`, for Slurm only."""
     site = load_site(file) if file else validate_site({"site": "default"}, "default site")
-    if to != "slurm" and options != NO_OPTIONS:
+    if to != "slurm" and options.given:
         raise LaunchError(
-            f"--to {to}: --time, --partition, --after … are Slurm's. Nearest: --to slurm"
+            f"--to {to}: {options.given[0]} is Slurm's. Nearest: --to slurm, or without it"
         )
     if options.of_the_site:
         plain = {**site.model_dump(exclude_unset=True), **options.of_the_site}
@@ -68,6 +97,37 @@ def read_site(
             "drumline doctor --preflight"
         )
     return site
+
+
+def site_of_run(
+    folder: RunFolder,
+    file: Path | None,
+    to: str,
+    trust_code: bool,
+    options: JobOptions = NO_OPTIONS,
+) -> Site:
+    """The site of another job of a run: `file`, else the copy in the run folder, else an empty site.
+
+    RecipeError for a copy that this user did not submit, since it can name commands, and for secrets.
+    """
+    stored = folder.path / SITE
+    if file is None and stored.is_file():
+        refuse_foreign_site(folder.path, trust_code)
+        file = stored
+    site = read_site(file, False, to, options)
+    refuse_secrets(site, Secrets(os.environ))
+    return site
+
+
+def refuse_while_queued(folder: RunFolder) -> None:
+    """Raise RunFolderError while a job of the run waits or runs: two would train one run."""
+    for entry in folder.read_record().get("jobs") or []:
+        state = job_state(entry)
+        if state is not None and not state.is_final:
+            raise RunFolderError(
+                f"{folder.path}: job {entry['id']} is {state.state.lower()}. Nearest: drumline cancel first, "
+                "or wait for it"
+            )
 
 
 def lacking_variables(site: Site) -> str:

@@ -44,7 +44,6 @@ def refuse_foreign_code(recipe: Recipe, where: str, trust_code: bool) -> None:
     if _resolved(recipe.project or ".") in _remembered():
         return
     place = recipe.project or "the current folder"
-    place = recipe.project or "the current folder"
     raise RecipeError(
         f"{where}: it names Python to run: {', '.join(named)} in {place}, and this user has not trained that "
         "project from a recipe of their own. Nearest: read it, then --trust-code"

@@ -60,8 +60,7 @@ def run_attempt(
     """Start the processes of one attempt and return how it ended once none of them is left."""
     logs = folder.logs(number)
     ranks = Ranks(logs, plan.mesh.ranks)
-    for path, text in command.files.items():
-        write_text(Path(path), text)
+    command.write_files()
     with (logs / "launcher.log").open("wb") as log:
         process = _start(command, log)
         try:
@@ -77,7 +76,7 @@ def run_attempt(
     tick(folder)
     if watch.was_stopped:
         return Result.stopped_early(
-            f"stopped by {signal_name(signals)} before the ranks had begun to train"
+            f"stopped by {_signal_name(signals)} before the ranks had begun to train"
         )
     if hang:
         ranks.refresh()
@@ -85,7 +84,7 @@ def run_attempt(
     return judge(ranks, logs, signals.at_once, died)
 
 
-def signal_name(signals: Signals) -> str:
+def _signal_name(signals: Signals) -> str:
     """The name of the first signal that was received, such as SIGTERM."""
     return signal.Signals(signals.first).name if signals.first else "a signal"
 

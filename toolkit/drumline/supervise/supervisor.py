@@ -54,9 +54,9 @@ class Surroundings:
 
 def run_attempts(folder: RunFolder, plan: Plan, cause: str, around: Surroundings) -> Result:
     """Start attempts as long as a restart can help; returns how the run ended."""
+    lost_at = close_lost_attempt(folder)
     _refuse_to_begin_anew(folder, around.is_automatic)
     _tell_missing_lines(folder, around.say)
-    lost_at = _close_lost_attempt(folder)
     if around.is_automatic and lost_at is not None:
         over = _hopeless(folder, plan, lost_at)
         if over:
@@ -217,10 +217,11 @@ def _start_seconds(
     return {**before, "launch": round(max(0.0, began - launched), 3), **phases}
 
 
-def _close_lost_attempt(folder: RunFolder) -> int | None:
+def close_lost_attempt(folder: RunFolder) -> int | None:
     """If the last attempt's supervisor was killed, kill its ranks and complete its entry in the record.
 
-    Returns the step that the attempt reached; None if no attempt was lost.
+    To call with the run locked, before its checkpoints are looked at: ranks that have not noticed yet still
+    train and save. Returns the step that the attempt reached; None if no attempt was lost.
     """
     attempts = folder.read_record()["attempts"]
     if not attempts or attempts[-1]["ended"] is not None:

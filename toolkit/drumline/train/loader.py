@@ -17,7 +17,13 @@ from torch import Tensor
 
 from drumline.checkpoint import retention
 from drumline.checkpoint.beginning import why_not_anew
-from drumline.checkpoint.manifest import read_entries, read_manifest, shard_name, verify
+from drumline.checkpoint.manifest import (
+    elements_of,
+    read_entries,
+    read_manifest,
+    shard_name,
+    verify,
+)
 from drumline.checkpoint.state import TrainState
 from drumline.errors import CheckpointError, CheckpointUnreadable
 from drumline.train.engines.base import TensorShard
@@ -175,7 +181,7 @@ def _sources(name: str, need: Need, parts: list[tuple[int, dict[str, Any]]]) -> 
         raise CheckpointError(f"tensor {name}: {list(saved)} saved, {list(shape)} here")
     found = []
     for rank, entry in parts:
-        size = entry["bytes"] // _WIDTHS[entry["dtype"]]
+        size = elements_of(entry)
         if max(first, entry["start"]) < min(first + count, entry["start"] + size):
             found.append(Source(rank, entry["start"], size))
     return found
@@ -183,13 +189,6 @@ def _sources(name: str, need: Need, parts: list[tuple[int, dict[str, Any]]]) -> 
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-_WIDTHS = {
-    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2,
-    "int8": 1, "uint8": 1, "bool": 1,
-}  # fmt: skip
-"""Bytes of an element, by the dtype name in the manifest."""
 
 
 @torch.no_grad()
