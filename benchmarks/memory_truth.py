@@ -41,7 +41,7 @@ from drumline.architectures.gpus import find_gpu
 from drumline.data.prepare import prepare
 from drumline.memory.closed_form import estimate
 from drumline.phases import Phase
-from drumline.plan.footprint import load_of
+from drumline.plan.footprint import device_of, load_of
 from drumline.plan.model import Plan
 from drumline.plan.resolve import World, shape_of
 from drumline.recipe.load import merge, validate
@@ -55,7 +55,7 @@ from drumline.train.watch import Watch
 STEPS = 3
 TOTALS = ("allocated", "reserved", "device")
 COLUMNS = ("model", "parameters", "per_device", "length", "accumulation", "precision", "wrapper", "checkpointing",
-           "implementation", "chunked", "compile", "fits", "outcome", "phase", "measured_phase",
+           "implementation", "chunked", "compile", "verdict", "outcome", "phase", "measured_phase",
            *(f"{kind}_{name}" for name in TOTALS for kind in ("low", "expected", "high", "measured")), "seconds")  # fmt: skip
 
 NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
@@ -170,7 +170,7 @@ def predicted(plan: Plan, spec: dict[str, Any]) -> Any:
     load = load_of(plan.recipe, shape, plan.batch.split, gpu)
     if spec.get("wrapper") == "ddp":
         load = replace(load, ranks=2)
-    return estimate(load, gpu)
+    return estimate(load, device_of(gpu, plan.memory.capacity, plan.mesh))
 
 
 class WrappedEngine(TorchEngine):
@@ -250,14 +250,13 @@ def row_of(spec: dict[str, Any], plan: Plan, device: torch.device) -> dict[str, 
     started = time.monotonic()
     peak = predicted(plan, spec)
     outcome, measured, phase = measure(plan, spec, device)
-    capacity = plan.memory.capacity
     row: dict[str, Any] = {
         "model": spec["model"], "parameters": plan.cost.parameters, "per_device": spec["b"],
         "length": spec["length"], "accumulation": spec.get("k", 1), "precision": spec["precision"],
         "wrapper": spec.get("wrapper", "none"), "checkpointing": spec.get("checkpointing", "none"),
         "implementation": spec.get("implementation", "fused"), "chunked": spec.get("chunked", False),
         "compile": spec.get("compile", False),
-        "fits": None if capacity is None else peak.totals.device.high <= capacity,
+        "verdict": peak.totals.verdict(plan.memory.capacity),
         "outcome": outcome, "phase": peak.phase, "measured_phase": phase,
         "seconds": round(time.monotonic() - started, 1),
     }  # fmt: skip
@@ -305,7 +304,7 @@ def report(rows: list[dict[str, Any]]) -> None:
         sizes = [abs(error) for error in errors]
         print(f"{name:<10} median |error| {100 * statistics.median(sizes):5.2f} %  worst "
               f"{100 * max(errors, key=abs):+6.2f} %  measured above high: {above} of {len(trained)}")  # fmt: skip
-    wrong = [row for row in rows if row["outcome"] != "trained" and row["fits"]]
+    wrong = [row for row in rows if row["outcome"] != "trained" and row["verdict"] == "fits"]
     print(f"said to fit and ran out of memory: {len(wrong)} of {len(rows)}")
 
 

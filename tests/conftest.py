@@ -1,6 +1,7 @@
 """Shared by all tests: one cache of prepared data, and small helpers to make plans."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,11 @@ from fork_server import ForkServer
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = f"{ROOT}/toolkit:{ROOT}/launchers"
 """PYTHONPATH of a child process that is to import this checkout."""
+
+
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:  # under nohup, or in the background of a script
+        signal.signal(number, usual)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

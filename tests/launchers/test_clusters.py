@@ -400,14 +400,19 @@ def test_what_kubernetes_cannot_hold_is_told() -> None:
         render_manifests(plan_of(2), site(), "a", {"record.json": "x" * (1 << 20 | 1)})
 
 
-def test_every_gpu_has_skypilots_name() -> None:
-    """But the CPU."""
+def test_skypilots_names_are_of_rows_and_others_are_refused() -> None:
+    """A card that SkyPilot is not known to offer, or that is stated by hand, is not guessed."""
     rows = yaml12.parse((ROOT / "toolkit/drumline/architectures/gpus.yaml").read_text())
-    assert set(ACCELERATORS) == set(rows) - {"cpu"}
+    assert set(ACCELERATORS) < set(rows)
     assert render_task(plan_of(2), site(), Path("/r.yaml"))["resources"] == {
         "accelerators": "H100:8",
         "cpus": "96+",
     }
+    plan = plan_of(2)
+    cluster = plan.recipe.cluster.model_copy(update={"gpu": "h20"})
+    other = dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"cluster": cluster}))
+    with pytest.raises(LaunchError, match="h20 has no SkyPilot name"):
+        render_task(other, site(), Path("/r.yaml"))
 
 
 @pytest.mark.parametrize(

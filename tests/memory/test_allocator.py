@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drumline.memory.allocator import FREE, CachingAllocator, DeviceFull, Event
+from drumline.memory.allocator import CachingAllocator, DeviceFull
+from drumline.memory.events import FREE, Event
 from drumline.units import MIB
 
 
@@ -104,6 +105,18 @@ def test_fragmentation_shows_in_reserved_only() -> None:
     assert expandable.reserved == 60 * MIB
 
 
+def test_at_the_limit_free_pages_of_an_expandable_segment_are_released() -> None:
+    """Also in its middle: what is left of 60 free MiB between two blocks is their pages' remainders."""
+    sizes = (30 * MIB, 60 * MIB, 30 * MIB, -2)
+    found = played(*sizes, expandable=True, limit=165 * MIB)
+    assert found.reserved == 120 * MIB
+    found.allocate(9, 50 * MIB)  # best fit: within the 60 that are free
+    assert found.reserved == 120 * MIB
+    found.free(9)
+    found.allocate(10, 65 * MIB)  # 40 MiB of whole pages are released, and 80 mapped at the end
+    assert (found.reserved, found.allocated) == (160 * MIB, 125 * MIB)
+
+
 def random_events(seed: int, count: int) -> list[Event]:
     draw, alive, events, number = random.Random(seed), [], [], 0
     for _ in range(count):
@@ -143,3 +156,26 @@ def test_whatever_happens_blocks_tile_their_segments(seed: int, expandable: bool
         found.free(number)
     assert found.allocated == 0
     assert all(len(segment) == 1 and segment[0][1] for segment in found.segments())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.booleans(), st.floats(0.5, 1.1))
+def test_at_any_limit_it_is_kept_or_the_device_is_full(
+    seed: int, expandable: bool, share: float
+) -> None:
+    """Reserved bytes stay within the limit, what is alive is always reserved, and blocks tile what is."""
+    events = random_events(seed, 300)
+    free = CachingAllocator(expandable)
+    free.replay(events)
+    limit = int(share * free.peak_reserved)
+    found = CachingAllocator(expandable, limit)
+    try:
+        for event in events:
+            found.replay([event])
+            assert found.allocated <= found.reserved <= limit
+    except DeviceFull:
+        assert limit < free.peak_reserved
+        return
+    blocks = [block for segment in found.segments() for block in segment]
+    assert sum(size for size, _ in blocks) == found.reserved
+    assert sum(size for size, is_free in blocks if not is_free) == found.allocated

@@ -10,6 +10,7 @@ from drumline.architectures.gpus import find_gpu
 from drumline.architectures.shapes import ModelShape
 from drumline.memory.closed_form import Peak, estimate
 from drumline.memory.load import Load
+from drumline.memory.ranges import Device
 
 LLAMA = read_shape("llama", {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12,
                              "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 32000})  # fmt: skip
@@ -23,7 +24,9 @@ P = LLAMA.parameters
 
 
 def peak(**changes: Any) -> Peak:
-    return estimate(replace(BASE, **changes), find_gpu("h100-80gb"))
+    load = replace(BASE, **changes)
+    gpu = find_gpu("h100-80gb")
+    return estimate(load, Device(gpu.memory_bytes, gpu.workspace_bytes, load.ranks))
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,8 @@ CHANGES: dict[str, Any] = {
     "batch": [{"effective": 24, "accumulation": 4}, {"per_device": 6, "accumulation": 1},
               {"gpus": 4, "accumulation": 1}, {"remainder": "carry"}, {"weighting": "token"},
               {"accumulation": 1, "effective": 6}],
-    "cluster": [{"gpu": "b200"}, {"gpus_per_node": 1, "nodes": 2}, {"nodes": {"min": 1, "max": 1}}],
+    "cluster": [{"gpu": "b200"}, {"gpus_per_node": 1, "nodes": 2},
+                {"gpu": {"name": "mine", "memory_gib": 48.0, "bf16_tflops": 155.0}}, {"nodes": {"min": 1, "max": 1}}],
     "strategy": [{"name": "fsdp"}, {"name": "fsdp", "shard": "node"}, {"offload": "optimizer"}],
     "precision": "bf16",
     "optimizer": [{"name": "adam"}, {"lr": 2e-3}, {"weight_decay": 0.1}, {"betas": [0.8, 0.9]}, {"eps": 1e-6},
@@ -108,8 +109,13 @@ def test_every_field_matters() -> None:
                 covered |= {"optimizer.lr_scaling.rule", "optimizer.lr_scaling.reference_batch"}
             if isinstance(change, dict) and change.get("wandb"):
                 covered |= {"logging.wandb.project", "logging.wandb.mode", "logging.wandb.entity"}
-            if isinstance(change, dict) and isinstance(change.get("nodes"), dict):
-                covered |= {"cluster.nodes.min", "cluster.nodes.max"}
+            if section == "cluster":
+                covered |= {
+                    f"cluster.{key}.{name}"
+                    for key, value in change.items()
+                    if isinstance(value, dict)
+                    for name in value
+                }
     assert not set(_fields(Recipe)) - covered
 
 

@@ -84,7 +84,7 @@ def test_counts_of_classifiers(architecture: str, config: dict[str, Any], kind: 
     [
         ("mamba", {}, "no closed form for mamba"),
         ("bert", {}, "as a language model"),
-        ("llama", {"hidden_act": "gelu"}, "hidden_act gelu"),
+        ("llama", {"hidden_act": "quick_gelu"}, "hidden_act quick_gelu"),
         ("gpt2", {"add_cross_attention": True}, "with add_cross_attention"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "no experts"),
     ],

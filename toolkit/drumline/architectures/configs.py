@@ -5,9 +5,10 @@ real model built on the meta device.
 """
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
-from drumline.architectures.shapes import ModelShape
+from drumline.architectures.shapes import ACTIVATIONS, ModelShape
 from drumline.errors import PlanError
 
 GPT2_DROPOUTS = ("attn_pdrop", "resid_pdrop", "embd_pdrop")
@@ -50,10 +51,12 @@ def read_shape(
         return f"no closed form for {architecture}"
     keys, activation, read = _READERS[architecture]
     refuse_near_misses(config, keys)
-    for key in ("hidden_act", "activation_function"):
-        if config.get(key, activation) != activation:
-            return f"no closed form for {architecture} with {key} {config[key]}"
-    return read(architecture, config, classes)
+    key = "activation_function" if "activation_function" in keys else "hidden_act"
+    activation = config.get(key, activation)
+    if activation not in ACTIVATIONS:
+        return f"no closed form for {architecture} with {key} {activation}"
+    shape = read(architecture, config, classes)
+    return shape if isinstance(shape, str) else replace(shape, activation=activation)
 
 
 def refuse_near_misses(config: dict[str, Any], known: Collection[str]) -> None:
@@ -166,8 +169,6 @@ def _llama(architecture: str, config: dict[str, Any], classes: int | None) -> Mo
 
 
 def _moe(architecture: str, config: dict[str, Any], classes: int | None) -> ModelShape | str:
-    from dataclasses import replace
-
     if architecture.startswith("qwen") and config.get("use_sliding_window"):
         return f"no closed form for {architecture} with use_sliding_window"
     if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
@@ -256,4 +257,4 @@ _READERS: dict[str, tuple[tuple[str, ...], str, Reader]] = {
     "bert": (_BERT_KEYS, "gelu", _bert),
     "vit": (_VIT_KEYS, "gelu", _vit),
 }
-"""By architecture: known config keys, the only supported activation, and the reader of the shape."""
+"""By architecture: known config keys, the default activation, and the reader of the shape."""

@@ -1,47 +1,79 @@
-"""The kinds of GPU that a recipe may name, read from gpus.yaml."""
+"""The kinds of GPU that a recipe may name, read from gpus.yaml, or state by hand."""
 
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from drumline.errors import PlanError
 from drumline.recipe import yaml12
+from drumline.recipe.schema import Card
 from drumline.units import GIB
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of device; memory in bytes, None for cpu, where it is that of the machine."""
+    """One kind of device; memory in bytes, None for cpu, where it is that of the machine.
+
+    `bf16_flops` and `fp16_flops`: peak of its matrix units, None if it has none for this type.
+    """
 
     name: str
     memory_bytes: int | None
     bf16_flops: float | None
     workspace_bytes: int
     has_flash: bool = True
+    fp16_flops: float | None = None
 
     @property
     def is_cpu(self) -> bool:
         """Whether training runs on the CPU."""
         return self.name == "cpu"
 
+    @property
+    def narrow_flops(self) -> float | None:
+        """Peak FLOP/s in the 16-bit type that its matrix units have."""
+        return self.bf16_flops or self.fp16_flops
+
+
+def find_gpu(gpu: str | Card) -> Gpu:
+    """The device of this name, or as stated by hand; PlanError with the nearest names if there is none."""
+    return _stated(gpu) if isinstance(gpu, Card) else _in_the_table(gpu)
+
 
 @cache
-def find_gpu(name: str) -> Gpu:
-    """The device of this name; raises PlanError with the nearest name if there is none."""
+def _in_the_table(name: str) -> Gpu:
     rows = yaml12.parse((Path(__file__).parent / "gpus.yaml").read_text(encoding="utf-8"))
-    if name not in rows:
+    wanted = name.lower().replace("_", "-").replace(" ", "-")
+    found = next((n for n, row in rows.items() if wanted in (n, *row.get("also", []))), None)
+    if found is None:
+        raise PlanError(f"cluster.gpu: {name!r} is not in the table. {_fix(wanted, rows)}")
+    row = rows[found]
+    memory, flops = row["memory_gib"], [row.get(f"{kind}_tflops") for kind in ("bf16", "fp16")]
+    bf16, fp16 = (None if value is None else value * 1e12 for value in flops)
+    size = None if memory is None else int(memory * GIB)
+    return Gpu(found, size, bf16, row["workspace_mib"] << 20, row.get("flash", True), fp16)
+
+
+def _fix(wanted: str, rows: dict[str, Any]) -> str:
+    """The names that may be meant, or how to state a card by hand."""
+    by_hand = (
+        "cluster.gpu={name: my-card, memory_gib: 48, bf16_tflops: 155} states one that it lacks"
+    )
+    longer = [known for known in rows if known.startswith(wanted)]
+    if not longer:
         from difflib import get_close_matches
 
-        longer = [known for known in rows if known.startswith(name.lower())]
-        close = longer or get_close_matches(name.lower(), rows, n=1, cutoff=0.4)
-        fix = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(rows)}"
-        raise PlanError(f"cluster.gpu: {name!r} is not in the table. {fix}")
-    row = rows[name]
-    memory, tflops = row["memory_gib"], row["bf16_tflops"]
-    return Gpu(
-        name,
-        None if memory is None else int(memory * GIB),
-        None if tflops is None else tflops * 1e12,
-        row["workspace_mib"] << 20,
-        row.get("flash", True),
-    )
+        longer = get_close_matches(wanted, rows, n=1, cutoff=0.6)
+    if longer:
+        return f"Did you mean {' or '.join(map(repr, longer))}? {by_hand}"
+    return f"Known: {', '.join(rows)}. {by_hand}"
+
+
+_WORKSPACE = 32 << 20
+"""cuBLAS' workspace of a card that is stated by hand: the largest of the table's."""
+
+
+def _stated(card: Card) -> Gpu:
+    flops = None if card.bf16_tflops is None else card.bf16_tflops * 1e12
+    return Gpu(card.name, int(card.memory_gib * GIB), flops, _WORKSPACE)

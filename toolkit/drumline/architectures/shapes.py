@@ -3,6 +3,17 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+ACTIVATIONS = {
+    "gelu": "input",
+    "gelu_pytorch_tanh": "input",
+    "silu": "input",
+    "swish": "input",
+    "relu": "output",
+    "tanh": "output",
+    "gelu_new": "terms",
+}
+"""By name in transformers' configs: what the backward of one kernel needs, or "terms" for a kernel a term."""
+
 Tensors = dict[str, tuple[int, int]]
 """Weights by name: (rows, columns). FSDP2 shards the rows; columns is the product of other dimensions."""
 
@@ -15,7 +26,7 @@ class ModelShape:
     Each token is routed to `top_k` experts. `positions`: learned positions of a text model; None for rotary
     ones, and for images, which have `patches` + 1. `classes`: classes of a classifier, None for a language
     model. `patches`: patches per image, and `patch_inputs` the numbers in one; 0 for text. `window`: sliding
-    window in tokens; attention over longer rows is given a mask.
+    window in tokens; attention over longer rows is given a mask. `activation`: as in the config.
     """
 
     family: str
@@ -40,6 +51,7 @@ class ModelShape:
     has_qkv_bias: bool = False
     has_out_bias: bool = False
     has_mlp_bias: bool = False
+    activation: str = "silu"
 
     @property
     def query_width(self) -> int:

@@ -110,7 +110,7 @@ def _machine() -> dict[str, str]:
 
 def _problems(plan: Plan) -> list[str]:
     found = []
-    gpu, per_node = plan.recipe.cluster.gpu, plan.mesh.ranks_per_node
+    gpu, per_node = plan.recipe.cluster.gpu_name, plan.mesh.ranks_per_node
     here = len(_gpus())
     if gpu != "cpu" and here < per_node:
         found.append(f"it wants {per_node} × {gpu} on a node, this machine has {here} GPUs")

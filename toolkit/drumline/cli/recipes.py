@@ -33,7 +33,9 @@ def list_recipes() -> None:
         plan = resolve(recipe, read_world(recipe))
         memory = plan.memory.device
         size = (
-            f"{format_bytes(memory.high)} on {recipe.cluster.gpu}" if memory else "memory unknown"
+            f"{format_bytes(memory.high)} on {recipe.cluster.gpu_name}"
+            if memory
+            else "memory unknown"
         )
         print(f"{name:<22} {plan.batch.effective:>6,} = {plan.batch.split}  ({size})")
 

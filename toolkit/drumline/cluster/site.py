@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from drumline.architectures.gpus import find_gpu
 from drumline.errors import PlanError, RecipeError
 from drumline.recipe import yaml12
 from drumline.recipe.load import read_text
@@ -119,9 +120,9 @@ def on_site(recipe: Recipe, site: Site) -> Recipe:
     update: dict[str, str | int] = {}
     if site.gpu and "gpu" not in cluster.model_fields_set:
         update["gpu"] = site.gpu
-    elif site.gpu and site.gpu != cluster.gpu:
+    elif site.gpu and find_gpu(site.gpu).name != find_gpu(cluster.gpu).name:
         raise PlanError(
-            f"cluster.gpu: the recipe says {cluster.gpu}, site {site.site} has {site.gpu}. "
+            f"cluster.gpu: the recipe says {cluster.gpu_name}, site {site.site} has {site.gpu}. "
             f"Nearest: cluster.gpu={site.gpu}"
         )
     if site.gpus_per_node and cluster.gpus_per_node is None:

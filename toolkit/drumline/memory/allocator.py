@@ -8,14 +8,15 @@ their own size rounded up to 2 MiB. The unused rest of a block is split off if i
 segment would exceed the device's limit, all completely free segments are released first.
 
 With expandable segments there is one segment per pool and stream, which grows at its end in pages of
-2 or 20 MiB and whose blocks are always split.
+2 or 20 MiB and whose blocks are always split. At the limit, every page that is wholly free is released;
+what is left of its block on either side stays, and is not merged across the hole (torch may map the hole
+again, so this needs slightly more memory than torch does).
 """
 
 import bisect
 from collections.abc import Iterable
-from dataclasses import dataclass
 
-from drumline.memory.ledger import ROUND
+from drumline.memory.events import FREE, ROUND, Event
 from drumline.units import MIB
 
 SMALL_REQUEST = 1 * MIB
@@ -23,35 +24,36 @@ SMALL_SEGMENT = 2 * MIB
 LARGE_SEGMENT = 20 * MIB
 SEGMENT_OF_ITS_OWN = 10 * MIB
 ROUND_LARGE = 2 * MIB
-FREE = -1
-
-Event = tuple[int, int, int]
-"""(block number, bytes or FREE, stream): one allocation, or one free if the size is FREE."""
 
 
 class DeviceFull(Exception):
     """Out of memory: the request exceeds the limit even after all free segments were released."""
 
 
-@dataclass(slots=True, eq=False)
 class _Block:
-    """A part of a segment; `before` and `after` are the adjacent blocks of the same segment."""
+    """A part of a segment, from `address` on; `before` and `after` are the blocks that it touches."""
 
-    size: int
-    pool: "_Pool"
-    number: int
-    is_free: bool = True
-    before: "_Block | None" = None
-    after: "_Block | None" = None
+    __slots__ = ("address", "after", "before", "is_free", "number", "pool", "size")
+
+    def __init__(self, size: int, pool: "_Pool", number: int, address: int = 0) -> None:
+        self.size, self.pool, self.number, self.address = size, pool, number, address
+        self.is_free = True
+        self.before: _Block | None = None
+        self.after: _Block | None = None
 
 
 class _Pool:
-    """The free blocks of one size class (small or large) on one stream, sorted by size."""
+    """The free blocks of one size class (small or large) on one stream, sorted by size.
 
-    def __init__(self, is_small: bool) -> None:
+    `least_rest`: bytes that the rest of a block must have to be split off.
+    """
+
+    def __init__(self, is_small: bool, is_expandable: bool) -> None:
         self.is_small = is_small
+        self.least_rest = ROUND if is_small or is_expandable else SMALL_REQUEST + 1
         self.free: list[tuple[int, int, _Block]] = []
         self.last: _Block | None = None  # last block of the expandable segment
+        self.end = 0  # address after the expandable segment
 
     def add(self, block: _Block) -> None:
         bisect.insort(self.free, (block.size, block.number, block))
@@ -60,9 +62,11 @@ class _Pool:
         place = bisect.bisect_left(self.free, (block.size, block.number))
         del self.free[place]
 
-    def smallest_of_at_least(self, size: int) -> _Block | None:
-        place = bisect.bisect_left(self.free, (size,))
-        return self.free[place][2] if place < len(self.free) else None
+    def take(self, size: int) -> _Block | None:
+        """Remove the smallest block of at least this size from the list, and return it."""
+        free = self.free
+        place = bisect.bisect_left(free, (size,))
+        return free.pop(place)[2] if place < len(free) else None
 
 
 class CachingAllocator:
@@ -92,26 +96,30 @@ class CachingAllocator:
         assert number not in self._living, f"block {number} is alive already"
         size = max(ROUND, -(-size // ROUND) * ROUND)
         pool = self._pool(size <= SMALL_REQUEST, stream)
-        block = pool.smallest_of_at_least(size) or self._grow(pool, size)
-        pool.remove(block)
-        self._split(block, size)
+        block = pool.take(size) or self._grow(pool, size)
+        rest = block.size - size
+        if rest >= pool.least_rest:
+            self._split(block, size, rest)
         block.is_free = False
         self._living[number] = block
         self.allocated += block.size
-        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        if self.allocated > self.peak_allocated:
+            self.peak_allocated = self.allocated
 
     def free(self, number: int) -> None:
         """Free block `number` and merge it with adjacent free blocks of its segment."""
         block = self._living.pop(number)
         self.allocated -= block.size
         block.is_free = True
-        if block.after and block.after.is_free:
-            self._absorb(block, block.after)
-        if block.before and block.before.is_free:
-            before = block.before
-            self._absorb(before, block, is_listed=False)
-        else:
-            block.pool.add(block)
+        pool, before, after = block.pool, block.before, block.after
+        if after is not None and after.is_free:
+            pool.remove(after)
+            _absorb(block, after)
+        if before is not None and before.is_free:
+            pool.remove(before)
+            _absorb(before, block)
+            block = before
+        pool.add(block)
 
     def segments(self) -> list[list[tuple[int, bool]]]:
         """All segments, each a list of its blocks in address order: (bytes, is free). For inspection."""
@@ -130,16 +138,17 @@ class CachingAllocator:
         return result
 
     def _pool(self, is_small: bool, stream: int) -> _Pool:
-        key = (is_small, stream)
-        if key not in self._pools:
-            self._pools[key] = _Pool(is_small)
-        return self._pools[key]
+        pool = self._pools.get((is_small, stream))
+        if pool is None:
+            pool = self._pools[is_small, stream] = _Pool(is_small, self._expandable)
+        return pool
 
-    def _new_block(self, size: int, pool: _Pool) -> _Block:
+    def _new_block(self, size: int, pool: _Pool, address: int = 0) -> _Block:
         self._count += 1
-        return _Block(size, pool, self._count)
+        return _Block(size, pool, self._count, address)
 
     def _grow(self, pool: _Pool, size: int) -> _Block:
+        """A block of at least `size` bytes from a new segment, or from the end of the expandable one."""
         if self._expandable:
             return self._extend(pool, size)
         if pool.is_small:
@@ -149,62 +158,48 @@ class CachingAllocator:
         else:
             segment = -(-size // ROUND_LARGE) * ROUND_LARGE
         self._reserve(segment)
-        block = self._new_block(segment, pool)
-        pool.add(block)
-        return block
+        return self._new_block(segment, pool)
 
     def _extend(self, pool: _Pool, size: int) -> _Block:
         """Map whole pages at the end of the pool's expandable segment.
 
         The last block grows if it is free; otherwise a new block is appended.
         """
-        page = SMALL_SEGMENT if pool.is_small else LARGE_SEGMENT
-        last = pool.last
-        open_end = last.size if last and last.is_free else 0
-        more = -(-(size - open_end) // page) * page
+        more = self._missing(pool, size)
+        if self._limit is not None and self.reserved + more > self._limit:
+            self._give_back()  # perhaps the segment's end, too
+            more = self._missing(pool, size)
         self._reserve(more)
+        last = pool.last
+        address, pool.end = pool.end, pool.end + more
         if last and last.is_free:
             pool.remove(last)
             last.size += more
-            pool.add(last)
             return last
-        block = self._new_block(more, pool)
+        block = self._new_block(more, pool, address)
         block.before, pool.last = last, block
         if last:
             last.after = block
-        pool.add(block)
         return block
 
-    def _split(self, block: _Block, size: int) -> None:
-        rest = block.size - size
-        always = block.pool.is_small or self._expandable
-        if rest < ROUND if always else rest <= SMALL_REQUEST:
-            return
-        remainder = self._new_block(rest, block.pool)
-        remainder.before, remainder.after = block, block.after
-        if block.after:
-            block.after.before = remainder
-        if block.pool.last is block:
-            block.pool.last = remainder
-        block.after, block.size = remainder, size
-        block.pool.add(remainder)
+    def _missing(self, pool: _Pool, size: int) -> int:
+        """Bytes of the pages that must be mapped at the segment's end for a request of `size`."""
+        page = SMALL_SEGMENT if pool.is_small else LARGE_SEGMENT
+        open_end = pool.last.size if pool.last and pool.last.is_free else 0
+        return -(-(size - open_end) // page) * page
 
-    def _absorb(self, block: _Block, after: _Block, is_listed: bool = True) -> None:
-        """Merge a free block with the block after it.
-
-        `is_listed`: True if `after` is in the pool's free list, False if `block` is. With False, the merged
-        block is added to the list again.
-        """
+    def _split(self, block: _Block, size: int, rest: int) -> None:
+        """Cut a block to `size` bytes; the `rest` is free."""
         pool = block.pool
-        pool.remove(after if is_listed else block)
-        block.size += after.size
-        block.after = after.after
-        if after.after:
-            after.after.before = block
-        if pool.last is after:
-            pool.last = block
-        if not is_listed:
-            pool.add(block)
+        remainder = self._new_block(rest, pool, block.address + size)
+        after = block.after
+        remainder.before, remainder.after = block, after
+        if after is not None:
+            after.before = remainder
+        elif pool.last is block:
+            pool.last = remainder
+        block.after, block.size = remainder, size
+        pool.add(remainder)
 
     def _reserve(self, size: int) -> None:
         if self._limit is not None and self.reserved + size > self._limit:
@@ -215,28 +210,54 @@ class CachingAllocator:
         self.peak_reserved = max(self.peak_reserved, self.reserved)
 
     def _give_back(self) -> None:
-        """Release completely free segments; of an expandable segment, the free pages at its end."""
+        """Release completely free segments; of expandable segments, completely free pages."""
         for pool in self._pools.values():
-            if self._expandable:
-                self._unmap_end(pool)
-                continue
             for _, _, block in list(pool.free):
-                if block.before is None and block.after is None:
+                if self._expandable:
+                    self._unmap(block)
+                elif block.before is None and block.after is None:
                     pool.remove(block)
                     self.reserved -= block.size
 
-    def _unmap_end(self, pool: _Pool) -> None:
+    def _unmap(self, block: _Block) -> None:
+        """Release the pages that lie within a free block; what is before and after them stays free."""
+        pool = block.pool
         page = SMALL_SEGMENT if pool.is_small else LARGE_SEGMENT
-        last = pool.last
-        if last is None or not last.is_free:
+        start = -(-block.address // page) * page
+        end = (block.address + block.size) // page * page
+        if start >= end:
             return
-        pages = last.size // page * page
-        pool.remove(last)
-        last.size -= pages
-        self.reserved -= pages
-        if last.size:
-            pool.add(last)
-        else:
-            pool.last = last.before
-            if last.before:
-                last.before.after = None
+        pool.remove(block)
+        self.reserved -= end - start
+        front = self._piece(block, block.address, start)
+        back = self._piece(block, end, block.address + block.size)
+        if front:
+            front.before = block.before
+        if block.before:
+            block.before.after = front
+        if back:
+            back.after = block.after
+        if block.after:
+            block.after.before = back
+        if pool.last is block:
+            pool.last = back
+            if back is None:  # the hole is at the segment's end, which moves to where it begins
+                pool.end, pool.last = start, front or block.before
+
+    def _piece(self, block: _Block, start: int, end: int) -> _Block | None:
+        """A free block of the same pool between two addresses; None if they are equal."""
+        if start == end:
+            return None
+        piece = self._new_block(end - start, block.pool, start)
+        block.pool.add(piece)
+        return piece
+
+
+def _absorb(block: _Block, after: _Block) -> None:
+    """Merge a block with the free one after it, which is no longer in the pool's list."""
+    block.size += after.size
+    block.after = after.after
+    if after.after is not None:
+        after.after.before = block
+    elif after.pool.last is after:
+        after.pool.last = block

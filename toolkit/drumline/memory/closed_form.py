@@ -1,15 +1,15 @@
-"""Peak memory of one rank, computed without torch in about a millisecond, for known model families.
+"""Peak memory of one rank, computed without torch in some milliseconds, for known model families.
 
 An attempt is simulated on a ledger (`rank.py`) of live tensors, whose sizes follow from the model's
-widths; the largest total is the peak. Fragmentation, the CUDA context and NCCL are added as ranges.
+widths; the largest total is the peak. All its allocations are then replayed through the allocator model.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
-from drumline.architectures.gpus import Gpu
 from drumline.memory.load import Load
-from drumline.memory.ranges import ByteRange, Totals, surround
-from drumline.memory.rank import play
+from drumline.memory.ranges import ByteRange, Device, Totals, totals
+from drumline.memory.rank import events, play
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "loss", "communication")
 STATES = PARTS[:3]
@@ -28,17 +28,26 @@ class Peak:
     phases: dict[str, int]
 
 
-def estimate(load: Load, gpu: Gpu) -> Peak:
-    """Peak memory over a whole attempt: load, forward, backward, optimizer step, evaluation."""
+@cache
+def estimate(load: Load, device: Device) -> Peak:
+    """Peak memory over a whole attempt: load, forward, backward, optimizer step, evaluation.
+
+    Cached, because advice and the search for a split repeat loads.
+    """
     ledger = play(load)
     parts = {name: ledger.peak_parts.get(name, 0) for name in PARTS}
-    parts["workspace"] = gpu.workspace_bytes
-    phases = {name: size + gpu.workspace_bytes for name, size in ledger.phase_peaks.items()}
     state = sum(parts[name] for name in STATES)
-    totals = surround(
-        state, sum(parts.values()) - state, load.strategy, load.ranks, load.nodes, gpu
+    found = totals(
+        state,
+        sum(parts.values()) - state,
+        lambda: events(load),
+        device,
+        "closed form from DeepSpeed's sources" if load.is_zero else "closed form",
+        load.is_zero,
     )
-    return Peak(parts, totals, ledger.peak_phase, phases)
+    parts["workspace"] = device.workspace
+    phases = {name: size + device.workspace for name, size in ledger.phase_peaks.items()}
+    return Peak(parts, found, ledger.peak_phase, phases)
 
 
 __all__ = ["ByteRange", "Peak", "estimate"]

@@ -60,7 +60,7 @@ def _gpt2(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: floa
     hidden = run.add(attended, residual)
     residual = hidden
     hidden = run.layer_norm(hidden, h)
-    expanded = _gelu_new(run, run.linear(hidden, w["up"], layer.shape.ffn))
+    expanded = run.activate(layer.shape.activation, run.linear(hidden, w["up"], layer.shape.ffn))
     expanded = run.linear(expanded, w["down"], h)
     expanded = run.dropout(expanded, dropout)
     return run.add(residual, expanded)
@@ -72,17 +72,6 @@ def _gpt2_attention(layer: Layer, run: Operators, rows: Rows, hidden: Value) -> 
     part = Value(packed.block, rows.tokens * h, packed.width, packed.source)
     out = _attend(layer, run, rows, part, part, part, run.gather_gradients(packed))
     return run.linear(out, layer.weights["out"], h)
-
-
-def _gelu_new(run: Operators, value: Value) -> Value:
-    """0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))), unfused: one operation per term."""
-    half = run.scale(value)
-    inner = run.scale(run.add(value, run.scale(run.power(value))))
-    bent = run.pointwise(inner, keeps_input=False, keeps_output=True)
-    del inner
-    one = run.shift(bent)
-    del bent
-    return run.multiply(half, one)
 
 
 def _llama(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: float) -> Value:
@@ -116,7 +105,7 @@ def _llama_attention(
 def _gated(layer: Layer, run: Operators, rows: Rows, hidden: Value) -> Value:
     """down(silu(gate(x)) · up(x))."""
     w, f = layer.weights, layer.shape.ffn
-    gate = run.pointwise(run.linear(hidden, w["gate"], f))
+    gate = run.activate(layer.shape.activation, run.linear(hidden, w["gate"], f))
     return run.linear(
         run.multiply(gate, run.linear(hidden, w["up"], f)), w["down"], layer.shape.hidden
     )
@@ -141,14 +130,14 @@ def _bert(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: floa
     del out
     attended = run.layer_norm(run.add(hidden, stream), shape.hidden)
     del hidden
-    expanded = run.pointwise(run.linear(attended, w["up"], shape.ffn))
+    expanded = run.activate(shape.activation, run.linear(attended, w["up"], shape.ffn))
     hidden = run.dropout(run.linear(expanded, w["down"], shape.hidden), dropout)
     del expanded
     return run.layer_norm(run.add(hidden, attended), shape.hidden)
 
 
 def _vit(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: float) -> Value:
-    """Pre-norm layer with exact GELU."""
+    """Pre-norm layer with biases in every projection."""
     shape, w = layer.shape, layer.weights
     residual = stream
     hidden = run.layer_norm(stream, shape.hidden)
@@ -156,7 +145,7 @@ def _vit(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: float
     hidden = run.add(run.dropout(hidden, dropout), residual)
     residual = hidden
     hidden = run.layer_norm(hidden, shape.hidden)
-    expanded = run.pointwise(run.linear(hidden, w["up"], shape.ffn))
+    expanded = run.activate(shape.activation, run.linear(hidden, w["up"], shape.ffn))
     hidden = run.linear(expanded, w["down"], shape.hidden)
     del expanded
     return run.add(run.dropout(hidden, dropout), residual)

@@ -5,11 +5,11 @@ allocates. A block is freed when the last Python reference to it is dropped, as 
 sums the live bytes after every operation; the largest sum is the peak.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-ROUND = 512
-"""The CUDA allocator's granularity in bytes."""
+from drumline.memory.events import FREE, ROUND, Event
 
 Gradient = Any
 """A Block, a tuple of blocks if the operation had several outputs, or None."""
@@ -22,15 +22,17 @@ pop it and thereby free the gradient."""
 class Block:
     """An allocation, freed when its last reference is dropped; `width` is bytes per element."""
 
-    __slots__ = ("_ledger", "elements", "part", "size", "width")
+    __slots__ = ("_ledger", "_number", "elements", "part", "size", "width")
 
-    def __init__(self, ledger: "Ledger", elements: float, width: int, part: str) -> None:
+    def __init__(
+        self, ledger: "Ledger", elements: float, width: int, part: str, stream: int
+    ) -> None:
         self._ledger, self.elements, self.width, self.part = ledger, elements, width, part
         self.size = -(-int(elements * width) // ROUND) * ROUND
-        ledger._add(self.size, part)
+        self._number = ledger._born(self.size, part, stream)
 
     def __del__(self) -> None:
-        self._ledger._add(-self.size, self.part)
+        self._ledger._died(self._number, self.size, self.part)
 
 
 class Parameter:
@@ -76,9 +78,14 @@ class Value:
 
 
 class Ledger:
-    """Live bytes in total and by part, with the peak overall and the peak of each phase."""
+    """Live bytes in total and by part, with the peak overall and the peak of each phase.
 
-    def __init__(self) -> None:
+    With `keeps_events`, instead of all these, `events` holds every allocation and free in order.
+    """
+
+    def __init__(self, keeps_events: bool = False) -> None:
+        self.events: list[Event] = []
+        self._keeps_events, self._count = keeps_events, 0
         self.live = self.peak = 0
         self.part, self.phase = "activations", ""
         self.peak_phase = ""
@@ -87,7 +94,7 @@ class Ledger:
         self.nodes: list[Node] = []
         self.is_recording = True
         self.frees_early = False  # checkpointing frees a recomputed activation once it was used
-        self._parts: dict[str, int] = {}
+        self._parts: dict[str, int] = defaultdict(int)
         self._waiting: dict[int, Gradient] = {}
 
     def enter(self, phase: str) -> None:
@@ -95,9 +102,24 @@ class Ledger:
         self.phase = phase
         self._add(0, self.part)
 
+    def _born(self, size: int, part: str, stream: int) -> int:
+        """Count an allocation; returns its number."""
+        self._count += 1
+        if not self._keeps_events:
+            self._add(size, part)
+        elif size:
+            self.events.append((self._count, size, stream))
+        return self._count
+
+    def _died(self, number: int, size: int, part: str) -> None:
+        if not self._keeps_events:
+            self._add(-size, part)
+        elif size:
+            self.events.append((number, FREE, 0))
+
     def _add(self, size: int, part: str) -> None:
         self.live += size
-        self._parts[part] = self._parts.get(part, 0) + size
+        self._parts[part] += size
         if size >= 0:
             if self.live > self.peak:
                 self.peak, self.peak_phase = self.live, self.phase
@@ -105,9 +127,12 @@ class Ledger:
             if self.live > self.phase_peaks.get(self.phase, 0):
                 self.phase_peaks[self.phase] = self.live
 
-    def block(self, elements: float, width: int, part: str | None = None) -> Block:
-        """Allocate a block of `elements` × `width` bytes, counted under `part` (default: the current one)."""
-        return Block(self, elements, width, part or self.part)
+    def block(self, elements: float, width: int, part: str | None = None, stream: int = 0) -> Block:
+        """Allocate a block of `elements` × `width` bytes, counted under `part` (default: the current one).
+
+        `stream`: of the allocator model, which reuses a free block on its own stream only.
+        """
+        return Block(self, elements, width, part or self.part, stream)
 
     def make(
         self,
@@ -192,7 +217,7 @@ class Ledger:
         if parameter.gradient is None:
             self._parts[arrived.part] -= arrived.size
             arrived.part = "gradients"
-            self._parts["gradients"] = self._parts.get("gradients", 0) + arrived.size
+            self._parts["gradients"] += arrived.size
             parameter.gradient = arrived
 
 

@@ -37,7 +37,7 @@ def experts(run: Operators, shape: ModelShape, hidden: Value, weights: Value,
     places = ledger.block(rows, INDEX)
     chosen = _pick(run, hidden, rows * h, places.size)
     packed = _grouped(run, chosen, gate_up, rows * 2 * f)
-    gate = run.pointwise(_half(run, packed))
+    gate = run.activate(shape.activation, _half(run, packed))
     inner = run.multiply(gate, _half(run, packed))
     del packed, gate
     out = _grouped(run, inner, down, rows * h)

@@ -1,8 +1,9 @@
 """The forward of a whole model on a ledger: embedding, layers, head and loss.
 
-All layers are alike, so only the first two and the last one are simulated (the last two under FSDP2,
-where a layer's buffers live until the next layer). One block stands for what the layers between them
-save. Memory grows or shrinks evenly over those layers, so the peak is at either end.
+All layers are alike, so for the peak of live bytes only the first two and the last one are simulated (the
+last two under FSDP2, where a layer's buffers live until the next layer). One block stands for what the
+layers between them save. Memory grows or shrinks evenly over those layers, so the peak is at either end.
+For the allocator model, which depends on the order of all allocations, every layer is simulated.
 """
 
 from drumline.architectures.shapes import Tensors, layer_tensors, outer_tensors
@@ -21,8 +22,9 @@ _EMBEDDINGS = ("embedding", "positions", "types", "patch", "class")
 class Network:
     """A model's weights as its forward sees them; under FSDP2 with the groups that are gathered together."""
 
-    def __init__(self, ledger: Ledger, load: Load) -> None:
-        self.ledger, self.load, self.shape = ledger, load, load.shape
+    def __init__(self, ledger: Ledger, load: Load, is_whole: bool = False) -> None:
+        """`is_whole`: simulate every layer."""
+        self.ledger, self.load, self.shape, self.is_whole = ledger, load, load.shape, is_whole
         self.run = Operators(ledger, load.low)
         width, shape = load.forward_width, load.shape
         self.outer = {
@@ -31,7 +33,8 @@ class Network:
         }
         self.head = self.outer.get("head") or self.outer["embedding"]
         played = PLAYED_SHARDED_LAYERS if load.strategy == "fsdp" else PLAYED_LAYERS
-        self.layers = [Layer(shape, width) for _ in range(min(played, shape.layers))]
+        number = shape.layers if is_whole else min(played, shape.layers)
+        self.layers = [Layer(shape, width) for _ in range(number)]
         self.unplayed = Parameter((shape.layers - len(self.layers)) * shape.layer_parameters, width)
         self.stage = Stage()
         self.root: Group | None = None
@@ -155,7 +158,8 @@ class Network:
         return self.run.layer_norm(stream, self.shape.hidden)
 
     def _all_layers(self, rows: Rows, stream: Value) -> Value:
-        played = self.layers if self.ledger.is_recording else self.layers[:2]
+        are_all = self.ledger.is_recording or self.is_whole
+        played = self.layers if are_all else self.layers[:2]
         unplayed = self.shape.layers - len(played)
         for number, layer in enumerate(played):
             before, copies = self.ledger.live, self.run.copies

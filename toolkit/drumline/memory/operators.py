@@ -7,6 +7,7 @@ Sizes follow torch's derivative formulas (tools/autograd/derivatives.yaml), CUDA
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from drumline.architectures.shapes import ACTIVATIONS
 from drumline.memory.ledger import Block, Gradient, Ledger, Node, Parameter, Value
 
 FP32 = 4
@@ -149,6 +150,23 @@ class Operators:
         """x² or x³, in fp32 under autocast; backward allocates two temporaries (a power, its multiple)."""
         value = self.cast(value, FP32 if self.low else value.width)
         return self.pointwise(value, scratch=2)
+
+    def activate(self, name: str, value: Value) -> Value:
+        """The activation function of this name in ACTIVATIONS."""
+        saved = ACTIVATIONS[name]
+        if saved == "terms":
+            return self._gelu_new(value)
+        return self.pointwise(value, keeps_input=saved == "input", keeps_output=saved == "output")
+
+    def _gelu_new(self, value: Value) -> Value:
+        """0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))), unfused: one operation per term."""
+        half = self.scale(value)
+        inner = self.scale(self.add(value, self.scale(self.power(value))))
+        bent = self.pointwise(inner, keeps_input=False, keeps_output=True)
+        del inner
+        one = self.shift(bent)
+        del bent
+        return self.multiply(half, one)
 
     def dropout(self, value: Value, probability: float) -> Value:
         """Allocates the output and a mask of one byte per element; a no-op if the probability is 0."""

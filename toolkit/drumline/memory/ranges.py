@@ -1,25 +1,31 @@
-"""Ranges of allocated, reserved and device bytes, from the estimated live bytes.
+"""Ranges of allocated, reserved and device bytes: low, expected and high.
 
-Each range is low, expected and high; `basis` states where its factors come from.
+Allocated bytes are a peak of live bytes. Reserved bytes come from replaying all allocations through the
+allocator model with the device's capacity as its limit. `basis` states where each range comes from.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from drumline.architectures.gpus import Gpu
+from drumline.memory.allocator import (
+    SMALL_REQUEST,
+    SMALL_SEGMENT,
+    CachingAllocator,
+    DeviceFull,
+)
+from drumline.memory.events import FREE, Event
+
+Verdict = Literal["fits", "tight", "does_not_fit", "unknown"]
 
 _MOVING = (0.97, 1.0, 1.05)
 """Low, expected and high factors on bytes that are not weights, gradients or optimizer state. Against the
-trace the closed form is within -1 to +2 % (benchmarks/memory_ranges.py); of published A100 peaks none is
+trace the closed form is within -1 to 0 % (benchmarks/memory_ranges.py); of published A100 peaks none is
 under-estimated by more than 0.1 % (tests/memory/test_published.py). The remaining margin is for workspaces
 that kernels allocate internally."""
 
 _ZERO_MOVING = (0.75, 1.0, 1.3)
 """The same under DeepSpeed; wider, because its buffers were read from its source and never traced."""
-
-_RESERVED = {"whole": (1.0, 1.04, 1.41), "sharded": (1.09, 1.27, 1.95)}
-"""Reserved / allocated, for bytes that are not weights, gradients or optimizer state: smallest, median and
-largest of 48 traced plans, replayed through the allocator model with expandable segments, which workers
-enable (benchmarks/memory_ranges.py)."""
 
 _CONTEXT_BYTES = (300e6, 500e6, 700e6)
 """Low, expected and high size of the CUDA context; published figures, not measured by us."""
@@ -49,67 +55,159 @@ class Totals:
     device: ByteRange
     basis: dict[str, str]
 
+    def verdict(self, capacity: int | None) -> Verdict:
+        """Whether the device's bytes are within its capacity: `tight` if only the expected ones are."""
+        if capacity is None:
+            return "unknown"
+        if self.device.expected > capacity:
+            return "does_not_fit"
+        return "fits" if self.device.high <= capacity else "tight"
 
-def surround(state: int, moving: int, strategy: str, ranks: int, nodes: int, gpu: Gpu) -> Totals:
-    """The closed form's totals.
 
-    `state` bytes (weights, gradients, optimizer state) are exact. `moving` bytes are allocated and freed
-    within a step; they are uncertain and fragment memory.
+@dataclass(frozen=True)
+class Device:
+    """What a rank's allocations share: the capacity in bytes (None if not known), ranks and nodes.
+
+    `workspace`: bytes of cuBLAS' workspace. `is_cpu`: no CUDA, so all three totals are the allocated bytes.
     """
-    is_zero = strategy.startswith("zero")
-    factors = _ZERO_MOVING if is_zero else _MOVING
-    allocated = [state + moving * factor for factor in factors]
-    source = "DeepSpeed's sources" if is_zero else "48 traced plans and published A100 peaks"
-    basis = {
-        "allocated": f"closed form: weights, gradients and optimizer state exact, the rest × "
-        f"{factors[0]:g} to {factors[2]:g} ({source})"
-    }
-    if gpu.is_cpu:
-        return _on_cpu(allocated, basis)
-    ratios = _RESERVED["sharded" if strategy == "fsdp" else "whole"]
-    reserved = [
-        state + (size - state) * ratio for size, ratio in zip(allocated, ratios, strict=True)
-    ]
-    basis["reserved"] = (
-        f"fragmentation of the rest × {ratios[0]:g} to {ratios[2]:g} (48 replayed traces)"
-    )
-    return _with_device(allocated, reserved, ranks, nodes, basis)
 
+    capacity: int | None
+    workspace: int
+    ranks: int = 1
+    nodes: int = 1
+    is_cpu: bool = False
 
-def surround_replay(allocated: int, reserved: int, expandable: int, ranks: int, nodes: int,
-                    gpu: Gpu) -> Totals:  # fmt: skip
-    """A trace's totals, from bytes found by replaying it through the allocator model.
-
-    `reserved` is with classic segments, `expandable` with expandable ones.
-    """
-    sizes = [allocated * factor for factor in _MOVING]
-    basis = {
-        "allocated": f"traced and replayed, × {_MOVING[0]:g} to {_MOVING[2]:g} for kernels' own"
-    }
-    if gpu.is_cpu:
-        return _on_cpu(sizes, basis)
-    held = [expandable * _MOVING[0], float(expandable), max(expandable, reserved) * _MOVING[2]]
-    basis["reserved"] = "this trace replayed: expandable segments, at most classic ones"
-    return _with_device(sizes, held, ranks, nodes, basis)
-
-
-def _on_cpu(allocated: list[float], basis: dict[str, str]) -> Totals:
-    both = _range(allocated)
-    return Totals(both, both, both, basis)
-
-
-def _with_device(allocated: list[float], reserved: list[float], ranks: int, nodes: int,
-                 basis: dict[str, str]) -> Totals:  # fmt: skip
-    nccl = _NCCL_BYTES if ranks > 1 else (0, 0, 0)
-    device = [
-        total + context + network * (2 if nodes > 1 and index == 2 else 1)
-        for index, (total, context, network) in enumerate(
-            zip(reserved, _CONTEXT_BYTES, nccl, strict=True)
+    def outside(self) -> tuple[float, float, float]:
+        """Bytes that the CUDA context and NCCL take: low, expected, high."""
+        if self.ranks == 1:
+            return _CONTEXT_BYTES
+        times = (1, 1, 2 if self.nodes > 1 else 1)
+        low, expected, high = (
+            context + nccl * n
+            for context, nccl, n in zip(_CONTEXT_BYTES, _NCCL_BYTES, times, strict=True)
         )
-    ]
-    basis["device"] = f"reserved + context{' + NCCL' if ranks > 1 else ''}: {UNMEASURED}"
-    return Totals(_range(allocated), _range(reserved), _range(device), basis)
+        return low, expected, high
 
 
-def _range(three: list[float]) -> ByteRange:
-    return ByteRange(*(int(value) for value in three))
+def totals(
+    state: int,
+    moving: int,
+    events: Callable[[], Sequence[Event]],
+    device: Device,
+    source: str,
+    is_zero: bool,
+) -> Totals:
+    """The totals of one rank's attempt.
+
+    `state` bytes (weights, gradients, optimizer state) at the peak are exact. `moving` bytes are allocated
+    and freed within a step, and uncertain. `events` returns every allocation of the attempt. `source`: what
+    the bytes come from, for the basis.
+    """
+    factors = _ZERO_MOVING if is_zero else _MOVING
+    moving += device.workspace
+    low, expected, high = (int(state + moving * factor) for factor in factors)
+    allocated = ByteRange(low, expected, high)
+    basis = {
+        "allocated": f"{source}: weights, gradients and optimizer state exact, the rest × "
+        f"{factors[0]:g} to {factors[2]:g}"
+    }
+    if device.is_cpu:
+        return Totals(allocated, allocated, allocated, basis)
+    network = " + NCCL" if device.ranks > 1 else ""
+    basis["device"] = f"reserved + context{network}: {UNMEASURED}"
+    outside = device.outside()
+    if device.capacity is not None and expected + outside[1] > device.capacity:
+        basis["reserved"] = "at least the allocated bytes, which the device does not hold"
+        three = zip((low, expected, high), outside, strict=True)
+        taken = ByteRange(*(int(size + more) for size, more in three))
+        return Totals(allocated, allocated, taken, basis)
+    basis["reserved"] = "the step's allocations replayed: expandable segments, at most classic ones"
+    return _replayed(allocated, _without_small(events(), device.workspace), device, basis)
+
+
+def _replayed(
+    allocated: ByteRange, events: Sequence[Event], device: Device, basis: dict[str, str]
+) -> Totals:
+    """The totals with reserved and device bytes from replays.
+
+    At its limit the allocator releases what is free, so more than the limit is only reported if the replay
+    fails; then, without a limit. The high end replays with the slack of the allocated bytes taken from the
+    limit. If that works, it is what classic segments would hold, up to the limit.
+    """
+    slack = allocated.high - allocated.expected
+    less, outside, more = device.outside()
+    free = _reserved(events, is_expandable=True)
+    capacity = device.capacity or int(free + slack + more)
+    room = int(capacity - more)
+    expected = _within(events, free, int(capacity - outside))
+    high = _within(events, free, room - slack) + slack
+    if high <= room:
+        high = max(high, min(_reserved(events, is_expandable=False) + slack, room))
+    elif expected + outside <= capacity:
+        high = _lowest(events, room - slack, free) + slack
+    high = max(high, expected)
+    top = max(high + more, expected + outside)
+    low = max(allocated.low, expected - (allocated.expected - allocated.low))
+    reserved = ByteRange(min(low, expected), expected, high)
+    if high <= room:
+        top = min(top, capacity)
+    return Totals(
+        allocated,
+        reserved,
+        ByteRange(int(reserved.low + less), int(expected + outside), int(top)),
+        basis,
+    )
+
+
+def _without_small(events: Sequence[Event], workspace: int) -> list[Event]:
+    """The events with one block, alive from the beginning, for cuBLAS' workspace and all small requests.
+
+    Small requests share segments of 2 MiB, so that what they reserve is close to the peak of their bytes.
+    """
+    large: list[Event] = []
+    small: dict[int, int] = {}
+    total = most = 0
+    for event in events:
+        number, size, _ = event
+        if size == FREE:
+            if number in small:
+                total -= small.pop(number)
+                continue
+        elif size <= SMALL_REQUEST:
+            small[number] = size
+            total += size
+            most = max(most, total)
+            continue
+        large.append(event)
+    always = -(-most // SMALL_SEGMENT) * SMALL_SEGMENT + workspace
+    return [(-1, always, 0), *large] if always else large
+
+
+def _reserved(events: Sequence[Event], is_expandable: bool, limit: int | None = None) -> int:
+    """Peak of the reserved bytes of a replay; DeviceFull if the limit is exceeded."""
+    allocator = CachingAllocator(is_expandable, limit)
+    allocator.replay(events)
+    return allocator.peak_reserved
+
+
+def _lowest(events: Sequence[Event], low: int, high: int) -> int:
+    """The lowest limit that a replay stays within, to 1 %; `low` is one that it exceeds, `high` is not."""
+    while high - low > high // 100:
+        middle = (low + high) // 2
+        try:
+            _reserved(events, is_expandable=True, limit=middle)
+        except DeviceFull:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _within(events: Sequence[Event], free: int, limit: int) -> int:
+    """Reserved bytes with this limit, or `free`, those without one, if the limit is too low."""
+    if free <= limit:
+        return free
+    try:
+        return _reserved(events, is_expandable=True, limit=limit)
+    except DeviceFull:
+        return free

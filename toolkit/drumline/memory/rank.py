@@ -4,29 +4,39 @@ from functools import cache
 
 from drumline.architectures.shapes import count, layer_tensors, outer_tensors, sharded
 from drumline.memory import zero
+from drumline.memory.events import Event
 from drumline.memory.families import Rows
 from drumline.memory.ledger import Block, Ledger
 from drumline.memory.load import Load
 from drumline.memory.network import Network
 from drumline.memory.operators import FP32, INDEX
 from drumline.phases import MemoryPhase
+from drumline.units import MIB
+
+_BUCKET_ELEMENTS = 25 * MIB // FP32
+"""DDP's buckets hold 25 MiB of gradients."""
 
 
 class Rank:
-    """One rank's allocations: those that live for the whole attempt, and those of single phases."""
+    """One rank's allocations: those that live for the whole attempt, and those of single phases.
 
-    def __init__(self, load: Load) -> None:
-        self.load, self.shape = load, load.shape
-        self.ledger = Ledger()
-        self.network = Network(self.ledger, load)
+    `is_whole`: every layer is simulated, every tensor is a block of its own, and the ledger keeps events.
+    """
+
+    def __init__(self, load: Load, is_whole: bool = False) -> None:
+        self.load, self.shape, self._is_whole = load, load.shape, is_whole
+        self.ledger = Ledger(keeps_events=is_whole)
+        self.network = Network(self.ledger, load, is_whole)
         self._held: list[Block] = []
         self._gradients: list[Block] = []
 
     def play(self) -> Ledger:
-        """Simulate the attempt from building the model to evaluation."""
+        """Simulate the attempt from building the model to evaluation.
+
+        The warm-up is left out: replayed before the step, it changes reserved bytes by at most 0.3 %.
+        """
         ledger, load = self.ledger, self.load
         self._build()
-        ledger.enter(MemoryPhase.FORWARD)
         if load.keeps_gradients:
             self._allocate_gradients()
         self._micro_batch()
@@ -34,7 +44,7 @@ class Rank:
         self._optimizer_scratch(load.has_scratch_in_a_step)
         self._gradients.clear()
         self.network.forget_gradients()
-        if load.evaluation:
+        if load.evaluation and (load.evaluation > load.per_device or not self._is_whole):
             ledger.enter(MemoryPhase.EVALUATION)
             self._evaluate()
         ledger.enter(MemoryPhase.SAVE)  # copies to host memory; allocates nothing on the device
@@ -42,6 +52,23 @@ class Rank:
 
     def _hold(self, elements: float, width: int, name: str) -> None:
         self._held.append(self.ledger.block(elements, width, name))
+
+    def _per_tensor(self, name: str) -> list[Block]:
+        """A block for each of this rank's weights, in the stored precision; a single one if not whole."""
+        sizes = self._own_tensors() if self._is_whole else [self._own_elements()]
+        return [self.ledger.block(size, self.load.state_width, name) for size in sizes]
+
+    def _own_tensors(self) -> list[int]:
+        """Elements of each weight that this rank's optimizer updates; ZeRO's partition is a flat one."""
+        load = self.load
+        if load.is_zero:
+            return [self._own_elements()]
+        ranks = load.shard_ranks if load.strategy == "fsdp" else 1
+        outer, layer = (
+            [sharded({name: size}, ranks) for name, size in tensors.items()]
+            for tensors in (outer_tensors(self.shape), layer_tensors(self.shape))
+        )
+        return outer + self.shape.layers * layer
 
     def _own_elements(self) -> int:
         """Elements of the weights that this rank's optimizer updates: all of them, or its shards."""
@@ -59,16 +86,20 @@ class Rank:
         """Allocate the weights, then the optimizer state, which a step on zero gradients creates."""
         ledger, load, own = self.ledger, self.load, self._own_elements()
         ledger.enter(MemoryPhase.LOAD)
-        whole = load.strategy in ("zero1", "zero2")
-        self._hold(self.shape.parameters if whole else own, load.state_width, "parameters")
+        if load.strategy in ("zero1", "zero2"):
+            self._hold(self.shape.parameters, load.state_width, "parameters")
+        else:
+            self._held += self._per_tensor("parameters")
         if self._has_buckets:
-            self._hold(own, load.state_width, "gradients")
+            size = _BUCKET_ELEMENTS if self._is_whole else own
+            for start in range(0, own, size):
+                self._hold(min(size, own - start), load.state_width, "gradients")
         if load.strategy == "fsdp":  # weights outside the layers exist whole before sharding
             ledger.block(count(outer_tensors(self.shape)), load.state_width, "parameters")
-        gradients = ledger.block(own, load.state_width, "gradients")
-        if not load.offload:
-            copies = load.optimizer_states + int(load.is_zero)  # ZeRO copies its partition
-            self._hold(copies * own, load.state_width, "optimizer")
+        gradients = self._per_tensor("gradients")
+        copies = load.optimizer_states + int(load.is_zero)  # ZeRO copies its partition
+        for _ in range(0 if load.offload else copies):
+            self._held += self._per_tensor("optimizer")
         self._optimizer_scratch(load.has_scratch)
         del gradients
         if load.strategy == "zero3":
@@ -77,15 +108,17 @@ class Rank:
             self._hold(zero.buckets(load), 1, "communication")
 
     def _optimizer_scratch(self, is_needed: bool) -> None:
-        """The temporary of a foreach optimizer step, as large as this rank's parameters."""
+        """The temporaries of a foreach optimizer step, each as large as a parameter, all at once."""
         if is_needed:
-            self.ledger.block(self._own_elements(), self.load.state_width, "optimizer")
+            self._per_tensor("optimizer")
 
     def _allocate_gradients(self) -> None:
         """Allocate the gradients that persist between micro-batches; DDP's are in its buckets already."""
-        if not self._has_buckets:
-            elements = zero.gradients(self.load) if self.load.is_zero else self._own_elements()
+        if self.load.is_zero:
+            elements = zero.gradients(self.load)
             self._gradients.append(self.ledger.block(elements, self.load.state_width, "gradients"))
+        elif not self._has_buckets:
+            self._gradients += self._per_tensor("gradients")
         if self.load.strategy != "fsdp":
             for parameter in self.network.parameters():
                 parameter.gradient = self.ledger.block(0, 1)
@@ -97,6 +130,7 @@ class Rank:
 
     def _micro_batch(self) -> None:
         """Forward, loss and backward."""
+        self.ledger.enter(MemoryPhase.FORWARD)
         rows = self._rows(self.load.per_device)
         inputs = self._inputs(rows)
         with self.network.run.autocast():
@@ -129,3 +163,9 @@ class Rank:
 def play(load: Load) -> Ledger:
     """The ledger after a simulated attempt; cached, because the search for a split repeats loads."""
     return Rank(load).play()
+
+
+@cache
+def events(load: Load) -> list[Event]:
+    """Every allocation and free of a simulated attempt, in order."""
+    return Rank(load, is_whole=True).play().events

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from drumline.memory.allocator import FREE, Event
-from drumline.memory.ledger import ROUND
+from drumline.memory.events import FREE, ROUND, Event
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from drumline.memory.ledger import Block, Gradient, Ledger, Parameter, Value
 from drumline.memory.load import Load
 
 _PART = "communication"
+_GATHERING, _REDUCING = 1, 2
+"""FSDP2's side streams, on which it gathers and reduces; what they free does not serve the main stream 0."""
 
 
 class Stage:
@@ -29,8 +31,10 @@ class Group:
         self, ledger: Ledger, load: Load, stage: Stage, tensors: Tensors, weights: list[Parameter]
     ) -> None:
         self._ledger, self._load, self._stage, self.weights = ledger, load, stage, weights
-        self.shard = sharded(tensors, load.shard_ranks)
-        self._whole: Block | None = None
+        ranks = load.shard_ranks
+        self.tensors = [sharded({name: size}, ranks) for name, size in tensors.items()]
+        self.shard = sum(self.tensors)
+        self._whole: list[Block] = []
         self._buffer: Block | None = None
         self.gradient: Block | None = None
 
@@ -40,24 +44,25 @@ class Group:
         if load.shard_ranks == 1:  # a single rank has nothing to gather
             return
         narrow = load.forward_width != load.state_width
-        sent = ledger.block(self.shard, load.forward_width, _PART) if narrow else None
-        self._buffer = ledger.block(self.shard * load.shard_ranks, load.forward_width, _PART)
+        width = load.forward_width
+        sent = ledger.block(self.shard, width, _PART, _GATHERING) if narrow else None
+        self._buffer = ledger.block(self.shard * load.shard_ranks, width, _PART, _GATHERING)
         del sent
 
     def open(self, in_backward: bool = False) -> None:
         """Copy the gathered buffer out to the parameters; only the forward keeps the buffer for longer."""
-        if self._whole is not None:
+        if self._whole:
             return
         if self._buffer is None:
             self.gather()
-        padded = self.shard * self._load.shard_ranks
-        self._whole = self._ledger.block(padded, self._load.forward_width, _PART)
+        ranks, width = self._load.shard_ranks, self._load.forward_width
+        self._whole = [self._ledger.block(size * ranks, width, _PART) for size in self.tensors]
         self._stage.gathered = None if in_backward else self._buffer
         self._buffer = None
 
     def close(self) -> None:
         """Free the unsharded parameters."""
-        self._whole = None
+        self._whole = []
 
     def reduce(self) -> None:
         """Reduce-scatter the gradients; the shard becomes the gradient or is added to the existing one."""
@@ -68,7 +73,8 @@ class Group:
         self._stage.reduced = ledger.block(self.shard * load.shard_ranks, width, _PART)
         for weight in self.weights:
             weight.gradient = None
-        self.gradient = ledger.block(0 if load.keeps_gradients else self.shard, width, "gradients")
+        kept = 0 if load.keeps_gradients else self.shard
+        self.gradient = ledger.block(kept, width, "gradients", _REDUCING)
         if load.keeps_gradients:
             self.hold_all_reduced(1)
 
@@ -78,7 +84,7 @@ class Group:
         Sharded within nodes, they are also all-reduced between nodes and live until the backward ends.
         """
         width = 4 if self._load.low else self._load.state_width
-        block = self._ledger.block(times * self.shard, width, _PART)
+        block = self._ledger.block(times * self.shard, width, _PART, _REDUCING)
         if self._load.shard_ranks < self._load.ranks:
             self._stage.all_reduced.append(block)
 

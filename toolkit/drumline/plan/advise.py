@@ -37,8 +37,8 @@ def with_advice(plan: Plan, world: World) -> Plan:
     shape = shape_of(plan.recipe, world)
     if memory.device is None or memory.capacity is None or isinstance(shape, str):
         return plan
-    adviser = _Adviser(plan, world, shape, memory.capacity)
-    if memory.fits is False:
+    adviser = _Adviser(plan, world, shape)
+    if memory.verdict in ("does_not_fit", "tight"):
         return dataclasses.replace(plan, advice=adviser.to_fit())
     if memory.device.high < (1 - UNUSED_SHARE) * memory.capacity:
         return dataclasses.replace(plan, advice=adviser.to_use())
@@ -56,30 +56,27 @@ def with_change(recipe: Recipe, change: Change) -> Recipe:
 class _Adviser:
     """Finds the advice for one plan; changes that cannot be planned are dropped."""
 
-    def __init__(self, plan: Plan, world: World, shape: ModelShape, capacity: int) -> None:
-        self._plan, self._world, self._shape, self._capacity = plan, world, shape, capacity
+    def __init__(self, plan: Plan, world: World, shape: ModelShape) -> None:
+        self._plan, self._world, self._shape = plan, world, shape
         self._now = gpu_seconds(plan, shape)
 
     def to_fit(self) -> list[Advice]:
-        """Changes that fit, cheapest first; if none fits, those with the lowest peak first."""
+        """Changes that fit, cheapest first; else those that are tight, else those with the lowest peak."""
         singles = [self._replanned(*candidate) for candidate in self._savings()]
         found = [item for item in singles if item]
-        fitting = [item for item in found if self._fits(item)]
-        if not fitting:
+        if not any(item.verdict == "fits" for item in found):
             found += self._together(found)
-            fitting = [item for item in found if self._fits(item)]
-        if not fitting:
-            return sorted(found, key=lambda item: item.device_high)[:MOST_SHOWN]
-        return sorted(fitting, key=lambda item: (item.cost, item.device_high))[:MOST_SHOWN]
+        for verdict in ("fits", "tight"):
+            fitting = [item for item in found if item.verdict == verdict]
+            if fitting and verdict != self._plan.memory.verdict:
+                return sorted(fitting, key=lambda item: (item.cost, item.device_high))[:MOST_SHOWN]
+        return sorted(found, key=lambda item: item.device_high)[:MOST_SHOWN]
 
     def to_use(self) -> list[Advice]:
         """Changes that use more memory, still fit, and are cheaper in GPU time, cheapest first."""
         found = [self._replanned(*candidate) for candidate in self._spendings()]
-        cheaper = [item for item in found if item and self._fits(item) and item.cost < 0.995]
+        cheaper = [item for item in found if item and item.verdict == "fits" and item.cost < 0.995]
         return sorted(cheaper, key=lambda item: item.cost)[:MOST_SHOWN]
-
-    def _fits(self, advice: Advice) -> bool:
-        return advice.device_high <= self._capacity
 
     def _savings(self) -> Iterator[Candidate]:
         recipe, launcher = self._plan.recipe, self._plan.recipe.launch.launcher
@@ -113,7 +110,7 @@ class _Adviser:
 
         def does_not_fit(b: int) -> bool:
             advice = self._replanned(self._split_change(b, gpus), "")
-            return advice is None or not self._fits(advice)
+            return advice is None or advice.verdict != "fits"
 
         return bisect.bisect_left(ascending, True, key=does_not_fit)
 
@@ -127,7 +124,7 @@ class _Adviser:
             b = max(b for b in divisors(batch.effective // gpus) if b <= batch.per_device)
             candidate = (self._split_change(b, gpus), "more ranks hold smaller shards")
             advice = self._replanned(*candidate)
-            if advice and self._fits(advice):
+            if advice and advice.verdict == "fits":
                 yield candidate
                 return
 
@@ -172,10 +169,11 @@ class _Adviser:
             plan = resolve(changed, self._world, is_candidate=True)
         except PlanError:
             return None
-        if plan.memory.device is None:
+        memory = plan.memory
+        if memory.device is None:
             return None
         cost = gpu_seconds(plan, self._shape) / self._now
-        return Advice(change, plan.memory.device.high, round(cost, 3), why)
+        return Advice(change, memory.device.high, round(cost, 3), why, memory.verdict)
 
 
 def _merged(changes: Any) -> Change:

@@ -37,7 +37,7 @@ def _compute_seconds(plan: Plan, shape: ModelShape) -> float:
     again = layers if recipe.model.activation_checkpointing == "full" else 0
     again += head if recipe.loss.chunked else 0
     total *= 1 + again / (3 * (layers + head))
-    peak = find_gpu(recipe.cluster.gpu).bf16_flops or FALLBACK_FLOPS
+    peak = find_gpu(recipe.cluster.gpu).narrow_flops or FALLBACK_FLOPS
     return total / plan.batch.gpus / (peak * UTILISATION)
 
 

@@ -9,12 +9,14 @@ from drumline.architectures.shapes import ModelShape
 from drumline.memory import closed_form
 from drumline.memory.closed_form import Peak
 from drumline.memory.load import Load
+from drumline.memory.ranges import Device
 from drumline.plan.batch import Split
-from drumline.plan.mesh import mesh_of
-from drumline.plan.model import MemoryFacts
+from drumline.plan.mesh import Mesh, mesh_of
+from drumline.plan.model import FITS, MemoryFacts
 from drumline.plan.optimizers import rule_of, saved_bytes
 from drumline.recipe.precision import PRECISIONS
 from drumline.recipe.schema import Recipe
+from drumline.units import format_bytes
 
 if TYPE_CHECKING:
     from drumline.memory.calibration import Calibration
@@ -42,7 +44,8 @@ def memory_function(
             return unknown(capacity, "data.sequence_length is not set")
         if rule_of(recipe).state_count(recipe.optimizer) is None:
             return unknown(capacity, "optimizer.states is not set for the custom optimizer")
-        peak = closed_form.estimate(load_of(recipe, shape, split, gpu), gpu)
+        device = device_of(gpu, capacity, mesh_of(recipe, split.gpus))
+        peak = closed_form.estimate(load_of(recipe, shape, split, gpu), device)
         if calibration:
             corrected = calibration.correct(peak.totals, gpu.name, recipe.strategy.name)
             peak = replace(peak, totals=corrected)
@@ -61,8 +64,8 @@ def unseen_code(recipe: Recipe) -> str:
 def facts(
     peak: Peak, capacity: int | None, method: Literal["closed-form", "traced"], host: int | None
 ) -> MemoryFacts:
-    """MemoryFacts of an estimate; `fits` compares it with the capacity in bytes, None if not known."""
-    totals = peak.totals
+    """MemoryFacts of an estimate; `capacity` in bytes, None if not known."""
+    totals, verdict = peak.totals, peak.totals.verdict(capacity)
     return MemoryFacts(
         unit="bytes per rank",
         parts=peak.parts,
@@ -71,7 +74,8 @@ def facts(
         reserved=totals.reserved,
         device=totals.device,
         capacity=capacity,
-        fits=None if capacity is None else totals.device.high <= capacity,
+        verdict=verdict,
+        fits=FITS[verdict],
         method=method,
         peak_phase=peak.phase,
         why="; ".join(totals.basis.values()),
@@ -96,6 +100,22 @@ def host_bytes_of(recipe: Recipe, shape: ModelShape, split: Split) -> int | None
     return copy + (offloaded if recipe.strategy.offload == "optimizer" else 0)
 
 
+def memory_warnings(memory: MemoryFacts, gpu: str) -> list[str]:
+    """What the plan says of a memory that is not known, or that is tight."""
+    if memory.method == "unknown":
+        return [f"memory is not known: {memory.why}. Nearest: `drumline plan --trace`"]
+    if memory.verdict != "tight":
+        return []
+    assert memory.device and memory.capacity
+    low, high, capacity = (
+        format_bytes(size) for size in (memory.device.expected, memory.device.high, memory.capacity)
+    )
+    over = format_bytes(memory.device.high - memory.capacity)
+    return [
+        f"memory is tight: {low} expected and at most {high}, {over} above the {capacity} of {gpu}"
+    ]
+
+
 def unknown(capacity: int | None, why: str) -> MemoryFacts:
     """MemoryFacts of a plan whose memory cannot be estimated, with the reason `why`."""
     return MemoryFacts(
@@ -106,6 +126,7 @@ def unknown(capacity: int | None, why: str) -> MemoryFacts:
         reserved=None,
         device=None,
         capacity=capacity,
+        verdict="unknown",
         fits=None,
         method="unknown",
         peak_phase=None,
@@ -113,6 +134,11 @@ def unknown(capacity: int | None, why: str) -> MemoryFacts:
         basis={},
         host_bytes=None,
     )
+
+
+def device_of(gpu: Gpu, capacity: int | None, mesh: Mesh) -> Device:
+    """The device of one rank, with `capacity` in bytes."""
+    return Device(capacity, gpu.workspace_bytes, mesh.ranks, mesh.nodes, gpu.is_cpu)
 
 
 def capacity_of(gpu: Gpu, split: Split, host_bytes: int | None) -> int | None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from drumline.errors import PlanError
 from drumline.files import parse_json
-from drumline.memory.ranges import ByteRange
+from drumline.memory.ranges import ByteRange, Verdict
 from drumline.plan.batch import Split
 from drumline.plan.mesh import Mesh, mesh_of
 from drumline.plan.schedule import Curve
@@ -61,10 +61,28 @@ class StepFacts:
     warmup: int
 
 
+FITS: dict[Verdict, bool | None] = {
+    "fits": True,
+    "tight": True,
+    "does_not_fit": False,
+    "unknown": None,
+}
+"""Whether a plan may start, by verdict; None if nothing is known."""
+
+VERDICT_WORDS: dict[Verdict, str] = {
+    "fits": "fits",
+    "tight": "tight",
+    "does_not_fit": "does not fit",
+    "unknown": "capacity unknown",
+}
+
+
 @dataclass(frozen=True)
 class MemoryFacts:
-    """Peak memory of a rank in bytes; `fits` compares `device.high` with the capacity.
+    """Peak memory of a rank in bytes.
 
+    `verdict` compares `device` with the capacity: `tight` if the expected bytes fit and the high ones do not;
+    `fits` is true for `fits` and `tight`, null for `unknown`.
     `parts`: allocated bytes at the peak by part. `phases`: the peak of allocated bytes in each phase.
     `basis`: for each range, where it comes from. `host_bytes`: pinned host memory of one rank, for its part
     of an asynchronous checkpoint and for offloaded state.
@@ -83,6 +101,7 @@ class MemoryFacts:
     why: str
     basis: dict[str, str]
     host_bytes: int | None
+    verdict: Verdict = "unknown"  # the default is for plans that were written without one
 
 
 @dataclass(frozen=True)
@@ -108,6 +127,7 @@ class Advice:
     device_high: int
     cost: float
     why: str
+    verdict: Verdict = "unknown"
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from drumline.architectures.config_fields import check_config
 from drumline.architectures.configs import read_shape
-from drumline.architectures.gpus import find_gpu
+from drumline.architectures.gpus import Gpu, find_gpu
 from drumline.architectures.shapes import ModelShape
 from drumline.errors import PlanError
+from drumline.memory.ranges import Verdict
 from drumline.plan import batch as batch_equation
 from drumline.plan import identity, schedule
 from drumline.plan.batch import Split
-from drumline.plan.footprint import memory_function, unseen_code
+from drumline.plan.footprint import memory_function, memory_warnings, unseen_code
 from drumline.plan.invariance import batchnorm_warnings, split_invariance
 from drumline.plan.mesh import cluster_gpus, is_laid_out, layout, mesh_of
 from drumline.plan.model import (
+    FITS,
     PLAN_VERSION,
     BatchFacts,
     Cost,
@@ -28,7 +30,8 @@ from drumline.plan.model import (
 from drumline.plan.noise import is_measurable
 from drumline.plan.optimizers import resolved_optimizer, saved_bytes
 from drumline.plan.steps import Clock
-from drumline.recipe.schema import Recipe
+from drumline.recipe.schema import Card, Recipe
+from drumline.units import format_bytes
 
 if TYPE_CHECKING:
     from drumline.memory.calibration import Calibration
@@ -41,7 +44,8 @@ _NEAR_THE_PEAK = 0.9
 _WITHOUT_A_MINIMUM = ("constant", "inverse_sqrt", "piecewise")
 """Schedules that decay to no minimum, so a warm-up of the whole run cuts nothing off."""
 
-UNKNOWN_MEMORY = "memory is not known"
+_SURELY_FITS: dict[Verdict, bool | None] = {**FITS, "tight": False}
+"""What the search for per_device takes as fitting."""
 
 LAUNCHER_STRATEGIES = {
     "torchrun": ("ddp", "fsdp"),
@@ -75,6 +79,7 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
     `is_candidate`: the plan is only compared with others, so its hashes are left empty to save time.
     """
     gpu = find_gpu(recipe.cluster.gpu)
+    stated, recipe = recipe.cluster.gpu_name, _with_gpu(recipe, gpu)
     _check_strategy(recipe)
     found = shape_of(recipe, world)
     shape = None if isinstance(found, str) else found
@@ -83,7 +88,7 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
     split, warnings = batch_equation.solve(
         recipe.batch,
         cluster_gpus(recipe),
-        lambda s: memory_of(s).fits,
+        lambda s: _SURELY_FITS[memory_of(s).verdict],
         partial(is_laid_out, recipe),
     )
     nodes = layout(recipe, split).nodes
@@ -96,8 +101,7 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
     warnings += world.problems
     if recipe.model.compile and memory.method != "unknown":
         warnings.append("memory is estimated without torch.compile, which stores fewer activations")
-    if memory.method == "unknown":
-        warnings.append(f"{UNKNOWN_MEMORY}: {memory.why}. Nearest: `drumline plan --trace`")
+    warnings += _gpu_warnings(recipe, gpu, stated) + memory_warnings(memory, gpu.name)
     return Plan(
         plan_version=PLAN_VERSION,
         recipe=resolved,
@@ -142,7 +146,7 @@ def _check_strategy(recipe: Recipe) -> None:
         _check_deepspeed(recipe)
     if recipe.model.attention == "flash" and not find_gpu(recipe.cluster.gpu).has_flash:
         raise PlanError(
-            f"model.attention: flash needs compute capability 8.0, and {recipe.cluster.gpu} is older. "
+            f"model.attention: flash needs compute capability 8.0, and {recipe.cluster.gpu_name} is older. "
             "Nearest: sdpa"
         )
     if recipe.logging.noise_scale and recipe.strategy.shard == "node":
@@ -174,6 +178,29 @@ def _check_deepspeed(recipe: Recipe) -> None:
             "model.sync_batchnorm does not go with launcher deepspeed. "
             "Nearest: launcher torchrun, or GroupNorm in the model"
         )
+
+
+def _with_gpu(recipe: Recipe, gpu: Gpu) -> Recipe:
+    """The recipe with the GPU's own name in place of another common one."""
+    if isinstance(recipe.cluster.gpu, Card) or recipe.cluster.gpu == gpu.name:
+        return recipe
+    cluster = recipe.cluster.model_copy(update={"gpu": gpu.name})
+    return recipe.model_copy(update={"cluster": cluster})
+
+
+def _gpu_warnings(recipe: Recipe, gpu: Gpu, stated: str) -> list[str]:
+    """Which GPU a common name stands for, and bf16 on a GPU whose matrix units lack it."""
+    found = []
+    if stated != gpu.name and gpu.memory_bytes:
+        found.append(
+            f"cluster.gpu: {stated} is taken as {gpu.name}, with {format_bytes(gpu.memory_bytes)}"
+        )
+    if recipe.precision.startswith("bf16") and not gpu.is_cpu and not gpu.bf16_flops:
+        found.append(
+            f"precision: {gpu.name} has no matrix units for bf16, which is then many times slower than fp16. "
+            "Nearest: precision=fp16"
+        )
+    return found
 
 
 def _fill(recipe: Recipe, split: Split) -> Recipe:

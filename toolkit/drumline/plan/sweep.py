@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from drumline.errors import PlanError
+from drumline.memory.ranges import Verdict
 from drumline.plan.advise import with_change
 from drumline.plan.mesh import gpus_per_node
 from drumline.plan.model import Plan
@@ -17,14 +18,14 @@ MOST_GPUS = 5
 
 @dataclass(frozen=True)
 class Cell:
-    """One plan of the sweep: `device.high` in bytes, whether it fits, and the change that leads to it."""
+    """One plan of the sweep: `device.high` in bytes, the verdict, and the change that leads to it."""
 
     per_device: int
     gpus: int
     strategy: str
     checkpointing: str
     device_high: int
-    fits: bool | None
+    verdict: Verdict
     change: dict[str, Any]
 
 
@@ -49,7 +50,7 @@ def sweep(plan: Plan, world: World) -> list[Cell]:
                     if found.device:
                         high = found.device.high
                         cells.append(
-                            Cell(b, gpus, strategy, checkpointing, high, found.fits, change)
+                            Cell(b, gpus, strategy, checkpointing, high, found.verdict, change)
                         )
     return cells
 

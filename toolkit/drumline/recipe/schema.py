@@ -156,12 +156,28 @@ class NodeRange(Section):
         return self
 
 
+class Card(Section):
+    """A kind of GPU that drumline's table lacks, stated by hand.
+
+    `memory_gib`: what a process can use, as torch reports it. `bf16_tflops`: dense peak; null if it has none.
+    """
+
+    name: Slug
+    memory_gib: Positive
+    bf16_tflops: Positive | None = None
+
+
 class Cluster(Section):
     """The kind of device, how many of them a node has, and the number of nodes."""
 
-    gpu: str = "cpu"
+    gpu: str | Card = "cpu"
     gpus_per_node: Count | None = None
     nodes: Count | NodeRange | None = None
+
+    @property
+    def gpu_name(self) -> str:
+        """The device's name, also of one that is stated by hand."""
+        return self.gpu.name if isinstance(self.gpu, Card) else self.gpu
 
 
 class Strategy(Section):

@@ -34,10 +34,11 @@ def pairs_of(run: Path) -> list[Pair]:
         if not whole or attempt.get("kind") == "OutOfMemory":
             continue
         recipe = attempt.get("recipe") or folder.read_record()["recipe"]
+        gpu = recipe["cluster"]["gpu"]
         pairs.append(
             Pair(
                 run=str(run),
-                gpu=recipe["cluster"]["gpu"],
+                gpu=gpu["name"] if isinstance(gpu, dict) else gpu,
                 strategy=recipe["strategy"]["name"],
                 predicted={name: memory["predicted"][name] for name in TOTALS},
                 measured=memory["measured"],

@@ -103,8 +103,8 @@ def refuse_what_does_not_fit(plan: Plan, force: bool, as_json: bool) -> None:
         if as_json:
             print(json.dumps(run_facts(None, 0, None, None, 0.0, "does not fit")))
         raise DoesNotFit(
-            f"memory: {format_bytes(memory.device.high)} per rank at most > "
-            f"{format_bytes(memory.capacity)} of {plan.recipe.cluster.gpu}. "
+            f"memory: {format_bytes(memory.device.expected)} per rank expected > "
+            f"{format_bytes(memory.capacity)} of {plan.recipe.cluster.gpu_name}. "
             "`drumline plan` lists what makes it fit; --force trains all the same"
         )
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from drumline.errors import DoesNotFit, PlanError
 from drumline.plan.advise import with_advice
-from drumline.plan.model import Plan
-from drumline.plan.resolve import UNKNOWN_MEMORY, resolve
+from drumline.plan.footprint import memory_warnings
+from drumline.plan.model import FITS, Plan
+from drumline.plan.resolve import resolve
 from drumline.recipe.schema import Recipe
 from drumline.session.world import read_world
 
@@ -54,7 +55,10 @@ def traced(plan: Plan) -> Plan:
 
     manifest = read_dataset_manifest(Path(plan.data.cache)) if plan.data.cache else None
     memory = traced_facts(rehearse(plan, manifest), plan, find_gpu(plan.recipe.cluster.gpu))
-    told = [warning for warning in plan.warnings if not warning.startswith(UNKNOWN_MEMORY)]
+    gpu = plan.recipe.cluster.gpu_name
+    before = memory_warnings(plan.memory, gpu)
+    told = [warning for warning in plan.warnings if warning not in before]
+    told += memory_warnings(memory, gpu)
     if plan.recipe.model.compile:
         told.append(
             "traced without torch.compile, which fuses operations and stores fewer activations"
@@ -72,8 +76,7 @@ def fixed(plan: Plan) -> Plan:
         return plan
     from drumline.plan.advise import change_words, with_change
 
-    capacity = plan.memory.capacity or 0
-    best = next((item for item in plan.advice if item.device_high <= capacity), None)
+    best = next((item for item in plan.advice if FITS[item.verdict]), None)
     if best is None:
         raise DoesNotFit("--fix: no change that is known makes this fit; see `drumline plan`")
     print(f"--fix: {change_words(best.change)}   {best.why}", file=sys.stderr)

@@ -7,7 +7,7 @@ from typing import Any
 
 from drumline.memory.ranges import ByteRange
 from drumline.plan.advise import change_words
-from drumline.plan.model import Plan
+from drumline.plan.model import VERDICT_WORDS, Plan
 from drumline.plan.schedule import rate_facts
 from drumline.units import format_bytes, format_count, format_flops
 
@@ -44,7 +44,7 @@ def _batch(plan: Plan) -> str:
     nodes = "" if b.nodes == 1 else f", {b.nodes} nodes"
     return (
         f"{b.effective:,} = {b.per_device:,} per_device × {b.gpus} gpus × {b.accumulation} accumulation"
-        f"  ({plan.recipe.cluster.gpu}{nodes}, {plan.recipe.strategy.name}, {plan.recipe.precision})"
+        f"  ({plan.recipe.cluster.gpu_name}{nodes}, {plan.recipe.strategy.name}, {plan.recipe.precision})"
     )
 
 
@@ -84,7 +84,8 @@ def _memory(plan: Plan) -> str:
     m = plan.memory
     if m.device is None or m.allocated is None or m.reserved is None:
         return "unknown"
-    verdict = {True: "fits", False: "DOES NOT FIT", None: "capacity unknown"}[m.fits]
+    verdict = VERDICT_WORDS[m.verdict]
+    verdict = verdict.upper() if m.fits is False else verdict
     capacity = f" of {format_bytes(m.capacity)}" if m.capacity else ""
     rows = [
         f"{verdict}: up to {format_bytes(m.device.high)}{capacity} per rank ({m.method})",
@@ -115,9 +116,14 @@ def _model(plan: Plan) -> str:
 
 
 def _advice(plan: Plan) -> str:
-    head = "this would fit:" if plan.memory.fits is False else "room is left for:"
-    capacity = plan.memory.capacity or 0
-    if plan.memory.fits is False and all(a.device_high > capacity for a in plan.advice):
+    found = {item.verdict for item in plan.advice}
+    if plan.memory.verdict == "fits":
+        head = "room is left for:"
+    elif "fits" in found:
+        head = "this would fit:"
+    elif plan.memory.verdict == "does_not_fit" and "tight" in found:
+        head = "this would be tight:"
+    else:
         head = "nothing known fits; nearest:"
     rows = [
         f"{change_words(item.change)}\n  -> {format_bytes(item.device_high)}, about "

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from html import escape
 
-from drumline.plan.model import Plan
+from drumline.plan.model import VERDICT_WORDS, Plan
 from drumline.plan.sweep import Cell
 from drumline.units import format_bytes
 
@@ -24,11 +24,12 @@ def sweep_table(cells: list[Cell]) -> str:
         texts = ["" if cell is None else _text(cell) for cell in found]
         line = "  ".join(f"{text:>{width}}" for text, width in zip(texts, widths, strict=True))
         rows.append(f"{gpus:>5} {b:>10}  {line}")
-    return "\n".join([*rows, "(upper estimate of memory per rank; ! does not fit)"])
+    return "\n".join([*rows, "(upper estimate of memory per rank; ? tight, ! does not fit)"])
 
 
 def _text(cell: Cell) -> str:
-    return f"{format_bytes(cell.device_high)}{'!' if cell.fits is False else ' '}"
+    mark = {"does_not_fit": "!", "tight": "?"}.get(cell.verdict, " ")
+    return f"{format_bytes(cell.device_high)}{mark}"
 
 
 def _rows(cells: Iterable[Cell]) -> list[tuple[int, int]]:
@@ -66,7 +67,7 @@ def sweep_page(plan: Plan, cells: list[Cell]) -> str:
     of = f" of {format_bytes(capacity)}" if capacity else ""
     return _PAGE.format(
         title=escape(f"{plan.recipe.recipe}: memory at effective batch {plan.batch.effective:,}"),
-        device=escape(f"{plan.recipe.cluster.gpu}{of} per rank, {plan.recipe.precision}"),
+        device=escape(f"{plan.recipe.cluster.gpu_name}{of} per rank, {plan.recipe.precision}"),
         head=head,
         body="\n".join(body),
     )
@@ -75,13 +76,12 @@ def sweep_page(plan: Plan, cells: list[Cell]) -> str:
 def _cell(cell: Cell, capacity: int | None, plan: Plan) -> str:
     share = cell.device_high / capacity if capacity else 0.0
     hue = 120 - round(120 * min(1.0, share))  # green when empty, red when full
-    verdict = {True: "fits", False: "does not fit", None: "capacity unknown"}[cell.fits]
     now = (plan.batch.per_device, plan.batch.gpus, plan.recipe.strategy.name,
            plan.recipe.model.activation_checkpointing)  # fmt: skip
     is_now = now == (cell.per_device, cell.gpus, cell.strategy, cell.checkpointing)
-    classes = " ".join(["no" if cell.fits is False else "yes", *(["now"] if is_now else [])])
+    classes = " ".join([cell.verdict, *(["now"] if is_now else [])])
     return (
-        f'<td class="{classes}" style="--hue:{hue}" title="{verdict}, {share:.0%}">'
+        f'<td class="{classes}" style="--hue:{hue}" title="{VERDICT_WORDS[cell.verdict]}, {share:.0%}">'
         f"{escape(format_bytes(cell.device_high))}</td>"
     )
 
@@ -100,14 +100,16 @@ h1 {{ font-size: 1.2rem; }}
 table {{ border-collapse: collapse; }}
 th, td {{ padding: .35rem .7rem; text-align: right; white-space: nowrap; }}
 td {{ background: hsl(var(--hue) 70% 78%); color: #111; font-variant-numeric: tabular-nums; }}
-td.no {{ text-decoration: line-through; }}
+td.does_not_fit {{ text-decoration: line-through; }}
+td.tight {{ font-style: italic; }}
 td.now {{ outline: 3px solid currentColor; outline-offset: -3px; font-weight: 700; }}
 @media (prefers-color-scheme: dark) {{ td {{ background: hsl(var(--hue) 45% 30%); color: #eee; }} }}
 </style>
 </head>
 <body>
 <h1>{title}</h1>
-<p>{device}. Rows: per_device × gpus × accumulation. Struck through: does not fit. Outlined: the recipe.</p>
+<p>{device}. Rows: per_device × gpus × accumulation.
+Italic: tight. Struck through: does not fit. Outlined: the recipe.</p>
 <div class="scroll">
 <table>
 <thead><tr><th scope="col">split</th>{head}</tr></thead>

@@ -15,7 +15,7 @@ from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from drumline.memory.allocator import FREE
+from drumline.memory.events import FREE
 from drumline.memory.recording import Birth, Recording
 
 _DESUGARED = ("DTensor", "AsyncCollectiveTensor")

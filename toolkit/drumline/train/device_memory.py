@@ -62,7 +62,7 @@ class MemoryGauge:
 
     def mfu(self, plan: Plan, seconds: float) -> float | None:
         """Model FLOPs of a step / peak bf16 FLOPs of all GPUs in that time (Chowdhery et al. 2022)."""
-        peak = find_gpu(plan.recipe.cluster.gpu).bf16_flops if self._on_gpu else None
+        peak = find_gpu(plan.recipe.cluster.gpu).narrow_flops if self._on_gpu else None
         if peak is None or plan.cost.flops_per_step is None:
             return None
         return plan.cost.flops_per_step / (seconds * peak * plan.batch.gpus)

@@ -171,7 +171,7 @@ def _device(plan: Plan) -> Any:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.device_count() <= local:
         raise LaunchError(
-            f"the plan asks for GPU {local} ({plan.recipe.cluster.gpu}), this machine shows "
+            f"the plan asks for GPU {local} ({plan.recipe.cluster.gpu_name}), this machine shows "
             f"{torch.cuda.device_count()}. Nearest: cluster.gpu=cpu, or fewer batch.gpus"
         )
     torch.cuda.set_device(local)
