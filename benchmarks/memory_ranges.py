@@ -44,7 +44,7 @@ def main() -> None:
     agreed = 0
     for _ in range(arguments.plans):
         words, plan = large_plan(draw)
-        traced = traced_facts(rehearse(plan), plan, find_gpu(plan.recipe.cluster.gpu))
+        traced = traced_facts(rehearse(plan).traced(), plan, find_gpu(plan.recipe.cluster.gpu))
         agreed += traced.verdict == plan.memory.verdict
         row = f"{words:<110}"
         for name in TOTALS:

@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+from conftest import tiny_recipe
+from drumline.recipe import yaml12
+
 MISFIT = ["llama-1b-8xh100", "batch.per_device=32", "batch.accumulation=2"]
 
 
@@ -48,8 +51,15 @@ def test_sweep_of_an_unknown_model_says_so(drumline: Any) -> None:
     assert "no closed form" in done.stderr
 
 
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trace that is kept changes later plans; other tests must not see it."""
+    monkeypatch.setenv("DRUMLINE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("own_cache")
 def test_trace_from_the_command_line(drumline: Any) -> None:
-    """A model without a closed form is unknown, and known once traced; torch is imported only then."""
+    """A model without a closed form is unknown, and known once traced, also to later plans of the same step."""
     plain = json.loads(drumline("plan", "worked-example", "--json").stdout)
     assert plain["memory"]["method"] == "unknown"
     assert plain["memory"]["fits"] is None
@@ -64,6 +74,42 @@ def test_trace_from_the_command_line(drumline: Any) -> None:
     parameters = sum(a * b + b for a, b in ((32, 64), (64, 10)))
     assert traced["memory"]["parts"]["parameters"] >= 4 * parameters
     assert not any("--trace" in warning for warning in traced["warnings"])
+    again = json.loads(drumline("plan", "worked-example", "optimizer.lr=0.5", "--json").stdout)
+    assert again["memory"] == traced["memory"]
+    assert not any("--trace" in warning for warning in again["warnings"])
+    card = "cluster.gpu={name: tiny, memory_gib: 0.001, bf16_tflops: 1}"
+    assert drumline("plan", "worked-example", card, "--json").returncode == 3
+    other = json.loads(drumline("plan", "worked-example", "precision=bf16", "--json").stdout)
+    assert other["memory"]["method"] == "unknown"
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_kept_trace_is_not_that_of_edited_code(drumline: Any, tmp_path: Path) -> None:
+    """The model's factory, and what it imports from its project, are part of what a trace depends on."""
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\nfrom widths import WIDTH\n\n\n"
+        "def make(features, hidden, classes):\n"
+        "    return nn.Sequential(nn.Linear(features, WIDTH), nn.Linear(WIDTH, classes))\n"
+    )
+    (tmp_path / "widths.py").write_text("WIDTH = 64\n")
+    recipe = tiny_recipe(project=".", model={"factory": "mine:make"})
+    (tmp_path / "r.yaml").write_text(yaml12.dump(recipe))
+    done = drumline("prepare", "r.yaml")
+    assert done.returncode == 0, done.stderr
+
+    def method(*options: str) -> str:
+        done = drumline("plan", "r.yaml", "--json", *options)
+        assert done.returncode == 0, done.stderr
+        return str(json.loads(done.stdout)["memory"]["method"])
+
+    assert [method(), method("--trace"), method()] == ["unknown", "traced", "traced"]
+    (tmp_path / "widths.py").write_text("WIDTH = 4096\n")
+    assert method() == "unknown"
+    (tmp_path / "widths.py").write_text("WIDTH = 64\n")
+    assert method() == "traced"
+    (kept,) = (tmp_path / "cache").rglob("traces/*")
+    kept.write_bytes(kept.read_bytes()[:100])
+    assert method() == "unknown"  # a damaged file is as good as none
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,15 @@ class Recording:
             result[name] = max(result.get(name, 0), total)
         return result
 
+    def traced(self) -> "Traced":
+        """What a plan needs of it."""
+        peak = self.peak()
+        parts: dict[str, int] = {}
+        for number, size in peak.alive.items():
+            part = self.part_of(number)
+            parts[part] = parts.get(part, 0) + size
+        return Traced(peak.bytes, peak.phase, parts, self.peaks_by_phase(), self.events)
+
     def part_of(self, number: int) -> str:
         """The part of the plan's memory breakdown that a block belongs to."""
         if number in self.parts:
@@ -87,6 +96,20 @@ class Recording:
             else:
                 alive[number] = -(-size // round_to) * round_to
         return alive
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What a plan needs of a recording: the peak of live bytes, its phase and parts, and all events.
+
+    `phases`: the peak of live bytes in each phase.
+    """
+
+    peak: int
+    phase: str
+    parts: dict[str, int]
+    phases: dict[str, int]
+    events: list[Event]
 
 
 @dataclass(frozen=True)

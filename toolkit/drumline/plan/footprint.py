@@ -103,7 +103,10 @@ def host_bytes_of(recipe: Recipe, shape: ModelShape, split: Split) -> int | None
 def memory_warnings(memory: MemoryFacts, gpu: str) -> list[str]:
     """What the plan says of a memory that is not known, or that is tight."""
     if memory.method == "unknown":
-        return [f"memory is not known: {memory.why}. Nearest: `drumline plan --trace`"]
+        return [
+            f"memory is not known: {memory.why}. Nearest: `drumline plan --trace`, which is kept "
+            "for later plans of the same step"
+        ]
     if memory.verdict != "tight":
         return []
     assert memory.device and memory.capacity

@@ -3,6 +3,7 @@
 import gc
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from drumline.errors import DoesNotFit, PlanError
 from drumline.plan.advise import with_advice
@@ -11,6 +12,9 @@ from drumline.plan.model import FITS, Plan
 from drumline.plan.resolve import resolve
 from drumline.recipe.schema import Recipe
 from drumline.session.world import read_world
+
+if TYPE_CHECKING:
+    from drumline.memory.recording import Traced
 
 
 def make_plan(recipe: Recipe, gpus: int | None = None, gpu: str | None = None) -> Plan:
@@ -21,7 +25,13 @@ def make_plan(recipe: Recipe, gpus: int | None = None, gpu: str | None = None) -
 
         recipe = on_gpus(recipe, gpus, gpu, world)
         world = read_world(recipe)
-    return with_advice(resolve(recipe, world), world)
+    plan = with_advice(resolve(recipe, world), world)
+    if plan.memory.method == "unknown":
+        from drumline.session.traces import kept_trace
+
+        kept = kept_trace(plan)
+        return with_trace(plan, kept) if kept else plan
+    return plan
 
 
 def plan_on_nodes(recipe: Recipe, nodes: int) -> Plan:
@@ -41,20 +51,30 @@ def plan_on_nodes(recipe: Recipe, nodes: int) -> Plan:
 
 
 def traced(plan: Plan) -> Plan:
-    """Return the plan with memory from a trace of the real training step, instead of the closed form."""
-    import dataclasses
+    """Return the plan with memory from a trace of the real training step, which is kept for later plans."""
     import warnings
 
-    from drumline.architectures.gpus import find_gpu
     from drumline.data.dataset_manifest import read_dataset_manifest
-    from drumline.plan.traced import traced_facts
+    from drumline.session.traces import keep_trace
 
     gc.enable()
     warnings.filterwarnings("ignore")
     from drumline.trace.rehearse import rehearse
 
     manifest = read_dataset_manifest(Path(plan.data.cache)) if plan.data.cache else None
-    memory = traced_facts(rehearse(plan, manifest), plan, find_gpu(plan.recipe.cluster.gpu))
+    trace = rehearse(plan, manifest).traced()
+    keep_trace(plan, trace)
+    return with_trace(plan, trace)
+
+
+def with_trace(plan: Plan, trace: "Traced") -> Plan:
+    """The plan with the memory of a trace, and no advice, which a trace cannot give."""
+    import dataclasses
+
+    from drumline.architectures.gpus import find_gpu
+    from drumline.plan.traced import traced_facts
+
+    memory = traced_facts(trace, plan, find_gpu(plan.recipe.cluster.gpu))
     gpu = plan.recipe.cluster.gpu_name
     before = memory_warnings(plan.memory, gpu)
     told = [warning for warning in plan.warnings if warning not in before]

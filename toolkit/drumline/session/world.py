@@ -20,8 +20,7 @@ def read_world(recipe: Recipe) -> World:
         facts.update(_prepared(recipe))
     except DataError as error:
         facts["problems"].append(str(error).replace(f"{Path.cwd()}/", ""))
-    if recipe.model.source in ("hub", "folder"):
-        facts["model_config"] = _model_config(recipe.model)
+    facts["model_config"] = model_config(recipe.model, facts["problems"])
     if recipe.model.factory:
         from drumline.data.factory import mentions_batchnorm
 
@@ -67,8 +66,14 @@ def _prepared(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _model_config(model: Model) -> dict[str, Any] | None:
-    """Read config.json of a model folder, or of a hub model (None if it is not in the local cache)."""
+def model_config(model: Model, problems: list[str]) -> dict[str, Any] | None:
+    """Read config.json of a model folder, or of a hub model from the local cache; None for other sources.
+
+    A hub model that is not there has the published config, if it is a known one, which is added to
+    `problems`; else None.
+    """
+    if model.source in ("config", "factory"):
+        return None
     if model.source == "folder":
         assert model.path
         file = Path(model.path) / "config.json"
@@ -82,7 +87,17 @@ def _model_config(model: Model) -> dict[str, Any] | None:
         found = try_to_load_from_cache(model.name, "config.json")
     except ValueError as error:
         raise PlanError(f"model.name: {model.name!r}: {error}") from None
-    return _read_config(Path(found)) if isinstance(found, str) else None
+    if isinstance(found, str):
+        return _read_config(Path(found))
+    from drumline.architectures.known_models import known_config
+
+    known = known_config(model.name)
+    if known:
+        problems.append(
+            f"model.name: the config of {model.name} is not in the local cache; "
+            "planned with the published one"
+        )
+    return known
 
 
 def _read_config(file: Path) -> dict[str, Any]:
