@@ -64,6 +64,11 @@ def main(folder: Path, accounting: bool) -> None:
         job = slurm.submit(script)
         wait(lambda: lab.job(job).get("JobState") == "FAILED", 60)
         before = slurm.job_state(job)
+        if (
+            accounting
+        ):  # a controller that is killed before it has told the database lets the job be lost
+            asked = ("sacct", "-n", "-X", "-j", job, "-o", "State")
+            wait(lambda: "FAILED" in lab.ask(*asked), 60)
         lab.kill("slurmctld")
         lab.start_controller(forgetful=True)
         wait(lambda: "batch" in lab.ask("sinfo", "-h", "-o", "%P"), 60)
