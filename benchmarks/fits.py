@@ -28,17 +28,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+from drumline.architectures.known_models import known_config
 from drumline.plan.resolve import resolve
 from drumline.recipe.load import validate
 from drumline.units import GIB
+from memory.test_published import EXPRESSIBLE
 
 DATA = ROOT / "tests/memory/data"
-MISTRAL = {"vocab_size": 32000, "sliding_window": 4096, "max_position_embeddings": 32768}
-LLAMA_3B = {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8,
-            "intermediate_size": 8192, "vocab_size": 128256, "tie_word_embeddings": True}  # fmt: skip
-INEXPRESSIBLE = {"435", "437", "439", "441", "40", "41", "42", "43", "56"}
-"""Rows that no recipe of ours can state; tests/memory/test_published.py says why."""
-
+MISTRAL, LLAMA_3B = "mistralai/Mistral-7B-v0.1", "meta-llama/Llama-3.2-3B"
 MPT = {"125m": (768, 12, 12), "350m": (1024, 24, 16), "760m": (1536, 24, 12), "1b": (2048, 24, 16),
        "3b": (2560, 32, 20), "7b": (4096, 32, 32), "13b": (5120, 40, 40), "30b": (7168, 48, 56),
        "70b": (8192, 80, 64)}  # fmt: skip
@@ -81,9 +78,7 @@ def recipe_of(architecture: str, config: dict[str, Any], length: int, b: int, gp
 
 def measured_by_others() -> Iterator[Job]:
     """Rows of published peaks, on the card that they ran on and on one that is too small."""
-    for row in csv.DictReader((DATA / "published_peaks.csv").open()):
-        if row["id"] in INEXPRESSIBLE:
-            continue
+    for row in EXPRESSIBLE:
         gpus, b, length = int(row["gpus"]), int(row["micro_batch"]), min(4096, int(row["seq"]))
         is_mistral = row["model"] != "Llama-3.2-3B"
         mixed = gpus > 1 and "mixed" in row["precision"]
@@ -93,7 +88,8 @@ def measured_by_others() -> Iterator[Job]:
             "model": {"activation_checkpointing": "full" if is_mistral else "none"},
             "loss": {"chunked": "fast-kernels" in row["notes"]},
         }
-        architecture, config = ("mistral", MISTRAL) if is_mistral else ("llama", LLAMA_3B)
+        config = dict(known_config(MISTRAL if is_mistral else LLAMA_3B) or {})
+        architecture = config.pop("model_type")
         small = {
             "name": "too-small",
             "memory_gib": 0.97 * float(row["value_bytes"]) / GIB,

@@ -8,9 +8,11 @@ import pytest
 from drumline.architectures.configs import read_shape
 from drumline.architectures.gpus import find_gpu
 from drumline.architectures.shapes import ModelShape
+from drumline.memory.calibration import Row
 from drumline.memory.closed_form import Peak, estimate
 from drumline.memory.load import Load
-from drumline.memory.ranges import Device
+from drumline.memory.ranges import Device, Totals
+from drumline.units import GIB
 
 LLAMA = read_shape("llama", {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12,
                              "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 32000})  # fmt: skip
@@ -102,3 +104,32 @@ def test_foreach_needs_room_for_a_temporary() -> None:
         - peak(**tiny).phases["optimizer step"]
     )
     assert more == pytest.approx(4 * P, rel=1e-4)
+
+
+@pytest.mark.parametrize("held", [0.9, 1.0, 1.1])
+def test_what_runs_have_measured_moves_the_limit_of_the_replay(held: float) -> None:
+    """On ever smaller cards fits, tight, does not fit; at the limit free blocks are still given back."""
+    row = Row(
+        "card",
+        "fsdp",
+        3,
+        [1.0] * 3,
+        [held * 0.98, held, held * 1.02],
+        [10**9, 2 * 10**9, 3 * 10**9],
+    )
+    load = replace(BASE, strategy="fsdp", per_device=16, checkpointing=True)
+
+    def corrected(capacity: int) -> Totals:
+        device = row.applied_to(Device(capacity, 8 << 20, load.ranks))
+        return row.correct(estimate(load, device).totals)
+
+    unlimited = corrected(80 * GIB)
+    verdicts, least = [], 80 * GIB
+    for capacity in range(80 * GIB, GIB, -GIB // 8):
+        found = corrected(capacity)
+        verdicts.append(found.verdict(capacity))
+        if verdicts[-1] != "does_not_fit":
+            least = capacity
+            assert found.device.low <= found.device.expected <= capacity
+    assert list(dict.fromkeys(verdicts)) == ["fits", "tight", "does_not_fit"]
+    assert unlimited.allocated.expected < least < unlimited.device.expected

@@ -15,6 +15,7 @@ import pytest
 
 from drumline.architectures.configs import read_shape
 from drumline.architectures.gpus import find_gpu
+from drumline.architectures.known_models import known_config
 from drumline.architectures.shapes import ModelShape
 from drumline.memory.closed_form import estimate
 from drumline.memory.load import Load
@@ -23,12 +24,17 @@ from drumline.memory.rank import play
 from drumline.units import MIB
 
 ROWS = list(csv.DictReader((Path(__file__).parent / "data/published_peaks.csv").open()))
-MISTRAL = read_shape("mistral", {})
-LLAMA_3B = read_shape("llama", {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24,
-                                "num_key_value_heads": 8, "intermediate_size": 8192, "vocab_size": 128256,
-                                "tie_word_embeddings": True})  # fmt: skip
-assert isinstance(MISTRAL, ModelShape)
-assert isinstance(LLAMA_3B, ModelShape)
+
+
+def shape_of(name: str) -> ModelShape:
+    config = known_config(name)
+    assert config
+    shape = read_shape(config["model_type"], config)
+    assert isinstance(shape, ModelShape)
+    return shape
+
+
+MISTRAL, LLAMA_3B = shape_of("mistralai/Mistral-7B-v0.1"), shape_of("meta-llama/Llama-3.2-3B")
 BASE = Load(
     shape=MISTRAL, per_device=1, sequence_length=4096, ranks=1, nodes=1, shard_ranks=1, strategy="ddp",
     precision="bf16-pure", optimizer_states=2, has_scratch=True, has_scratch_in_a_step=True, checkpointing=True,

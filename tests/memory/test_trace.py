@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from drumline.architectures.shapes import ACTIVATIONS
 from drumline.plan.model import Plan
 from drumline.trace.rehearse import rehearse
-from memory.plans import FULL, random_plan, small_plan
+from memory.plans import FULL, SMALL, random_plan, small_plan
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama bf16": ("llama", {}),
@@ -71,6 +72,16 @@ def test_the_last_micro_batch_needs_what_two_in_a_row_do(changes: dict[str, Any]
     plan = small_plan("llama", **changes, k=2)
     one, two = (rehearse(plan, micro_batches=count).peak().bytes for count in (1, 2))
     assert two == pytest.approx(one, rel=5e-3)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("architecture", "key"), [("gpt2", "activation_function"), ("llama", "hidden_act")]
+)
+def test_every_activation_has_its_closed_form(architecture: str, key: str, name: str) -> None:
+    """What its backward needs, its input, its output or one tensor a term, is what the trace finds."""
+    config = {**SMALL[architecture], key: name}
+    assert abs(error_of(small_plan(architecture, config, b=4, length=256))) <= 0.01
 
 
 def error_of(plan: Plan) -> float:

@@ -7,8 +7,8 @@ from typing import Any
 
 from drumline.errors import PlanError
 from drumline.recipe import yaml12
-from drumline.recipe.schema import Card
-from drumline.units import GIB
+from drumline.recipe.schema import Card, Recipe
+from drumline.units import GIB, format_bytes
 
 
 @dataclass(frozen=True)
@@ -77,3 +77,26 @@ _WORKSPACE = 32 << 20
 def _stated(card: Card) -> Gpu:
     flops = None if card.bf16_tflops is None else card.bf16_tflops * 1e12
     return Gpu(card.name, int(card.memory_gib * GIB), flops, _WORKSPACE)
+
+
+def with_own_name(recipe: Recipe, gpu: Gpu) -> Recipe:
+    """The recipe with the GPU's own name in place of another common one."""
+    if isinstance(recipe.cluster.gpu, Card) or recipe.cluster.gpu == gpu.name:
+        return recipe
+    cluster = recipe.cluster.model_copy(update={"gpu": gpu.name})
+    return recipe.model_copy(update={"cluster": cluster})
+
+
+def gpu_warnings(recipe: Recipe, gpu: Gpu, stated: str) -> list[str]:
+    """Which GPU a common name stands for, and bf16 on a GPU whose matrix units lack it."""
+    found = []
+    if stated != gpu.name and gpu.memory_bytes:
+        found.append(
+            f"cluster.gpu: {stated} is taken as {gpu.name}, with {format_bytes(gpu.memory_bytes)}"
+        )
+    if recipe.precision.startswith("bf16") and not gpu.is_cpu and not gpu.bf16_flops:
+        found.append(
+            f"precision: {gpu.name} has no matrix units for bf16, which is then many times slower than fp16. "
+            "Nearest: precision=fp16"
+        )
+    return found

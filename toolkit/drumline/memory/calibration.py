@@ -6,11 +6,11 @@ Plans for a GPU and strategy without a row are not changed.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from drumline.errors import DataError
-from drumline.memory.ranges import ByteRange, Totals
+from drumline.memory.ranges import ByteRange, Device, Totals
 
 TABLE_VERSION = 1
 TOTALS = ("allocated", "reserved", "device")
@@ -42,6 +42,21 @@ class Row:
     reserved: list[float]
     outside: list[int]
 
+    def applied_to(self, device: Device) -> Device:
+        """The device with what these runs measured, so that a replay keeps to what is left for it."""
+        return replace(device, measured_outside=_three(self.outside), held=_three(self.reserved))
+
+    def correct(self, totals: Totals) -> Totals:
+        """Totals corrected by this row, whose replay was with the device that `applied_to` returns."""
+        reserved = _times(totals.reserved, self.reserved)
+        device = ByteRange(*(
+            size + more
+            for size, more in zip((reserved.low, reserved.expected, reserved.high), self.outside, strict=True)
+        ))  # fmt: skip
+        words = f"corrected by {self.runs} runs on {self.gpu}, {self.strategy}"
+        basis = {name: f"{text}; {words}" for name, text in totals.basis.items()}
+        return Totals(_times(totals.allocated, self.allocated), reserved, device, basis)
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -53,23 +68,14 @@ class Calibration:
         """The row of this kind of GPU and strategy, or None."""
         return next((r for r in self.rows if (r.gpu, r.strategy) == (gpu, strategy)), None)
 
-    def correct(self, totals: Totals, gpu: str, strategy: str) -> Totals:
-        """Totals corrected by the matching row; unchanged if there is none."""
-        row = self.row(gpu, strategy)
-        if row is None:
-            return totals
-        reserved = _times(totals.reserved, row.reserved)
-        device = ByteRange(*(
-            size + more
-            for size, more in zip((reserved.low, reserved.expected, reserved.high), row.outside, strict=True)
-        ))  # fmt: skip
-        words = f"corrected by {row.runs} runs on {gpu}, {strategy}"
-        basis = {name: f"{text}; {words}" for name, text in totals.basis.items()}
-        return Totals(_times(totals.allocated, row.allocated), reserved, device, basis)
-
     def to_plain(self) -> dict[str, Any]:
         """The table as a JSON object; `from_plain` reads it."""
         return {"calibration": TABLE_VERSION, "rows": [asdict(row) for row in self.rows]}
+
+
+def _three(values: Sequence[float]) -> tuple[float, float, float]:
+    low, median, high = values
+    return low, median, high
 
 
 def _times(three: ByteRange, factors: Sequence[float]) -> ByteRange:

@@ -69,6 +69,8 @@ class Device:
     """What a rank's allocations share: the capacity in bytes (None if not known), ranks and nodes.
 
     `workspace`: bytes of cuBLAS' workspace. `is_cpu`: no CUDA, so all three totals are the allocated bytes.
+    Of runs that logged their peaks (`calibration.py`), each low, expected, high: `measured_outside`, bytes
+    beyond the reserved ones, and `held`, reserved bytes over those of a replay, which lower its limit.
     """
 
     capacity: int | None
@@ -76,9 +78,13 @@ class Device:
     ranks: int = 1
     nodes: int = 1
     is_cpu: bool = False
+    measured_outside: tuple[float, float, float] | None = None
+    held: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def outside(self) -> tuple[float, float, float]:
         """Bytes that the CUDA context and NCCL take: low, expected, high."""
+        if self.measured_outside:
+            return self.measured_outside
         if self.ranks == 1:
             return _CONTEXT_BYTES
         times = (1, 1, 2 if self.nodes > 1 else 1)
@@ -116,7 +122,7 @@ def totals(
     network = " + NCCL" if device.ranks > 1 else ""
     basis["device"] = f"reserved + context{network}: {UNMEASURED}"
     outside = device.outside()
-    if device.capacity is not None and expected + outside[1] > device.capacity:
+    if device.capacity is not None and expected * device.held[1] + outside[1] > device.capacity:
         basis["reserved"] = "at least the allocated bytes, which the device does not hold"
         three = zip((low, expected, high), outside, strict=True)
         taken = ByteRange(*(int(size + more) for size, more in three))
@@ -138,12 +144,13 @@ def _replayed(
     less, outside, more = device.outside()
     free = _reserved(events, is_expandable=True)
     capacity = device.capacity or int(free + slack + more)
-    room = int(capacity - more)
-    expected = _within(events, free, int(capacity - outside))
+    likely = int((capacity - outside) / device.held[1])
+    room = int((capacity - more) / device.held[2])
+    expected = _within(events, free, likely)
     high = _within(events, free, room - slack) + slack
     if high <= room:
         high = max(high, min(_reserved(events, is_expandable=False) + slack, room))
-    elif expected + outside <= capacity:
+    elif expected <= likely:
         high = _lowest(events, room - slack, free) + slack
     high = max(high, expected)
     top = max(high + more, expected + outside)

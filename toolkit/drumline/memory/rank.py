@@ -1,6 +1,6 @@
 """Simulates one rank's attempt on a ledger: load, one micro-batch, optimizer step, evaluation."""
 
-from functools import cache
+from functools import cache, cached_property
 
 from drumline.architectures.shapes import count, layer_tensors, outer_tensors, sharded
 from drumline.memory import zero
@@ -13,7 +13,7 @@ from drumline.memory.operators import FP32, INDEX
 from drumline.phases import MemoryPhase
 from drumline.units import MIB
 
-_BUCKET_ELEMENTS = 25 * MIB // FP32
+_BUCKET_BYTES = 25 * MIB
 """DDP's buckets hold 25 MiB of gradients."""
 
 
@@ -55,14 +55,15 @@ class Rank:
 
     def _per_tensor(self, name: str) -> list[Block]:
         """A block for each of this rank's weights, in the stored precision; a single one if not whole."""
-        sizes = self._own_tensors() if self._is_whole else [self._own_elements()]
+        sizes = self._own_tensors if self._is_whole else [sum(self._own_tensors)]
         return [self.ledger.block(size, self.load.state_width, name) for size in sizes]
 
+    @cached_property
     def _own_tensors(self) -> list[int]:
         """Elements of each weight that this rank's optimizer updates; ZeRO's partition is a flat one."""
         load = self.load
         if load.is_zero:
-            return [self._own_elements()]
+            return [-(-self.shape.parameters // load.shard_ranks)]
         ranks = load.shard_ranks if load.strategy == "fsdp" else 1
         outer, layer = (
             [sharded({name: size}, ranks) for name, size in tensors.items()]
@@ -70,28 +71,20 @@ class Rank:
         )
         return outer + self.shape.layers * layer
 
-    def _own_elements(self) -> int:
-        """Elements of the weights that this rank's optimizer updates: all of them, or its shards."""
-        load, ranks = self.load, self.load.shard_ranks
-        if load.strategy == "fsdp":
-            outer, layer = (sharded(f(self.shape), ranks) for f in (outer_tensors, layer_tensors))
-            return outer + self.shape.layers * layer
-        return -(-self.shape.parameters // ranks) if load.is_zero else self.shape.parameters
-
     @property
     def _has_buckets(self) -> bool:
         return self.load.strategy == "ddp" and self.load.ranks > 1
 
     def _build(self) -> None:
         """Allocate the weights, then the optimizer state, which a step on zero gradients creates."""
-        ledger, load, own = self.ledger, self.load, self._own_elements()
+        ledger, load, own = self.ledger, self.load, sum(self._own_tensors)
         ledger.enter(MemoryPhase.LOAD)
         if load.strategy in ("zero1", "zero2"):
             self._hold(self.shape.parameters, load.state_width, "parameters")
         else:
             self._held += self._per_tensor("parameters")
         if self._has_buckets:
-            size = _BUCKET_ELEMENTS if self._is_whole else own
+            size = _BUCKET_BYTES // load.state_width if self._is_whole else own
             for start in range(0, own, size):
                 self._hold(min(size, own - start), load.state_width, "gradients")
         if load.strategy == "fsdp":  # weights outside the layers exist whole before sharding

@@ -45,10 +45,12 @@ def memory_function(
         if rule_of(recipe).state_count(recipe.optimizer) is None:
             return unknown(capacity, "optimizer.states is not set for the custom optimizer")
         device = device_of(gpu, capacity, mesh_of(recipe, split.gpus))
+        row = calibration.row(gpu.name, recipe.strategy.name) if calibration else None
+        if row:
+            device = row.applied_to(device)
         peak = closed_form.estimate(load_of(recipe, shape, split, gpu), device)
-        if calibration:
-            corrected = calibration.correct(peak.totals, gpu.name, recipe.strategy.name)
-            peak = replace(peak, totals=corrected)
+        if row:
+            peak = replace(peak, totals=row.correct(peak.totals))
         host = host_bytes_of(recipe, shape, split)
         return facts(peak, capacity, "closed-form", host)
 

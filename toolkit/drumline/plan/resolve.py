@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from drumline.architectures.config_fields import check_config
 from drumline.architectures.configs import read_shape
-from drumline.architectures.gpus import Gpu, find_gpu
+from drumline.architectures.gpus import find_gpu, gpu_warnings, with_own_name
 from drumline.architectures.shapes import ModelShape
 from drumline.errors import PlanError
 from drumline.memory.ranges import Verdict
@@ -30,8 +30,7 @@ from drumline.plan.model import (
 from drumline.plan.noise import is_measurable
 from drumline.plan.optimizers import resolved_optimizer, saved_bytes
 from drumline.plan.steps import Clock
-from drumline.recipe.schema import Card, Recipe
-from drumline.units import format_bytes
+from drumline.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from drumline.memory.calibration import Calibration
@@ -79,7 +78,7 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
     `is_candidate`: the plan is only compared with others, so its hashes are left empty to save time.
     """
     gpu = find_gpu(recipe.cluster.gpu)
-    stated, recipe = recipe.cluster.gpu_name, _with_gpu(recipe, gpu)
+    stated, recipe = recipe.cluster.gpu_name, with_own_name(recipe, gpu)
     _check_strategy(recipe)
     found = shape_of(recipe, world)
     shape = None if isinstance(found, str) else found
@@ -101,7 +100,7 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
     warnings += world.problems
     if recipe.model.compile and memory.method != "unknown":
         warnings.append("memory is estimated without torch.compile, which stores fewer activations")
-    warnings += _gpu_warnings(recipe, gpu, stated) + memory_warnings(memory, gpu.name)
+    warnings += gpu_warnings(recipe, gpu, stated) + memory_warnings(memory, gpu.name)
     return Plan(
         plan_version=PLAN_VERSION,
         recipe=resolved,
@@ -178,29 +177,6 @@ def _check_deepspeed(recipe: Recipe) -> None:
             "model.sync_batchnorm does not go with launcher deepspeed. "
             "Nearest: launcher torchrun, or GroupNorm in the model"
         )
-
-
-def _with_gpu(recipe: Recipe, gpu: Gpu) -> Recipe:
-    """The recipe with the GPU's own name in place of another common one."""
-    if isinstance(recipe.cluster.gpu, Card) or recipe.cluster.gpu == gpu.name:
-        return recipe
-    cluster = recipe.cluster.model_copy(update={"gpu": gpu.name})
-    return recipe.model_copy(update={"cluster": cluster})
-
-
-def _gpu_warnings(recipe: Recipe, gpu: Gpu, stated: str) -> list[str]:
-    """Which GPU a common name stands for, and bf16 on a GPU whose matrix units lack it."""
-    found = []
-    if stated != gpu.name and gpu.memory_bytes:
-        found.append(
-            f"cluster.gpu: {stated} is taken as {gpu.name}, with {format_bytes(gpu.memory_bytes)}"
-        )
-    if recipe.precision.startswith("bf16") and not gpu.is_cpu and not gpu.bf16_flops:
-        found.append(
-            f"precision: {gpu.name} has no matrix units for bf16, which is then many times slower than fp16. "
-            "Nearest: precision=fp16"
-        )
-    return found
 
 
 def _fill(recipe: Recipe, split: Split) -> Recipe:
