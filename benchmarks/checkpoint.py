@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from drumline.checkpoint.boxes import whole
 from drumline.checkpoint.state import TrainState
 from drumline.recipe.schema import Checkpoint
 from drumline.train.commit import SaveCommit
@@ -99,7 +100,9 @@ class Ours:
     """The product's saver, one rank."""
 
     def __init__(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-        self._pieces = {n: TensorShard(t, tuple(t.shape), 0, True) for n, t in tensors.items()}
+        self._pieces = {
+            n: TensorShard(t, tuple(t.shape), whole(t.shape), True) for n, t in tensors.items()
+        }
         store = dist.distributed_c10d._get_default_store()
         self._step = 0
 

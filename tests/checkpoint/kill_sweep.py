@@ -22,6 +22,7 @@ from savers import SHAPES, one_saver, pieces, save, tensors
 from torch.distributed import FileStore
 
 from drumline.checkpoint import retention
+from drumline.checkpoint.boxes import whole as whole_box
 from drumline.checkpoint.state import TrainState
 from drumline.recipe.schema import Checkpoint
 from drumline.train import loader, saver
@@ -123,7 +124,7 @@ def next_start(folder: Path) -> dict[str, Any]:
         found = retention.newest_sound(folder, said.append)
         assert found
         path, state = found
-        empty = {name: TensorShard(torch.full_like(tensor, 9.0), tuple(tensor.shape), 0, True)
+        empty = {name: TensorShard(torch.full_like(tensor, 9.0), tuple(tensor.shape), whole_box(tensor.shape), True)
                  for name, tensor in tensors(1).items()}  # fmt: skip
         loader.load(path, empty)
         whole = tensors(state.step)

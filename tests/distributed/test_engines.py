@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_jobs
-from safetensors.torch import load_file
 from unequal import unequal_plan, write_pairs
+from whole_tensors import whole_tensors
 
 from drumline.metrics_file import read_metrics
 from drumline.plan.model import Plan
@@ -194,16 +194,6 @@ def test_what_is_loaded_is_what_was_saved(
     assert {name.split(".")[0] for name in saved} == {"model", "optimizer"}
     assert all(torch.equal(saved[name], loaded[name]) for name in saved)
     assert any(saved[name].abs().sum() > 0 for name in saved if name.endswith("exp_avg_sq"))
-
-
-def whole_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, put together from its ranks' parts."""
-    parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
-    for described in sorted(checkpoint.glob("rank-*.json")):
-        tensors = load_file(described.with_suffix(".safetensors"))
-        for name, entry in json.loads(described.read_text())["tensors"].items():
-            parts.setdefault(name, []).append((entry["start"], tensors[name]))
-    return {n: torch.cat([t for _, t in sorted(p, key=lambda x: x[0])]) for n, p in parts.items()}
 
 
 def verdict(arena: Arena, name: str) -> tuple[bool, bool]:

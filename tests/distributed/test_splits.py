@@ -14,6 +14,7 @@ import torch
 from ranks import run_jobs
 from safetensors.torch import load_file
 from unequal import unequal_plan, write_pairs
+from whole_tensors import whole_tensors
 
 from drumline.metrics_file import read_metrics
 from drumline.plan.model import Plan
@@ -89,23 +90,7 @@ class Matrix:
         return [line for line in read_metrics(self.folder / name / "metrics.jsonl") if "lr" in line]
 
     def weights(self, name: str) -> dict[str, torch.Tensor]:
-        return whole_weights(self.folder / name / "checkpoints" / "step-00000020")
-
-
-def whole_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The model's tensors of a checkpoint, put together from its ranks' parts."""
-    parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
-    shapes = {}
-    for manifest in sorted(checkpoint.glob("rank-*.json")):
-        tensors = load_file(manifest.with_suffix(".safetensors"))
-        for name, entry in json.loads(manifest.read_text())["tensors"].items():
-            if name.startswith("model."):
-                parts.setdefault(name, []).append((entry["start"], tensors[name]))
-                shapes[name] = entry["shape"]
-    return {
-        name: torch.cat([t for _, t in sorted(found, key=lambda x: x[0])]).view(shapes[name])
-        for name, found in parts.items()
-    }
+        return whole_tensors(self.folder / name / "checkpoints" / "step-00000020", "model.")
 
 
 @pytest.fixture(scope="module")

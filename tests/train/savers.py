@@ -1,6 +1,5 @@
 """Saving as several ranks would, each in its own thread, committing through a store in memory."""
 
-import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,8 @@ from typing import Any
 import torch
 from torch.distributed import HashStore
 
+from drumline.checkpoint.boxes import slab
+from drumline.checkpoint.boxes import whole as whole_box
 from drumline.checkpoint.manifest import checkpoint_name
 from drumline.checkpoint.state import TrainState
 from drumline.recipe.schema import Checkpoint
@@ -36,11 +37,11 @@ def pieces(
             size = -(-tensor.shape[0] // world)
             start = min(tensor.shape[0], rank * size)
             part = tensor[start : start + size].clone()
-            first = start * math.prod(tensor.shape[1:])
-            result[name] = TensorShard(part, tuple(tensor.shape), first, part.numel() > 0)
+            boxes = slab(tensor.shape, 0, start, len(part))
+            result[name] = TensorShard(part, tuple(tensor.shape), boxes, part.numel() > 0)
         else:
             result[name] = TensorShard(
-                tensor.clone(), tuple(tensor.shape), 0, number % world == rank
+                tensor.clone(), tuple(tensor.shape), whole_box(tensor.shape), number % world == rank
             )
     return result
 

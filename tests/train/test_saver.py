@@ -14,6 +14,7 @@ from savers import one_saver, pieces, save, tensors, try_to_save
 from torch.distributed import HashStore
 
 from drumline.checkpoint import manifest, retention
+from drumline.checkpoint.boxes import whole
 from drumline.checkpoint.manifest import checkpoint_name, step_of, verify
 from drumline.checkpoint.state import TrainState
 from drumline.checkpoint.weights import weight_facts
@@ -34,7 +35,7 @@ def test_any_split_reads_what_any_split_wrote(tmp_path: Path, write: Any, read: 
     world, sharded = read
     for rank in range(world):
         expected = pieces(tensors(3), rank, world, sharded)
-        empty = {name: TensorShard(torch.full_like(p.tensor, 9.0), p.shape, p.start, p.owned)
+        empty = {name: TensorShard(torch.full_like(p.tensor, 9.0), p.shape, p.boxes, p.owned)
                  for name, p in expected.items()}  # fmt: skip
         loader.load(path, empty)
         for name, piece in expected.items():
@@ -110,7 +111,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     parts = pieces(tensors(1), 0, 1, False)
     with pytest.raises(CheckpointError, match="this model lacks model.c"):
         loader.load(path, {name: p for name, p in parts.items() if name != "model.c"})
-    parts["model.b"] = TensorShard(torch.zeros(6), (6,), 0, True)
+    parts["model.b"] = TensorShard(torch.zeros(6), (6,), whole((6,)), True)
     with pytest.raises(CheckpointError, match=r"tensor model.b: \[5\] saved, \[6\] here"):
         loader.load(path, parts)
 

@@ -1,5 +1,6 @@
 """The shape of a known transformer: its widths and the shapes of all its weights. Pure."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,8 +15,11 @@ ACTIVATIONS = {
 }
 """By name in transformers' configs: what the backward of one kernel needs, or "terms" for a kernel a term."""
 
-Tensors = dict[str, tuple[int, int]]
-"""Weights by name: (rows, columns). FSDP2 shards the rows; columns is the product of other dimensions."""
+Tensors = dict[str, tuple[int, ...]]
+"""Weights by name, with their shapes."""
+
+_MOST_PADDING = 1 / 8
+"""Share of a weight that FSDP2 may pad along dimension 0 before another dimension is sharded."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,9 @@ class ModelShape:
     @cached_property
     def active_per_layer(self) -> int:
         """Elements of one layer's matrices that a token is multiplied with; only `top_k` experts count."""
-        matrices = {n: rows * cols for n, (rows, cols) in layer_tensors(self).items() if cols > 1}
+        matrices = {
+            n: math.prod(sizes) for n, sizes in layer_tensors(self).items() if len(sizes) > 1
+        }
         for name in ("gate_up", "down") if self.experts else ():
             matrices[name] = matrices[name] // self.experts * self.top_k
         return sum(matrices.values())
@@ -97,25 +103,25 @@ class ModelShape:
 
 
 def layer_tensors(shape: ModelShape) -> Tensors:
-    """All weights of one layer; vectors have one column."""
+    """All weights of one layer."""
     h, f, q, kv, e = shape.hidden, shape.ffn, shape.query_width, shape.kv_width, shape.experts
     tensors: Tensors
     if shape.family == "gpt2":  # Conv1D keeps its weights transposed
         tensors = {"qkv": (h, 3 * h), "out": (h, h), "up": (h, f), "down": (f, h)}
-        return tensors | {"qkv_bias": (3 * h, 1), "up_bias": (f, 1)} | _vectors(h, 6)
+        return tensors | {"qkv_bias": (3 * h,), "up_bias": (f,)} | _vectors(h, 6)
     tensors = {"q": (q, h), "k": (kv, h), "v": (kv, h), "out": (h, q)}
     if shape.has_qkv_bias:
-        tensors |= {"q_bias": (q, 1), "k_bias": (kv, 1), "v_bias": (kv, 1)}
+        tensors |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,)}
     if shape.family in ("bert", "vit"):
-        return tensors | {"up": (f, h), "down": (h, f), "up_bias": (f, 1)} | _vectors(h, 6)
+        return tensors | {"up": (f, h), "down": (h, f), "up_bias": (f,)} | _vectors(h, 6)
     if shape.has_out_bias:
-        tensors |= {"out_bias": (h, 1)}
+        tensors |= {"out_bias": (h,)}
     if shape.has_mlp_bias:
-        tensors |= {"gate_bias": (f, 1), "up_bias": (f, 1), "down_bias": (h, 1)}
+        tensors |= {"gate_bias": (f,), "up_bias": (f,), "down_bias": (h,)}
     if shape.has_qk_norm:
-        tensors |= {"q_norm": (shape.head_dim, 1), "k_norm": (shape.head_dim, 1)}
+        tensors |= {"q_norm": (shape.head_dim,), "k_norm": (shape.head_dim,)}
     if e:
-        tensors |= {"router": (e, h), "gate_up": (e, 2 * f * h), "down": (e, f * h)}
+        tensors |= {"router": (e, h), "gate_up": (e, 2 * f, h), "down": (e, h, f)}
     else:
         tensors |= {"gate": (f, h), "up": (f, h), "down": (h, f)}
     return tensors | _vectors(h, 2)
@@ -126,19 +132,19 @@ def outer_tensors(shape: ModelShape) -> Tensors:
     h, classes = shape.hidden, shape.classes
     tensors: Tensors
     if shape.patches:
-        tensors = {"patch": (h, shape.patch_inputs), "class": (1, h)}
-        tensors |= {"positions": (1, (shape.patches + 1) * h)} | _vectors(h, 3)
+        tensors = {"patch": (h, shape.patch_inputs), "class": (1, 1, h)}
+        tensors |= {"positions": (1, shape.patches + 1, h)} | _vectors(h, 3)
     else:
         tensors = {"embedding": (shape.vocabulary, h)}
         if shape.positions:
             tensors |= {"positions": (shape.positions, h)}
         tensors |= _vectors(h, 1 if shape.family == "llama" else 2)
     if shape.family == "bert":
-        tensors |= {"types": (2, h), "pooler": (h, h), "pooler_bias": (h, 1)}
+        tensors |= {"types": (2, h), "pooler": (h, h), "pooler_bias": (h,)}
     if classes is not None:
         tensors |= {"head": (classes, h)}
         if shape.family in ("bert", "vit"):
-            tensors |= {"head_bias": (classes, 1)}
+            tensors |= {"head_bias": (classes,)}
     elif not shape.tied:
         tensors |= {"head": (shape.vocabulary, h)}
     return tensors
@@ -146,14 +152,35 @@ def outer_tensors(shape: ModelShape) -> Tensors:
 
 def _vectors(length: int, number: int) -> Tensors:
     """`number` vectors of one length: scales and shifts of norms, and biases."""
-    return {f"vector_{index}": (length, 1) for index in range(number)}
+    return {f"vector_{index}": (length,) for index in range(number)}
 
 
 def count(tensors: Tensors) -> int:
     """Total number of elements."""
-    return sum(rows * columns for rows, columns in tensors.values())
+    return sum(math.prod(sizes) for sizes in tensors.values())
+
+
+def shard_dimension(sizes: tuple[int, ...], ranks: int) -> int:
+    """The dimension along which FSDP2 shards a weight over `ranks`.
+
+    Dimension 0, which FSDP2 pads to a multiple of the ranks, unless that pads more than an eighth, as with 8
+    experts on 512 ranks; then the first other dimension that the ranks divide, if there is one.
+    """
+    rows = sizes[0] if sizes else 1
+    padding = -(-rows // ranks) * ranks - rows
+    if padding > _MOST_PADDING * rows:
+        for dimension, size in enumerate(sizes[1:], 1):
+            if size % ranks == 0:
+                return dimension
+    return 0
+
+
+def shard_size(sizes: tuple[int, ...], ranks: int) -> int:
+    """Elements of the first rank's shard of a weight, the largest one, with its padding."""
+    split = shard_dimension(sizes, ranks)
+    return math.prod(-(-size // ranks) if d == split else size for d, size in enumerate(sizes))
 
 
 def sharded(tensors: Tensors, ranks: int) -> int:
-    """Elements of the first rank's shards; rows are split into equal chunks, rounded up."""
-    return sum(-(-rows // ranks) * columns for rows, columns in tensors.values())
+    """Elements of the first rank's shards of all weights."""
+    return sum(shard_size(sizes, ranks) for sizes in tensors.values())

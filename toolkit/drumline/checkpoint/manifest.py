@@ -1,9 +1,9 @@
 """Writes, reads and verifies the manifests of a checkpoint.
 
     checkpoints/step-00000200/
-        rank-0.safetensors   the tensors (or ranges of them) that rank 0 owns, each as one dimension
-        rank-0.json          tensor, global shape, first element in row-major order, dtype, size,
-                             SHA-256; size of the file and SHA-256 of its header
+        rank-0.safetensors   the tensors (or parts of them) that rank 0 owns, each as one dimension
+        rank-0.json          tensor, global shape, boxes (offsets and sizes; `checkpoint/boxes.py`), dtype,
+                             size, SHA-256; size of the file and SHA-256 of its header
         state.json           step, samples, tokens, early stopping …
         manifest.json        SHA-256 of the other JSON files and of itself, the resolved recipe; written
                              last, deleted first
@@ -12,6 +12,7 @@
 
 A SHA-256 covers every bit of every file: rank-N.json has those of the tensors and of the safetensors header,
 manifest.json those of the JSON files and of itself. Only regular files of exactly these names are read.
+Format 2, which is read too, has the first element of a range (`start`) in place of boxes.
 """
 
 import errno
@@ -26,15 +27,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from drumline.checkpoint.boxes import Box, Boxes, boxes_of_range, fit, make_up
 from drumline.checkpoint.state import TrainState, read_state
 from drumline.errors import CheckpointError, CheckpointUnreadable
 from drumline.files import RECORD_LIMIT, fsync_folder, open_regular, parse_json, write_durably
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (2, FORMAT_VERSION)
 MANIFEST = "manifest.json"
 STATE = "state.json"
 AMENDMENT = "amendment.json"
 DIGEST_THREADS = 4
+_MOST_DIMENSIONS = 64
+"""As torch's tensors may have."""
 
 _NAME = re.compile(r"^step-(\d{8,})$")
 _CHUNK = 1 << 22
@@ -83,8 +88,8 @@ def write_rank_manifest(
 ) -> str:
     """Write the manifest of a rank's shard, which is already on disk; returns the manifest's SHA-256.
 
-    `tensors`: name -> shape (global), start (first element), dtype, bytes, sha256. `weight_sums`: sums over
-    the weights among them, if computed (`checkpoint/weights.py`).
+    `tensors`: name -> shape (global), boxes, dtype, bytes, sha256. `weight_sums`: sums over the weights among
+    them, if computed (`checkpoint/weights.py`).
     """
     path = folder / shard_name(rank)
     start = _data_start(path)
@@ -175,7 +180,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: is a symbolic link, not a checkpoint")
     where = path / MANIFEST
     found = _self_checked(where)
-    if found.get("format") != FORMAT_VERSION:
+    if found.get("format") not in READABLE_VERSIONS:
         raise CheckpointError(f"{where}: format {found.get('format')}, not {FORMAT_VERSION}")
     ranks, files = found.get("ranks"), found.get("files")
     if not isinstance(files, dict) or not isinstance(ranks, int) or ranks != len(files) - 1:
@@ -188,7 +193,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def read_entries(path: Path, rank: int) -> dict[str, Any]:
-    """The entries of a rank's manifest: tensor name -> shape, start, dtype, bytes, sha256."""
+    """The entries of a rank's manifest: tensor name -> shape, boxes, dtype, bytes, sha256."""
     where = path / rank_manifest_name(rank)
     return _entries_of(where, _parse(where, _read(where)))
 
@@ -198,40 +203,54 @@ def _entries_of(where: Path, described: dict[str, Any]) -> dict[str, Any]:
     tensors = described.get("tensors")
     if not isinstance(tensors, dict):
         raise CheckpointError(f"{where}: it is not what was saved")
+    entries = {}
     for name, entry in tensors.items():
         try:
-            whole = math.prod(int(size) for size in entry["shape"])
-            count = elements_of(entry)
-            fits = entry["start"] >= 0 and entry["start"] + count <= whole
-        except (KeyError, TypeError, ValueError, AttributeError):
-            fits = False
-        if not fits:
+            entries[name] = {**entry, "boxes": _boxes_of(entry)}
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise CheckpointError(
-                f"{where}: tensor {name}: its shape, start and size do not go together"
-            )
-    return tensors
+                f"{where}: tensor {name}: its shape, boxes and size do not go together"
+            ) from None
+    return entries
 
 
-def elements_of(entry: dict[str, Any]) -> int:
-    """How many elements of its tensor an entry of a rank's manifest describes."""
-    return int(entry["bytes"]) // WIDTHS[entry["dtype"]]
+def _boxes_of(entry: dict[str, Any]) -> Boxes:
+    """The boxes of an entry; ValueError where they are not within the tensor, or not its bytes."""
+    shape = tuple(int(size) for size in entry["shape"])
+    if len(shape) > _MOST_DIMENSIONS:
+        raise ValueError(f"{len(shape)} dimensions")
+    count = int(entry["bytes"]) // WIDTHS[entry["dtype"]]
+    if "boxes" in entry:
+        boxes = tuple(
+            Box(tuple(map(int, offsets)), tuple(map(int, sizes)))
+            for offsets, sizes in entry["boxes"]
+        )
+    else:
+        start = int(entry["start"])
+        if count < 0 or start < 0 or start + count > math.prod(shape):
+            raise ValueError(f"{count} elements from {start} on")
+        boxes = boxes_of_range(shape, start, count)
+    if not fit(shape, boxes) or sum(box.volume for box in boxes) != count:
+        raise ValueError(f"{boxes} of {shape}")
+    return boxes
 
 
 def _check_coverage(path: Path, ranks: int) -> None:
     """Raise CheckpointError unless the ranks' parts make up each tensor, once and with one shape."""
-    parts: dict[str, list[tuple[int, int, tuple[int, ...]]]] = {}
+    parts: dict[str, list[Box]] = {}
+    shapes: dict[str, set[tuple[int, ...]]] = {}
     for rank in range(ranks):
         for name, entry in read_entries(path, rank).items():
-            count = elements_of(entry)
-            parts.setdefault(name, []).append((entry["start"], count, tuple(entry["shape"])))
+            parts.setdefault(name, []).extend(entry["boxes"])
+            shapes.setdefault(name, set()).add(tuple(entry["shape"]))
     for name, found in parts.items():
-        at = 0
-        for start, count, _ in sorted(found):
-            if start != at:
-                raise CheckpointError(f"{path}: tensor {name}: its parts overlap or leave gaps")
-            at += count
-        if at != math.prod(found[0][2]) or len({shape for _, _, shape in found}) > 1:
-            raise CheckpointError(f"{path}: tensor {name}: it is not whole in it")
+        if len(shapes[name]) > 1:
+            raise CheckpointError(f"{path}: tensor {name}: its parts have different shapes")
+        (shape,) = shapes[name]
+        if not make_up(shape, found):
+            raise CheckpointError(
+                f"{path}: tensor {name}: it is not whole in it, or its parts overlap"
+            )
 
 
 def read_weight_sums(path: Path, rank: int) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from drumline.checkpoint.boxes import Boxes, runs
 from drumline.checkpoint.manifest import (
     WIDTHS,
     read_entries,
@@ -41,8 +42,8 @@ _LANES = 2
 _MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _SHIFTS = (np.uint64(31), np.uint64(29), np.uint64(32))
 
-Part = tuple[int, int, dict[str, Any]]
-"""First element, rank, manifest entry."""
+Part = tuple[int, dict[str, Any]]
+"""Rank, manifest entry."""
 
 
 @dataclass
@@ -79,19 +80,32 @@ class WeightSums:
 
 
 def sum_weights(
-    name: str, dtype: str, shape: list[int], start: int, raw: NDArray[np.uint8]
+    name: str, dtype: str, shape: list[int], boxes: Boxes, raw: NDArray[np.uint8]
 ) -> WeightSums:
-    """The sums over a part of one tensor; `raw`: its bytes, from element `start` of the whole tensor on.
+    """The sums over a part of one tensor of this shape; `raw`: the bytes of its boxes, box after box.
 
     The checksum covers every dtype; the other sums cover floating-point dtypes only.
     """
-    width = WIDTHS[dtype]
-    bits = raw.view(f"<u{width}")
+    bits = raw.view(f"<u{WIDTHS[dtype]}")
     key = hashlib.sha256(f"{name}\0{dtype}\0{shape}".encode()).digest()
     seeds = np.frombuffer(key[: 8 * _LANES], dtype="<u8")
     values = _values(raw, dtype)
     total = WeightSums(elements=0 if values is None else len(bits))
-    signs = _signs(name, start // BUCKETS)
+    low = 0
+    for box in boxes:
+        for start, count in runs(shape, box):
+            part = slice(low, low + count)
+            _add_run(
+                total, name, seeds, start, bits[part], None if values is None else values[part]
+            )
+            low += count
+    return total
+
+
+def _add_run(total: WeightSums, name: str, seeds: NDArray[np.uint64], start: int, bits: NDArray[Any],
+             values: NDArray[Any] | None) -> None:  # fmt: skip
+    """Add the sums over contiguous elements of the flattened tensor, from element `start` on."""
+    signs = None if values is None else _signs(name, start // BUCKETS)
     at = start
     with np.errstate(over="ignore"):
         while at < start + len(bits):
@@ -102,12 +116,11 @@ def sum_weights(
             for lane, seed in enumerate(seeds):
                 mixed = _mixed(bits[low : low + count].astype(np.uint64), places, seed)
                 total.lanes[lane] = (total.lanes[lane] + int(mixed)) % (1 << 64)
-            if values is not None:
+            if values is not None and signs is not None:
                 chunk = values[low : low + count].astype(np.float64)
                 total.squares += float(chunk @ chunk)
                 total.sketch += _sketch(chunk, next(signs)[lead : lead + count], lead)
             at += count
-    return total
 
 
 def weight_facts(path: Path) -> dict[str, Any]:
@@ -166,10 +179,9 @@ def weights_sha256(path: Path) -> str:
     """SHA-256 over all weights in the order of their names, as in records of earlier versions."""
     digest = hashlib.sha256()
     for name, parts in sorted(_tensors(path, read_manifest(path)["ranks"]).items()):
-        entry = parts[0][2]
+        entry = parts[0][1]
         digest.update(f"{name}\0{entry['dtype']}\0{entry['shape']}\0".encode())
-        for _, rank, _ in parts:
-            digest.update(tensor_bytes(path, rank, name))
+        digest.update(_whole_bytes(path, name, parts).data)
     return digest.hexdigest()
 
 
@@ -192,20 +204,36 @@ def distance(a: dict[str, Any], b: dict[str, Any]) -> float:
 def _sums_of_files(path: Path, ranks: int) -> WeightSums:
     total = WeightSums()
     for name, parts in _tensors(path, ranks).items():
-        for start, rank, entry in parts:
+        for rank, entry in parts:
             raw = np.frombuffer(tensor_bytes(path, rank, name), dtype=np.uint8)
-            total += sum_weights(name, entry["dtype"], entry["shape"], start, raw)
+            total += sum_weights(name, entry["dtype"], entry["shape"], entry["boxes"], raw)
     return total
 
 
 def _tensors(path: Path, ranks: int) -> dict[str, list[Part]]:
-    """The parts of each tensor of the model, in row-major order."""
+    """The parts of each tensor of the model."""
     found: dict[str, list[Part]] = {}
     for rank in range(ranks):
         for name, entry in read_entries(path, rank).items():
             if name.startswith(WEIGHTS):
-                found.setdefault(name, []).append((entry["start"], rank, entry))
-    return {name: sorted(parts, key=lambda part: part[:2]) for name, parts in found.items()}
+                found.setdefault(name, []).append((rank, entry))
+    return found
+
+
+def _whole_bytes(path: Path, name: str, parts: list[Part]) -> NDArray[np.uint8]:
+    """The bytes of a whole tensor in row-major order."""
+    entry = parts[0][1]
+    width = WIDTHS[entry["dtype"]]
+    whole = np.empty(math.prod(entry["shape"]) * width, dtype=np.uint8)
+    for rank, part in parts:
+        raw = np.frombuffer(tensor_bytes(path, rank, name), dtype=np.uint8)
+        low = 0
+        for box in part["boxes"]:
+            for start, count in runs(entry["shape"], box):
+                size = count * width
+                whole[start * width : start * width + size] = raw[low : low + size]
+                low += size
+    return whole
 
 
 def _values(raw: NDArray[np.uint8], dtype: str) -> NDArray[Any] | None:

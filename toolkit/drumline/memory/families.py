@@ -4,6 +4,7 @@ A local variable keeps its tensor alive, so variables here have the same lifetim
 code; hence the `del` statements.
 """
 
+import math
 from dataclasses import dataclass
 
 from drumline.architectures.shapes import ModelShape, layer_tensors
@@ -35,9 +36,12 @@ class Layer:
     def __init__(self, shape: ModelShape, width: int) -> None:
         self.shape = shape
         tensors = layer_tensors(shape)
-        self.weights = {name: Parameter(rows * columns, width) for name, (rows, columns) in tensors.items()
-                        if columns > 1}  # fmt: skip
-        vectors = sum(rows for rows, columns in tensors.values() if columns == 1)
+        self.weights = {
+            name: Parameter(math.prod(sizes), width)
+            for name, sizes in tensors.items()
+            if len(sizes) > 1
+        }
+        vectors = sum(sizes[0] for sizes in tensors.values() if len(sizes) == 1)
         self.rest = Parameter(vectors, width)  # norms and biases
 
     def forward(self, run: Operators, rows: Rows, stream: Value, dropout: float) -> Value:

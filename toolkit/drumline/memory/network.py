@@ -6,6 +6,8 @@ layers between them save. Memory grows or shrinks evenly over those layers, so t
 For the allocator model, which depends on the order of all allocations, every layer is simulated.
 """
 
+import math
+
 from drumline.architectures.shapes import Tensors, layer_tensors, outer_tensors
 from drumline.memory.families import Layer, Rows
 from drumline.memory.ledger import Gradient, Ledger, Parameter, Value
@@ -28,8 +30,7 @@ class Network:
         self.run = Operators(ledger, load.low)
         width, shape = load.forward_width, load.shape
         self.outer = {
-            name: Parameter(rows * columns, width)
-            for name, (rows, columns) in outer_tensors(shape).items()
+            name: Parameter(math.prod(sizes), width) for name, sizes in outer_tensors(shape).items()
         }
         self.head = self.outer.get("head") or self.outer["embedding"]
         played = PLAYED_SHARDED_LAYERS if load.strategy == "fsdp" else PLAYED_LAYERS
@@ -44,18 +45,19 @@ class Network:
             outer = outer_tensors(shape)
             first = {name: outer.pop(name) for name in list(outer) if self._is_embedded(name)}
             self.embedded = (
-                self._group(first, [self.outer[name] for name in first]) if first else None
+                self._group(first, {name: self.outer[name] for name in first}) if first else None
             )
-            self.root = self._group(outer, [self.outer[name] for name in outer])
+            self.root = self._group(outer, {name: self.outer[name] for name in outer})
             self.groups = [
-                self._group(layer_tensors(shape), layer.all_weights()) for layer in self.layers
+                self._group(layer_tensors(shape), layer.weights | {"rest": layer.rest})
+                for layer in self.layers
             ]
 
     def _is_embedded(self, name: str) -> bool:
         """Whether FSDP2 gathers this weight in a group of its own: the embeddings of BERT and ViT."""
         return self.shape.family in ("bert", "vit") and name in _EMBEDDINGS
 
-    def _group(self, tensors: Tensors, weights: list[Parameter]) -> Group:
+    def _group(self, tensors: Tensors, weights: dict[str, Parameter]) -> Group:
         return Group(self.ledger, self.load, self.stage, tensors, weights)
 
     def parameters(self) -> list[Parameter]:

@@ -2,7 +2,7 @@
 
 from functools import cache, cached_property
 
-from drumline.architectures.shapes import count, layer_tensors, outer_tensors, sharded
+from drumline.architectures.shapes import count, layer_tensors, outer_tensors, shard_size
 from drumline.memory import zero
 from drumline.memory.events import Event
 from drumline.memory.families import Rows
@@ -66,7 +66,7 @@ class Rank:
             return [-(-self.shape.parameters // load.shard_ranks)]
         ranks = load.shard_ranks if load.strategy == "fsdp" else 1
         outer, layer = (
-            [sharded({name: size}, ranks) for name, size in tensors.items()]
+            [shard_size(sizes, ranks) for sizes in tensors.values()]
             for tensors in (outer_tensors(self.shape), layer_tensors(self.shape))
         )
         return outer + self.shape.layers * layer

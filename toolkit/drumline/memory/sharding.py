@@ -6,7 +6,7 @@ group is prefetched. Gradients are copied, in the reduction's dtype, into a buff
 next group starts its own reduce-scatter.
 """
 
-from drumline.architectures.shapes import Tensors, sharded
+from drumline.architectures.shapes import Tensors, shard_dimension, shard_size
 from drumline.memory.ledger import Block, Gradient, Ledger, Parameter, Value
 from drumline.memory.load import Load
 
@@ -28,12 +28,22 @@ class Group:
     """Weights that are gathered together: one layer's, an encoder's embeddings, or the rest of the model."""
 
     def __init__(
-        self, ledger: Ledger, load: Load, stage: Stage, tensors: Tensors, weights: list[Parameter]
+        self,
+        ledger: Ledger,
+        load: Load,
+        stage: Stage,
+        tensors: Tensors,
+        weights: dict[str, Parameter],
     ) -> None:
-        self._ledger, self._load, self._stage, self.weights = ledger, load, stage, weights
+        """`weights`: the parameters by name; those of vectors may be merged under another name."""
+        self._ledger, self._load, self._stage = ledger, load, stage
+        self._weights = list(weights.values())
         ranks = load.shard_ranks
-        self.tensors = [sharded({name: size}, ranks) for name, size in tensors.items()]
+        self.tensors = [shard_size(sizes, ranks) for sizes in tensors.values()]
         self.shard = sum(self.tensors)
+        self._rearranged = [
+            weights[name] for name, sizes in tensors.items() if shard_dimension(sizes, ranks)
+        ]
         self._whole: list[Block] = []
         self._buffer: Block | None = None
         self.gradient: Block | None = None
@@ -57,6 +67,8 @@ class Group:
             self.gather()
         ranks, width = self._load.shard_ranks, self._load.forward_width
         self._whole = [self._ledger.block(size * ranks, width, _PART) for size in self.tensors]
+        for_cat = [self._ledger.block(w.elements, width, _PART) for w in self._rearranged]
+        del for_cat
         self._stage.gathered = None if in_backward else self._buffer
         self._buffer = None
 
@@ -65,16 +77,29 @@ class Group:
         self._whole = []
 
     def reduce(self) -> None:
-        """Reduce-scatter the gradients; the shard becomes the gradient or is added to the existing one."""
+        """Reduce-scatter the gradients; the shard becomes the gradient or is added to the existing one.
+
+        The gradient of a weight that is not sharded along dimension 0 is first copied to another order of
+        its elements; torch's loop keeps the last one that it copied until the end.
+        """
         ledger, load = self._ledger, self._load
         width = 4 if load.low else load.state_width
         self.close()
         self._stage.reduced = None
+        copies = []
+        for number, weight in enumerate(self._rearranged):
+            copies.append(ledger.block(weight.elements, load.forward_width, _PART))
+            if number:
+                self._rearranged[number - 1].gradient = None
         self._stage.reduced = ledger.block(self.shard * load.shard_ranks, width, _PART)
-        for weight in self.weights:
-            weight.gradient = None
+        for weight in self._weights:
+            if weight not in self._rearranged[-1:]:
+                weight.gradient = None
+        del copies
         kept = 0 if load.keeps_gradients else self.shard
         self.gradient = ledger.block(kept, width, "gradients", _REDUCING)
+        for weight in self._rearranged:
+            weight.gradient = None
         if load.keeps_gradients:
             self.hold_all_reduced(1)
 

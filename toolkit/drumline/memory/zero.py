@@ -4,6 +4,8 @@ Read from its source (stage_1_and_2.py, stage3.py, partitioned_param_coordinator
 traced without a GPU, so its ranges are wider. Weights are fp32, also under torch_autocast.
 """
 
+import math
+
 from drumline.architectures.shapes import layer_tensors, outer_tensors
 from drumline.memory.load import Load
 
@@ -50,6 +52,6 @@ def gradients(load: Load) -> int:
 def gathered(load: Load) -> int:
     """Bytes of stage 3's gathered fp32 weights: reused and prefetched ones, or the largest single weight."""
     tensors = {**outer_tensors(load.shape), **layer_tensors(load.shape)}
-    largest = max(rows * columns for rows, columns in tensors.values())
+    largest = max(math.prod(sizes) for sizes in tensors.values())
     window = min(load.shape.parameters, REUSED_ELEMENTS + PREFETCHED_ELEMENTS)
     return 4 * max(window, largest)

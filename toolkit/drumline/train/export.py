@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from drumline.checkpoint.boxes import whole
 from drumline.checkpoint.manifest import read_entries, read_manifest, shard_name
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.errors import CheckpointError
 from drumline.files import apply_umask
 from drumline.plan.model import Plan
+from drumline.train.loader import copy_overlap
 from drumline.train.models import ModelBuilder
 
 
@@ -33,10 +35,9 @@ def export(plan: Plan, manifest: DatasetManifest, checkpoint: Path, target: Path
         with safe_open(checkpoint / shard_name(rank), framework="pt") as file:
             for name in wanted.keys() & entries.keys():
                 part = file.get_tensor(name)
-                start = entries[name]["start"]
-                flat = wanted[name].data.view(-1)
-                flat[start : start + part.numel()].copy_(part)
                 filled[name] += part.numel()
+                shape, boxes = tuple(entries[name]["shape"]), entries[name]["boxes"]
+                copy_overlap(part, boxes, wanted[name].data, whole(shape))
     short = [n for n, p in wanted.items() if n.startswith("model.") and filled[n] != p.numel()]
     if short:
         raise CheckpointError(f"{checkpoint}: {short[0]} is not whole in it")

@@ -6,7 +6,9 @@ one of them and broadcast.
 """
 
 import contextlib
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,8 @@ from torch import Tensor
 
 from drumline.checkpoint import retention
 from drumline.checkpoint.beginning import why_not_anew
+from drumline.checkpoint.boxes import Boxes, overlap
 from drumline.checkpoint.manifest import (
-    elements_of,
     read_entries,
     read_manifest,
     shard_name,
@@ -41,16 +43,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Source:
-    """Part of a tensor in the shard file of `rank`: `count` elements from element `start` of the tensor."""
+    """Part of a tensor in the shard file of `rank`: the elements of `boxes`, box after box."""
 
     rank: int
-    start: int
-    count: int
+    boxes: Boxes
 
 
 Sources = dict[str, list[Source]]
-Need = tuple[tuple[int, ...], int, int]
-"""What a rank reads of a tensor: the global shape, the first element, the number of elements."""
+Need = tuple[tuple[int, ...], Boxes]
+"""What a rank reads of a tensor: the global shape, and its part."""
 
 
 def choose(folder: Path, metrics: Path) -> Choice:
@@ -98,7 +99,7 @@ def choose(folder: Path, metrics: Path) -> Choice:
 def load(path: Path, shards: dict[str, TensorShard]) -> None:
     """Fill this rank's tensor shards from a verified checkpoint; a collective."""
     own = {
-        name: (shard.shape, shard.start, shard.tensor.numel())
+        name: (shard.shape, shard.boxes)
         for name, shard in shards.items()
         if _reader(name, shard) == _rank()
     }
@@ -167,24 +168,44 @@ def _answers(path: Path, everyone: list[Any]) -> list[Sources]:
     if missing:
         side = "the checkpoint" if missing[0] in here else "this model"
         raise CheckpointError(f"{path}: {len(missing)} tensors differ; {side} lacks {missing[0]}")
+    parts = {name: _StoredParts(name, found) for name, found in stored.items()}
     return [
-        {name: _sources(name, need, stored[name]) for name, need in own.items()}
-        for _, own, _ in everyone
+        {name: parts[name].sources_of(need) for name, need in own.items()} for _, own, _ in everyone
     ]
 
 
-def _sources(name: str, need: Need, parts: list[tuple[int, dict[str, Any]]]) -> list[Source]:
-    """The stored parts that overlap the needed elements; CheckpointError where the shapes differ."""
-    shape, first, count = need
-    saved = tuple(parts[0][1]["shape"])
-    if saved != shape:
-        raise CheckpointError(f"tensor {name}: {list(saved)} saved, {list(shape)} here")
-    found = []
-    for rank, entry in parts:
-        size = elements_of(entry)
-        if max(first, entry["start"]) < min(first + count, entry["start"] + size):
-            found.append(Source(rank, entry["start"], size))
-    return found
+class _StoredParts:
+    """A tensor's parts in a checkpoint, sorted by their first index in dimension 0."""
+
+    def __init__(self, name: str, parts: list[tuple[int, dict[str, Any]]]) -> None:
+        self._name, self._shape = name, tuple(parts[0][1]["shape"])
+        spans = ((*_rows_of(entry["boxes"]), Source(n, entry["boxes"])) for n, entry in parts)
+        self._parts = sorted(spans, key=lambda part: part[:2])
+        self._highest = list(accumulate((high for _, high, _ in self._parts), max))
+
+    def sources_of(self, need: Need) -> list[Source]:
+        """The parts that overlap the needed elements; CheckpointError where the shapes differ."""
+        shape, boxes = need
+        if self._shape != shape:
+            raise CheckpointError(
+                f"tensor {self._name}: {list(self._shape)} saved, {list(shape)} here"
+            )
+        first, last = _rows_of(boxes)
+        found = []
+        for low, _, source in self._parts[bisect_right(self._highest, first) :]:
+            if low >= last:
+                break
+            if any(overlap(one, other) for one in source.boxes for other in boxes):
+                found.append(source)
+        return found
+
+
+def _rows_of(boxes: Boxes) -> tuple[int, int]:
+    """The range of dimension 0 that the boxes lie in; (0, 1) for a tensor without dimensions."""
+    spans = [
+        (box.offsets[0], box.offsets[0] + box.sizes[0]) if box.sizes else (0, 1) for box in boxes
+    ]
+    return min((low for low, _ in spans), default=0), max((high for _, high in spans), default=0)
 
 
 def _rank() -> int:
@@ -193,14 +214,36 @@ def _rank() -> int:
 
 @torch.no_grad()
 def _read(shard: TensorShard, parts: list[tuple[Any, Source]]) -> None:
-    target = shard.tensor.contiguous().view(-1)
-    end = shard.start + target.numel()
+    target = shard.tensor.contiguous()
     for stored, source in parts:
-        low, high = max(shard.start, source.start), min(end, source.start + source.count)
-        piece = stored[low - source.start : high - source.start]
-        target[low - shard.start : high - shard.start].copy_(piece)
+        copy_overlap(stored, source.boxes, target, shard.boxes)
     if not shard.tensor.is_contiguous():
-        shard.tensor.copy_(target.view(shard.tensor.shape))
+        shard.tensor.copy_(target)
+
+
+@torch.no_grad()
+def copy_overlap(stored: Any, boxes: Boxes, target: Tensor, wanted: Boxes) -> None:
+    """Copy the elements that two parts of a tensor share.
+
+    `stored`: the elements of `boxes`, one dimension, a tensor or a safetensors slice. `target`: contiguous,
+    holds the elements of `wanted`.
+    """
+    flat = target.view(-1)
+    first = 0
+    for box in boxes:
+        to = 0
+        for other in wanted:
+            shared = overlap(box, other)
+            if shared:
+                strides = box.strides
+                places = zip(shared.within(box), shared.sizes, strides, strict=True)
+                ends = [(cut.start * step, (size - 1) * step) for cut, size, step in places]
+                low = first + sum(start for start, _ in ends)
+                piece = stored[low : low + sum(length for _, length in ends) + 1]
+                view = flat[to : to + other.volume].view(other.sizes)
+                view[shared.within(other)].copy_(piece.as_strided(shared.sizes, strides))
+            to += other.volume
+        first += box.volume
 
 
 @torch.no_grad()

@@ -302,7 +302,7 @@ def _write_shard(
     described = {
         name: {
             "shape": list(owned[name].shape),
-            "start": owned[name].start,
+            "boxes": owned[name].boxes,
             "dtype": _dtype_name(tensor),
             "bytes": tensor.nbytes,
             "sha256": digests[name].result(),
@@ -319,7 +319,7 @@ def _write_shard(
 
 def _sums_of(name: str, tensor: Tensor, shard: TensorShard) -> WeightSums:
     raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return sum_weights(name, _dtype_name(tensor), list(shard.shape), shard.start, raw)
+    return sum_weights(name, _dtype_name(tensor), list(shard.shape), shard.boxes, raw)
 
 
 def _dtype_name(tensor: Tensor) -> str:

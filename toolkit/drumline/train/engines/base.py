@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from drumline.checkpoint.boxes import Boxes, whole
 from drumline.plan.model import Plan
 from drumline.recipe.precision import PRECISIONS
 from drumline.train.models import BATCHNORM, derived_seed
@@ -24,13 +25,14 @@ from drumline.train.scaler import LossScaler
 class TensorShard:
     """A rank's shard of one state tensor of global `shape`; `tensor` is local, of any shape.
 
-    It holds the elements from `start` on, in row-major order. `copies`: the ranks that hold exactly the same
-    elements, None if only this one does. `owned`: whether this rank is the one that writes them.
+    Its elements, in row-major order, are those of `boxes`, box after box. `copies`: the ranks that hold
+    exactly the same elements, None if only this one does. `owned`: whether this rank is the one that writes
+    them.
     """
 
     tensor: Tensor
     shape: tuple[int, ...]
-    start: int
+    boxes: Boxes
     owned: bool
     copies: dist.ProcessGroup | None = None
 
@@ -152,7 +154,8 @@ class Engine:
         """The shard of a tensor that every rank holds whole; the writing rank depends on `number`."""
         owned = self.mesh.writer(number) == self.rank
         copies = dist.group.WORLD if self.mesh.ranks > 1 else None
-        return TensorShard(value, tuple(value.shape), start=0, owned=owned, copies=copies)
+        shape = tuple(value.shape)
+        return TensorShard(value, shape, whole(shape), owned=owned, copies=copies)
 
     def _clip_gradients(self, max_norm: float | None) -> Tensor:
         """`clip` for gradients stored in `parameter.grad`, whole or as FSDP2 shards."""

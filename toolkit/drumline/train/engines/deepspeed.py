@@ -21,6 +21,7 @@ import deepspeed.ops
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.utils import logger, safe_get_full_grad
 
+from drumline.checkpoint.boxes import boxes_of_range, whole
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.errors import LaunchError
 from drumline.plan.deepspeed import STAGES, deepspeed_config
@@ -176,10 +177,11 @@ class DeepSpeedEngine(Engine):
             for key, view in part.views.items():
                 stored = f"model.{name}" if key is None else f"optimizer.{name}.{key}"
                 if part.is_whole:
-                    whole = self._replicated(view, number)
-                    yield stored, dataclasses.replace(whole, shape=shape)
+                    shard = self._replicated(view, number)
+                    yield stored, dataclasses.replace(shard, shape=shape, boxes=whole(shape))
                 else:
-                    yield stored, TensorShard(view, shape, part.start, owned=view.numel() > 0)
+                    boxes = boxes_of_range(shape, part.start, view.numel())
+                    yield stored, TensorShard(view, shape, boxes, owned=view.numel() > 0)
             for key, value in part.scalars.items():
                 yield f"optimizer.{name}.{key}", self._replicated(value, number)
 

@@ -1,7 +1,6 @@
 """The plain torch engine: one process, DDP, or FSDP2 (sharded over all ranks or within each node)."""
 
 import contextlib
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
+from drumline.architectures.shapes import shard_dimension
+from drumline.checkpoint.boxes import slab
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.plan.model import Plan
 from drumline.train.engines.base import Engine, TensorShard
@@ -56,7 +57,7 @@ class TorchEngine(Engine):
         return builder.finish()
 
     def _shard_options(self) -> dict[str, Any]:
-        """The mesh and the precision policy of FSDP2, the same for every block and the root."""
+        """The options of FSDP2, the same for every block and the root."""
         if not hasattr(self, "_device_mesh"):
             self._device_mesh = self._make_mesh()
         policy = MixedPrecisionPolicy()
@@ -64,7 +65,12 @@ class TorchEngine(Engine):
             policy = MixedPrecisionPolicy(
                 param_dtype=self._autocast, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
-        return {"mesh": self._device_mesh, "mp_policy": policy}
+        ranks = self.mesh.shards
+        return {
+            "mesh": self._device_mesh,
+            "mp_policy": policy,
+            "shard_placement_fn": lambda weight: Shard(shard_dimension(tuple(weight.shape), ranks)),
+        }
 
     def _make_mesh(self) -> DeviceMesh:
         """A 1-D mesh of all ranks, or a 2-D mesh of replicas × shards."""
@@ -142,18 +148,20 @@ class TorchEngine(Engine):
                 yield name, self._replicated(value, number)
 
     def _sharded_part(self, value: DTensor) -> TensorShard:
-        """This rank's FSDP2 shard, split along dimension 0 like torch.chunk; the first replica writes."""
+        """This rank's FSDP2 shard, a chunk of one dimension like torch.chunk's; the first replica writes."""
         mesh = value.device_mesh
         shards, position = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
-        rows = value.shape[0] if value.ndim else 1
-        start = min(rows, position * -(-rows // shards))
+        dimension = value.placements[-1].dim  # type: ignore[attr-defined]
+        size = value.shape[dimension]
+        chunk = -(-size // shards)
+        start = min(size, position * chunk)
         first_replica = mesh.ndim == 1 or mesh.get_local_rank(0) == 0
         local = value.to_local()
-        row = math.prod(value.shape[1:])
+        shape = tuple(value.shape)
         return TensorShard(
             local,
-            tuple(value.shape),
-            start=start * row,
+            shape,
+            slab(shape, dimension, start, min(chunk, size - start)),
             owned=first_replica and local.numel() > 0,
             copies=mesh.get_group(0) if mesh.ndim > 1 else None,
         )
