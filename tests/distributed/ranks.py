@@ -332,7 +332,46 @@ def planted(fault: str) -> Iterator[None]:
         TorchEngine.accumulate, TorchEngine._set_rate, verify.silence_dropout = kept  # type: ignore
 
 
+def record_zero_job(plan: str, out: str) -> None:
+    """Record every allocation of two real steps under DeepSpeed; rank 0 writes the peak of each phase.
+
+    Rows are random, so that no step is skipped.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from drumline.plan.model import read_plan
+    from drumline.trace.recorder import Recorder
+    from drumline.trace.rehearse import blank_manifest, rehearsal_batch, step_of
+    from drumline.train.engines.deepspeed import DeepSpeedEngine
+    from drumline.train.loop import forward_backward
+    from drumline.train.watch import Watch
+
+    the_plan = read_plan(Path(plan).read_text())
+    manifest, recorder = blank_manifest(the_plan), Recorder()
+    with recorder:
+        recorder.phase("load")
+        engine = DeepSpeedEngine(the_plan, manifest, torch.device("cpu"))
+        tensors = rehearsal_batch(the_plan, manifest, the_plan.batch.per_device)
+        tensors["weights"].fill_(1.0)
+        for name in ("input_ids", "targets"):
+            tensors[name].random_(0, 1000)
+        step = step_of(the_plan, tensors, the_plan.batch.accumulation)
+        for _ in range(2):
+            recorder.phase("backward")
+            losses = forward_backward(engine, step, Watch())
+            recorder.phase("optimizer step")
+            norm = engine.clip(1.0)
+            engine.step(1e-4)
+            recorder.phase("between")
+            assert torch.isfinite(norm)
+            del losses, norm
+    if dist.get_rank() == 0:
+        Path(out).write_text(json.dumps(recorder.recording.peaks_by_phase()))
+
+
 JOBS = {
+    "record zero": record_zero_job,
     "train": train_job,
     "gradient": gradient_job,
     "verify": verify_job,

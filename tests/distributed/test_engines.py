@@ -32,7 +32,9 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 SPLITS = [(3, 1, 4), (3, 2, 2), (2, 2, 3)]
 PRECISIONS = ["bf16", "fp16"]
-LOWER = ["ddp", "fsdp", "accelerate", "zero0", "zero1", "zero3"]
+LOWER = ["ddp", "fsdp", "accelerate", "zero0", "zero1", "zero2", "zero3"]
+MASTERS = ["zero1", "zero2", "zero3"]
+"""Engines whose bf16 has 16-bit weights, and fp32 masters in the optimizer."""
 SAVERS = list(ENGINES)
 CHECKPOINTED = ["accelerate", "zero2", "zero3"]
 STEPS, CUT = 8, 6
@@ -96,6 +98,9 @@ def arena(tmp_path_factory: pytest.TempPathFactory) -> Arena:
         plan = made.plan(engine, (2, 2, 3), model={"activation_checkpointing": "full"})
         made.ask("train", f"recomputed-{engine}", plan)
     made.ask("verify", "sound", made.plan("zero2", (3, 2, 2)), fault="")
+    for engine in MASTERS:
+        plan = made.plan(engine, (3, 2, 2), precision="bf16")
+        made.ask("verify", f"bf16-sound-{engine}", plan, fault="")
     for fault in FAULTS:
         plan = made.plan("ddp", (3, 2, 2), model={"config": {"resid_pdrop": 0.1}})
         made.ask("verify", fault, plan, fault=fault)
@@ -119,6 +124,19 @@ def arena(tmp_path_factory: pytest.TempPathFactory) -> Arena:
                 made.plan(loader, split),
                 source=str(source),
             )
+    for (
+        engine
+    ) in MASTERS:  # bf16 checkpoints, into the engines that have no 16-bit weights and back
+        for saver, loader in ((engine, "fsdp"), ("fsdp", engine)):
+            where = made.folder / f"bf16-{saver}-to-{loader}"
+            source = made.folder / f"bf16-{saver}/checkpoints/step-{CUT:08d}"
+            shutil.copytree(source, where / f"checkpoints/step-{CUT:08d}")
+            shutil.copy(made.folder / f"bf16-{saver}/metrics.jsonl", where / "metrics.jsonl")
+            made.ask("train", where.name, made.plan(loader, (2, 2, 3), precision="bf16"))
+            copy = f"bf16-reload-{saver}-{loader}"
+            made.ask(
+                "reload", copy, made.plan(loader, (2, 2, 3), precision="bf16"), source=str(source)
+            )
     made.go()
     return made
 
@@ -140,7 +158,7 @@ def test_every_engine_trains_the_same(
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("engine", LOWER)
 def test_lower_precisions_mean_the_same(arena: Arena, engine: str, precision: str) -> None:
-    """Autocast with fp32 master weights everywhere: the fp32 curve to the type's rounding.
+    """Autocast, or 16-bit weights with fp32 masters: the fp32 curve to the type's rounding.
 
     fp16's loss scale overflows at the same steps in every engine, if at all.
     """
@@ -194,6 +212,37 @@ def test_what_is_loaded_is_what_was_saved(
     assert {name.split(".")[0] for name in saved} == {"model", "optimizer"}
     assert all(torch.equal(saved[name], loaded[name]) for name in saved)
     assert any(saved[name].abs().sum() > 0 for name in saved if name.endswith("exp_avg_sq"))
+
+
+@pytest.mark.parametrize("engine", MASTERS)
+def test_bf16_under_zero_saves_its_masters(arena: Arena, engine: str) -> None:
+    """Weights and moments of the checkpoint are fp32, with more digits than bf16 has."""
+    source = arena.folder / f"bf16-{engine}/checkpoints/step-{CUT:08d}"
+    for name, value in whole_tensors(source).items():
+        assert value.dtype == torch.float32
+        if name.startswith("model.") and value.ndim > 1:
+            assert not torch.equal(value, value.bfloat16().float()), name
+
+
+@pytest.mark.parametrize(
+    ("saver", "loader"), [(e, "fsdp") for e in MASTERS] + [("fsdp", e) for e in MASTERS]
+)
+def test_bf16_goes_on_in_another_engine(arena: Arena, saver: str, loader: str) -> None:
+    """Between ZeRO's masters and FSDP2's fp32 shards: loaded to the bit, and the curve goes on."""
+    source = arena.folder / f"bf16-{saver}/checkpoints/step-{CUT:08d}"
+    copy = arena.folder / f"bf16-reload-{saver}-{loader}/checkpoints/step-{CUT:08d}"
+    saved, loaded = whole_tensors(source), whole_tensors(copy)
+    assert set(saved) == set(loaded)
+    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+    ours, reference = arena.lines(f"bf16-{saver}-to-{loader}"), arena.lines(f"bf16-{saver}")
+    for mine, theirs in zip(ours[CUT:], reference[CUT:], strict=True):
+        assert abs(mine["loss"] - theirs["loss"]) < 5e-3 * theirs["loss"]
+
+
+@pytest.mark.parametrize("engine", MASTERS)
+def test_verify_is_green_in_zeros_own_bf16(arena: Arena, engine: str) -> None:
+    """16-bit weights on both sides: the gradient of the split is that of the undivided batch."""
+    assert verdict(arena, f"bf16-sound-{engine}") == (True, True)
 
 
 def verdict(arena: Arena, name: str) -> tuple[bool, bool]:

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from unequal import unequal_plan, write_pairs
 from whole_tensors import whole_tensors
 
+from drumline.checkpoint.boxes import Box
+from drumline.checkpoint.manifest import read_entries
 from drumline.metrics_file import read_metrics
 from drumline.plan.model import Plan
 
@@ -46,6 +48,14 @@ BATCHNORM = {
     "duration": {"steps": 10},
 }  # fmt: skip
 """Also saves at every step, which a race between a vote and a rename would not survive."""
+EXPERTS = {
+    "model": {"source": "config", "architecture": "mixtral",
+              "config": {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2,
+                         "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2,
+                         "num_experts_per_tok": 2}},
+}  # fmt: skip
+"""Fewer experts than ranks, so that their weights are folded before FSDP2 shards them. Each token takes both: a
+router that chooses can choose another expert after rounding."""
 RESUMES = {
     1: [("ddp", (4, 1, 3))],
     2: [("ddp", (2, 2, 3)), ("fsdp", (3, 2, 2))],
@@ -115,6 +125,11 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
     sgd = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "implementation": None}
     for strategy, section in STRATEGIES.items():
         m.train(f"sgd-{strategy}", m.plan((2, 2, 3), strategy=section, optimizer=sgd))
+    m.train("experts-ddp-1", m.plan((12, 1, 1), **EXPERTS))
+    m.train("experts-fsdp-4", m.plan((1, 4, 3), strategy={"name": "fsdp"}, **EXPERTS))
+    hsdp = {"strategy": {"name": "fsdp", "shard": "node"}, "cluster": {"gpus_per_node": 4}}
+    half = m.plan((1, 4, 3), **hsdp, **EXPERTS)
+    m.train("experts-resumed", half, stop_after=10)
     m.start(2)
     m.jobs[2] = []
     for strategy, section in STRATEGIES.items():
@@ -124,7 +139,9 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
             name = f"resumed-{strategy}-{world}"
             shutil.copytree(m.folder / "first-half", m.folder / name)
             m.train(name, m.plan(split, strategy=STRATEGIES[strategy]))
-    for world in (1, 2, 4):
+    m.start(4)
+    m.train("experts-resumed", m.plan((6, 2, 1), **EXPERTS))
+    for world in (1, 2):
         m.start(world)
     return m
 
@@ -154,6 +171,24 @@ def test_every_split_and_strategy_trains_the_same(matrix: Matrix, name: str) -> 
         for key in ("digest", "lr", "weight", "samples", "epoch"):
             assert mine[key] == theirs[key]
     assert weight_distance(matrix.weights(name), matrix.weights(REFERENCE)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["experts-fsdp-4", "experts-resumed"])
+def test_folded_experts_train_the_same(matrix: Matrix, name: str) -> None:
+    """2 experts on 4 ranks, and resumed from there unsharded on 2: losses and weights of one rank."""
+    ours, reference = matrix.steps(name), matrix.steps("experts-ddp-1")
+    assert [line["step"] for line in ours] == list(range(1, 21))
+    for mine, theirs in zip(ours, reference, strict=True):
+        assert relative(mine["loss"], theirs["loss"]) < 1e-6, mine["step"]
+    assert weight_distance(matrix.weights(name), matrix.weights("experts-ddp-1")) < 1e-5
+
+
+def test_experts_are_divided_over_more_ranks_than_experts(matrix: Matrix) -> None:
+    """Two experts on four ranks: each saves half of one, and no rank holds padding."""
+    folder = matrix.folder / "experts-fsdp-4/checkpoints/step-00000020"
+    for rank in range(4):
+        entry = read_entries(folder, rank)["model.model.layers.0.mlp.experts.gate_up_proj"]
+        assert entry["boxes"] == (Box((rank // 2, 24 * (rank % 2), 0), (1, 24, 32)),)
 
 
 def test_the_runs_had_what_makes_them_hard(matrix: Matrix) -> None:

@@ -546,6 +546,15 @@ def test_lines_with_impossible_numbers_are_left_out(desk: Path, line: dict[str, 
 
 ENTRY = {
     "start": [None, 10**15, -1, "x"],
+    "boxes": [
+        None,
+        "x",
+        [],
+        [[[0], [10**15]]],
+        [[[-1], [1]]],
+        [[["x"], [1]]],
+        [[[0] * 99, [1] * 99]],
+    ],
     "dtype": ["foo", 3],
     "shape": [[10**9, 10**9], "x", None],
     "bytes": [-8, "x"],

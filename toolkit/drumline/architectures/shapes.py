@@ -18,8 +18,8 @@ ACTIVATIONS = {
 Tensors = dict[str, tuple[int, ...]]
 """Weights by name, with their shapes."""
 
-_MOST_PADDING = 1 / 8
-"""Share of a weight that FSDP2 may pad along dimension 0 before another dimension is sharded."""
+_MOST_PADDING = 1 / 64
+"""Share of a weight that FSDP2 may pad before the weight is folded."""
 
 
 @dataclass(frozen=True)
@@ -160,25 +160,23 @@ def count(tensors: Tensors) -> int:
     return sum(math.prod(sizes) for sizes in tensors.values())
 
 
-def shard_dimension(sizes: tuple[int, ...], ranks: int) -> int:
-    """The dimension along which FSDP2 shards a weight over `ranks`.
+def is_folded(sizes: tuple[int, ...], ranks: int) -> bool:
+    """Whether a weight is folded into rows before FSDP2 shards it over `ranks`.
 
-    Dimension 0, which FSDP2 pads to a multiple of the ranks, unless that pads more than an eighth, as with 8
-    experts on 512 ranks; then the first other dimension that the ranks divide, if there is one.
+    FSDP2 pads dimension 0 to a multiple of the ranks. Weights of three or more dimensions, such as those of
+    experts, are folded if that would pad them by more than 1/64 (`train/models/folding.py`).
     """
-    rows = sizes[0] if sizes else 1
-    padding = -(-rows // ranks) * ranks - rows
-    if padding > _MOST_PADDING * rows:
-        for dimension, size in enumerate(sizes[1:], 1):
-            if size % ranks == 0:
-                return dimension
-    return 0
+    padding = -sizes[0] % ranks if sizes else 0
+    return len(sizes) > 2 and padding > _MOST_PADDING * sizes[0]
 
 
 def shard_size(sizes: tuple[int, ...], ranks: int) -> int:
     """Elements of the first rank's shard of a weight, the largest one, with its padding."""
-    split = shard_dimension(sizes, ranks)
-    return math.prod(-(-size // ranks) if d == split else size for d, size in enumerate(sizes))
+    if not sizes:
+        return 1
+    if is_folded(sizes, ranks):
+        sizes = (math.prod(sizes[:-1]), sizes[-1])
+    return -(-sizes[0] // ranks) * math.prod(sizes[1:])
 
 
 def sharded(tensors: Tensors, ranks: int) -> int:

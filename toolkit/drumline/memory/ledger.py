@@ -39,15 +39,16 @@ class Parameter:
     """A weight: its number of elements, bytes per element, and its gradient, None before the first.
 
     `uses` counts the gradients still expected in this backward. As in autograd, they are summed in
-    `waiting` first, and the sum is then added to `gradient`.
+    `waiting` first, and the sum is then added to `gradient`. `on_ready` is called when it has been.
     """
 
-    __slots__ = ("elements", "gradient", "uses", "waiting", "width")
+    __slots__ = ("elements", "gradient", "on_ready", "uses", "waiting", "width")
 
     def __init__(self, elements: float, width: int) -> None:
         self.elements, self.width = elements, width
         self.gradient: Block | None = None
         self.waiting: Block | None = None
+        self.on_ready: Callable[[], None] | None = None
         self.uses = 0
 
 
@@ -219,6 +220,9 @@ class Ledger:
             arrived.part = "gradients"
             self._parts["gradients"] += arrived.size
             parameter.gradient = arrived
+        del arrived
+        if parameter.on_ready:
+            parameter.on_ready()
 
 
 def _spent(gradient: list[Gradient]) -> Sequence[Gradient]:

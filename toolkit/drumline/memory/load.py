@@ -1,13 +1,36 @@
 """The input of the memory estimate: everything that one rank's peak depends on. Pure."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from drumline.architectures.shapes import ModelShape
 from drumline.memory.attention import Kernel, choose_kernel
-from drumline.recipe.precision import PRECISIONS
+from drumline.recipe.precision import Precision, find_precision
 
 CHUNK_TOKENS = 1024
 """Tokens whose logits are alive at once with a chunked loss (`train/objectives/cross_entropy.py`)."""
+
+
+@dataclass(frozen=True)
+class ZeroSizes:
+    """DeepSpeed's buffer sizes and limits, in elements, as in its configuration (`plan/deepspeed.py`).
+
+    `bucket`: gradients that are reduced at once. `live`: weights that stage 3 keeps gathered, at most, and
+    the distance within which a weight must be used again to be kept. `prefetch`: gathered ahead.
+    `persistent`: smaller weights are always whole. `sub_group`: updated at once. The limits are DeepSpeed's
+    defaults; its default bucket is ten times as large, which costs up to 3 GB and gains little.
+    """
+
+    bucket: int = 50_000_000
+    live: int = 1_000_000_000
+    prefetch: int = 50_000_000
+    persistent: int = 100_000
+    sub_group: int = 1_000_000_000
+
+
+def zero_sizes(parameters: int | None) -> ZeroSizes:
+    """The sizes for a model; its bucket is not larger than all `parameters`, if they are known."""
+    sizes = ZeroSizes()
+    return replace(sizes, bucket=min(sizes.bucket, parameters or sizes.bucket))
 
 
 @dataclass(frozen=True)
@@ -18,7 +41,7 @@ class Load:
     `has_scratch`: an optimizer step without weight decay allocates one more such tensor for a moment;
     `has_scratch_in_a_step`: the same with the recipe's weight decay. `evaluation`: rows of an evaluation
     micro-batch, None without evaluation. `is_masked`: attention is given a mask. `attention`: the recipe's
-    `model.attention`.
+    `model.attention`. `zero`: DeepSpeed's buffers, of strategies zero1 to zero3.
     """
 
     shape: ModelShape
@@ -40,21 +63,27 @@ class Load:
     is_masked: bool = False
     has_flash: bool = True
     offload: bool = False
+    zero: ZeroSizes = ZeroSizes()
+
+    @property
+    def numbers(self) -> Precision:
+        """The bytes and dtypes of the precision under this strategy."""
+        return find_precision(self.precision, self.strategy)
 
     @property
     def state_width(self) -> int:
         """Bytes per element of stored weights: 2 for bf16-pure, else 4 (fp32 master weights)."""
-        return PRECISIONS[self.precision].stored
+        return self.numbers.stored
 
     @property
     def low(self) -> int | None:
         """Bytes per element of matrix product operands under autocast; None without autocast."""
-        return PRECISIONS[self.precision].autocast_bytes
+        return self.numbers.autocast_bytes
 
     @property
     def forward_width(self) -> int:
         """Bytes per element of weights in the forward; in mixed precision FSDP2 gathers 16-bit copies."""
-        return 2 if self.strategy == "fsdp" and self.low else self.state_width
+        return 2 if self.strategy == "fsdp" and self.low else self.numbers.model_bytes
 
     @property
     def kernel(self) -> Kernel:
@@ -64,7 +93,7 @@ class Load:
         if self.attention == "flash":
             return "flash"
         return choose_kernel(
-            is_narrow=PRECISIONS[self.precision].computed < 4,
+            is_narrow=self.numbers.computed < 4,
             is_masked=self.is_masked,
             # With a mask, transformers repeats the shared key and value heads before the kernel.
             shares_heads=self.shape.kv_width != self.shape.query_width and not self.is_masked,

@@ -27,7 +27,8 @@ class Network:
     def __init__(self, ledger: Ledger, load: Load, is_whole: bool = False) -> None:
         """`is_whole`: simulate every layer."""
         self.ledger, self.load, self.shape, self.is_whole = ledger, load, load.shape, is_whole
-        self.run = Operators(ledger, load.low)
+        are_linear = load.shape.family != "gpt2"  # GPT-2's Conv1D is not an nn.Linear
+        self.run = Operators(ledger, load.low, not (load.strategy == "zero3" and are_linear))
         width, shape = load.forward_width, load.shape
         self.outer = {
             name: Parameter(math.prod(sizes), width) for name, sizes in outer_tensors(shape).items()
@@ -45,19 +46,18 @@ class Network:
             outer = outer_tensors(shape)
             first = {name: outer.pop(name) for name in list(outer) if self._is_embedded(name)}
             self.embedded = (
-                self._group(first, {name: self.outer[name] for name in first}) if first else None
+                self._group(first, [self.outer[name] for name in first]) if first else None
             )
-            self.root = self._group(outer, {name: self.outer[name] for name in outer})
+            self.root = self._group(outer, [self.outer[name] for name in outer])
             self.groups = [
-                self._group(layer_tensors(shape), layer.weights | {"rest": layer.rest})
-                for layer in self.layers
+                self._group(layer_tensors(shape), layer.all_weights()) for layer in self.layers
             ]
 
     def _is_embedded(self, name: str) -> bool:
         """Whether FSDP2 gathers this weight in a group of its own: the embeddings of BERT and ViT."""
         return self.shape.family in ("bert", "vit") and name in _EMBEDDINGS
 
-    def _group(self, tensors: Tensors, weights: dict[str, Parameter]) -> Group:
+    def _group(self, tensors: Tensors, weights: list[Parameter]) -> Group:
         return Group(self.ledger, self.load, self.stage, tensors, weights)
 
     def parameters(self) -> list[Parameter]:

@@ -15,10 +15,14 @@ INDEX = 8
 
 
 class Operators:
-    """Operations on one ledger; `low` is the width of autocast's dtype (2), or None without autocast."""
+    """Operations on one ledger; `low` is the width of autocast's dtype (2), or None without autocast.
 
-    def __init__(self, ledger: Ledger, low: int | None) -> None:
-        self.ledger, self.low = ledger, low
+    `keeps_copies`: whether autocast's copies of weights are kept for the backward. ZeRO-3 replaces the
+    function of nn.Linear by one that saves the weight itself and casts it again.
+    """
+
+    def __init__(self, ledger: Ledger, low: int | None, keeps_copies: bool = True) -> None:
+        self.ledger, self.low, self._keeps_copies = ledger, low, keeps_copies
         self._copies: dict[int, Value] = {}
         self._shared: dict[int, Node] = {}
         self.attention_weights: Value | None = None
@@ -34,6 +38,8 @@ class Operators:
         plain = Value(None, parameter.elements, parameter.width, parameter)
         if self.low is None or parameter.width == self.low:
             return plain
+        if not self._keeps_copies:
+            return self.cast(plain, self.low)
         if id(parameter) not in self._copies:
             copy = self.cast(plain, self.low)
             if copy.source is not None and id(parameter) in self._shared:
@@ -74,10 +80,15 @@ class Operators:
         elements, weights = value.elements, matrix.elements
         rows = elements / (weights / outputs)
 
-        def rule(gradient: list[Gradient]) -> list[Gradient]:
-            return [ledger.block(weights, width), ledger.block(elements, width)]
+        is_cast_again = matrix.block is not None and not self._keeps_copies
 
-        keeps = (matrix.block, value.block)
+        def rule(gradient: list[Gradient]) -> list[Gradient]:
+            again = ledger.block(weights, width) if is_cast_again else None
+            results = [ledger.block(weights, width), ledger.block(elements, width)]
+            del again
+            return results
+
+        keeps = (value.block,) if is_cast_again else (matrix.block, value.block)
         return ledger.make(rows * outputs, width, [matrix, value], rule, keeps)
 
     def embedding(self, tokens: float, weight: Parameter, features: float) -> Value:

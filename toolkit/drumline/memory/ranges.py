@@ -24,8 +24,9 @@ trace the closed form is within -1 to 0 % (benchmarks/memory_ranges.py); of publ
 under-estimated by more than 0.1 % (tests/memory/test_published.py). The remaining margin is for workspaces
 that kernels allocate internally."""
 
-_ZERO_MOVING = (0.75, 1.0, 1.3)
-"""The same under DeepSpeed; wider, because its buffers were read from its source and never traced."""
+_ZERO_MOVING = (0.95, 1.0, 1.1)
+"""The same under DeepSpeed; wider, because its live tensors were compared on CPU only, with 2 and 4 ranks
+(tests/distributed/test_zero_memory.py), where nothing overlaps."""
 
 _CONTEXT_BYTES = (300e6, 500e6, 700e6)
 """Low, expected and high size of the CUDA context; published figures, not measured by us."""

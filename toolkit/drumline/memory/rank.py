@@ -3,13 +3,13 @@
 from functools import cache, cached_property
 
 from drumline.architectures.shapes import count, layer_tensors, outer_tensors, shard_size
-from drumline.memory import zero
 from drumline.memory.events import Event
 from drumline.memory.families import Rows
 from drumline.memory.ledger import Block, Ledger
 from drumline.memory.load import Load
 from drumline.memory.network import Network
 from drumline.memory.operators import FP32, INDEX
+from drumline.memory.zero import Zero, partition
 from drumline.phases import MemoryPhase
 from drumline.units import MIB
 
@@ -27,6 +27,7 @@ class Rank:
         self.load, self.shape, self._is_whole = load, load.shape, is_whole
         self.ledger = Ledger(keeps_events=is_whole)
         self.network = Network(self.ledger, load, is_whole)
+        self._zero = Zero(self.ledger, load) if load.is_zero else None
         self._held: list[Block] = []
         self._gradients: list[Block] = []
 
@@ -41,7 +42,7 @@ class Rank:
             self._allocate_gradients()
         self._micro_batch()
         ledger.enter(MemoryPhase.OPTIMIZER_STEP)
-        self._optimizer_scratch(load.has_scratch_in_a_step)
+        self._step()
         self._gradients.clear()
         self.network.forget_gradients()
         if load.evaluation and (load.evaluation > load.per_device or not self._is_whole):
@@ -63,7 +64,7 @@ class Rank:
         """Elements of each weight that this rank's optimizer updates; ZeRO's partition is a flat one."""
         load = self.load
         if load.is_zero:
-            return [-(-self.shape.parameters // load.shard_ranks)]
+            return [partition(load)]
         ranks = load.shard_ranks if load.strategy == "fsdp" else 1
         outer, layer = (
             [shard_size(sizes, ranks) for sizes in tensors.values()]
@@ -79,8 +80,8 @@ class Rank:
         """Allocate the weights, then the optimizer state, which a step on zero gradients creates."""
         ledger, load, own = self.ledger, self.load, sum(self._own_tensors)
         ledger.enter(MemoryPhase.LOAD)
-        if load.strategy in ("zero1", "zero2"):
-            self._hold(self.shape.parameters, load.state_width, "parameters")
+        if self._zero:
+            self._zero.hold_state()
         else:
             self._held += self._per_tensor("parameters")
         if self._has_buckets:
@@ -89,16 +90,19 @@ class Rank:
                 self._hold(min(size, own - start), load.state_width, "gradients")
         if load.strategy == "fsdp":  # weights outside the layers exist whole before sharding
             ledger.block(count(outer_tensors(self.shape)), load.state_width, "parameters")
+        if load.offload:
+            return
         gradients = self._per_tensor("gradients")
-        copies = load.optimizer_states + int(load.is_zero)  # ZeRO copies its partition
-        for _ in range(0 if load.offload else copies):
+        for _ in range(0 if self._zero else load.optimizer_states):
             self._held += self._per_tensor("optimizer")
         self._optimizer_scratch(load.has_scratch)
         del gradients
-        if load.strategy == "zero3":
-            self._hold(zero.gathered(load) + zero.buckets(load), 1, "communication")
-        elif load.strategy == "zero1" and load.accumulation > 1:
-            self._hold(zero.buckets(load), 1, "communication")
+
+    def _step(self) -> None:
+        if self._zero:
+            self._zero.step(self.load.has_scratch_in_a_step)
+        else:
+            self._optimizer_scratch(self.load.has_scratch_in_a_step)
 
     def _optimizer_scratch(self, is_needed: bool) -> None:
         """The temporaries of a foreach optimizer step, each as large as a parameter, all at once."""
@@ -107,10 +111,9 @@ class Rank:
 
     def _allocate_gradients(self) -> None:
         """Allocate the gradients that persist between micro-batches; DDP's are in its buckets already."""
-        if self.load.is_zero:
-            elements = zero.gradients(self.load)
-            self._gradients.append(self.ledger.block(elements, self.load.state_width, "gradients"))
-        elif not self._has_buckets:
+        if self._zero:
+            return
+        if not self._has_buckets:
             self._gradients += self._per_tensor("gradients")
         if self.load.strategy != "fsdp":
             for parameter in self.network.parameters():
@@ -124,15 +127,18 @@ class Rank:
     def _micro_batch(self) -> None:
         """Forward, loss and backward."""
         self.ledger.enter(MemoryPhase.FORWARD)
+        gathered: list[Block] = []
+        if self._zero:
+            gathered = self._zero.start_micro_batch(self.network.parameters())
         rows = self._rows(self.load.per_device)
         inputs = self._inputs(rows)
         with self.network.run.autocast():
             loss = self.network.forward(rows)
         self.ledger.enter(MemoryPhase.BACKWARD)
-        size = zero.buckets(self.load) if zero.buckets_come_and_go(self.load) else 0
-        buckets = self.ledger.block(size, 1, "communication")
         self.network.backward(loss)
-        del inputs, buckets
+        del inputs, gathered
+        if self._zero:
+            self._zero.finish_backward()
 
     def _evaluate(self) -> None:
         assert self.load.evaluation

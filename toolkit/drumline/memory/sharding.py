@@ -6,7 +6,7 @@ group is prefetched. Gradients are copied, in the reduction's dtype, into a buff
 next group starts its own reduce-scatter.
 """
 
-from drumline.architectures.shapes import Tensors, shard_dimension, shard_size
+from drumline.architectures.shapes import Tensors, shard_size
 from drumline.memory.ledger import Block, Gradient, Ledger, Parameter, Value
 from drumline.memory.load import Load
 
@@ -28,22 +28,12 @@ class Group:
     """Weights that are gathered together: one layer's, an encoder's embeddings, or the rest of the model."""
 
     def __init__(
-        self,
-        ledger: Ledger,
-        load: Load,
-        stage: Stage,
-        tensors: Tensors,
-        weights: dict[str, Parameter],
+        self, ledger: Ledger, load: Load, stage: Stage, tensors: Tensors, weights: list[Parameter]
     ) -> None:
-        """`weights`: the parameters by name; those of vectors may be merged under another name."""
-        self._ledger, self._load, self._stage = ledger, load, stage
-        self._weights = list(weights.values())
+        self._ledger, self._load, self._stage, self.weights = ledger, load, stage, weights
         ranks = load.shard_ranks
         self.tensors = [shard_size(sizes, ranks) for sizes in tensors.values()]
         self.shard = sum(self.tensors)
-        self._rearranged = [
-            weights[name] for name, sizes in tensors.items() if shard_dimension(sizes, ranks)
-        ]
         self._whole: list[Block] = []
         self._buffer: Block | None = None
         self.gradient: Block | None = None
@@ -67,8 +57,6 @@ class Group:
             self.gather()
         ranks, width = self._load.shard_ranks, self._load.forward_width
         self._whole = [self._ledger.block(size * ranks, width, _PART) for size in self.tensors]
-        for_cat = [self._ledger.block(w.elements, width, _PART) for w in self._rearranged]
-        del for_cat
         self._stage.gathered = None if in_backward else self._buffer
         self._buffer = None
 
@@ -77,29 +65,16 @@ class Group:
         self._whole = []
 
     def reduce(self) -> None:
-        """Reduce-scatter the gradients; the shard becomes the gradient or is added to the existing one.
-
-        The gradient of a weight that is not sharded along dimension 0 is first copied to another order of
-        its elements; torch's loop keeps the last one that it copied until the end.
-        """
+        """Reduce-scatter the gradients; the shard becomes the gradient or is added to the existing one."""
         ledger, load = self._ledger, self._load
         width = 4 if load.low else load.state_width
         self.close()
         self._stage.reduced = None
-        copies = []
-        for number, weight in enumerate(self._rearranged):
-            copies.append(ledger.block(weight.elements, load.forward_width, _PART))
-            if number:
-                self._rearranged[number - 1].gradient = None
         self._stage.reduced = ledger.block(self.shard * load.shard_ranks, width, _PART)
-        for weight in self._weights:
-            if weight not in self._rearranged[-1:]:
-                weight.gradient = None
-        del copies
+        for weight in self.weights:
+            weight.gradient = None
         kept = 0 if load.keeps_gradients else self.shard
         self.gradient = ledger.block(kept, width, "gradients", _REDUCING)
-        for weight in self._rearranged:
-            weight.gradient = None
         if load.keeps_gradients:
             self.hold_all_reduced(1)
 

@@ -7,7 +7,7 @@ absolute seconds mean little; the ratio of two plans of one recipe says which co
 from drumline.architectures.gpus import find_gpu
 from drumline.architectures.shapes import ModelShape
 from drumline.plan.model import Plan
-from drumline.recipe.precision import PRECISIONS
+from drumline.recipe.precision import find_precision
 
 UTILISATION = 0.4
 """Share of the GPU's peak FLOP/s that a well-tuned run reaches (Chowdhery et al. 2022: 0.46 for PaLM)."""
@@ -47,7 +47,7 @@ def _communication_seconds(plan: Plan, shape: ModelShape) -> float:
     On several nodes all bytes are assumed to take the link between nodes.
     """
     recipe, batch = plan.recipe, plan.batch
-    precision = PRECISIONS[recipe.precision]
+    precision = find_precision(recipe.precision, recipe.strategy.name)
     narrow, width = precision.computed, precision.stored
     count, k, name = shape.parameters, batch.accumulation, recipe.strategy.name
     if batch.gpus == 1:

@@ -8,13 +8,13 @@ from drumline.architectures.gpus import Gpu
 from drumline.architectures.shapes import ModelShape
 from drumline.memory import closed_form
 from drumline.memory.closed_form import Peak
-from drumline.memory.load import Load
+from drumline.memory.load import Load, zero_sizes
 from drumline.memory.ranges import Device
 from drumline.plan.batch import Split
 from drumline.plan.mesh import Mesh, mesh_of
 from drumline.plan.model import FITS, MemoryFacts
 from drumline.plan.optimizers import rule_of, saved_bytes
-from drumline.recipe.precision import PRECISIONS
+from drumline.recipe.precision import find_precision
 from drumline.recipe.schema import Recipe
 from drumline.units import format_bytes
 
@@ -97,7 +97,8 @@ def host_bytes_of(recipe: Recipe, shape: ModelShape, split: Split) -> int | None
     if whole is None:
         return None
     copy = whole // split.gpus if recipe.checkpoint.asynchronous else 0
-    gradients = shape.parameters * PRECISIONS[recipe.precision].stored
+    width = find_precision(recipe.precision, recipe.strategy.name).stored
+    gradients = shape.parameters * width
     offloaded = (whole + gradients) // split.gpus
     return copy + (offloaded if recipe.strategy.offload == "optimizer" else 0)
 
@@ -181,6 +182,7 @@ def load_of(recipe: Recipe, shape: ModelShape, split: Split, gpu: Gpu) -> Load:
         is_masked=_is_masked(recipe, shape, length),
         has_flash=gpu.has_flash,
         offload=recipe.strategy.offload == "optimizer",
+        zero=zero_sizes(shape.parameters),
     )
 
 

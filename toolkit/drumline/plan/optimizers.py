@@ -9,7 +9,7 @@ from typing import Any
 
 from drumline.architectures.shapes import ModelShape
 from drumline.errors import PlanError
-from drumline.recipe.precision import PRECISIONS
+from drumline.recipe.precision import find_precision
 from drumline.recipe.schema import Optimizer, Recipe
 
 Shape = tuple[int, ...]
@@ -105,4 +105,5 @@ def saved_bytes(recipe: Recipe, shape: ModelShape) -> int | None:
     count = rule_of(recipe).state_count(recipe.optimizer)
     if count is None:
         return None
-    return shape.parameters * PRECISIONS[recipe.precision].stored * (1 + count)
+    width = find_precision(recipe.precision, recipe.strategy.name).stored
+    return shape.parameters * width * (1 + count)

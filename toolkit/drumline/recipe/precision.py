@@ -5,13 +5,26 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes per number. `stored`: of weights, gradients and optimizer state as the optimizer keeps them.
+    """Bytes per number, and dtypes by torch's names.
 
-    `autocast`: torch's name of the dtype of matrix products under autocast; None without autocast.
+    `stored`: bytes of weights and optimizer state as the optimizer keeps them and checkpoints hold them.
+    `autocast`: the dtype of matrix products under autocast; None without autocast. `model`: the dtype of the
+    weights that forward and backward use, with gradients like them.
     """
 
     stored: int
     autocast: str | None = None
+    model: str = "float32"
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether the optimizer keeps fp32 weights beside the model's 16-bit ones."""
+        return self.stored > self.model_bytes
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of a number in the model's weights."""
+        return 4 if self.model == "float32" else 2
 
     @property
     def autocast_bytes(self) -> int | None:
@@ -21,12 +34,21 @@ class Precision:
     @property
     def computed(self) -> int:
         """Bytes of a matrix product's operands, with autocast or without."""
-        return self.autocast_bytes or self.stored
+        return self.autocast_bytes or self.model_bytes
 
 
-PRECISIONS = {
+_PRECISIONS = {
     "fp32": Precision(stored=4),
     "bf16": Precision(stored=4, autocast="bfloat16"),
     "fp16": Precision(stored=4, autocast="float16"),
-    "bf16-pure": Precision(stored=2),
+    "bf16-pure": Precision(stored=2, model="bfloat16"),
 }
+_ZERO_PRECISIONS = {"bf16": Precision(stored=4, model="bfloat16")}
+"""What differs under DeepSpeed's ZeRO: its own bf16 has 16-bit weights and partitioned fp32 masters."""
+
+
+def find_precision(name: str, strategy: str) -> Precision:
+    """The bytes and dtypes of a recipe's `precision` under its `strategy.name`."""
+    if strategy.startswith("zero") and name in _ZERO_PRECISIONS:
+        return _ZERO_PRECISIONS[name]
+    return _PRECISIONS[name]

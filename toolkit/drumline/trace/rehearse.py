@@ -79,10 +79,10 @@ def _play(plan: Plan, manifest: DatasetManifest, recorder: Recorder, micro_batch
     config = getattr(engine.module.model, "config", None)
     recorder.recording.vocabulary = getattr(config, "vocab_size", None)
     tensors = rehearsal_batch(plan, manifest, plan.batch.per_device)
-    step, phases = _step(plan, tensors, micro_batches), _Phases(recorder)
+    step, phases = step_of(plan, tensors, micro_batches), _Phases(recorder)
     if engine.wrapped is not engine.module:
         # DDP's gradients exist after the warm-up.
-        forward_backward(engine, _step(plan, tensors, 1), phases)
+        forward_backward(engine, step_of(plan, tensors, 1), phases)
         engine.skip()
     elif plan.batch.accumulation > 1 and micro_batches == 1:
         # From the second micro-batch on, gradients exist.
@@ -222,7 +222,7 @@ def _label(engine: TorchEngine, recorder: Recorder) -> None:
     recorder.label((v for s in states for v in s.values() if isinstance(v, Tensor)), "optimizer")
 
 
-def _step(plan: Plan, tensors: dict[str, Tensor], count: int) -> Step:
+def step_of(plan: Plan, tensors: dict[str, Tensor], count: int) -> Step:
     """A step of `count` equal micro-batches."""
     nothing = np.zeros(0, dtype=np.int64)
     one = MicroBatch(tensors=tensors, first_slot=0, is_dummy=False, indices=nothing)

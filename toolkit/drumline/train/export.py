@@ -12,6 +12,7 @@ from drumline.data.dataset_manifest import DatasetManifest
 from drumline.errors import CheckpointError
 from drumline.files import apply_umask
 from drumline.plan.model import Plan
+from drumline.recipe.precision import find_precision
 from drumline.train.loader import copy_overlap
 from drumline.train.models import ModelBuilder
 
@@ -21,7 +22,10 @@ def export(plan: Plan, manifest: DatasetManifest, checkpoint: Path, target: Path
 
     Holds one copy of the whole model in host memory.
     """
-    model: Any = ModelBuilder(plan.recipe, manifest).whole()
+    recipe = plan.recipe
+    is_narrow = find_precision(recipe.precision, recipe.strategy.name).stored == 2
+    dtype = torch.bfloat16 if is_narrow else torch.float32
+    model: Any = ModelBuilder(recipe, manifest, dtype=dtype).whole()
     if not hasattr(model, "save_pretrained"):
         raise CheckpointError(
             f"{plan.recipe.model.factory}: a factory's model is not one of transformers'. Nearest: "

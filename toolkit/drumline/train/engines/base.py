@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from drumline.checkpoint.boxes import Boxes, whole
 from drumline.plan.model import Plan
-from drumline.recipe.precision import PRECISIONS
+from drumline.recipe.precision import find_precision
 from drumline.train.models import BATCHNORM, derived_seed
 from drumline.train.optimizers import set_rate
 from drumline.train.scaler import LossScaler
@@ -235,5 +235,5 @@ class Engine:
 
 def autocast_dtype(plan: Plan) -> torch.dtype | None:
     """The dtype of matrix products under the plan's precision; None without autocast."""
-    name = PRECISIONS[plan.recipe.precision].autocast
+    name = find_precision(plan.recipe.precision, plan.recipe.strategy.name).autocast
     return None if name is None else getattr(torch, name)  # type: ignore[no-any-return]

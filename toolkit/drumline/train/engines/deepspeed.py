@@ -26,10 +26,11 @@ from drumline.data.dataset_manifest import DatasetManifest
 from drumline.errors import LaunchError
 from drumline.plan.deepspeed import STAGES, deepspeed_config
 from drumline.plan.model import Plan
+from drumline.recipe.precision import find_precision
 from drumline.train.engines.base import Engine, TensorShard
 from drumline.train.models import ModelBuilder, has_batchnorm
 from drumline.train.models.builder import Progress, ignore_progress
-from drumline.train.objectives import ObjectiveModule, build_objective
+from drumline.train.objectives import ObjectiveModule, build_objective, model_input_names
 from drumline.train.optimizers import build_optimizer
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for two minutes on a CPU
@@ -63,6 +64,7 @@ class DeepSpeedEngine(Engine):
         super().__init__(plan, device)
         recipe = plan.recipe
         self._stage = STAGES[recipe.strategy.name]
+        self._numbers = find_precision(recipe.precision, recipe.strategy.name)
         self._config = deepspeed_config(plan)
         deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl")
         builder = ModelBuilder(recipe, manifest, device, progress=progress)
@@ -107,7 +109,8 @@ class DeepSpeedEngine(Engine):
     def _partition(self, block: nn.Module) -> None:
         """Under ZeRO-3, partition a newly made block over the ranks."""
         if self._stage == 3:
-            deepspeed.zero.Init(module=block, config_dict_or_path=self._config, dtype=torch.float32)
+            dtype = getattr(torch, self._numbers.model)
+            deepspeed.zero.Init(module=block, config_dict_or_path=self._config, dtype=dtype)
 
     def clip(self, max_norm: float | None) -> Tensor:
         """The norm of the whole unscaled gradient, float32 []; ZeRO clips during its step."""
@@ -165,6 +168,15 @@ class DeepSpeedEngine(Engine):
     def _reduce_gradients(self, last: bool) -> Iterator[None]:
         self.wrapped.set_gradient_accumulation_boundary(last)
         yield
+
+    def _to_device(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors on the device; the model's inputs in its weights' dtype, unless autocast casts them."""
+        moved = super()._to_device(tensors)
+        if self._numbers.has_masters:
+            for name in model_input_names(moved):
+                if moved[name].is_floating_point():
+                    moved[name] = moved[name].to(getattr(torch, self._numbers.model))
+        return moved
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()  # DeepSpeed's torch_autocast does it

@@ -1,6 +1,7 @@
 """The plain torch engine: one process, DDP, or FSDP2 (sharded over all ranks or within each node)."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from drumline.architectures.shapes import shard_dimension
-from drumline.checkpoint.boxes import slab
+from drumline.checkpoint.boxes import boxes_of_range
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.plan.model import Plan
 from drumline.train.engines.base import Engine, TensorShard
 from drumline.train.models import ModelBuilder, has_batchnorm
 from drumline.train.models.builder import Progress, ignore_progress
+from drumline.train.models.folding import fold_weights, original_name, unfolded_shapes
 from drumline.train.objectives import ObjectiveModule, build_objective
 from drumline.train.optimizers import build_optimizer
 
@@ -45,19 +46,21 @@ class TorchEngine(Engine):
         self.has_batchnorm = has_batchnorm(model)
         self.wrapped = self._wrap()
         self._parameters = {  # kept here: under FSDP2 a forward can leave unsharded ones in the module
-            name.removeprefix("model."): parameter
+            original_name(name.removeprefix("model.")): parameter
             for name, parameter in self.module.named_parameters()
         }
+        self._unfolded = unfolded_shapes(self.module.model)
         self.optimizer = build_optimizer(self.module, recipe)
         self._allocate_optimizer_state()
 
     def _shard(self, builder: ModelBuilder) -> nn.Module:
         for block in builder.blocks():
+            fold_weights(block, self.mesh.shards)
             fully_shard(block, **self._shard_options())
         return builder.finish()
 
     def _shard_options(self) -> dict[str, Any]:
-        """The options of FSDP2, the same for every block and the root."""
+        """The mesh and the precision policy of FSDP2, the same for every block and the root."""
         if not hasattr(self, "_device_mesh"):
             self._device_mesh = self._make_mesh()
         policy = MixedPrecisionPolicy()
@@ -65,12 +68,7 @@ class TorchEngine(Engine):
             policy = MixedPrecisionPolicy(
                 param_dtype=self._autocast, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
-        ranks = self.mesh.shards
-        return {
-            "mesh": self._device_mesh,
-            "mp_policy": policy,
-            "shard_placement_fn": lambda weight: Shard(shard_dimension(tuple(weight.shape), ranks)),
-        }
+        return {"mesh": self._device_mesh, "mp_policy": policy}
 
     def _make_mesh(self) -> DeviceMesh:
         """A 1-D mesh of all ranks, or a 2-D mesh of replicas × shards."""
@@ -84,6 +82,7 @@ class TorchEngine(Engine):
         if self.plan.recipe.model.sync_batchnorm:
             self.module = nn.SyncBatchNorm.convert_sync_batchnorm(self.module)
         if self._sharded:
+            fold_weights(self.module, self.mesh.shards)
             fully_shard(self.module, **self._shard_options())
         if self.plan.recipe.model.compile:
             self.module.compile()
@@ -123,7 +122,9 @@ class TorchEngine(Engine):
         for name, parameter in self._parameters.items():
             if parameter.grad is not None:
                 gradient = parameter.grad
-                yield name, gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+                if isinstance(gradient, DTensor):
+                    gradient = gradient.full_tensor()
+                yield name, gradient.view(self._unfolded.get(name, gradient.shape))
 
     def _after_evaluation(self) -> None:
         if self._sharded:
@@ -131,37 +132,38 @@ class TorchEngine(Engine):
 
     def state_shards(self) -> Iterator[tuple[str, TensorShard]]:
         """Weights, then optimizer tensors; ranks take turns in writing the replicated ones."""
-        names = {id(parameter): name for name, parameter in self._parameters.items()}
-        tensors: list[tuple[str, Any]] = [
-            (f"model.{name}", weight.data) for name, weight in self._parameters.items()
+        tensors: list[tuple[str, str, Any]] = [
+            (f"model.{name}", name, weight.data) for name, weight in self._parameters.items()
         ]
+        names = {id(parameter): name for name, parameter in self._parameters.items()}
         for parameter, state in self.optimizer.state.items():
+            name = names[id(parameter)]
             tensors += [
-                (f"optimizer.{names[id(parameter)]}.{key}", value)
+                (f"optimizer.{name}.{key}", name, value)
                 for key, value in state.items()
                 if isinstance(value, Tensor)
             ]
-        for number, (name, value) in enumerate(tensors):
+        for number, (stored, name, value) in enumerate(tensors):
             if isinstance(value, DTensor):
-                yield name, self._sharded_part(value)
+                yield stored, self._sharded_part(name, value)
             else:
-                yield name, self._replicated(value, number)
+                yield stored, self._replicated(value, number)
 
-    def _sharded_part(self, value: DTensor) -> TensorShard:
-        """This rank's FSDP2 shard, a chunk of one dimension like torch.chunk's; the first replica writes."""
+    def _sharded_part(self, name: str, value: DTensor) -> TensorShard:
+        """This rank's FSDP2 shard, split along dimension 0 like torch.chunk; the first replica writes."""
         mesh = value.device_mesh
         shards, position = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
-        dimension = value.placements[-1].dim  # type: ignore[attr-defined]
-        size = value.shape[dimension]
-        chunk = -(-size // shards)
-        start = min(size, position * chunk)
+        rows = value.shape[0] if value.ndim else 1
+        start = min(rows, position * -(-rows // shards))
         first_replica = mesh.ndim == 1 or mesh.get_local_rank(0) == 0
         local = value.to_local()
-        shape = tuple(value.shape)
+        is_folded = value.shape == self._parameters[name].shape
+        shape = tuple(self._unfolded.get(name, value.shape) if is_folded else value.shape)
+        row = math.prod(value.shape[1:])
         return TensorShard(
             local,
             shape,
-            slab(shape, dimension, start, min(chunk, size - start)),
+            boxes_of_range(shape, start * row, local.numel()),
             owned=first_replica and local.numel() > 0,
             copies=mesh.get_group(0) if mesh.ndim > 1 else None,
         )

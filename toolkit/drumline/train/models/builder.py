@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from drumline.data.dataset_manifest import DatasetManifest
-from drumline.recipe.precision import PRECISIONS
+from drumline.recipe.precision import find_precision
 from drumline.recipe.schema import Recipe
 from drumline.train.models.blocks import named_blocks, own_tensors
 from drumline.train.models.build import build_model, check_vocabulary, enable_checkpointing
@@ -54,9 +54,10 @@ class ModelBuilder:
     ) -> None:
         self._seed, self._device = recipe.seed, device or torch.device("cpu")
         self._is_random = recipe.model.source == "config"
-        is_narrow = PRECISIONS[recipe.precision].stored == 2
-        self._dtype = dtype or (torch.bfloat16 if is_narrow else None)
+        name = find_precision(recipe.precision, recipe.strategy.name).model
+        self._dtype = dtype or (getattr(torch, name) if name != "float32" else None)
         self._progress = progress
+        self._inside: set[int] = set()
         self.model: Any = build_model(recipe, manifest)
         check_vocabulary(self.model, manifest)
         apply_edits(self.model, recipe)
@@ -66,6 +67,7 @@ class ModelBuilder:
     def blocks(self) -> Iterator[nn.Module]:
         """The repeated blocks (a transformer's layers), each with its initial weights."""
         named = named_blocks(self.model)
+        self._inside = {id(module) for _, block in named for module in block.modules()}
         size = min(_LARGEST_ROUND, _world())
         for start in range(0, len(named), size):
             batch = named[start : start + size]
@@ -79,8 +81,7 @@ class ModelBuilder:
 
     def finish(self) -> nn.Module:
         """Materialise everything outside the blocks and tie weights; returns the model."""
-        inside = {id(m) for _, block in named_blocks(self.model) for m in block.modules()}
-        outside = [module for module in self.model.modules() if id(module) not in inside]
+        outside = [m for m in self.model.modules() if id(m) not in self._inside]
         self._draw([(_OUTSIDE, outside)])
         self._hand_out(outside, source=0)
         if self._is_random:

@@ -13,7 +13,14 @@ from typing import Any
 from drumline.data.factory import load_factory
 from drumline.errors import PlanError
 from drumline.recipe.schema import Recipe
-from drumline.train.objectives.base import Batch, Objective, ObjectiveModule, Sums, model_inputs
+from drumline.train.objectives.base import (
+    Batch,
+    Objective,
+    ObjectiveModule,
+    Sums,
+    model_input_names,
+    model_inputs,
+)
 
 __all__ = [
     "Batch",
@@ -21,6 +28,7 @@ __all__ = [
     "ObjectiveModule",
     "Sums",
     "build_objective",
+    "model_input_names",
     "model_inputs",
 ]
 

@@ -68,10 +68,15 @@ class ObjectiveModule(nn.Module):
 
 def model_inputs(model: nn.Module, batch: Batch) -> Any:
     """The model's output for a micro-batch: `features` as its first argument, all else by name."""
-    inputs = {name: value for name, value in batch.items() if name not in _NOT_INPUTS}
+    inputs = {name: batch[name] for name in model_input_names(batch)}
     first = [inputs.pop("features")] if "features" in inputs else []
     with positions_given("position_ids" in inputs):
         return model(*first, **inputs)
+
+
+def model_input_names(batch: Batch) -> list[str]:
+    """The names of the tensors of a micro-batch that the model is given."""
+    return [name for name in batch if name not in _NOT_INPUTS]
 
 
 def at_least_fp32(logits: Tensor) -> Tensor:
