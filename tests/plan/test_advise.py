@@ -31,7 +31,7 @@ MISFITS = [
         ["model.activation_checkpointing=none", "batch.per_device=8", "batch.accumulation=4"],
     ),
     ("llama-8b-8xh100", ["strategy.name=ddp"]),
-    ("llama-8b-zero3", ["strategy.name=zero1"]),
+    ("llama-8b-zero3", ["strategy.name=zero1", "precision=fp32"]),
     ("llama-8b-zero3", ["strategy.name=zero1", "cluster.gpu=a100-40gb"]),
     ("llama-8b-8xh100", ["cluster.gpu=l4", "batch.per_device=4", "batch.accumulation=8"]),
 ]
