@@ -3,6 +3,7 @@
 import random
 from typing import Any
 
+from drumline.architectures.config_fields import config_fields
 from drumline.plan.model import Plan
 from drumline.plan.resolve import resolve
 from drumline.recipe.load import merge, validate
@@ -19,6 +20,12 @@ GPT2 = {
 }
 BERT = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 1024,
         "vocab_size": 2000}  # fmt: skip
+GEMMA = {**LLAMA, "head_dim": 32}
+NEOX = {
+    **{k: v for k, v in LLAMA.items() if k != "num_key_value_heads"},
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 SMALL: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -27,11 +34,26 @@ SMALL: dict[str, dict[str, Any]] = {
     "mixtral": {**LLAMA, "num_local_experts": 4},
     "qwen3_moe": {**LLAMA, "moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2,
                   "head_dim": 32},
+    "granite": LLAMA,
+    "smollm3": LLAMA,
+    "olmo2": {**LLAMA, "eos_token_id": 0},
+    "gemma": GEMMA,
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
+    "cohere": {**LLAMA, "bos_token_id": 0, "eos_token_id": 0},
+    "phi": LLAMA,
+    "phi3": {**LLAMA, "pad_token_id": 0, "eos_token_id": 0},
+    "gpt_neox": NEOX,
+    "starcoder2": {**LLAMA, "bos_token_id": 0, "eos_token_id": 0},
+    "opt": {**{k: v for k, v in NEOX.items() if k != "intermediate_size"}, "ffn_dim": 704, "dropout": 0.0,
+            "word_embed_proj_dim": 256},
     "gpt2": GPT2,
     "bert": BERT,
     "vit": {**{k: v for k, v in BERT.items() if k != "vocab_size"}, "image_size": 64, "patch_size": 8},
 }  # fmt: skip
 FULL = {"model": {"activation_checkpointing": "full"}}
+SCALES_LOGITS = ("granite", "gemma2", "cohere")
+"""Families whose loss cannot be chunked."""
 
 
 def small_plan(
@@ -61,6 +83,8 @@ def small_plan(
         plain["data"]["task"] = "classification"
     if architecture == "vit":
         plain["data"]["sequence_length"] = None
+    if architecture == "gemma2":
+        sections = merge({"model": {"attention": "eager"}}, sections)
     return resolve(validate(merge(plain, sections), "memory"))
 
 
@@ -92,10 +116,18 @@ def random_plan(draw: random.Random) -> tuple[str, Plan]:
     if architecture == "vit":
         del config["vocab_size"]
     elif architecture not in ("gpt2", "bert"):
-        config |= {"num_key_value_heads": draw.choice([1, 2, 4]), "head_dim": width,
-                   "tie_word_embeddings": draw.random() < 0.5}  # fmt: skip
+        config |= {"tie_word_embeddings": draw.random() < 0.5}
+        if "num_key_value_heads" in config:
+            config |= {"num_key_value_heads": draw.choice([1, 2, 4])}
+        if "head_dim" in (config_fields(architecture) or {}):
+            config |= {"head_dim": width}
+        if architecture == "opt":
+            config |= {
+                "ffn_dim": config.pop("intermediate_size"),
+                "word_embed_proj_dim": heads * width,
+            }
     gpus, strategy, shard = draw.choice(LAYOUTS)
-    chunked = architecture not in ("bert", "vit") and draw.random() < 0.3
+    chunked = architecture not in ("bert", "vit", *SCALES_LOGITS) and draw.random() < 0.3
     optimizer = draw.choice(OPTIMIZERS)
     extra: dict[str, Any] = {}
     if draw.random() < 0.3:
@@ -107,6 +139,8 @@ def random_plan(draw: random.Random) -> tuple[str, Plan]:
         "activation_checkpointing": draw.choice(["none", "none", "full"]),
         "attention": draw.choice(["sdpa", "sdpa", "sdpa", "eager"]),
     }
+    if architecture == "gemma2":
+        model["attention"] = "eager"
     plan = small_plan(architecture, config, b, length, gpus, k, model=model, precision=precision,
                       strategy={"name": strategy, "shard": shard}, loss={"chunked": chunked},
                       optimizer=optimizer, **extra)  # fmt: skip

@@ -6,6 +6,7 @@ import pytest
 
 from drumline.architectures.configs import read_shape
 from drumline.architectures.shapes import ModelShape
+from drumline.train.models import named_blocks
 
 SMALL = {
     "hidden_size": 64,
@@ -35,7 +36,18 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", {**SMALL, "num_key_value_heads": 2, "head_dim": 32, "attention_bias": True}),
     ("mixtral", {**SMALL, "num_local_experts": 4}),
     ("qwen3_moe", {**SMALL, "num_experts": 8, "moe_intermediate_size": 40, "vocab_size": 99}),
-]
+    *((name, {}) for name in ("granite", "smollm3", "olmo2", "gemma", "gemma2", "gemma3_text", "cohere", "phi",
+                              "phi3", "gpt_neox", "starcoder2", "opt")),
+    *((name, {**SMALL, "num_key_value_heads": 2, "vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1,
+              "eos_token_id": 1}) for name in ("granite", "smollm3", "olmo2", "cohere", "phi", "phi3", "starcoder2")),
+    *((name, {**SMALL, "num_key_value_heads": 2, "head_dim": 16}) for name in ("gemma", "gemma2", "gemma3_text")),
+    ("granite", {**SMALL, "attention_bias": True, "mlp_bias": True}),
+    ("smollm3", {**SMALL, "tie_word_embeddings": False, "attention_bias": True}),
+    ("gpt_neox", {**SMALL, "attention_bias": False}),
+    ("starcoder2", {**SMALL, "use_bias": False}),
+    ("opt", {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 96, "vocab_size": 99,
+             "max_position_embeddings": 50, "enable_bias": False, "word_embed_proj_dim": 64}),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("architecture", "config"), CASES)
@@ -50,9 +62,9 @@ def test_counts_are_those_of_the_real_model(architecture: str, config: dict[str,
     shape = read_shape(architecture, config)
     assert isinstance(shape, ModelShape)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
-    layers = model.transformer.h if architecture == "gpt2" else model.model.layers
+    layers = named_blocks(model)
     assert shape.layers == len(layers)
-    assert shape.layer_parameters == sum(p.numel() for p in layers[0].parameters())
+    assert shape.layer_parameters == sum(p.numel() for p in layers[0][1].parameters())
     assert (shape.hidden, shape.vocabulary) == (full.hidden_size, full.vocab_size)
 
 
@@ -86,7 +98,12 @@ def test_counts_of_classifiers(architecture: str, config: dict[str, Any], kind: 
         ("bert", {}, "as a language model"),
         ("llama", {"hidden_act": "quick_gelu"}, "hidden_act quick_gelu"),
         ("gpt2", {"add_cross_attention": True}, "with add_cross_attention"),
-        ("qwen3_moe", {"decoder_sparse_step": 2}, "no experts"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2"),
+        ("phi", {"qk_layernorm": True}, "qk_layernorm True"),
+        ("gpt_neox", {"use_parallel_residual": False}, "use_parallel_residual False"),
+        ("opt", {"word_embed_proj_dim": 512}, "word_embed_proj_dim 512"),
+        ("opt", {"layerdrop": 0.1}, "layerdrop 0.1"),
+        ("gemma2", {"final_logit_softcapping": None}, "final_logit_softcapping None"),
     ],
 )
 def test_what_is_not_known_is_said(architecture: str, config: dict[str, Any], words: str) -> None:

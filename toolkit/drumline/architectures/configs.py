@@ -9,31 +9,20 @@ from dataclasses import replace
 from typing import Any
 
 from drumline.architectures.shapes import ACTIVATIONS, ModelShape
+from drumline.architectures.structures import DECODERS, Decoder
 from drumline.errors import PlanError
 
 GPT2_DROPOUTS = ("attn_pdrop", "resid_pdrop", "embd_pdrop")
 BERT_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
-_LLAMA_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"vocab_size": 32000, "intermediate_size": 11008, "num_key_value_heads": None},
-    "mistral": {"vocab_size": 32000, "intermediate_size": 14336, "num_key_value_heads": 8},
-    "qwen2": {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32},
-    "qwen3": {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
-              "head_dim": 128},
-    "mixtral": {"vocab_size": 32000, "intermediate_size": 14336, "num_key_value_heads": 8,
-                "num_local_experts": 8, "num_experts_per_tok": 2},
-    "qwen3_moe": {"vocab_size": 151936, "intermediate_size": 6144, "num_key_value_heads": 4,
-                  "hidden_size": 2048, "num_hidden_layers": 24, "num_local_experts": 128,
-                  "num_experts_per_tok": 8, "moe_intermediate_size": 768},
-}  # fmt: skip
 _COMMON_KEYS = ("vocab_size", "tie_word_embeddings", "hidden_size", "num_hidden_layers", "num_labels",
                 "num_attention_heads", "max_position_embeddings", "hidden_act")  # fmt: skip
 _GPT2_KEYS = (*_COMMON_KEYS, *GPT2_DROPOUTS, "n_embd", "n_layer", "n_head", "n_positions", "n_inner",
               "activation_function")  # fmt: skip
-_LLAMA_KEYS = (*_COMMON_KEYS, "intermediate_size", "num_key_value_heads", "head_dim", "attention_bias",
-               "mlp_bias", "attention_dropout", "sliding_window", "use_sliding_window")  # fmt: skip
-_MOE_KEYS = (*_LLAMA_KEYS, "num_local_experts", "num_experts", "num_experts_per_tok",
-             "moe_intermediate_size", "decoder_sparse_step", "mlp_only_layers")  # fmt: skip
+_DECODER_KEYS = (*_COMMON_KEYS, "intermediate_size", "num_key_value_heads", "head_dim", "sliding_window",
+                 "partial_rotary_factor", "layer_types", "no_rope_layers", "no_rope_layer_interval",
+                 "num_local_experts", "num_experts", "num_experts_per_tok",
+                 "moe_intermediate_size")  # fmt: skip
 _BERT_KEYS = (*_COMMON_KEYS, *BERT_DROPOUTS, "intermediate_size", "type_vocab_size")
 _VIT_KEYS = (*_COMMON_KEYS, *BERT_DROPOUTS, "intermediate_size", "image_size", "patch_size", "num_channels",
              "qkv_bias")  # fmt: skip
@@ -49,9 +38,8 @@ def read_shape(
     """
     if architecture not in _READERS:
         return f"no closed form for {architecture}"
-    keys, activation, read = _READERS[architecture]
+    keys, key, activation, read = _READERS[architecture]
     refuse_near_misses(config, keys)
-    key = "activation_function" if "activation_function" in keys else "hidden_act"
     activation = config.get(key, activation)
     if activation not in ACTIVATIONS:
         return f"no closed form for {architecture} with {key} {activation}"
@@ -121,69 +109,108 @@ def _gpt2(architecture: str, config: dict[str, Any], classes: int | None) -> Mod
     )
 
 
-def _llama_or_why_not(
-    architecture: str, config: dict[str, Any], classes: int | None
-) -> ModelShape | str:
-    if architecture.startswith("qwen") and config.get("use_sliding_window"):
-        return f"no closed form for {architecture} with use_sliding_window"
-    return _llama(architecture, config, classes)
-
-
-def _llama(architecture: str, config: dict[str, Any], classes: int | None) -> ModelShape:
-    defaults = _LLAMA_DEFAULTS[architecture]
-    h = _whole(config, ("hidden_size",), defaults.get("hidden_size", 4096))
-    heads = _whole(config, ("num_attention_heads",), 32)
-    kv_heads = _whole(config, ("num_key_value_heads",), defaults["num_key_value_heads"] or heads)
+def _decoder(architecture: str, config: dict[str, Any], classes: int | None) -> ModelShape | str:
+    """The shape of a decoder of the table in `structures.py`."""
+    family = DECODERS[architecture]
+    for key, needed in family.needs.items():
+        value = config.get(key, needed)
+        is_any_number = isinstance(needed, float) and bool(needed) and bool(value)
+        if value != needed and not is_any_number:
+            return f"no closed form for {architecture} with {key} {value}"
+    values = {**family.defaults, **{k: v for k, v in config.items() if v is not None}}
+    for common, own in family.names.items():
+        values[common] = values.get(own, values.get(common))
+    h = _whole(values, ("hidden_size",), None)
+    for key in family.as_wide:
+        if values.get(key, h) != h:
+            return f"no closed form for {architecture} with {key} {values[key]}"
+    heads = _whole(values, ("num_attention_heads",), None)
+    kv_heads = _whole(values, ("num_key_value_heads",), heads)
     if heads % kv_heads:
         raise PlanError(
             f"model.config.num_key_value_heads: {kv_heads} does not divide num_attention_heads {heads}"
         )
-    if "head_dim" not in defaults and config.get("head_dim") is None:
+    if values.get("head_dim") is None:
         _refuse_remainder(h, heads)
-    head_dim = _whole(config, ("head_dim",), defaults.get("head_dim") or h // heads)
-    is_qwen3 = architecture in ("qwen3", "qwen3_moe")
-    can_have_bias = architecture in ("llama", "qwen3", "qwen3_moe")
-    biased = bool(config.get("attention_bias")) and can_have_bias
-    window = None
-    if architecture in ("mistral", "mixtral"):
-        window = config.get("sliding_window", 4096 if architecture == "mistral" else None)
-    return ModelShape(
-        family="llama",
+    head_dim = _whole(values, ("head_dim",), h // heads)
+    layers = _whole(values, ("num_hidden_layers",), None)
+    qkv, out, feed_forward = (
+        key if isinstance(key, bool) else bool(values.get(key, False)) for key in family.biases
+    )
+    positions = None
+    if family.extra_positions:
+        positions = _whole(values, ("max_position_embeddings",), None) + family.extra_positions
+    shape = ModelShape(
+        family="decoder",
         architecture=architecture,
         hidden=h,
-        layers=_whole(config, ("num_hidden_layers",), defaults.get("num_hidden_layers", 32)),
+        layers=layers,
         heads=heads,
         head_dim=head_dim,
         kv_width=kv_heads * head_dim,
-        ffn=_whole(config, ("intermediate_size",), defaults["intermediate_size"]),
-        vocabulary=_whole(config, ("vocab_size",), defaults["vocab_size"]),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        dropout=_share(config, "attention_dropout", 0.0),
+        ffn=_whole(values, ("intermediate_size",), None),
+        vocabulary=_whole(values, ("vocab_size",), None),
+        tied=bool(values.get("tie_word_embeddings", False)),
+        dropout=max(_share(values, key, 0.0) for key in family.dropouts),
+        positions=positions,
+        unused_positions=family.extra_positions,
         classes=classes,
-        window=window,
-        has_qk_norm=is_qwen3,
-        has_qkv_bias=biased or architecture == "qwen2",
-        has_out_bias=biased,
-        has_mlp_bias=bool(config.get("mlp_bias")) and architecture == "llama",
+        window=_window(family, config),
+        has_qkv_bias=qkv,
+        has_out_bias=out,
+        has_mlp_bias=feed_forward,
+        has_head_bias=family.has_head_bias,
+        structure=family.structure,
+        rotary_share=_rotary_share(values),
+        windowed=_windowed(family, values, layers),
+        rotated=_rotated(family, values, layers),
     )
+    return _with_experts(shape, values) if "num_local_experts" in family.defaults else shape
 
 
-def _moe(architecture: str, config: dict[str, Any], classes: int | None) -> ModelShape | str:
-    if architecture.startswith("qwen") and config.get("use_sliding_window"):
-        return f"no closed form for {architecture} with use_sliding_window"
-    if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
-        return f"no closed form for {architecture} with layers that have no experts"
-    defaults = _LLAMA_DEFAULTS[architecture]
-    dense = _llama(architecture, config, classes)
-    ffn = dense.ffn
-    if "moe_intermediate_size" in defaults:
-        ffn = _whole(config, ("moe_intermediate_size",), defaults["moe_intermediate_size"])
-    experts = _whole(config, ("num_local_experts", "num_experts"), defaults["num_local_experts"])
-    top_k = _whole(config, ("num_experts_per_tok",), defaults["num_experts_per_tok"])
+def _window(family: Decoder, config: dict[str, Any]) -> int | None:
+    """The sliding window in tokens; None without one, or where the config keeps it switched off."""
+    if "use_sliding_window" in family.needs:
+        return None
+    window: int | None = config.get("sliding_window", family.window)
+    return window
+
+
+def _rotary_share(values: dict[str, Any]) -> float:
+    """The share of a head's features with rotary positions."""
+    rope = values.get("rope_parameters") or {}
+    share = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
+    return float(values.get("rotary_pct", share))
+
+
+def _windowed(family: Decoder, values: dict[str, Any], layers: int) -> tuple[bool, ...]:
+    """Whether each layer has the sliding window; empty if all are alike."""
+    kinds = values.get("layer_types")
+    if kinds:
+        return tuple(kind == "sliding_attention" for kind in kinds)
+    every = values.get(
+        "_sliding_window_pattern", values.get("sliding_window_pattern", family.full_every)
+    )
+    return tuple((n + 1) % every != 0 for n in range(layers)) if family.full_every else ()
+
+
+def _rotated(family: Decoder, values: dict[str, Any], layers: int) -> tuple[bool, ...]:
+    """Whether each layer has rotary positions; empty if all have."""
+    stated = values.get("no_rope_layers")
+    if stated:
+        return tuple(bool(has) for has in stated)
+    every = values.get("no_rope_layer_interval", family.rotary_every)
+    return tuple((n + 1) % every != 0 for n in range(layers)) if family.rotary_every else ()
+
+
+def _with_experts(dense: ModelShape, values: dict[str, Any]) -> ModelShape:
+    experts = _whole(values, ("num_experts", "num_local_experts"), None)
+    top_k = _whole(values, ("num_experts_per_tok",), None)
     if top_k > experts:
         raise PlanError(
             f"model.config.num_experts_per_tok: {top_k} > {experts} experts. Nearest: {experts}"
         )
+    ffn = _whole(values, ("moe_intermediate_size",), dense.ffn)
     return replace(dense, ffn=ffn, experts=experts, top_k=top_k)
 
 
@@ -246,15 +273,14 @@ def _vit(architecture: str, config: dict[str, Any], classes: int | None) -> Mode
 
 Reader = Callable[[str, dict[str, Any], int | None], ModelShape | str]
 
-_READERS: dict[str, tuple[tuple[str, ...], str, Reader]] = {
-    "gpt2": (_GPT2_KEYS, "gelu_new", _gpt2),
-    "llama": (_LLAMA_KEYS, "silu", _llama_or_why_not),
-    "mistral": (_LLAMA_KEYS, "silu", _llama_or_why_not),
-    "qwen2": (_LLAMA_KEYS, "silu", _llama_or_why_not),
-    "qwen3": (_LLAMA_KEYS, "silu", _llama_or_why_not),
-    "mixtral": (_MOE_KEYS, "silu", _moe),
-    "qwen3_moe": (_MOE_KEYS, "silu", _moe),
-    "bert": (_BERT_KEYS, "gelu", _bert),
-    "vit": (_VIT_KEYS, "gelu", _vit),
-}
-"""By architecture: known config keys, the default activation, and the reader of the shape."""
+_READERS: dict[str, tuple[tuple[str, ...], str, str, Reader]] = {
+    "gpt2": (_GPT2_KEYS, "activation_function", "gelu_new", _gpt2),
+    "bert": (_BERT_KEYS, "hidden_act", "gelu", _bert),
+    "vit": (_VIT_KEYS, "hidden_act", "gelu", _vit),
+    **{
+        name: ((*_DECODER_KEYS, *family.dropouts, *family.needs, family.activation_key),
+               family.activation_key, family.activation, _decoder)
+        for name, family in DECODERS.items()
+    },
+}  # fmt: skip
+"""By architecture: known config keys, the key and the default of the activation, the reader of the shape."""

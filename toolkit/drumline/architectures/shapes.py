@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+from drumline.architectures.structures import LLAMA, Structure
+
 ACTIVATIONS = {
     "gelu": "input",
     "gelu_pytorch_tanh": "input",
@@ -27,10 +29,13 @@ class ModelShape:
     """Widths of a transformer; sizes are numbers of elements, not bytes.
 
     `family`: the structure of its layers. `ffn`: the feed-forward width, with `experts` that of one expert.
-    Each token is routed to `top_k` experts. `positions`: learned positions of a text model; None for rotary
-    ones, and for images, which have `patches` + 1. `classes`: classes of a classifier, None for a language
-    model. `patches`: patches per image, and `patch_inputs` the numbers in one; 0 for text. `window`: sliding
-    window in tokens; attention over longer rows is given a mask. `activation`: as in the config.
+    Each token is routed to `top_k` experts. `positions`: learned positions of a text model, of which no token
+    takes `unused_positions`; None for rotary ones, and for images, which have `patches` + 1. `classes`:
+    classes of a classifier, None for a language model. `patches`: patches per image, and `patch_inputs` the
+    numbers in one; 0 for text. `window`: sliding window in tokens; attention over longer rows is given a
+    mask. `activation`: as in the config. `structure`: of a decoder's layers. `rotary_share`: share of a
+    head's features with rotary positions. `windowed` and `rotated`: of each layer, whether it has the window
+    and rotary positions; empty if all are alike.
     """
 
     family: str
@@ -51,11 +56,16 @@ class ModelShape:
     patches: int = 0
     patch_inputs: int = 0
     window: int | None = None
-    has_qk_norm: bool = False
     has_qkv_bias: bool = False
     has_out_bias: bool = False
     has_mlp_bias: bool = False
+    has_head_bias: bool = False
     activation: str = "silu"
+    structure: Structure = LLAMA
+    unused_positions: int = 0
+    rotary_share: float = 1.0
+    windowed: tuple[bool, ...] = ()
+    rotated: tuple[bool, ...] = ()
 
     @property
     def query_width(self) -> int:
@@ -104,27 +114,45 @@ class ModelShape:
 
 def layer_tensors(shape: ModelShape) -> Tensors:
     """All weights of one layer."""
-    h, f, q, kv, e = shape.hidden, shape.ffn, shape.query_width, shape.kv_width, shape.experts
+    h, f, q, kv = shape.hidden, shape.ffn, shape.query_width, shape.kv_width
     tensors: Tensors
     if shape.family == "gpt2":  # Conv1D keeps its weights transposed
         tensors = {"qkv": (h, 3 * h), "out": (h, h), "up": (h, f), "down": (f, h)}
         return tensors | {"qkv_bias": (3 * h,), "up_bias": (f,)} | _vectors(h, 6)
-    tensors = {"q": (q, h), "k": (kv, h), "v": (kv, h), "out": (h, q)}
+    if shape.structure.packs_qkv:
+        tensors = {"qkv": (q + 2 * kv, h), "out": (h, q)}
+    else:
+        tensors = {"q": (q, h), "k": (kv, h), "v": (kv, h), "out": (h, q)}
     if shape.has_qkv_bias:
         tensors |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,)}
     if shape.family in ("bert", "vit"):
         return tensors | {"up": (f, h), "down": (h, f), "up_bias": (f,)} | _vectors(h, 6)
+    return tensors | _decoder_tensors(shape)
+
+
+def _decoder_tensors(shape: ModelShape) -> Tensors:
+    """A decoder layer's weights besides the biases of q, k and v; packed weights replace separate ones."""
+    h, f, q, kv, e = shape.hidden, shape.ffn, shape.query_width, shape.kv_width, shape.experts
+    structure = shape.structure
+    tensors: Tensors = {}
     if shape.has_out_bias:
         tensors |= {"out_bias": (h,)}
-    if shape.has_mlp_bias:
-        tensors |= {"gate_bias": (f,), "up_bias": (f,), "down_bias": (h,)}
-    if shape.has_qk_norm:
-        tensors |= {"q_norm": (shape.head_dim,), "k_norm": (shape.head_dim,)}
+    if structure.qk_norm:
+        widths = (q, kv) if structure.qk_norm == "full" else (shape.head_dim, shape.head_dim)
+        tensors |= {"q_norm": (widths[0],), "k_norm": (widths[1],)}
     if e:
         tensors |= {"router": (e, h), "gate_up": (e, 2 * f, h), "down": (e, h, f)}
+    elif structure.feed_forward == "plain":
+        tensors |= {"up": (f, h), "down": (h, f)}
+        if shape.has_mlp_bias:
+            tensors |= {"up_bias": (f,), "down_bias": (h,)}
+    elif structure.feed_forward == "gated_packed":
+        tensors |= {"gate_up": (2 * f, h), "down": (h, f)}
     else:
         tensors |= {"gate": (f, h), "up": (f, h), "down": (h, f)}
-    return tensors | _vectors(h, 2)
+        if shape.has_mlp_bias:
+            tensors |= {"gate_bias": (f,), "up_bias": (f,), "down_bias": (h,)}
+    return tensors | _vectors(h, structure.norms * (1 + structure.has_shift))
 
 
 def outer_tensors(shape: ModelShape) -> Tensors:
@@ -138,7 +166,9 @@ def outer_tensors(shape: ModelShape) -> Tensors:
         tensors = {"embedding": (shape.vocabulary, h)}
         if shape.positions:
             tensors |= {"positions": (shape.positions, h)}
-        tensors |= _vectors(h, 1 if shape.family == "llama" else 2)
+        tensors |= _vectors(
+            h, 1 if shape.family == "decoder" and not shape.structure.has_shift else 2
+        )
     if shape.family == "bert":
         tensors |= {"types": (2, h), "pooler": (h, h), "pooler_bias": (h,)}
     if classes is not None:
@@ -147,6 +177,8 @@ def outer_tensors(shape: ModelShape) -> Tensors:
             tensors |= {"head_bias": (classes,)}
     elif not shape.tied:
         tensors |= {"head": (shape.vocabulary, h)}
+    if shape.has_head_bias and classes is None:
+        tensors |= {"head_bias": (shape.vocabulary,)}
     return tensors
 
 

@@ -11,18 +11,22 @@ from drumline.architectures.shapes import ModelShape, layer_tensors
 from drumline.memory.attention import Kernel
 from drumline.memory.ledger import Parameter, Value
 from drumline.memory.mixtures import experts, route
-from drumline.memory.operators import Operators
+from drumline.memory.operators import FP32, Operators
 from drumline.memory.scores import eager_attention, math_attention
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One micro-batch on one rank: `samples` rows of `length` tokens, its attention kernel and mask."""
+    """One micro-batch on one rank, as one layer sees it: `samples` rows of `length` tokens.
+
+    `kernel`: of its attention, which `is_masked` or not; `is_rotated`: whether it has rotary positions.
+    """
 
     samples: int
     length: int
     kernel: Kernel
     is_masked: bool
+    is_rotated: bool = True
 
     @property
     def tokens(self) -> int:
@@ -78,35 +82,110 @@ def _gpt2_attention(layer: Layer, run: Operators, rows: Rows, hidden: Value) -> 
     return run.linear(out, layer.weights["out"], h)
 
 
-def _llama(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: float) -> Value:
-    shape = layer.shape
+def _decoder(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: float) -> Value:
+    """A decoder layer of the structure in `architectures/structures.py`."""
+    structure = layer.shape.structure
+    if structure.order in ("parallel", "parallel_two_norms"):
+        return _parallel(layer, run, rows, stream, dropout)
+    is_first, is_last = structure.order != "post", structure.order != "pre"
     residual = stream
-    hidden = run.rms_norm(stream, shape.hidden, layer.rest.width)
-    hidden = _llama_attention(layer, run, rows, hidden, residual.width)
-    hidden = run.add(residual, hidden)
+    hidden = norm(layer, run, stream) if is_first else stream
+    hidden = _attention(layer, run, rows, hidden, residual.width)
+    if is_last:
+        hidden = norm(layer, run, hidden)
+    hidden = run.add(residual, _scaled(layer, run, run.dropout(hidden, dropout)))
     residual = hidden
-    hidden = run.rms_norm(hidden, shape.hidden, layer.rest.width)
-    hidden = (_experts if shape.experts else _gated)(layer, run, rows, hidden)
-    return run.add(residual, hidden)
+    if is_first:
+        hidden = norm(layer, run, hidden)
+    hidden = (_experts if layer.shape.experts else _feed_forward)(layer, run, rows, hidden)
+    if is_last:
+        hidden = norm(layer, run, hidden)
+    return run.add(residual, _scaled(layer, run, run.dropout(hidden, dropout)))
 
 
-def _llama_attention(
-    layer: Layer, run: Operators, rows: Rows, hidden: Value, cosines: int
-) -> Value:
-    shape, w = layer.shape, layer.weights
-    query = run.linear(hidden, w["q"], shape.query_width)
-    if shape.has_qk_norm:
-        query = run.rms_norm(query, shape.head_dim, layer.rest.width)
-    key = run.linear(hidden, w["k"], shape.kv_width)
-    if shape.has_qk_norm:
-        key = run.rms_norm(key, shape.head_dim, layer.rest.width)
-    value = run.linear(hidden, w["v"], shape.kv_width)
-    query, key = run.rotate(query, cosines), run.rotate(key, cosines)
+def _parallel(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: float) -> Value:
+    """Attention and feed-forward of the same input, both added to it."""
+    hidden = norm(layer, run, stream)
+    attended = run.dropout(_attention(layer, run, rows, hidden, stream.width), dropout)
+    if layer.shape.structure.order == "parallel_two_norms":
+        del hidden
+        hidden = norm(layer, run, stream)
+    expanded = run.dropout(_feed_forward(layer, run, rows, hidden), dropout)
+    return run.add(run.add(expanded, attended), stream)
+
+
+def norm(layer: Layer, run: Operators, value: Value, features: int = 0) -> Value:
+    """The family's norm over the hidden width, or over `features`."""
+    features = features or layer.shape.hidden
+    kind = layer.shape.structure.norm
+    if kind == "layer":
+        return run.layer_norm(value, features)
+    if kind == "cohere":
+        return run.layer_norm_unfused(value, features)
+    return run.rms_norm(value, features, layer.rest.width, is_wide=kind == "rms_wide")
+
+
+def _scaled(layer: Layer, run: Operators, value: Value) -> Value:
+    return run.scale(value) if layer.shape.structure.scales_residual else value
+
+
+def _attention(layer: Layer, run: Operators, rows: Rows, hidden: Value, cosines: int) -> Value:
+    """Projections, norms of queries and keys, rotary positions, attention, output projection."""
+    shape, w, structure = layer.shape, layer.weights, layer.shape.structure
+    q, kv = shape.query_width, shape.kv_width
+    query_features = key_features = shape.head_dim
+    if structure.qk_norm == "full":
+        query_features, key_features = q, kv
+    if structure.packs_qkv:
+        packed = run.linear(hidden, w["qkv"], q + 2 * kv)
+        sizes = [rows.tokens * width for width in (q, kv, kv)]
+        query, key, value = run.parts(packed, sizes, is_chunked=structure.packs_qkv == "chunks")
+        del packed
+    else:
+        query = run.linear(hidden, w["q"], q)
+        if structure.scales_query:
+            query = run.scale(query)
+        if structure.qk_norm:
+            query = norm(layer, run, query, query_features)
+        key = run.linear(hidden, w["k"], kv)
+        if structure.qk_norm:
+            key = norm(layer, run, key, key_features)
+        value = run.linear(hidden, w["v"], kv)
+    if rows.is_rotated:
+        query, key = (_rotated(layer, run, v, cosines) for v in (query, key))
     out = _attend(layer, run, rows, query, key, value)
+    if rows.is_rotated and structure.rotary == "joined" and rows.kernel in ("flash", "efficient"):
+        # The joined query is ordered by head, and so is the output of a fused kernel.
+        out = run.copy(out)
     return run.linear(out, w["out"], shape.hidden)
 
 
-def _gated(layer: Layer, run: Operators, rows: Rows, hidden: Value) -> Value:
+def _rotated(layer: Layer, run: Operators, value: Value, cosines: int) -> Value:
+    shape = layer.shape
+    if shape.structure.rotary == "wide":
+        return run.cast(run.rotate(run.cast(value, FP32), FP32), value.width)
+    if shape.structure.rotary == "joined":
+        return run.rotate_part(value, cosines, shape.rotary_share)
+    return run.rotate(value, cosines)
+
+
+def _feed_forward(layer: Layer, run: Operators, rows: Rows, hidden: Value) -> Value:
+    kind, w, shape = layer.shape.structure.feed_forward, layer.weights, layer.shape
+    if kind == "gated":
+        return _gated(layer, run, hidden)
+    if kind == "plain":
+        inner = run.activate(shape.activation, run.linear(hidden, w["up"], shape.ffn))
+        return run.linear(inner, w["down"], shape.hidden)
+    packed = run.linear(hidden, w["gate_up"], 2 * shape.ffn)
+    half = rows.tokens * shape.ffn
+    gate, up = run.parts(packed, [half, half], is_chunked=True)
+    del packed
+    return run.linear(
+        run.multiply(up, run.activate(shape.activation, gate)), w["down"], shape.hidden
+    )
+
+
+def _gated(layer: Layer, run: Operators, hidden: Value) -> Value:
     """down(silu(gate(x)) · up(x))."""
     w, f = layer.weights, layer.shape.ffn
     gate = run.activate(layer.shape.activation, run.linear(hidden, w["gate"], f))
@@ -177,7 +256,7 @@ def _attend(layer: Layer, run: Operators, rows: Rows, query: Value, key: Value, 
 
 _LAYERS = {
     "gpt2": _gpt2,
-    "llama": _llama,
+    "decoder": _decoder,
     "bert": _bert,
     "vit": _vit,
 }

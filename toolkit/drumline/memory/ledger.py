@@ -20,9 +20,12 @@ pop it and thereby free the gradient."""
 
 
 class Block:
-    """An allocation, freed when its last reference is dropped; `width` is bytes per element."""
+    """An allocation, freed when its last reference is dropped; `width` is bytes per element.
 
-    __slots__ = ("_ledger", "_number", "elements", "part", "size", "width")
+    `base`, of a view only: the block that it is a view of; the view itself takes no memory.
+    """
+
+    __slots__ = ("_ledger", "_number", "base", "elements", "part", "size", "width")
 
     def __init__(
         self, ledger: "Ledger", elements: float, width: int, part: str, stream: int
@@ -30,6 +33,12 @@ class Block:
         self._ledger, self.elements, self.width, self.part = ledger, elements, width, part
         self.size = -(-int(elements * width) // ROUND) * ROUND
         self._number = ledger._born(self.size, part, stream)
+
+    def view(self, elements: float) -> "Block":
+        """A view of some of its elements, which keeps it alive."""
+        part = Block(self._ledger, 0, self.width, self.part, 0)
+        part.elements, part.base = elements, self
+        return part
 
     def __del__(self) -> None:
         self._ledger._died(self._number, self.size, self.part)

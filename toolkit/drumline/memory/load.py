@@ -1,6 +1,7 @@
 """The input of the memory estimate: everything that one rank's peak depends on. Pure."""
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from drumline.architectures.shapes import ModelShape
 from drumline.memory.attention import Kernel, choose_kernel
@@ -33,6 +34,13 @@ def zero_sizes(parameters: int | None) -> ZeroSizes:
     return replace(sizes, bucket=min(sizes.bucket, parameters or sizes.bucket))
 
 
+class LayerKind(NamedTuple):
+    """What differs between the layers of a model."""
+
+    is_masked: bool
+    is_rotated: bool
+
+
 @dataclass(frozen=True)
 class Load:
     """One rank's share of a plan; `shard_ranks` is the number of ranks that a tensor is sharded over.
@@ -40,8 +48,8 @@ class Load:
     `optimizer_states`: tensors of the parameter's size that the optimizer keeps per parameter.
     `has_scratch`: an optimizer step without weight decay allocates one more such tensor for a moment;
     `has_scratch_in_a_step`: the same with the recipe's weight decay. `evaluation`: rows of an evaluation
-    micro-batch, None without evaluation. `is_masked`: attention is given a mask. `attention`: the recipe's
-    `model.attention`. `zero`: DeepSpeed's buffers, of strategies zero1 to zero3.
+    micro-batch, None without evaluation. `is_masked`: rows are padded, so that attention is given a mask.
+    `attention`: the recipe's `model.attention`. `zero`: DeepSpeed's buffers, of strategies zero1 to zero3.
     """
 
     shape: ModelShape
@@ -85,21 +93,33 @@ class Load:
         """Bytes per element of weights in the forward; in mixed precision FSDP2 gathers 16-bit copies."""
         return 2 if self.strategy == "fsdp" and self.low else self.numbers.model_bytes
 
-    @property
-    def kernel(self) -> Kernel:
-        """The attention kernel that runs."""
+    def kernel(self, is_masked: bool) -> Kernel:
+        """The attention kernel that runs with a mask, or without one."""
         if self.attention == "eager":
             return "eager"
         if self.attention == "flash":
             return "flash"
         return choose_kernel(
             is_narrow=self.numbers.computed < 4,
-            is_masked=self.is_masked,
+            is_masked=is_masked,
             # With a mask, transformers repeats the shared key and value heads before the kernel.
-            shares_heads=self.shape.kv_width != self.shape.query_width and not self.is_masked,
+            shares_heads=self.shape.kv_width != self.shape.query_width and not is_masked,
             head_dim=self.shape.head_dim,
             has_flash=self.has_flash,
         )
+
+    @property
+    def layer_kinds(self) -> list["LayerKind"]:
+        """Of every layer, whether its attention has a mask, and whether it has rotary positions."""
+        shape = self.shape
+        number = shape.layers
+        is_long = shape.window is not None and self.sequence_length > shape.window
+        windowed = shape.windowed or (True,) * number
+        rotated = shape.rotated or (shape.structure.rotary != "none",) * number
+        return [
+            LayerKind(self.is_masked or (is_long and has_window), has_rotary)
+            for has_window, has_rotary in zip(windowed, rotated, strict=True)
+        ]
 
     @property
     def is_zero(self) -> bool:

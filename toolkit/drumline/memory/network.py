@@ -1,22 +1,23 @@
 """The forward of a whole model on a ledger: embedding, layers, head and loss.
 
-All layers are alike, so for the peak of live bytes only the first two and the last one are simulated (the
-last two under FSDP2, where a layer's buffers live until the next layer). One block stands for what the
-layers between them save. Memory grows or shrinks evenly over those layers, so the peak is at either end.
+Layers of a kind are alike, so for the peak of live bytes only the first layer, one of each kind and the last
+one are simulated (the last two under FSDP2, where a layer's buffers live until the next layer). One block
+stands for what the layers between them save. Memory grows or shrinks evenly over those layers, so the peak is
+at either end.
 For the allocator model, which depends on the order of all allocations, every layer is simulated.
 """
 
 import math
+from collections import Counter
+from dataclasses import replace
 
 from drumline.architectures.shapes import Tensors, layer_tensors, outer_tensors
-from drumline.memory.families import Layer, Rows
+from drumline.memory.families import Layer, Rows, norm
 from drumline.memory.ledger import Gradient, Ledger, Parameter, Value
-from drumline.memory.load import CHUNK_TOKENS, Load
+from drumline.memory.load import CHUNK_TOKENS, LayerKind, Load
 from drumline.memory.operators import FP32, Operators, part, token_loss
 from drumline.memory.sharding import Group, Stage
 
-PLAYED_LAYERS = 3
-PLAYED_SHARDED_LAYERS = 4
 PLAYED_CHUNKS = 3
 _EMBEDDINGS = ("embedding", "positions", "types", "patch", "class")
 
@@ -34,9 +35,9 @@ class Network:
             name: Parameter(math.prod(sizes), width) for name, sizes in outer_tensors(shape).items()
         }
         self.head = self.outer.get("head") or self.outer["embedding"]
-        played = PLAYED_SHARDED_LAYERS if load.strategy == "fsdp" else PLAYED_LAYERS
-        number = shape.layers if is_whole else min(played, shape.layers)
-        self.layers = [Layer(shape, width) for _ in range(number)]
+        self._first, self._last = _played(load, is_whole)
+        self.kinds = self._first + self._last
+        self.layers = [Layer(shape, width) for _ in self.kinds]
         self.unplayed = Parameter((shape.layers - len(self.layers)) * shape.layer_parameters, width)
         self.stage = Stage()
         self.root: Group | None = None
@@ -117,8 +118,9 @@ class Network:
     def _mask(self, rows: Rows, width: int) -> tuple[int, int]:
         """(elements, bytes per element) of the mask that all layers share: float for eager, else bool."""
         is_eager = rows.kernel == "eager"
-        square = rows.length * rows.length * (rows.samples if rows.is_masked else 1)
-        return (square if is_eager or rows.is_masked else 0), (width if is_eager else 1)
+        is_masked = any(kind.is_masked for kind in self.load.layer_kinds)
+        square = rows.length * rows.length * (rows.samples if is_masked else 1)
+        return (square if is_eager or is_masked else 0), (width if is_eager else 1)
 
     def _embed(self, rows: Rows) -> Value:
         shape, run = self.shape, self.run
@@ -134,6 +136,10 @@ class Network:
             hidden = run.add_broadcast(hidden, places)
         if shape.family == "bert":
             hidden = run.layer_norm(hidden, shape.hidden)
+        if shape.structure.embedding_scale == "tensor":
+            hidden = run.scale_by_constant(hidden, hidden.width)
+        elif shape.structure.embedding_scale == "number":
+            hidden = run.scale(hidden)
         return run.dropout(hidden, shape.dropout)
 
     def _embed_patches(self, rows: Rows) -> Value:
@@ -155,23 +161,36 @@ class Network:
     def _norm(self, stream: Value) -> Value:
         if self.shape.family == "bert":
             return stream
-        if self.shape.family == "llama":
-            return self.run.rms_norm(stream, self.shape.hidden, self.load.forward_width)
+        if self.shape.family == "decoder":
+            return norm(self.layers[-1], self.run, stream)
         return self.run.layer_norm(stream, self.shape.hidden)
 
     def _all_layers(self, rows: Rows, stream: Value) -> Value:
         are_all = self.ledger.is_recording or self.is_whole
-        played = self.layers if are_all else self.layers[:2]
-        unplayed = self.shape.layers - len(played)
-        for number, layer in enumerate(played):
+        kinds = self.kinds if are_all else self._first
+        unplayed = Counter(self.load.layer_kinds)
+        unplayed.subtract(kinds)
+        grown = copied = 0
+        for number, kind in enumerate(kinds):
             before, copies = self.ledger.live, self.run.copies
-            stream = self._layer(rows, number, layer, stream)
-            if number == 1 and unplayed:
-                grown = self.ledger.live - before
-                stream = self._lump(stream, unplayed, grown, self.run.copies - copies)
+            stream = self._layer(rows, number, stream)
+            if number:  # the first layer has allocations of its own
+                grown += unplayed[kind] * (self.ledger.live - before)
+                copied += unplayed[kind] * (self.run.copies - copies)
+                unplayed[kind] = 0
+            if number + 1 == len(self._first) and self.shape.layers > len(kinds):
+                stream = self._lump(stream, self.shape.layers - len(kinds), grown, copied)
         return stream
 
-    def _layer(self, rows: Rows, number: int, layer: Layer, stream: Value) -> Value:
+    def _layer(self, rows: Rows, number: int, stream: Value) -> Value:
+        layer, kind = self.layers[number], self.kinds[number]
+        rows = replace(
+            rows,
+            kernel=self.load.kernel(kind.is_masked),
+            is_masked=kind.is_masked,
+            is_rotated=kind.is_rotated,
+        )
+
         def forward(value: Value) -> Value:
             value = self._touch(value, layer.rest)
             return layer.forward(self.run, rows, value, self.shape.dropout)
@@ -200,16 +219,16 @@ class Network:
     def _lump(self, stream: Value, unplayed: int, grown: int, copied: int) -> Value:
         """Stands for the layers that are not simulated: what they save, and their weights' gradients.
 
-        `grown` and `copied` are bytes per layer: live bytes added, and of these autocast's weight copies.
+        `grown` and `copied` are bytes of all of them: live bytes added, and of these autocast's copies.
         Copies that no backward saves are freed when the autocast region ends.
         """
         ledger, load = self.ledger, self.load
         transient = copied if load.checkpointing or not ledger.is_recording else 0
         if transient:
-            self.run.hold(ledger.block(transient * unplayed, 1))
+            self.run.hold(ledger.block(transient, 1))
         if not ledger.is_recording:
             return stream
-        kept = [ledger.block((grown - transient) * unplayed, 1)]
+        kept = [ledger.block(grown - transient, 1)]
         born = 0.0 if load.keeps_gradients else self.unplayed.elements
         if born and self.groups:
             born = self.groups[0].shard * unplayed
@@ -227,14 +246,21 @@ class Network:
         return ledger.wrap(stream.block, stream.elements, stream.width, [stream, weights], rule)
 
     def _logits(self, hidden: Value) -> Value:
+        run = self.run
         with part(self.ledger, "loss"):
-            return self.run.linear(hidden, self.head, self.shape.vocabulary)
+            logits = run.linear(hidden, self.head, self.shape.vocabulary)
+            for operation in self.shape.structure.logit_operations:
+                if operation == "tanh":
+                    logits = run.pointwise(logits, keeps_input=False, keeps_output=True)
+                else:
+                    logits = run.scale(logits)
+            return logits
 
     def _class_loss(self, rows: Rows, hidden: Value) -> Value:
         """The loss of a classifier; except in decoders, only one token per sample reaches the head."""
         ledger, run, shape = self.ledger, self.run, self.shape
         elements, width = hidden.elements, hidden.width
-        if shape.family in ("gpt2", "llama"):  # classifies every token, then picks the last one
+        if shape.family in ("gpt2", "decoder"):  # classifies every token, then picks the last one
             logits = run.linear(hidden, self.head, shape.classes or 1)
             return token_loss(run, logits, rows.samples)
         first = ledger.wrap(hidden.block, rows.samples * shape.hidden, width, [hidden],
@@ -267,3 +293,14 @@ class Network:
             total = loss if total is None else run.add(total, loss)
         assert total
         return total
+
+
+def _played(load: Load, is_whole: bool) -> tuple[list[LayerKind], list[LayerKind]]:
+    """The kinds of the layers that are simulated, before and after the block that stands for the others."""
+    kinds = load.layer_kinds
+    first = [kinds[0], *dict.fromkeys(kinds)]
+    last = kinds[-2:] if load.strategy == "fsdp" else kinds[-1:]
+    needed = Counter(first + last)
+    if is_whole or any(number > kinds.count(kind) for kind, number in needed.items()):
+        return kinds, []
+    return first, last

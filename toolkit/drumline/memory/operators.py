@@ -4,7 +4,7 @@ Sizes follow torch's derivative formulas (tools/autograd/derivatives.yaml), CUDA
 (aten/src/ATen/autocast_mode.h) and its kernels. Shapes: T tokens, h features. A width is bytes per element.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from drumline.architectures.shapes import ACTIVATIONS
@@ -199,8 +199,13 @@ class Operators:
             (value.block, *moments),
         )  # fmt: skip
 
-    def rms_norm(self, value: Value, features: int, weight_width: int) -> Value:
-        """Unfused, as in transformers: cast x to fp32, mean of x², x / rms, cast back, times a weight."""
+    def rms_norm(
+        self, value: Value, features: int, weight_width: int, is_wide: bool = False
+    ) -> Value:
+        """Unfused, as in transformers: cast x to fp32, mean of x², x / rms, cast back, times a weight.
+
+        `is_wide`: multiplied by the weight in fp32, then cast back.
+        """
         width = value.width
         wide = self.cast(value, FP32)
         squares = self.power(wide)
@@ -212,7 +217,24 @@ class Operators:
         del mean
         normal = self._times_row(wide, rms, rows)
         del wide, rms
+        if is_wide:
+            return self.cast(self._times_weight(normal, FP32), width)
         return self._times_weight(self.cast(normal, width), weight_width)
+
+    def layer_norm_unfused(self, value: Value, features: int) -> Value:
+        """A LayerNorm of single operations in fp32: x less its mean, twice, over the root of the variance."""
+        wide = self.cast(value, FP32)
+        rows, elements, ledger = wide.elements / features, wide.elements, self.ledger
+
+        def mean(of: Value) -> Value:
+            return ledger.make(rows, FP32, [of], lambda g: [ledger.block(elements, FP32)])
+
+        average = mean(wide)
+        variance = mean(self.power(self.add_broadcast(wide, average)))
+        root = self.pointwise(variance, keeps_input=False, keeps_output=True)
+        normal = self._times_row(self.add_broadcast(wide, average), root, rows)
+        del wide, average, variance, root
+        return self.cast(self._times_weight(normal, FP32), value.width)
 
     def _times_row(self, value: Value, row: Value, rows: float) -> Value:
         """X [T, h] × r [T, 1]; the gradient of r is a sum over a temporary [T, h] product."""
@@ -240,6 +262,55 @@ class Operators:
         """Rotary positions: x·cos + rotate_half(x)·sin; `width` is that of cos and sin."""
         turned = self.scale_by_constant(value, width)
         return self.add(turned, self.scale_by_constant(self._rotate_half(value), width))
+
+    def rotate_part(self, value: Value, width: int, share: float) -> Value:
+        """Rotary positions of a `share` of each head's features, which are then joined with the others.
+
+        Slices of a head are views; the gradient of each is padded with zeros to the whole size.
+        """
+        ledger, elements, before = self.ledger, value.elements, value.width
+        part = elements * share
+
+        def view(size: float) -> Value:
+            return ledger.wrap(
+                value.block, size, before, [value], lambda g: [ledger.block(elements, before)]
+            )
+
+        turned = self.rotate(view(part), width)
+        rest = self.cast(view(elements - part), turned.width)
+
+        def rule(gradient: list[Gradient]) -> list[Gradient]:
+            return [gradient[0].view(part), gradient[0].view(elements - part)]
+
+        return ledger.make(elements, turned.width, [turned, rest], rule)
+
+    def parts(self, packed: Value, sizes: Sequence[float], is_chunked: bool) -> list[Value]:
+        """Views of parts of a packed tensor.
+
+        Chunks: the gradients of all parts are joined in a new block. Slices: each is padded with zeros to the
+        whole size.
+        """
+        ledger, elements, width = self.ledger, packed.elements, packed.width
+        if not is_chunked:
+            return [
+                ledger.wrap(
+                    packed.block, size, width, [packed], lambda g: [ledger.block(elements, width)]
+                )
+                for size in sizes
+            ]
+        waiting: list[Gradient] = []
+
+        def join(gradient: list[Gradient]) -> list[Gradient]:
+            whole = ledger.block(elements, width)
+            waiting.clear()
+            return [whole]
+
+        def hand_over(gradient: list[Gradient]) -> list[Gradient]:
+            waiting.append(gradient.pop())
+            return [ledger.block(0, width)]
+
+        whole = ledger.wrap(packed.block, elements, width, [packed], join)
+        return [ledger.wrap(packed.block, size, width, [whole], hand_over) for size in sizes]
 
     def _rotate_half(self, value: Value) -> Value:
         ledger, elements, before = self.ledger, value.elements, value.width
@@ -283,6 +354,10 @@ class Operators:
         inputs = [packed] if packed is not None else [q, k, v]
         keeps = (q.block, k.block, v.block, lse, bias)
         return ledger.make(sizes[0], width, inputs, rule, keeps, keeps_itself=True)
+
+    def copy(self, value: Value) -> Value:
+        """A copy in another order of the elements; its gradient is passed on as it is."""
+        return self.ledger.make(value.elements, value.width, [value], lambda g: g)
 
     def repeat(self, value: Value, elements: float) -> Value:
         """Repeat shared key or value heads to `elements`, one per query head; the gradient is summed back."""

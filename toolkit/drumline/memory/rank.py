@@ -122,7 +122,7 @@ class Rank:
     def _rows(self, samples: int) -> Rows:
         load = self.load
         length = self.shape.tokens(load.sequence_length)
-        return Rows(samples, length, load.kernel, load.is_masked)
+        return Rows(samples, length, load.kernel(load.is_masked), load.is_masked)
 
     def _micro_batch(self) -> None:
         """Forward, loss and backward."""

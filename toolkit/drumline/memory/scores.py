@@ -12,8 +12,10 @@ def eager_attention(run: Operators, shape: ModelShape, query: Value, key: Value,
     low = run.low or query.width
     weights = _product(run, query, key, scores)
     weights = run.scale(weights)
+    if shape.structure.caps_scores:
+        weights = run.scale(run.pointwise(run.scale(weights), keeps_input=False, keeps_output=True))
     weights = run.shift_by_constant(weights, query.width)
-    if shape.family in ("llama", "vit"):  # softmax(…, fp32).to(…): scores live until the cast
+    if shape.family in ("decoder", "vit"):  # softmax(…, fp32).to(…): scores live until the cast
         weights = run.cast(_softmax(run, weights, FP32), query.width)
     else:
         weights = _softmax(run, weights, FP32 if run.low else weights.width)

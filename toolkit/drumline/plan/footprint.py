@@ -179,14 +179,8 @@ def load_of(recipe: Recipe, shape: ModelShape, split: Split, gpu: Gpu) -> Load:
         chunked_loss=recipe.loss.chunked,
         accumulation=split.accumulation,
         evaluation=(evaluation.per_device or split.per_device) if evaluation else None,
-        is_masked=_is_masked(recipe, shape, length),
+        is_masked=recipe.data.facts.is_masked and not shape.patches,
         has_flash=gpu.has_flash,
         offload=recipe.strategy.offload == "optimizer",
         zero=zero_sizes(shape.parameters),
     )
-
-
-def _is_masked(recipe: Recipe, shape: ModelShape, length: int) -> bool:
-    """Whether attention is given a mask: for padded text rows, or a sliding window below `length`."""
-    padded = recipe.data.facts.is_masked and not shape.patches
-    return padded or (shape.window is not None and length > shape.window)

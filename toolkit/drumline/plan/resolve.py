@@ -82,7 +82,8 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
     _check_strategy(recipe)
     found = shape_of(recipe, world)
     shape = None if isinstance(found, str) else found
-    _check_positions(recipe, shape)
+    if shape:
+        _check_shape(recipe, shape)
     memory_of = memory_function(recipe, found, gpu, world.host_memory_bytes, world.calibration)
     split, warnings = batch_equation.solve(
         recipe.batch,
@@ -351,12 +352,25 @@ def _lr_factor(recipe: Recipe, split: Split) -> float:
     return ratio if scaling.rule == "linear" else math.sqrt(ratio)
 
 
-def _check_positions(recipe: Recipe, shape: ModelShape | None) -> None:
-    length = recipe.data.sequence_length
-    if shape and shape.positions and length and length > shape.positions:
+def _check_shape(recipe: Recipe, shape: ModelShape) -> None:
+    """Refuse what this model cannot do, or what would train another model than its config states."""
+    length, architecture = recipe.data.sequence_length, shape.architecture
+    limit = shape.positions - shape.unused_positions if shape.positions else None
+    if limit and length and length > limit:
+        key = "n_positions" if architecture == "gpt2" else "max_position_embeddings"
         raise PlanError(
-            f"data.sequence_length: {length} > {shape.positions} positions that the model learns. "
-            f"Nearest: sequence_length {shape.positions}, or model.config.n_positions {length}"
+            f"data.sequence_length: {length} > {limit} positions that the model learns. "
+            f"Nearest: sequence_length {limit}, or model.config.{key} {length}"
+        )
+    if shape.structure.caps_scores and recipe.model.attention == "sdpa":
+        raise PlanError(
+            f"model.attention: {architecture} caps its attention scores, which torch's sdpa cannot. "
+            "Nearest: model.attention=eager"
+        )
+    if shape.structure.logit_operations and recipe.loss.chunked:
+        raise PlanError(
+            f"loss.chunked: {architecture} scales or caps its logits, and the chunked loss would not. "
+            "Nearest: loss.chunked=false"
         )
 
 
