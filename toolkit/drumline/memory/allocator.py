@@ -13,7 +13,7 @@ what is left of its block on either side stays, and is not merged across the hol
 again, so this needs slightly more memory than torch does).
 """
 
-import bisect
+from bisect import bisect_left, insort
 from collections.abc import Iterable
 
 from drumline.memory.events import FREE, ROUND, Event
@@ -56,17 +56,10 @@ class _Pool:
         self.end = 0  # address after the expandable segment
 
     def add(self, block: _Block) -> None:
-        bisect.insort(self.free, (block.size, block.number, block))
+        insort(self.free, (block.size, block.number, block))
 
     def remove(self, block: _Block) -> None:
-        place = bisect.bisect_left(self.free, (block.size, block.number))
-        del self.free[place]
-
-    def take(self, size: int) -> _Block | None:
-        """Remove the smallest block of at least this size from the list, and return it."""
-        free = self.free
-        place = bisect.bisect_left(free, (size,))
-        return free.pop(place)[2] if place < len(free) else None
+        del self.free[bisect_left(self.free, (block.size, block.number))]
 
 
 class CachingAllocator:
@@ -95,8 +88,10 @@ class CachingAllocator:
         """Allocate `size` bytes as block `number`; raises DeviceFull if the limit is exceeded."""
         assert number not in self._living, f"block {number} is alive already"
         size = max(ROUND, -(-size // ROUND) * ROUND)
-        pool = self._pool(size <= SMALL_REQUEST, stream)
-        block = pool.take(size) or self._grow(pool, size)
+        pool = self._pools.get((size <= SMALL_REQUEST, stream)) or self._new_pool(size, stream)
+        free = pool.free
+        place = bisect_left(free, (size,))  # the smallest free block that is large enough
+        block = free.pop(place)[2] if place < len(free) else self._grow(pool, size)
         rest = block.size - size
         if rest >= pool.least_rest:
             self._split(block, size, rest)
@@ -137,10 +132,9 @@ class CachingAllocator:
                 result.append(row)
         return result
 
-    def _pool(self, is_small: bool, stream: int) -> _Pool:
-        pool = self._pools.get((is_small, stream))
-        if pool is None:
-            pool = self._pools[is_small, stream] = _Pool(is_small, self._expandable)
+    def _new_pool(self, size: int, stream: int) -> _Pool:
+        is_small = size <= SMALL_REQUEST
+        pool = self._pools[is_small, stream] = _Pool(is_small, self._expandable)
         return pool
 
     def _new_block(self, size: int, pool: _Pool, address: int = 0) -> _Block:

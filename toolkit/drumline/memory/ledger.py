@@ -22,10 +22,11 @@ pop it and thereby free the gradient."""
 class Block:
     """An allocation, freed when its last reference is dropped; `width` is bytes per element.
 
-    `base`, of a view only: the block that it is a view of; the view itself takes no memory.
+    A view keeps its `base` alive, the block that it is a view of, and takes no memory itself.
     """
 
     __slots__ = ("_ledger", "_number", "base", "elements", "part", "size", "width")
+    base: "Block"
 
     def __init__(
         self, ledger: "Ledger", elements: float, width: int, part: str, stream: int
