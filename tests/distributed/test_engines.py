@@ -97,6 +97,8 @@ def arena(tmp_path_factory: pytest.TempPathFactory) -> Arena:
     for engine in CHECKPOINTED:
         plan = made.plan(engine, (2, 2, 3), model={"activation_checkpointing": "full"})
         made.ask("train", f"recomputed-{engine}", plan)
+        policy = {"activation_checkpointing": "selective", "activation_offload": True}
+        made.ask("train", f"selective-{engine}", made.plan(engine, (2, 2, 3), model=policy))
     made.ask("verify", "sound", made.plan("zero2", (3, 2, 2)), fault="")
     for engine in MASTERS:
         plan = made.plan(engine, (3, 2, 2), precision="bf16")
@@ -176,10 +178,11 @@ def test_lower_precisions_mean_the_same(arena: Arena, engine: str, precision: st
 
 
 @pytest.mark.parametrize("engine", CHECKPOINTED)
-def test_recomputed_activations_change_nothing(arena: Arena, engine: str) -> None:
-    """activation_checkpointing full: the same losses."""
+@pytest.mark.parametrize("policy", ["recomputed", "selective"])
+def test_recomputed_activations_change_nothing(arena: Arena, policy: str, engine: str) -> None:
+    """activation_checkpointing full, and selective with offload: the same losses."""
     pairs = zip(
-        arena.lines(f"recomputed-{engine}"), arena.lines(name_of("ddp", (3, 1, 4))), strict=True
+        arena.lines(f"{policy}-{engine}"), arena.lines(name_of("ddp", (3, 1, 4))), strict=True
     )
     assert all(abs(mine["loss"] - theirs["loss"]) < 1e-5 * theirs["loss"] for mine, theirs in pairs)
 

@@ -34,6 +34,14 @@ VARIANTS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
     "chunked": ((2, 2, 3), {"loss": {"chunked": True}}),
     "chunked-fsdp": ((2, 2, 3), {"loss": {"chunked": True}, "strategy": {"name": "fsdp"}}),
     "checkpointing": ((2, 2, 3), {"model": {"activation_checkpointing": "full"}}),
+    "selective": ((2, 2, 3), {"model": {"activation_checkpointing": "selective"}}),
+    "selective-fsdp": (
+        (2, 2, 3),
+        {
+            "model": {"activation_checkpointing": "selective", "activation_offload": True},
+            "strategy": {"name": "fsdp"},
+        },
+    ),
     "foreach": ((6, 2, 1), {"optimizer": {"implementation": "foreach"}}),
 }
 """Other ways to compute the same training; each must agree with the reference."""

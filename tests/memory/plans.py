@@ -35,7 +35,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**LLAMA, "moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2,
                   "head_dim": 32},
     "granite": LLAMA,
-    "smollm3": LLAMA,
+    "smollm3": {**LLAMA, "pad_token_id": 0},
     "olmo2": {**LLAMA, "eos_token_id": 0},
     "gemma": GEMMA,
     "gemma2": GEMMA,
@@ -49,9 +49,11 @@ SMALL: dict[str, dict[str, Any]] = {
             "word_embed_proj_dim": 256},
     "gpt2": GPT2,
     "bert": BERT,
+    "roberta": {**BERT, "type_vocab_size": 1, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1},
     "vit": {**{k: v for k, v in BERT.items() if k != "vocab_size"}, "image_size": 64, "patch_size": 8},
 }  # fmt: skip
 FULL = {"model": {"activation_checkpointing": "full"}}
+ENCODERS = ("bert", "roberta", "vit")
 SCALES_LOGITS = ("granite", "gemma2", "cohere")
 """Families whose loss cannot be chunked."""
 
@@ -79,7 +81,7 @@ def small_plan(
         "optimizer": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1},
         "duration": {"steps": 10},
     }  # fmt: skip
-    if architecture in ("bert", "vit"):
+    if architecture in ENCODERS:
         plain["data"]["task"] = "classification"
     if architecture == "vit":
         plain["data"]["sequence_length"] = None
@@ -115,7 +117,7 @@ def random_plan(draw: random.Random) -> tuple[str, Plan]:
                   "intermediate_size": ffn, "num_hidden_layers": layers, "vocab_size": vocabulary}  # fmt: skip
     if architecture == "vit":
         del config["vocab_size"]
-    elif architecture not in ("gpt2", "bert"):
+    elif architecture not in ("gpt2", "bert", "roberta"):
         config |= {"tie_word_embeddings": draw.random() < 0.5}
         if "num_key_value_heads" in config:
             config |= {"num_key_value_heads": draw.choice([1, 2, 4])}
@@ -127,7 +129,7 @@ def random_plan(draw: random.Random) -> tuple[str, Plan]:
                 "word_embed_proj_dim": heads * width,
             }
     gpus, strategy, shard = draw.choice(LAYOUTS)
-    chunked = architecture not in ("bert", "vit", *SCALES_LOGITS) and draw.random() < 0.3
+    chunked = architecture not in (*ENCODERS, *SCALES_LOGITS) and draw.random() < 0.3
     optimizer = draw.choice(OPTIMIZERS)
     extra: dict[str, Any] = {}
     if draw.random() < 0.3:
@@ -136,7 +138,7 @@ def random_plan(draw: random.Random) -> tuple[str, Plan]:
     b, length = draw.choice([1, 2, 3, 8]), draw.choice([64, 97, 256, 384])
     k = draw.choice([1, 1, 2])
     model = {
-        "activation_checkpointing": draw.choice(["none", "none", "full"]),
+        "activation_checkpointing": draw.choice(["none", "none", "full", "selective"]),
         "attention": draw.choice(["sdpa", "sdpa", "sdpa", "eager"]),
     }
     if architecture == "gemma2":

@@ -19,7 +19,7 @@ LLAMA = read_shape("llama", {"hidden_size": 1024, "intermediate_size": 2816, "nu
 assert isinstance(LLAMA, ModelShape)
 BASE = Load(
     shape=LLAMA, per_device=4, sequence_length=1024, ranks=8, nodes=1, shard_ranks=8, strategy="ddp",
-    precision="bf16", optimizer_states=2, has_scratch=False, has_scratch_in_a_step=False, checkpointing=False,
+    precision="bf16", optimizer_states=2, has_scratch=False, has_scratch_in_a_step=False, checkpointing="none",
     attention="sdpa", chunked_loss=False,
 )  # fmt: skip
 P = LLAMA.parameters
@@ -65,14 +65,14 @@ def test_states_by_hand(
 
 def test_the_loss_is_twelve_bytes_a_logit() -> None:
     """At its backward: log-softmax, its gradient and that of the logits, in fp32; or a chunk of it."""
-    logits = {"per_device": 16, "checkpointing": True}
+    logits = {"per_device": 16, "checkpointing": "full"}
     assert peak(**logits).totals.allocated.expected > 12 * 32000 * 16384
     assert peak(**logits, chunked_loss=True).parts["loss"] < 13 * 32000 * 1024
 
 
 @pytest.mark.parametrize(
     "cheaper",
-    [{"checkpointing": True}, {"chunked_loss": True}, {"per_device": 2}, {"precision": "bf16-pure"},
+    [{"checkpointing": "full"}, {"chunked_loss": True}, {"per_device": 2}, {"precision": "bf16-pure"},
      {"strategy": "fsdp"}, {"sequence_length": 512}],
 )  # fmt: skip
 def test_what_saves_memory_does(cheaper: dict[str, Any]) -> None:
@@ -125,7 +125,7 @@ def test_what_runs_have_measured_moves_the_limit_of_the_replay(held: float) -> N
         [held * 0.98, held, held * 1.02],
         [10**9, 2 * 10**9, 3 * 10**9],
     )
-    load = replace(BASE, strategy="fsdp", per_device=16, checkpointing=True)
+    load = replace(BASE, strategy="fsdp", per_device=16, checkpointing="full")
 
     def corrected(capacity: int) -> Totals:
         device = row.applied_to(Device(capacity, 8 << 20, load.ranks))

@@ -37,7 +37,7 @@ def shape_of(name: str) -> ModelShape:
 MISTRAL, LLAMA_3B = shape_of("mistralai/Mistral-7B-v0.1"), shape_of("meta-llama/Llama-3.2-3B")
 BASE = Load(
     shape=MISTRAL, per_device=1, sequence_length=4096, ranks=1, nodes=1, shard_ranks=1, strategy="ddp",
-    precision="bf16-pure", optimizer_states=2, has_scratch=True, has_scratch_in_a_step=True, checkpointing=True,
+    precision="bf16-pure", optimizer_states=2, has_scratch=True, has_scratch_in_a_step=True, checkpointing="full",
     attention="flash", chunked_loss=False,
 )  # fmt: skip
 
@@ -62,7 +62,7 @@ def load_of(row: dict[str, str]) -> Load:
     common = replace(BASE, per_device=rows, sequence_length=length, ranks=gpus, shard_ranks=gpus)
     if row["model"] == "Llama-3.2-3B":
         # Packed rows there have a mask of their documents, so attention has a bias in every layer.
-        return replace(common, shape=LLAMA_3B, checkpointing=False, has_scratch=False, has_scratch_in_a_step=False, attention="sdpa",
+        return replace(common, shape=LLAMA_3B, checkpointing="none", has_scratch=False, has_scratch_in_a_step=False, attention="sdpa",
                        is_masked=True)  # fmt: skip
     common = replace(
         common, chunked_loss="fast-kernels" in row["notes"]

@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 
-from drumline.plan.advise import with_advice, with_change
+from drumline.errors import DoesNotFit
+from drumline.plan.advise import change_words, with_advice, with_change
 from drumline.plan.model import Plan
 from drumline.plan.resolve import World, resolve
 from drumline.plan.sweep import sweep
 from drumline.recipe.load import load_recipe
+from drumline.session.planning import fixed
 
 
 def advised(name: str, *overrides: str) -> Plan:
@@ -17,6 +19,7 @@ def advised(name: str, *overrides: str) -> Plan:
 
 
 def as_overrides(change: dict[str, Any]) -> list[str]:
+    assert all(isinstance(values, dict) for values in change.values())
     return [
         f"{section}.{key}={json.dumps(value)}"
         for section, values in change.items()
@@ -48,7 +51,8 @@ def test_what_is_advised_is_what_a_plan_then_says(name: str, overrides: list[str
         assert again.memory.device
         assert again.memory.device.high == advice.device_high
         assert again.batch.effective == plan.batch.effective
-        assert again.training_sha256 == plan.training_sha256
+        is_same = again.training_sha256 == plan.training_sha256
+        assert is_same is not advice.changes_training
 
 
 @pytest.mark.parametrize(("name", "overrides"), MISFITS[:4])
@@ -100,8 +104,22 @@ def test_a_plan_that_fits_well_is_left_alone() -> None:
 def test_checkpointing_costs_about_a_third_more() -> None:
     """The cost of a change is its estimated GPU time over the plan's own."""
     plan = advised("gpt2-124m-h200", "batch.per_device=120", "batch.accumulation=4")
-    found = {tuple(item.change): item.cost for item in plan.advice}
-    assert 1.2 < found[("model",)] < 1.34
+    found = {change_words(item.change): item.cost for item in plan.advice}
+    assert 1.2 < found["model.activation_checkpointing=full"] < 1.34
+    assert 1.0 < found["model.activation_checkpointing=selective"] < 1.1
+
+
+def test_what_changes_the_training_is_advised_last_and_says_so() -> None:
+    """Rows too long for the card whatever is recomputed or offloaded: shorter ones, named as a change."""
+    plan = advised("llama-1b-8xh100", "cluster.gpu=rtx-4090", "batch.gpus=1", "cluster.gpus_per_node=1",
+                   "strategy.name=ddp", "batch.effective=8", "batch.per_device=1", "batch.accumulation=8",
+                   "data.sequence_length=32768")  # fmt: skip
+    assert plan.memory.fits is False
+    fitting = [item for item in plan.advice if item.verdict in ("fits", "tight")]
+    assert fitting
+    assert all(item.changes_training for item in fitting)
+    with pytest.raises(DoesNotFit, match="the same training"):
+        fixed(plan)
 
 
 def test_the_sweep_holds_every_split_once_at_the_same_batch() -> None:

@@ -23,6 +23,8 @@ _DECODER_KEYS = (*_COMMON_KEYS, "intermediate_size", "num_key_value_heads", "hea
                  "partial_rotary_factor", "layer_types", "no_rope_layers", "no_rope_layer_interval",
                  "num_local_experts", "num_experts", "num_experts_per_tok",
                  "moe_intermediate_size")  # fmt: skip
+_ROBERTA_VOCABULARIES = {"roberta": 50265, "xlm-roberta": 30522, "camembert": 30522}
+"""Default vocabularies of BERT's relatives. Their positions begin after that of the padding token."""
 _BERT_KEYS = (*_COMMON_KEYS, *BERT_DROPOUTS, "intermediate_size", "type_vocab_size")
 _VIT_KEYS = (*_COMMON_KEYS, *BERT_DROPOUTS, "intermediate_size", "image_size", "patch_size", "num_channels",
              "qkv_bias")  # fmt: skip
@@ -239,16 +241,17 @@ def _encoder(family: str, architecture: str, config: dict[str, Any], classes: in
 def _bert(architecture: str, config: dict[str, Any], classes: int | None) -> ModelShape | str:
     if classes is None:
         return f"no closed form for {architecture} as a language model"
-    if config.get("type_vocab_size", 2) != 2:
-        return f"no closed form for {architecture} with type_vocab_size other than 2"
+    is_roberta = architecture in _ROBERTA_VOCABULARIES
     return _encoder(
         "bert",
         architecture,
         config,
         classes,
         dropout=0.1,
-        vocabulary=_whole(config, ("vocab_size",), 30522),
+        vocabulary=_whole(config, ("vocab_size",), _ROBERTA_VOCABULARIES.get(architecture, 30522)),
         positions=_whole(config, ("max_position_embeddings",), 512),
+        unused_positions=config.get("pad_token_id", 1) + 1 if is_roberta else 0,
+        types=_whole(config, ("type_vocab_size",), 2),
         has_qkv_bias=True,
     )
 
@@ -275,7 +278,7 @@ Reader = Callable[[str, dict[str, Any], int | None], ModelShape | str]
 
 _READERS: dict[str, tuple[tuple[str, ...], str, str, Reader]] = {
     "gpt2": (_GPT2_KEYS, "activation_function", "gelu_new", _gpt2),
-    "bert": (_BERT_KEYS, "hidden_act", "gelu", _bert),
+    **dict.fromkeys(("bert", *_ROBERTA_VOCABULARIES), (_BERT_KEYS, "hidden_act", "gelu", _bert)),
     "vit": (_VIT_KEYS, "hidden_act", "gelu", _vit),
     **{
         name: ((*_DECODER_KEYS, *family.dropouts, *family.needs, family.activation_key),

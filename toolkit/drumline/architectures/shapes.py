@@ -30,12 +30,12 @@ class ModelShape:
 
     `family`: the structure of its layers. `ffn`: the feed-forward width, with `experts` that of one expert.
     Each token is routed to `top_k` experts. `positions`: learned positions of a text model, of which no token
-    takes `unused_positions`; None for rotary ones, and for images, which have `patches` + 1. `classes`:
-    classes of a classifier, None for a language model. `patches`: patches per image, and `patch_inputs` the
-    numbers in one; 0 for text. `window`: sliding window in tokens; attention over longer rows is given a
-    mask. `activation`: as in the config. `structure`: of a decoder's layers. `rotary_share`: share of a
-    head's features with rotary positions. `windowed` and `rotated`: of each layer, whether it has the window
-    and rotary positions; empty if all are alike.
+    takes `unused_positions`; None for rotary ones, and for images, which have `patches` + 1. `types`: token
+    types of an encoder. `classes`: classes of a classifier, None for a language model. `patches`: patches per
+    image, and `patch_inputs` the numbers in one; 0 for text. `window`: sliding window in tokens; attention
+    over longer rows is given a mask. `activation`: as in the config. `structure`: of a decoder's layers.
+    `rotary_share`: share of a head's features with rotary positions. `windowed` and `rotated`: of each layer,
+    whether it has the window and rotary positions; empty if all are alike.
     """
 
     family: str
@@ -63,6 +63,7 @@ class ModelShape:
     activation: str = "silu"
     structure: Structure = LLAMA
     unused_positions: int = 0
+    types: int = 0
     rotary_share: float = 1.0
     windowed: tuple[bool, ...] = ()
     rotated: tuple[bool, ...] = ()
@@ -170,7 +171,7 @@ def outer_tensors(shape: ModelShape) -> Tensors:
             h, 1 if shape.family == "decoder" and not shape.structure.has_shift else 2
         )
     if shape.family == "bert":
-        tensors |= {"types": (2, h), "pooler": (h, h), "pooler_bias": (h,)}
+        tensors |= {"types": (shape.types, h), "pooler": (h, h), "pooler_bias": (h,)}
     if classes is not None:
         tensors |= {"head": (classes, h)}
         if shape.family in ("bert", "vit"):

@@ -18,7 +18,9 @@ _FILE = "card.json"
 class DatasetManifest:
     """Describes a prepared folder; `fingerprint` and `tokenizer` depend on content only, not on paths.
 
-    `arrays`: the dtype of each extra array that a custom task stores. `files`: bytes of each file.
+    `arrays`: the dtype of each extra array that a custom task stores. `files`: bytes of each file. `longest`:
+    input tokens of the longest row, which no padded micro-batch is wider than; None if rows are packed, or
+    collated by a custom task.
     """
 
     task: str
@@ -34,9 +36,17 @@ class DatasetManifest:
     label_tokens: int = 0
     truncated: int = 0
     dropped: int = 0
+    longest: int | None = None
     files: dict[str, int] = field(default_factory=dict)
     arrays: dict[str, str] = field(default_factory=dict)
     version: int = MANIFEST_VERSION
+
+    @property
+    def row_tokens(self) -> int | None:
+        """Input tokens of the widest micro-batch: those of the longest row, at most `sequence_length`."""
+        if self.longest is None or self.sequence_length is None:
+            return self.sequence_length
+        return min(self.longest, self.sequence_length)
 
     def write(self, folder: Path) -> None:
         """Write the manifest, the last file of a prepared folder."""

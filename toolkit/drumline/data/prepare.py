@@ -82,6 +82,7 @@ class _Writer:
         self.rows = 0
         self.tokens = 0
         self.label_tokens = 0
+        self.longest = 0
 
     def append_sample(self, sample: Encoded) -> None:
         """Append one sample to every column that it has."""
@@ -95,6 +96,8 @@ class _Writer:
                 "lengths": len(sample.tokens),
             }
             self.tokens += len(sample.tokens)
+            last_is_target_only = sample.prompt_targets is not None
+            self.longest = max(self.longest, len(sample.tokens) - last_is_target_only)
         if sample.prompt_targets is not None:
             columns["skipped"] = sample.prompt_targets
         if sample.label is not None:
@@ -223,6 +226,7 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
         label_tokens=train.label_tokens,
         truncated=seen.truncated,
         dropped=seen.dropped,
+        longest=max(writer.longest for writer in writers.values()) or None,
         files=sizes(folder),
         arrays=arrays,
     ).write(folder)

@@ -4,9 +4,6 @@ An attempt is simulated on a ledger (`rank.py`) of live tensors, whose sizes fol
 widths; the largest total is the peak. All its allocations are then replayed through the allocator model.
 """
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -35,14 +32,8 @@ class Peak:
 def estimate(load: Load, device: Device) -> Peak:
     """Peak memory over a whole attempt: load, forward, backward, optimizer step, evaluation.
 
-    Cached, because advice and the search for a split repeat loads. Garbage collection waits meanwhile: it
-    would look through the many blocks again and again.
+    Cached, because advice and the search for a split repeat loads.
     """
-    with _paused_collection():
-        return _estimate(load, device)
-
-
-def _estimate(load: Load, device: Device) -> Peak:
     ledger = play(load)
     parts = {name: ledger.peak_parts.get(name, 0) for name in PARTS}
     state = sum(parts[name] for name in STATES)
@@ -57,17 +48,6 @@ def _estimate(load: Load, device: Device) -> Peak:
     parts["workspace"] = device.workspace
     phases = {name: size + device.workspace for name, size in ledger.phase_peaks.items()}
     return Peak(parts, found, ledger.peak_phase, phases)
-
-
-@contextmanager
-def _paused_collection() -> Iterator[None]:
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 __all__ = ["ByteRange", "Peak", "estimate"]

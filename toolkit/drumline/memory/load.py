@@ -1,7 +1,7 @@
 """The input of the memory estimate: everything that one rank's peak depends on. Pure."""
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from drumline.architectures.shapes import ModelShape
 from drumline.memory.attention import Kernel, choose_kernel
@@ -34,6 +34,9 @@ def zero_sizes(parameters: int | None) -> ZeroSizes:
     return replace(sizes, bucket=min(sizes.bucket, parameters or sizes.bucket))
 
 
+Checkpointing = Literal["none", "full", "selective"]
+
+
 class LayerKind(NamedTuple):
     """What differs between the layers of a model."""
 
@@ -49,7 +52,9 @@ class Load:
     `has_scratch`: an optimizer step without weight decay allocates one more such tensor for a moment;
     `has_scratch_in_a_step`: the same with the recipe's weight decay. `evaluation`: rows of an evaluation
     micro-batch, None without evaluation. `is_masked`: rows are padded, so that attention is given a mask.
-    `attention`: the recipe's `model.attention`. `zero`: DeepSpeed's buffers, of strategies zero1 to zero3.
+    `attention`: the recipe's `model.attention`. `offload`: the optimizer's state is in host memory;
+    `offloads_inputs`: so are the inputs of checkpointed layers. `zero`: DeepSpeed's buffers, of strategies
+    zero1 to zero3.
     """
 
     shape: ModelShape
@@ -63,7 +68,7 @@ class Load:
     optimizer_states: int
     has_scratch: bool
     has_scratch_in_a_step: bool
-    checkpointing: bool
+    checkpointing: Checkpointing
     attention: str
     chunked_loss: bool
     accumulation: int = 1
@@ -71,6 +76,7 @@ class Load:
     is_masked: bool = False
     has_flash: bool = True
     offload: bool = False
+    offloads_inputs: bool = False
     zero: ZeroSizes = ZeroSizes()
 
     @property

@@ -77,7 +77,7 @@ def _grouped(run: Operators, rows: Value, weight: Parameter, elements: float) ->
     def rule(gradient: list[Gradient]) -> list[Gradient]:
         return [ledger.block(before, width), ledger.block(weights, width)]
 
-    return ledger.make(elements, width, [rows, table], rule, (rows.block,))
+    return run.product(elements, width, [rows, table], rule, (rows.block,))
 
 
 def _times_row(run: Operators, value: Value, row: Value) -> Value:

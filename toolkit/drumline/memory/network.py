@@ -199,8 +199,11 @@ class Network:
         if group:
             group.open()
             stream = group.after_backward(stream)
-        if self.load.checkpointing and self.ledger.is_recording:
-            stream = self.run.checkpoint(stream, forward)
+        if self.load.checkpointing != "none" and self.ledger.is_recording:
+            is_selective = self.load.checkpointing == "selective"
+            stream = self.run.checkpoint(
+                stream, forward, is_selective, offloads=self.load.offloads_inputs
+            )
         else:
             stream = forward(stream)
         if group:
@@ -223,7 +226,8 @@ class Network:
         Copies that no backward saves are freed when the autocast region ends.
         """
         ledger, load = self.ledger, self.load
-        transient = copied if load.checkpointing or not ledger.is_recording else 0
+        is_freed = load.checkpointing != "none" or not ledger.is_recording
+        transient = copied if is_freed else 0
         if transient:
             self.run.hold(ledger.block(transient, 1))
         if not ledger.is_recording:

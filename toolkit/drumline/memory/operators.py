@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from drumline.architectures.shapes import ACTIVATIONS
-from drumline.memory.ledger import Block, Gradient, Ledger, Node, Parameter, Value
+from drumline.memory.ledger import Block, Gradient, Ledger, Node, Parameter, Rule, Value
 
 FP32 = 4
 INDEX = 8
@@ -26,12 +26,33 @@ class Operators:
         self._copies: dict[int, Value] = {}
         self._shared: dict[int, Node] = {}
         self.attention_weights: Value | None = None
+        self._saving: list[Block] | None = None
+        self._saved: list[Block] = []
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """An autocast region; its 16-bit weight copies live until it ends, or longer if saved."""
         yield
         self._copies.clear()
+
+    def product(
+        self, elements: float, width: int, inputs: Sequence[Value], rule: Rule,
+        keeps: Sequence[Block | None] = (), keeps_itself: bool = False,
+    ) -> Value:  # fmt: skip
+        """The output of a matrix product or of attention, which selective checkpointing saves."""
+        block = self.saved_block(elements, width)
+        return self.ledger.wrap(
+            block, elements, width, inputs, rule, (*keeps, block) if keeps_itself else keeps
+        )
+
+    def saved_block(self, elements: float, width: int) -> Block:
+        """A new block that selective checkpointing saves, or, while recomputing, the saved one."""
+        if self._saved:
+            return self._saved.pop()
+        block = self.ledger.block(elements, width)
+        if self._saving is not None:
+            self._saving.append(block)
+        return block
 
     def weight(self, parameter: Parameter) -> Value:
         """A parameter as a matrix product sees it: under autocast a copy, made once per region."""
@@ -89,7 +110,7 @@ class Operators:
             return results
 
         keeps = (value.block,) if is_cast_again else (matrix.block, value.block)
-        return ledger.make(rows * outputs, width, [matrix, value], rule, keeps)
+        return self.product(rows * outputs, width, [matrix, value], rule, keeps)
 
     def embedding(self, tokens: float, weight: Parameter, features: float) -> Value:
         """Embedding lookup; backward allocates a dense gradient of the whole table."""
@@ -339,7 +360,7 @@ class Operators:
         ledger, width, shares_heads = self.ledger, q.width, k.elements != q.elements
         sizes = (q.elements, k.elements, v.elements)
         bias = ledger.block(mask, width) if mask else None
-        lse = ledger.block(sums, FP32)
+        lse = self.saved_block(sums, FP32)
 
         def rule(gradient: list[Gradient]) -> list[Gradient]:
             results = [ledger.block(size, width) for size in sizes]
@@ -353,7 +374,7 @@ class Operators:
 
         inputs = [packed] if packed is not None else [q, k, v]
         keeps = (q.block, k.block, v.block, lse, bias)
-        return ledger.make(sizes[0], width, inputs, rule, keeps, keeps_itself=True)
+        return self.product(sizes[0], width, inputs, rule, keeps, keeps_itself=True)
 
     def copy(self, value: Value) -> Value:
         """A copy in another order of the elements; its gradient is passed on as it is."""
@@ -373,20 +394,34 @@ class Operators:
             value.block, elements, width, [value], lambda g: [ledger.block(elements, width)]
         )
 
-    def checkpoint(self, value: Value, run: Callable[[Value], Value]) -> Value:
-        """Activation checkpointing: saves only the input; backward recomputes `run` first."""
+    def checkpoint(
+        self,
+        value: Value,
+        run: Callable[[Value], Value],
+        is_selective: bool = False,
+        offloads: bool = False,
+    ) -> Value:
+        """Activation checkpointing: saves only the input; backward recomputes `run` first.
+
+        `is_selective`: the outputs of matrix products and attention are saved, too, and not recomputed.
+        `offloads`: the input is saved in host memory.
+        """
         ledger = self.ledger
         recording, ledger.is_recording = ledger.is_recording, False
+        saved: list[Block] = []
+        self._saving = saved if is_selective and recording else None
         out = run(value)
+        self._saving = None
         ledger.is_recording = recording
-        elements, width, kept = value.elements, value.width, value.block
-
-        source = value.source
+        elements, width, source = value.elements, value.width, value.source
+        kept = None if offloads else value.block
 
         def rule(gradient: list[Gradient]) -> list[Gradient]:
             since = len(ledger.nodes)
+            block = ledger.block(elements, width) if offloads else kept
+            self._saved, saved[:] = [*reversed(saved)], []
             with self.autocast():
-                root = run(Value(kept, elements, width, source))
+                root = run(Value(block, elements, width, source))
             root.block = None
             ledger.frees_early = True
             ledger.backward(root, gradient.pop(), since)

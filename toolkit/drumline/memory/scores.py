@@ -51,4 +51,4 @@ def _product(run: Operators, one: Value, other: Value, elements: float) -> Value
     def rule(gradient: list[Gradient]) -> list[Gradient]:
         return [ledger.block(size, width) for size in sizes]
 
-    return ledger.make(elements, width, [one, other], rule, (one.block, other.block))
+    return run.product(elements, width, [one, other], rule, (one.block, other.block))

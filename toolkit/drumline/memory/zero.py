@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO on a ledger: partitions, gradient buckets and gathered weights of release 0.19.8.
 
 Follows its source (stage_1_and_2.py, stage3.py, partitioned_param_coordinator.py) under the configuration in
-`plan/deepspeed.py`. `benchmarks/zero_memory.py` compares it with the live tensors of real ranks.
+`plan/deepspeed.py`. `tests/distributed/test_zero_memory.py` compares it with the live tensors of real ranks.
 
 A model's weights have `model` bytes per element, 2 for bf16; masters and optimizer state have `stored` ones,
 4. A complete gradient moves into a bucket at once, so that in stages 1 and 2 the whole model's gradients
@@ -189,6 +189,6 @@ def gathered(load: Load) -> tuple[int, int]:
     backward each count once, and recomputation once more, so that the last layers stay.
     """
     sizes, whole = load.zero, load.shape.parameters
-    reused = sizes.live // (3 if load.checkpointing else 2)
+    reused = sizes.live // (2 if load.checkpointing == "none" else 3)
     prefetched = min(whole, sizes.prefetch)
     return max(min(whole, reused + prefetched), largest(load)), prefetched

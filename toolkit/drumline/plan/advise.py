@@ -23,9 +23,21 @@ Change = dict[str, Any]
 Candidate = tuple[Change, str]
 
 _CHUNKED = ({"loss": {"chunked": True}}, "logits are never all alive; the head runs forward twice")
+_SELECTIVE = (
+    {"model": {"activation_checkpointing": "selective"}},
+    "matrix products and attention are kept, the rest is computed twice",
+)
 _CHECKPOINTED = (
     {"model": {"activation_checkpointing": "full"}},
     "activations are computed twice: about a third more compute",
+)
+_IN_HOST_MEMORY = (
+    {"model": {"activation_checkpointing": "full", "activation_offload": True}},
+    "the inputs of layers wait in host memory",
+)
+_ZERO = (
+    {"launch": {"launcher": "deepspeed"}, "strategy": {"name": "zero2", "shard": "all"}},
+    "DeepSpeed keeps 16-bit weights, and shards gradients and states",
 )
 _SHARDED = ({"strategy": {"name": "fsdp"}}, "weights and states are sharded; more is communicated")
 _OFFLOADED = ({"strategy": {"offload": "optimizer"}}, "the optimizer steps on the host")
@@ -48,7 +60,10 @@ def with_advice(plan: Plan, world: World) -> Plan:
 def with_change(recipe: Recipe, change: Change) -> Recipe:
     """The recipe with the change applied."""
     update = {
-        name: getattr(recipe, name).model_copy(update=values) for name, values in change.items()
+        name: getattr(recipe, name).model_copy(update=values)
+        if isinstance(values, dict)
+        else values
+        for name, values in change.items()
     }
     return recipe.model_copy(update=update)
 
@@ -62,10 +77,13 @@ class _Adviser:
 
     def to_fit(self) -> list[Advice]:
         """Changes that fit, cheapest first; else those that are tight, else those with the lowest peak."""
-        singles = [self._replanned(*candidate) for candidate in self._savings()]
-        found = [item for item in singles if item]
+        found = self._all_replanned(self._savings())
         if not any(item.verdict == "fits" for item in found):
             found += self._together(found)
+        if not any(item.verdict == "fits" for item in found):
+            least = min(found, key=lambda item: item.device_high).change if found else {}
+            others = self._all_replanned(self._other_trainings(least))
+            found += [dataclasses.replace(item, changes_training=True) for item in others]
         for verdict in ("fits", "tight"):
             fitting = [item for item in found if item.verdict == verdict]
             if fitting and verdict != self._plan.memory.verdict:
@@ -78,15 +96,39 @@ class _Adviser:
         cheaper = [item for item in found if item and item.verdict == "fits" and item.cost < 0.995]
         return sorted(cheaper, key=lambda item: item.cost)[:MOST_SHOWN]
 
+    def _all_replanned(self, candidates: Iterator[Candidate]) -> list[Advice]:
+        return [item for item in (self._replanned(*candidate) for candidate in candidates) if item]
+
+    def _other_trainings(self, least: Change) -> Iterator[Candidate]:
+        """What saves memory and gives another training, alone and with the change that needs least memory.
+
+        Only tried where nothing else fits.
+        """
+        recipe, length = self._plan.recipe, self._plan.recipe.data.sequence_length
+        others: list[Candidate] = []
+        if recipe.precision == "fp32":
+            others.append(({"precision": "bf16"}, "16-bit matrix products"))
+        if length and not self._shape.patches:
+            others += [({"data": {"sequence_length": length // n}}, "shorter rows") for n in (2, 4)]
+        for change, why in others:
+            yield change, f"changes the training: {why}"
+            yield {**least, **change}, f"changes the training: {why}, and what else saves memory"
+
     def _savings(self) -> Iterator[Candidate]:
         recipe, launcher = self._plan.recipe, self._plan.recipe.launch.launcher
         yield from self._smaller_per_device()
         if not recipe.loss.chunked and recipe.data.facts.is_per_token:
             yield _CHUNKED
         if recipe.model.activation_checkpointing == "none":
+            yield _SELECTIVE
+        if recipe.model.activation_checkpointing != "full":
             yield _CHECKPOINTED
+        if not recipe.model.activation_offload:
+            yield _IN_HOST_MEMORY
         if launcher != "deepspeed" and recipe.strategy.name == "ddp" and self._plan.batch.gpus > 1:
             yield _SHARDED
+            if recipe.precision == "bf16":
+                yield _ZERO
         if launcher == "deepspeed":
             stages = ("ddp", "zero1", "zero2", "zero3")
             for name in stages[stages.index(recipe.strategy.name) + 1 :]:
@@ -136,8 +178,18 @@ class _Adviser:
         if fitting:
             change = self._split_change(larger[fitting - 1], split.gpus)
             yield change, "larger micro-batches, fewer of them"
-        if recipe.model.activation_checkpointing == "full":
-            yield {"model": {"activation_checkpointing": "none"}}, "activations are kept"
+        if recipe.model.activation_checkpointing != "none":
+            kept = {"activation_checkpointing": "none", "activation_offload": False}
+            all_kept = self._replanned({"model": kept}, "activations are kept")
+            if all_kept and all_kept.verdict == "fits":
+                yield all_kept.change, all_kept.why
+            elif recipe.model.activation_checkpointing == "full":
+                yield _SELECTIVE
+        if recipe.model.activation_offload:
+            yield (
+                {"model": {"activation_offload": False}},
+                "the inputs of layers stay on the device",
+            )
         if recipe.loss.chunked:
             yield {"loss": {"chunked": False}}, "the head runs forward once"
         if recipe.strategy.name == "fsdp" and recipe.launch.launcher != "deepspeed":
@@ -160,7 +212,8 @@ class _Adviser:
         """Every pair of changes, and all of them at once; a later change overrides an earlier one's keys."""
         pairs = [_merged(pair) for pair in combinations([item.change for item in found], 2)]
         every = _merged([item.change for item in found])
-        joined = [self._replanned(change, "together") for change in [*pairs, every] if change]
+        different = {change_words(change): change for change in [*pairs, every] if change}
+        joined = [self._replanned(change, "together") for change in different.values()]
         return [item for item in joined if item]
 
     def _replanned(self, change: Change, why: str) -> Advice | None:
@@ -187,11 +240,13 @@ def _merged(changes: Any) -> Change:
 
 def change_words(change: dict[str, Any]) -> str:
     """A change as command-line overrides, such as `batch.per_device=2 batch.accumulation=4`."""
-    return " ".join(
-        f"{section}.{key}={_plain(value)}"
-        for section, values in change.items()
-        for key, value in values.items()
-    )
+    words = []
+    for section, values in change.items():
+        if isinstance(values, dict):
+            words += [f"{section}.{key}={_plain(value)}" for key, value in values.items()]
+        else:
+            words.append(f"{section}={_plain(values)}")
+    return " ".join(words)
 
 
 def _plain(value: object) -> str:

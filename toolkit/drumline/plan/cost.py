@@ -18,6 +18,8 @@ HOST_BYTES_PER_S = 20e9
 """Assumed bandwidths per rank: within a node, between nodes, and to the host."""
 
 FALLBACK_FLOPS = 100e12
+_REPEATED = {"none": 0.0, "selective": 0.1, "full": 1.0}
+"""Share of the layers' forward that is repeated; that of selective is a guess, for elementwise operations."""
 
 
 def gpu_seconds(plan: Plan, shape: ModelShape) -> float:
@@ -28,13 +30,14 @@ def gpu_seconds(plan: Plan, shape: ModelShape) -> float:
 def _compute_seconds(plan: Plan, shape: ModelShape) -> float:
     """Compute time of one step.
 
-    Activation checkpointing repeats the forward of all layers; a chunked loss repeats that of the head.
+    Activation checkpointing repeats the forward of all layers, or a small share of it if selective; a chunked
+    loss repeats that of the head.
     """
     recipe = plan.recipe
     total = float(plan.cost.flops_per_step or 0)
     head = shape.vocabulary * shape.hidden if shape.classes is None else 0
     layers = shape.layers * shape.active_per_layer
-    again = layers if recipe.model.activation_checkpointing == "full" else 0
+    again = layers * _REPEATED[recipe.model.activation_checkpointing]
     again += head if recipe.loss.chunked else 0
     total *= 1 + again / (3 * (layers + head))
     peak = find_gpu(recipe.cluster.gpu).narrow_flops or FALLBACK_FLOPS
@@ -60,5 +63,8 @@ def _communication_seconds(plan: Plan, shape: ModelShape) -> float:
     else:
         sent = 2 * count * width
     rate = NODE_BYTES_PER_S if batch.nodes == 1 else CLUSTER_BYTES_PER_S
-    offloaded = 4 * count * width / batch.gpus if recipe.strategy.offload != "none" else 0
+    offloaded = 4.0 * count * width / batch.gpus if recipe.strategy.offload != "none" else 0.0
+    if recipe.model.activation_offload:
+        rows = batch.per_device * shape.tokens(recipe.data.sequence_length)
+        offloaded += 2 * k * shape.layers * rows * shape.hidden * narrow
     return sent / rate + offloaded / HOST_BYTES_PER_S

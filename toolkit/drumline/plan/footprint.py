@@ -28,11 +28,15 @@ def memory_function(
     gpu: Gpu,
     host_bytes: int | None,
     calibration: "Calibration | None" = None,
+    row_tokens: int | None = None,
 ) -> Callable[[Split], MemoryFacts]:
     """A function from a split to its MemoryFacts, for this recipe.
 
-    `shape` is a text that gives the reason if the model's shape is not known.
+    `shape` is a text that gives the reason if the model's shape is not known. `row_tokens`: of the longest
+    prepared row, if that is known.
     """
+    length = recipe.data.sequence_length
+    is_shorter = row_tokens is not None and length is not None and row_tokens < length
 
     def memory(split: Split) -> MemoryFacts:
         capacity = capacity_of(gpu, split, host_bytes)
@@ -48,9 +52,17 @@ def memory_function(
         row = calibration.row(gpu.name, recipe.strategy.name) if calibration else None
         if row:
             device = row.applied_to(device)
-        peak = closed_form.estimate(load_of(recipe, shape, split, gpu), device)
+        load = load_of(recipe, shape, split, gpu)
+        if row_tokens is not None and is_shorter:
+            load = replace(load, sequence_length=shape.tokens(row_tokens))
+        peak = closed_form.estimate(load, device)
         if row:
             peak = replace(peak, totals=row.correct(peak.totals))
+        if is_shorter:
+            basis = peak.totals.basis | {
+                "rows": f"the longest prepared row has {row_tokens} tokens"
+            }
+            peak = replace(peak, totals=replace(peak.totals, basis=basis))
         host = host_bytes_of(recipe, shape, split)
         return facts(peak, capacity, "closed-form", host)
 
@@ -87,7 +99,7 @@ def facts(
 
 
 def host_bytes_of(recipe: Recipe, shape: ModelShape, split: Split) -> int | None:
-    """Bytes that one rank keeps in host memory: its part of an asynchronous checkpoint, and offloaded state.
+    """Bytes that one rank keeps in host memory: its part of an asynchronous checkpoint, offloaded tensors.
 
     Each tensor of the weights and the optimizer state is written by one rank, so a rank's part is 1 / gpus
     of the total (`train/saver.py`). Offload keeps the fp32 weights, their gradients and the optimizer
@@ -100,7 +112,11 @@ def host_bytes_of(recipe: Recipe, shape: ModelShape, split: Split) -> int | None
     width = find_precision(recipe.precision, recipe.strategy.name).stored
     gradients = shape.parameters * width
     offloaded = (whole + gradients) // split.gpus
-    return copy + (offloaded if recipe.strategy.offload == "optimizer" else 0)
+    inputs = 0
+    if recipe.model.activation_offload:
+        rows = split.per_device * shape.tokens(recipe.data.sequence_length)
+        inputs = shape.layers * rows * shape.hidden * 4  # at most fp32
+    return copy + inputs + (offloaded if recipe.strategy.offload == "optimizer" else 0)
 
 
 def memory_warnings(memory: MemoryFacts, gpu: str) -> list[str]:
@@ -174,7 +190,8 @@ def load_of(recipe: Recipe, shape: ModelShape, split: Split, gpu: Gpu) -> Load:
         optimizer_states=states,
         has_scratch=is_foreach and rule.scratch(False),
         has_scratch_in_a_step=is_foreach and rule.scratch(recipe.optimizer.weight_decay > 0),
-        checkpointing=recipe.model.activation_checkpointing == "full",
+        checkpointing=recipe.model.activation_checkpointing,
+        offloads_inputs=recipe.model.activation_offload,
         attention=recipe.model.attention,
         chunked_loss=recipe.loss.chunked,
         accumulation=split.accumulation,

@@ -15,7 +15,7 @@ _NOT_TRAINING = {
     "strategy": None,
     "launch": None,
     "checkpoint": None,
-    "model": ("attention", "activation_checkpointing", "compile"),
+    "model": ("attention", "activation_checkpointing", "activation_offload", "compile"),
     "data": ("samples",),
     "batch": ("per_device", "gpus", "accumulation"),
     "evaluation": ("per_device",),

@@ -121,6 +121,7 @@ class Advice:
     """One re-planned change at the same effective batch.
 
     `cost`: estimated GPU time divided by that of the plan (`plan/cost.py`); above 1 costs more.
+    `changes_training`: the samples of a step stay, but what is learnt from them is not the same.
     """
 
     change: dict[str, Any]
@@ -128,6 +129,7 @@ class Advice:
     cost: float
     why: str
     verdict: Verdict = "unknown"
+    changes_training: bool = False
 
 
 @dataclass(frozen=True)

@@ -57,12 +57,13 @@ LAUNCHER_STRATEGIES = {
 class World:
     """Facts from outside the recipe (files, prepared data, host), read by the caller; `resolve` is pure.
 
-    `problems` are warnings found while reading them.
+    `row_tokens`: tokens of the longest prepared row. `problems`: warnings found while reading.
     """
 
     model_config: dict[str, Any] | None = None
     samples: int | None = None
     validation_samples: int | None = None
+    row_tokens: int | None = None
     fingerprint: str | None = None
     cache: str | None = None
     classes: int | None = None
@@ -84,7 +85,9 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
     shape = None if isinstance(found, str) else found
     if shape:
         _check_shape(recipe, shape)
-    memory_of = memory_function(recipe, found, gpu, world.host_memory_bytes, world.calibration)
+    memory_of = memory_function(
+        recipe, found, gpu, world.host_memory_bytes, world.calibration, world.row_tokens
+    )
     split, warnings = batch_equation.solve(
         recipe.batch,
         cluster_gpus(recipe),

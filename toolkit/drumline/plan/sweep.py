@@ -40,7 +40,7 @@ def sweep(plan: Plan, world: World) -> list[Cell]:
     for gpus in _gpu_counts(plan):
         for b in _nearest(divisors(plan.batch.effective // gpus), plan.batch.per_device):
             for strategy in strategies:
-                for checkpointing in ("none", "full"):
+                for checkpointing in ("none", "selective", "full"):
                     change = _change(plan, b, gpus, strategy, checkpointing)
                     try:
                         changed = with_change(recipe, change)

@@ -77,7 +77,8 @@ class Model(Section):
     path: Name | None = None
     factory: FactoryName | None = None
     attention: Literal["sdpa", "eager", "flash"] = "sdpa"
-    activation_checkpointing: Literal["none", "full"] = "none"
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    activation_offload: Annotated[bool, AddedLater()] = False
     sync_batchnorm: bool = False
     compile: bool = False
     edits: Annotated[list[FactoryName], AddedLater()] = []
@@ -86,6 +87,11 @@ class Model(Section):
     def _source_has_its_key(self) -> Self:
         needed = {"config": "architecture", "hub": "name", "folder": "path", "factory": "factory"}
         _require_only(self, "source", self.source, needed)
+        if self.activation_offload and self.activation_checkpointing == "none":
+            raise ValueError(
+                "activation_offload keeps the inputs of checkpointed layers in host memory, and "
+                "activation_checkpointing is none. Nearest: activation_checkpointing full or selective"
+            )
         return self
 
 

@@ -96,9 +96,12 @@ def fixed(plan: Plan) -> Plan:
         return plan
     from drumline.plan.advise import change_words, with_change
 
-    best = next((item for item in plan.advice if FITS[item.verdict]), None)
+    fitting = (item for item in plan.advice if FITS[item.verdict] and not item.changes_training)
+    best = next(fitting, None)
     if best is None:
-        raise DoesNotFit("--fix: no change that is known makes this fit; see `drumline plan`")
+        raise DoesNotFit(
+            "--fix: no change that is known makes the same training fit; see `drumline plan`"
+        )
     print(f"--fix: {change_words(best.change)}   {best.why}", file=sys.stderr)
     return make_plan(with_change(plan.recipe, best.change))
 

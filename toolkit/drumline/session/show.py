@@ -95,6 +95,8 @@ def _memory(plan: Plan) -> str:
         del rows[2:]
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in m.parts.items() if size)
     rows.append(f"peak in {m.peak_phase}: {parts}")
+    if "rows" in m.basis:
+        rows.append(f"for the data as prepared: {m.basis['rows']}")
     if m.host_bytes:
         rows.append(f"{format_bytes(m.host_bytes)} of the host's memory per rank")
     return "\n".join(rows)

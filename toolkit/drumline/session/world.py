@@ -61,6 +61,7 @@ def _prepared(recipe: Recipe) -> dict[str, Any]:
         "samples": manifest.samples,
         "classes": manifest.classes,
         "validation_samples": manifest.validation_samples,
+        "row_tokens": manifest.row_tokens,
         "fingerprint": manifest.fingerprint,
         "cache": str(folder),
     }

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from drumline.memory.attention import choose_kernel
+from drumline.train.models import checkpointing
 
 _FP32_INPUTS = (
     "acos", "asin", "cosh", "erfinv", "exp", "expm1", "layer_norm", "log", "log10", "log1p", "log2",
@@ -35,6 +36,27 @@ _FP32_RESULT = (
 _LOW = (torch.bfloat16, torch.float16)
 
 
+_OPERATORS = torch.library.Library("drumline", "DEF")
+"""The stand-ins' forwards as operators, so that selective checkpointing sees them as such."""
+
+
+def _attention_forward(q: Tensor) -> tuple[Tensor, Tensor]:
+    return _by_rows(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+
+
+def _grouped_forward(rows: Tensor, weight: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[2])
+
+
+for _name, _signature, _run in (
+    ("attention", "(Tensor q) -> (Tensor, Tensor)", _attention_forward),
+    ("grouped_mm", "(Tensor rows, Tensor weight) -> Tensor", _grouped_forward),
+):
+    _OPERATORS.define(f"{_name}{_signature}")
+    for _key in ("CPU", "Meta"):
+        _OPERATORS.impl(_name, _run, _key)
+
+
 class _Attention(torch.autograd.Function):
     """The flash and memory-efficient kernels: both save q, k, v, the output and a log-sum-exp.
 
@@ -45,8 +67,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        out = _by_rows(q)
-        sums = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        out, sums = torch.ops.drumline.attention(q)
         ctx.save_for_backward(q, k, v, out, sums, bias)
         return out
 
@@ -74,7 +95,7 @@ class _GroupedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weight)
-        return rows.new_empty(rows.shape[0], weight.shape[2])
+        return torch.ops.drumline.grouped_mm(rows, weight)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,12 +212,24 @@ def cuda_kernels() -> Iterator[None]:
             ("softmax", _softmax),
         ):
             stack.enter_context(patch.object(functional, name, stand_in))
+        stack.enter_context(patch.object(checkpointing, "to_host", _describe))
+        stack.enter_context(patch.object(checkpointing, "to_device", _empty_again))
         stack.enter_context(patch.object(transformers.integrations.moe, "_grouped_mm", _grouped_mm))
         # It reads values, which fake tensors lack, and would then build a mask of S² elements.
         stack.enter_context(
             patch.object(transformers.masking_utils, "find_packed_sequence_indices", _nothing)
         )
         yield
+
+
+def _describe(tensor: Tensor) -> Any:
+    """What is kept on the device of a tensor that is copied to the host."""
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _empty_again(described: Any) -> Tensor:
+    shape, dtype, device = described
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _nothing(*arguments: Any, **options: Any) -> None:

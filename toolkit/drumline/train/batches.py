@@ -107,7 +107,8 @@ class StepReader:
     def widest(self) -> MicroBatch:
         """A dummy micro-batch of the largest shape of the run, for warm-up passes."""
         count = min(self._plan.batch.per_device, len(self._rows))
-        arrays = self._rows.task.widen(self._rows.collate(np.zeros(count, dtype=np.int64)))
+        rows = self._rows
+        arrays = rows.task.widen(rows.collate(np.zeros(count, dtype=np.int64)), rows.manifest)
         nothing = np.zeros(0, dtype=np.int64)
         return MicroBatch(
             tensors=as_tensors(arrays, np.zeros(count), dummy=True),

@@ -84,9 +84,9 @@ class Task:
         """
         raise NotImplementedError
 
-    def widen(self, arrays: Arrays) -> Arrays:
+    def widen(self, arrays: Arrays, manifest: DatasetManifest) -> Arrays:
         """Pad the arrays to the largest shape of a micro-batch with this number of rows."""
-        length = self.data.sequence_length
+        length = manifest.row_tokens
         if not length or "input_ids" not in arrays:
             return arrays
         return {name: _padded(v, length) if v.ndim == 2 else v for name, v in arrays.items()}

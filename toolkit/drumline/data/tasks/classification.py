@@ -54,12 +54,12 @@ class Classification(Task):
         if manifest.feature_shape is not None:
             features = np.zeros((count, *manifest.feature_shape), dtype=np.float32)
             return {"features": features, "targets": targets}
-        if not self.data.sequence_length:
+        if not manifest.row_tokens:
             raise PlanError(
                 "--trace: the shape of a sample is not known until the data are prepared. "
                 "Nearest: `drumline prepare`, or data.sequence_length"
             )
-        ids = np.zeros((count, self.data.sequence_length), dtype=np.int64)
+        ids = np.zeros((count, manifest.row_tokens), dtype=np.int64)
         mask = np.ones_like(ids)
         mask[:, -1] = 0
         return {"input_ids": ids, "attention_mask": mask, "targets": targets}

@@ -58,5 +58,5 @@ class Sft(Task):
         return language_rows(rows, indices, None)
 
     def blank(self, count: int, manifest: DatasetManifest) -> Arrays:
-        """All-zero input_ids and targets, int64 [count, sequence_length]."""
-        return blank_language_rows(count, self.data.sequence_length)
+        """All-zero input_ids and targets, int64 [count, L]; L: of the longest row, if it is known."""
+        return blank_language_rows(count, manifest.row_tokens)

@@ -98,13 +98,3 @@ def check_vocabulary(model: Any, manifest: DatasetManifest) -> None:
             f"model.config.vocab_size: {vocabulary} < {manifest.vocabulary} tokens of the tokenizer. "
             f"Nearest: vocab_size {-(-manifest.vocabulary // 64) * 64}"
         )
-
-
-def enable_checkpointing(model: Any) -> None:
-    """Recompute activations in the backward; PlanError for a model that is not transformers'."""
-    if not hasattr(model, "gradient_checkpointing_enable"):
-        raise PlanError(
-            "model.activation_checkpointing: full is for transformers models; this model comes "
-            "from a factory, which can call torch.utils.checkpoint itself. Nearest: none"
-        )
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

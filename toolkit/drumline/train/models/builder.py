@@ -19,7 +19,8 @@ from drumline.data.dataset_manifest import DatasetManifest
 from drumline.recipe.precision import find_precision
 from drumline.recipe.schema import Recipe
 from drumline.train.models.blocks import named_blocks, own_tensors
-from drumline.train.models.build import build_model, check_vocabulary, enable_checkpointing
+from drumline.train.models.build import build_model, check_vocabulary
+from drumline.train.models.checkpointing import enable_checkpointing
 from drumline.train.models.edits import apply_edits
 from drumline.train.models.seeds import derived_seed
 
@@ -61,8 +62,9 @@ class ModelBuilder:
         self.model: Any = build_model(recipe, manifest)
         check_vocabulary(self.model, manifest)
         apply_edits(self.model, recipe)
-        if recipe.model.activation_checkpointing == "full":
-            enable_checkpointing(self.model)
+        policy = recipe.model.activation_checkpointing
+        if policy != "none":
+            enable_checkpointing(self.model, policy, recipe.model.activation_offload)
 
     def blocks(self) -> Iterator[nn.Module]:
         """The repeated blocks (a transformer's layers), each with its initial weights."""
