@@ -143,7 +143,6 @@ def _is_model(candidate: Any) -> bool:
 
 READ_BY_SCRIPTS = {
     "DataFacts.validation_samples",
-    "MemoryFacts.basis",
     "MemoryFacts.phases",
     "MemoryFacts.unit",
     "Plan.plan_version",
@@ -186,12 +185,13 @@ def use_everything(folder: Path) -> None:
     from drumline.runs.folder import RunFolder
     from drumline.runs.record import attempt_entry, new_record
     from drumline.secrets import Secrets
-    from drumline.session.planning import make_plan
+    from drumline.session.planning import fixed, make_plan
     from drumline.session.prepare import prepare_data
     from drumline.session.show import plan_table
     from drumline.train.loop import train
 
     big = make_plan(load_recipe("llama-1b-8xh100", ["batch.per_device=32", "batch.accumulation=2"]))
+    assert fixed(big).memory.fits
     assert big.memory.fits is False
     plan_table(big)
     recipe = validate(tiny_recipe(batch={"gpus": 1, "accumulation": 4}, duration={"steps": 4},

@@ -193,25 +193,33 @@ def count(tensors: Tensors) -> int:
     return sum(math.prod(sizes) for sizes in tensors.values())
 
 
-def is_folded(sizes: tuple[int, ...], ranks: int) -> bool:
-    """Whether a weight is folded into rows before FSDP2 shards it over `ranks`.
+def folded(sizes: tuple[int, ...], ranks: int) -> tuple[int, ...]:
+    """The shape in which FSDP2 shards a weight over `ranks`: its own, or one that needs less padding.
 
-    FSDP2 pads dimension 0 to a multiple of the ranks. Weights of three or more dimensions, such as those of
-    experts, are folded if that would pad them by more than 1/64 (`train/models/folding.py`).
+    FSDP2 pads dimension 0 to a multiple of the ranks. A weight of several dimensions that it would pad by
+    more than 1/64 is folded into rows, or into a single column (`train/models/folding.py`).
     """
-    padding = -sizes[0] % ranks if sizes else 0
-    return len(sizes) > 2 and padding > _MOST_PADDING * sizes[0]
+    candidates = [sizes]
+    if len(sizes) > 2:
+        candidates.append((math.prod(sizes[:-1]), sizes[-1]))
+    if len(sizes) > 1:
+        candidates.append((math.prod(sizes), 1))
+    paddings = [-(rows[0] if rows else 1) % ranks / (rows[0] if rows else 1) for rows in candidates]
+    for shape, padding in zip(candidates, paddings, strict=True):
+        if padding <= _MOST_PADDING:
+            return shape
+    return candidates[paddings.index(min(paddings))]
 
 
 def shard_size(sizes: tuple[int, ...], ranks: int) -> int:
     """Elements of the first rank's shard of a weight, the largest one, with its padding."""
-    if not sizes:
-        return 1
-    if is_folded(sizes, ranks):
-        sizes = (math.prod(sizes[:-1]), sizes[-1])
-    return -(-sizes[0] // ranks) * math.prod(sizes[1:])
+    return -(-sizes[0] // ranks) * math.prod(sizes[1:]) if sizes else 1
 
 
-def sharded(tensors: Tensors, ranks: int) -> int:
-    """Elements of the first rank's shards of all weights."""
-    return sum(shard_size(sizes, ranks) for sizes in tensors.values())
+def shard_sizes(shape: ModelShape, tensors: Tensors, ranks: int) -> list[int]:
+    """Elements of the first rank's shard of each weight; a tied embedding is not folded."""
+    is_tied = shape.tied and shape.classes is None
+    return [
+        shard_size(sizes if name == "embedding" and is_tied else folded(sizes, ranks), ranks)
+        for name, sizes in tensors.items()
+    ]

@@ -2,7 +2,7 @@
 
 from functools import cache, cached_property
 
-from drumline.architectures.shapes import count, layer_tensors, outer_tensors, shard_size
+from drumline.architectures.shapes import count, layer_tensors, outer_tensors, shard_sizes
 from drumline.memory.events import Event
 from drumline.memory.families import Rows
 from drumline.memory.ledger import Block, Ledger
@@ -67,7 +67,7 @@ class Rank:
             return [partition(load)]
         ranks = load.shard_ranks if load.strategy == "fsdp" else 1
         outer, layer = (
-            [shard_size(sizes, ranks) for sizes in tensors.values()]
+            shard_sizes(self.shape, tensors, ranks)
             for tensors in (outer_tensors(self.shape), layer_tensors(self.shape))
         )
         return outer + self.shape.layers * layer

@@ -6,7 +6,7 @@ group is prefetched. Gradients are copied, in the reduction's dtype, into a buff
 next group starts its own reduce-scatter.
 """
 
-from drumline.architectures.shapes import Tensors, shard_size
+from drumline.architectures.shapes import Tensors, shard_sizes
 from drumline.memory.ledger import Block, Gradient, Ledger, Parameter, Value
 from drumline.memory.load import Load
 
@@ -31,8 +31,7 @@ class Group:
         self, ledger: Ledger, load: Load, stage: Stage, tensors: Tensors, weights: list[Parameter]
     ) -> None:
         self._ledger, self._load, self._stage, self.weights = ledger, load, stage, weights
-        ranks = load.shard_ranks
-        self.tensors = [shard_size(sizes, ranks) for sizes in tensors.values()]
+        self.tensors = shard_sizes(load.shape, tensors, load.shard_ranks)
         self.shard = sum(self.tensors)
         self._whole: list[Block] = []
         self._buffer: Block | None = None

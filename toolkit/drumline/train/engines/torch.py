@@ -18,7 +18,12 @@ from drumline.plan.model import Plan
 from drumline.train.engines.base import Engine, TensorShard
 from drumline.train.models import ModelBuilder, has_batchnorm
 from drumline.train.models.builder import Progress, ignore_progress
-from drumline.train.models.folding import fold_weights, original_name, unfolded_shapes
+from drumline.train.models.folding import (
+    fold_weights,
+    original_name,
+    shared_weights,
+    unfolded_shapes,
+)
 from drumline.train.objectives import ObjectiveModule, build_objective
 from drumline.train.optimizers import build_optimizer
 
@@ -82,7 +87,7 @@ class TorchEngine(Engine):
         if self.plan.recipe.model.sync_batchnorm:
             self.module = nn.SyncBatchNorm.convert_sync_batchnorm(self.module)
         if self._sharded:
-            fold_weights(self.module, self.mesh.shards)
+            fold_weights(self.module, self.mesh.shards, shared_weights(self.module))
             fully_shard(self.module, **self._shard_options())
         if self.plan.recipe.model.compile:
             self.module.compile()

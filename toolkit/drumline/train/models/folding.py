@@ -1,42 +1,57 @@
-"""Folds weights of three or more dimensions into rows, so that FSDP2 can shard them without padding.
+"""Folds weights into rows or into one column, so that FSDP2 shards them without much padding.
 
 FSDP2 shards dimension 0, and pads it to a multiple of the ranks: the weights [8, 2f, h] of 8 experts would
 be 64 times as large on 512 ranks. Folded to [8·2f, h], they are divided like any other matrix. The forward
 sees a view of the original shape.
+A weight that two modules share is left as it is: a parametrization belongs to one module.
 """
+
+from collections import Counter
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from drumline.architectures.shapes import is_folded
+from drumline.architectures.shapes import folded
 
 _MARK, _LEAF = "parametrizations.", ".original"
 
 
 class _Unfold(nn.Module):
-    """Rows [n, m] as the tensor of its original shape, without a copy."""
+    """The folded weight as a tensor of its original shape, without a copy."""
 
-    def __init__(self, shape: torch.Size) -> None:
+    def __init__(self, shape: torch.Size, folded_shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self._folded = shape, folded_shape
 
-    def forward(self, rows: Tensor) -> Tensor:
-        return rows.view(self.shape)
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.view(self.shape)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """The rows of a weight."""
-        return weight.reshape(-1, weight.shape[-1])
+        """The folded weight."""
+        return weight.reshape(self._folded)
 
 
-def fold_weights(module: nn.Module, ranks: int) -> None:
-    """Fold the weights that sharding over `ranks` would pad too much; in place, before `fully_shard`."""
+def fold_weights(module: nn.Module, ranks: int, shared: Collection[int] = ()) -> None:
+    """Fold the weights that sharding over `ranks` would pad too much; in place, before `fully_shard`.
+
+    `shared`: ids of the weights that several modules share.
+    """
     for part in list(module.modules()):
+        if isinstance(part, parametrize.ParametrizationList):
+            continue
         for name, weight in list(part.named_parameters(recurse=False)):
-            if not isinstance(part, parametrize.ParametrizationList) and is_folded(
-                tuple(weight.shape), ranks
-            ):
-                parametrize.register_parametrization(part, name, _Unfold(weight.shape), unsafe=True)
+            shape = folded(tuple(weight.shape), ranks)
+            if shape != tuple(weight.shape) and id(weight) not in shared:
+                unfold = _Unfold(weight.shape, shape)
+                parametrize.register_parametrization(part, name, unfold, unsafe=True)
+
+
+def shared_weights(module: nn.Module) -> set[int]:
+    """Ids of the weights that more than one module has."""
+    every = Counter(id(weight) for _, weight in module.named_parameters(remove_duplicate=False))
+    return {number for number, count in every.items() if count > 1}
 
 
 def unfolded_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

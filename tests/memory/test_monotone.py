@@ -1,0 +1,103 @@
+"""More ranks never need more memory where states are sharded; larger batches and longer rows never less."""
+
+import random
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drumline.architectures.config_fields import config_fields
+from drumline.plan.model import MemoryFacts
+from memory.plans import ENCODERS, SMALL, small_plan
+
+RANKS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 24, 32, 40, 48, 64, 72, 96, 120, 128, 256, 512, 1000, 1024)
+FAMILIES = [*SMALL, *3 * ["mixtral", "qwen3_moe"]]
+
+
+def config_of(architecture: str, draw: random.Random) -> dict[str, Any]:
+    """A model of up to seven layers, of any width; experts from 4 to 128, more or fewer than ranks."""
+    heads, width, layers = (
+        draw.choice([4, 8, 16, 32]),
+        draw.choice([32, 64, 128]),
+        draw.randrange(1, 8),
+    )
+    ffn, vocabulary = draw.randrange(256, 8192, 64), draw.randrange(16000, 260000)
+    config = dict(SMALL[architecture])
+    if architecture == "gpt2":
+        return {**config, "n_embd": heads * width, "n_head": heads, "n_inner": ffn, "n_layer": layers,
+                "vocab_size": vocabulary, "n_positions": 4096}  # fmt: skip
+    config |= {"hidden_size": heads * width, "num_attention_heads": heads, "num_hidden_layers": layers,
+               "ffn_dim" if architecture == "opt" else "intermediate_size": ffn}  # fmt: skip
+    changes: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "num_key_value_heads": draw.choice([1, 2, 4]),
+        "num_local_experts": draw.choice([4, 8, 16]),
+        "num_experts": draw.choice([8, 16, 60, 128]),
+        "moe_intermediate_size": draw.choice([96, 128, 768]),
+        "word_embed_proj_dim": heads * width,
+    }
+    config |= {key: value for key, value in changes.items() if key in config}
+    if "head_dim" in (config_fields(architecture) or {}):
+        config |= {"head_dim": width}
+    if architecture in (*ENCODERS[:2], "opt"):
+        config |= {"max_position_embeddings": 4096}
+    return config
+
+
+ORDER = ("fits", "tight", "does_not_fit")
+
+
+def needs_no_more(less: MemoryFacts, more: MemoryFacts) -> bool:
+    """Allocated bytes of the first are at most those of the second, and its verdict is no worse.
+
+    To 1/64: that much FSDP2 may pad, and the margin of the high end depends on what makes up the peak.
+    """
+    assert less.allocated
+    assert more.allocated
+    return (
+        less.allocated.expected <= (1 + 1 / 64) * more.allocated.expected
+        and less.allocated.high <= (1 + 1 / 64) * more.allocated.high
+        and ORDER.index(less.verdict) <= ORDER.index(more.verdict)
+    )
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.integers(0, 2**31))
+def test_memory_is_monotone(seed: int) -> None:
+    """500 × 4 plans: other ranks, twice the rows, twice the tokens; FSDP2 and ZeRO 1 to 3."""
+    draw = random.Random(seed)
+    architecture = draw.choice(FAMILIES)
+    config, strategy = (
+        config_of(architecture, draw),
+        draw.choice(["fsdp", "fsdp", "zero1", "zero2", "zero3"]),
+    )
+    b, length, k = (
+        draw.choice([1, 2, 3, 4, 8]),
+        draw.choice([64, 128, 512, 1024]),
+        draw.choice([1, 2]),
+    )
+    sections: dict[str, Any] = {
+        "strategy": {"name": strategy},
+        "launch": {"launcher": "torchrun" if strategy == "fsdp" else "deepspeed"},
+        "precision": draw.choice(["bf16", "fp32"]),
+        "model": {"activation_checkpointing": draw.choice(["none", "full", "selective"])},
+    }
+
+    def memory(b: int, length: int, gpus: int) -> MemoryFacts:
+        cluster = {"gpus_per_node": 8 if gpus % 8 == 0 else gpus}
+        plan = small_plan(architecture, config, b, length, gpus, k, cluster=cluster, **sections)
+        return plan.memory
+
+    few, many = sorted(draw.sample(RANKS, 2))
+    now = memory(b, length, few)
+    assert needs_no_more(memory(b, length, many), now), (
+        architecture,
+        config,
+        sections,
+        b,
+        length,
+        few,
+        many,
+    )
+    assert needs_no_more(now, memory(2 * b, length, few))
+    assert needs_no_more(now, memory(b, 2 * length, few))
