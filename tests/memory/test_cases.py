@@ -1,7 +1,8 @@
 """Plans that were wrong, with what really happened: data/cases/, from logs and tables that others published.
 
 mistral-199, powerlm-275: allocated peaks and nvidia-smi of foundation-model-stack's fms-acceleration
-benchmarks. llama8b-345: nvidia-smi of a run. mpt13b-145: a row of llm-foundry's table of runs.
+benchmarks. llama8b-345: nvidia-smi of a run. mpt13b-145, mpt350m-201: rows of llm-foundry's table of runs. The
+others are plans whose figures were absurd.
 """
 
 from dataclasses import dataclass
@@ -47,6 +48,47 @@ def test_what_ran_is_not_refused(name: str) -> None:
         assert memory.allocated.expected == pytest.approx(ran.allocated, rel=0.05)
     if ran.device:
         assert memory.device.low <= ran.device <= memory.device.high
+
+
+def test_a_model_that_others_ran_can_be_stated() -> None:
+    """MPT 350M as GPT-2 with the exact GELU, and a loss that never holds fp32 logits, as llm-foundry's does."""
+    stated = ["model.config.activation_function=gelu", "loss.chunked=true"]
+    assert memory_of("mpt350m-201", *stated).verdict in ("fits", "tight")
+
+
+@pytest.mark.parametrize("gpus", [64, 512])
+def test_zero_3_of_70b_is_beside_fsdp(gpus: int) -> None:
+    """ZeRO-3 with 16-bit weights needs less than FSDP2 with fp32 shards, and both fit."""
+    over = [f"batch.gpus={gpus}", "batch.effective=512", "batch.accumulation=null"]
+    zero = memory_of("llama70b-zero3", *over)
+    fsdp = memory_of("llama70b-zero3", *over, "strategy.name=fsdp", "launch.launcher=torchrun")
+    assert zero.allocated
+    assert fsdp.allocated
+    assert zero.verdict == fsdp.verdict == "fits"
+    assert 0.5 * fsdp.allocated.expected < zero.allocated.expected < fsdp.allocated.expected
+
+
+def test_more_ranks_never_need_more_for_experts() -> None:
+    """Mixtral-8x7B on 8 to 1,024 H100, also where the ranks divide no width: it fits from 16 on."""
+    needs, verdicts = [], []
+    for gpus in (8, 16, 24, 40, 64, 72, 96, 104, 256, 512, 1024):
+        memory = memory_of("mixtral-512", f"batch.gpus={gpus}")
+        assert memory.allocated
+        needs.append(memory.allocated.expected)
+        verdicts.append(memory.verdict)
+    assert needs == sorted(needs, reverse=True)
+    assert verdicts[0] == "does_not_fit"
+    assert set(verdicts[1:]) == {"fits"}
+
+
+def test_deepspeeds_own_bf16_has_16_bit_weights() -> None:
+    """ds-580, a GPT-2 of 254M under ZeRO-3 on 4: 2 + 2 bytes a parameter and 12 of masters and moments."""
+    plan = resolve(load_recipe(str(FOLDER / "ds-580.yaml"), []))
+    share = (plan.cost.parameters or 0) / 4
+    parts = plan.memory.parts
+    assert parts["parameters"] + parts["gradients"] == pytest.approx(4 * share, rel=1e-3)
+    assert parts["optimizer"] == pytest.approx(12 * share, rel=1e-3)
+    assert plan.memory.verdict == "fits"
 
 
 def test_a_tight_plan_says_by_how_much() -> None:
