@@ -50,10 +50,11 @@ SMALL: dict[str, dict[str, Any]] = {
     "gpt2": GPT2,
     "bert": BERT,
     "roberta": {**BERT, "type_vocab_size": 1, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1},
+    "distilbert": {"dim": 256, "n_layers": 4, "n_heads": 8, "hidden_dim": 1024, "vocab_size": 2000},
     "vit": {**{k: v for k, v in BERT.items() if k != "vocab_size"}, "image_size": 64, "patch_size": 8},
 }  # fmt: skip
 FULL = {"model": {"activation_checkpointing": "full"}}
-ENCODERS = ("bert", "roberta", "vit")
+ENCODERS = ("bert", "roberta", "distilbert", "vit")
 SCALES_LOGITS = ("granite", "gemma2", "cohere")
 """Families whose loss cannot be chunked."""
 
@@ -112,12 +113,15 @@ def random_plan(draw: random.Random) -> tuple[str, Plan]:
                   "vocab_size": vocabulary}  # fmt: skip
         if draw.random() < 0.5:
             config |= {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    elif architecture == "distilbert":
+        config = {"dim": heads * width, "n_heads": heads, "hidden_dim": ffn, "n_layers": layers,
+                  "vocab_size": vocabulary}  # fmt: skip
     else:
         config = {**SMALL[architecture], "hidden_size": heads * width, "num_attention_heads": heads,
                   "intermediate_size": ffn, "num_hidden_layers": layers, "vocab_size": vocabulary}  # fmt: skip
     if architecture == "vit":
         del config["vocab_size"]
-    elif architecture not in ("gpt2", "bert", "roberta"):
+    elif architecture not in ("gpt2", "bert", "roberta", "distilbert"):
         config |= {"tie_word_embeddings": draw.random() < 0.5}
         if "num_key_value_heads" in config:
             config |= {"num_key_value_heads": draw.choice([1, 2, 4])}

@@ -26,6 +26,9 @@ def config_of(architecture: str, draw: random.Random) -> dict[str, Any]:
     if architecture == "gpt2":
         return {**config, "n_embd": heads * width, "n_head": heads, "n_inner": ffn, "n_layer": layers,
                 "vocab_size": vocabulary, "n_positions": 4096}  # fmt: skip
+    if architecture == "distilbert":
+        return {**config, "dim": heads * width, "n_heads": heads, "hidden_dim": ffn, "n_layers": layers,
+                "vocab_size": vocabulary, "max_position_embeddings": 4096}  # fmt: skip
     config |= {"hidden_size": heads * width, "num_attention_heads": heads, "num_hidden_layers": layers,
                "ffn_dim" if architecture == "opt" else "intermediate_size": ffn}  # fmt: skip
     changes: dict[str, Any] = {

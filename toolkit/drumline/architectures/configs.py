@@ -25,6 +25,10 @@ _DECODER_KEYS = (*_COMMON_KEYS, "intermediate_size", "num_key_value_heads", "hea
                  "moe_intermediate_size")  # fmt: skip
 _ROBERTA_VOCABULARIES = {"roberta": 50265, "xlm-roberta": 30522, "camembert": 30522}
 """Default vocabularies of BERT's relatives. Their positions begin after that of the padding token."""
+_DISTILBERT_NAMES = {"hidden_size": "dim", "intermediate_size": "hidden_dim", "num_hidden_layers": "n_layers",
+                     "num_attention_heads": "n_heads", "hidden_dropout_prob": "dropout",
+                     "attention_probs_dropout_prob": "attention_dropout"}  # fmt: skip
+"""DistilBERT's own names of what BERT's config has."""
 _BERT_KEYS = (*_COMMON_KEYS, *BERT_DROPOUTS, "intermediate_size", "type_vocab_size")
 _VIT_KEYS = (*_COMMON_KEYS, *BERT_DROPOUTS, "intermediate_size", "image_size", "patch_size", "num_channels",
              "qkv_bias")  # fmt: skip
@@ -252,7 +256,27 @@ def _bert(architecture: str, config: dict[str, Any], classes: int | None) -> Mod
         positions=_whole(config, ("max_position_embeddings",), 512),
         unused_positions=config.get("pad_token_id", 1) + 1 if is_roberta else 0,
         types=_whole(config, ("type_vocab_size",), 2),
+        has_embedding_block=True,
         has_qkv_bias=True,
+    )
+
+
+def _distilbert(architecture: str, config: dict[str, Any], classes: int | None) -> ModelShape | str:
+    if classes is None:
+        return f"no closed form for {architecture} as a language model"
+    if config.get("sinusoidal_pos_embds"):
+        return f"no closed form for {architecture} with sinusoidal_pos_embds"
+    common = {name: config[own] for name, own in _DISTILBERT_NAMES.items() if own in config}
+    return _encoder(
+        "bert",
+        architecture,
+        {"num_hidden_layers": 6, **common},
+        classes,
+        dropout=0.1,
+        vocabulary=_whole(config, ("vocab_size",), 30522),
+        positions=_whole(config, ("max_position_embeddings",), 512),
+        has_qkv_bias=True,
+        drops_attention=False,
     )
 
 
@@ -270,6 +294,7 @@ def _vit(architecture: str, config: dict[str, Any], classes: int | None) -> Mode
         vocabulary=0,
         patches=(image // patch) ** 2,
         patch_inputs=patch * patch * _whole(config, ("num_channels",), 3),
+        has_embedding_block=True,
         has_qkv_bias=bool(config.get("qkv_bias", True)),
     )
 
@@ -279,6 +304,8 @@ Reader = Callable[[str, dict[str, Any], int | None], ModelShape | str]
 _READERS: dict[str, tuple[tuple[str, ...], str, str, Reader]] = {
     "gpt2": (_GPT2_KEYS, "activation_function", "gelu_new", _gpt2),
     **dict.fromkeys(("bert", *_ROBERTA_VOCABULARIES), (_BERT_KEYS, "hidden_act", "gelu", _bert)),
+    "distilbert": ((*_DISTILBERT_NAMES.values(), "vocab_size", "max_position_embeddings", "activation",
+                    "sinusoidal_pos_embds"), "activation", "gelu", _distilbert),
     "vit": (_VIT_KEYS, "hidden_act", "gelu", _vit),
     **{
         name: ((*_DECODER_KEYS, *family.dropouts, *family.needs, family.activation_key),

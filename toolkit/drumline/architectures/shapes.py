@@ -31,11 +31,13 @@ class ModelShape:
     `family`: the structure of its layers. `ffn`: the feed-forward width, with `experts` that of one expert.
     Each token is routed to `top_k` experts. `positions`: learned positions of a text model, of which no token
     takes `unused_positions`; None for rotary ones, and for images, which have `patches` + 1. `types`: token
-    types of an encoder. `classes`: classes of a classifier, None for a language model. `patches`: patches per
-    image, and `patch_inputs` the numbers in one; 0 for text. `window`: sliding window in tokens; attention
-    over longer rows is given a mask. `activation`: as in the config. `structure`: of a decoder's layers.
-    `rotary_share`: share of a head's features with rotary positions. `windowed` and `rotated`: of each layer,
-    whether it has the window and rotary positions; empty if all are alike.
+    types of an encoder. `has_embedding_block`: its embeddings are a block like a layer, which FSDP2 shards by
+    itself. `drops_attention`: it has dropout after attention. `classes`: classes of a classifier, None for a
+    language model. `patches`: patches per image, and `patch_inputs` the numbers in one; 0 for text. `window`:
+    sliding window in tokens; attention over longer rows is given a mask. `activation`: as in the config.
+    `structure`: of a decoder's layers. `rotary_share`: share of a head's features with rotary positions.
+    `windowed` and `rotated`: of each layer, whether it has the window and rotary positions; empty if all are
+    alike.
     """
 
     family: str
@@ -64,6 +66,8 @@ class ModelShape:
     structure: Structure = LLAMA
     unused_positions: int = 0
     types: int = 0
+    has_embedding_block: bool = False
+    drops_attention: bool = True
     rotary_share: float = 1.0
     windowed: tuple[bool, ...] = ()
     rotated: tuple[bool, ...] = ()
@@ -171,7 +175,9 @@ def outer_tensors(shape: ModelShape) -> Tensors:
             h, 1 if shape.family == "decoder" and not shape.structure.has_shift else 2
         )
     if shape.family == "bert":
-        tensors |= {"types": (shape.types, h), "pooler": (h, h), "pooler_bias": (h,)}
+        tensors |= {"pooler": (h, h), "pooler_bias": (h,)}
+        if shape.types:
+            tensors |= {"types": (shape.types, h)}
     if classes is not None:
         tensors |= {"head": (classes, h)}
         if shape.family in ("bert", "vit"):

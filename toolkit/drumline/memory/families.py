@@ -209,8 +209,10 @@ def _bert(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: floa
     value = run.linear(stream, w["v"], shape.hidden)
     out = _attend(layer, run, rows, query, key, value)
     del query, key, value
-    hidden = run.dropout(run.linear(out, w["out"], shape.hidden), dropout)
+    hidden = run.linear(out, w["out"], shape.hidden)
     del out
+    if shape.drops_attention:
+        hidden = run.dropout(hidden, dropout)
     attended = run.layer_norm(run.add(hidden, stream), shape.hidden)
     del hidden
     expanded = run.activate(shape.activation, run.linear(attended, w["up"], shape.ffn))

@@ -116,10 +116,14 @@ class Load:
 
     @property
     def layer_kinds(self) -> list["LayerKind"]:
-        """Of every layer, whether its attention has a mask, and whether it has rotary positions."""
+        """Of every layer, whether its attention has a mask, and whether it has rotary positions.
+
+        flash-attn has windows of its own, without a mask.
+        """
         shape = self.shape
         number = shape.layers
-        is_long = shape.window is not None and self.sequence_length > shape.window
+        has_mask = shape.window is not None and self.attention != "flash"
+        is_long = has_mask and self.sequence_length > (shape.window or 0)
         windowed = shape.windowed or (True,) * number
         rotated = shape.rotated or (shape.structure.rotary != "none",) * number
         return [

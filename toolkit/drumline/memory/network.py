@@ -55,8 +55,8 @@ class Network:
             ]
 
     def _is_embedded(self, name: str) -> bool:
-        """Whether FSDP2 gathers this weight in a group of its own: the embeddings of BERT and ViT."""
-        return self.shape.family in ("bert", "vit") and name in _EMBEDDINGS
+        """Whether FSDP2 gathers this weight in a group of its own, with the other embeddings."""
+        return self.shape.has_embedding_block and name in _EMBEDDINGS
 
     def _group(self, tensors: Tensors, weights: list[Parameter]) -> Group:
         return Group(self.ledger, self.load, self.stage, tensors, weights)
@@ -127,7 +127,7 @@ class Network:
         if shape.patches:
             return self._embed_patches(rows)
         hidden = run.embedding(rows.tokens, self.outer["embedding"], shape.hidden)
-        if shape.family == "bert":
+        if shape.types:
             types = run.embedding(rows.tokens, self.outer["types"], shape.hidden)
             hidden = run.add(hidden, types)
             del types

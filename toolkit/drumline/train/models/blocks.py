@@ -7,8 +7,11 @@ BATCHNORM = nn.modules.batchnorm._BatchNorm
 
 
 def named_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The blocks to initialise and shard: a transformer's layers, else children with parameters."""
-    names = set(getattr(model, "_no_split_modules", None) or [])
+    """The blocks to initialise and shard: a transformer's layers, else children with parameters.
+
+    A model of transformers names its layers' classes, or has them derive from one class.
+    """
+    names = set(getattr(model, "_no_split_modules", None) or _checkpointed_layers(model))
     found = [(n, m) for n, m in model.named_modules() if type(m).__name__ in names]
     found = [
         (n, m)
@@ -18,6 +21,15 @@ def named_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     if names:
         return found
     return [(n, m) for n, m in model.named_children() if any(True for _ in m.parameters())]
+
+
+def _checkpointed_layers(model: nn.Module) -> set[str]:
+    """Names of the classes of layers that transformers can checkpoint; empty for a model of others."""
+    if not hasattr(model, "gradient_checkpointing_enable"):
+        return set()
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return {type(m).__name__ for m in model.modules() if isinstance(m, GradientCheckpointingLayer)}
 
 
 def has_batchnorm(model: nn.Module) -> bool:

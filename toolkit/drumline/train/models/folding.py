@@ -2,8 +2,8 @@
 
 FSDP2 shards dimension 0, and pads it to a multiple of the ranks: the weights [8, 2f, h] of 8 experts would
 be 64 times as large on 512 ranks. Folded to [8·2f, h], they are divided like any other matrix. The forward
-sees a view of the original shape.
-A weight that two modules share is left as it is: a parametrization belongs to one module.
+sees a view of the original shape. A weight that two modules share is left as it is, because a
+parametrization belongs to one module.
 """
 
 from collections import Counter
