@@ -100,7 +100,7 @@ def arena(tmp_path_factory: pytest.TempPathFactory) -> Arena:
         policy = {"activation_checkpointing": "selective", "activation_offload": True}
         made.ask("train", f"selective-{engine}", made.plan(engine, (2, 2, 3), model=policy))
     made.ask("verify", "sound", made.plan("zero2", (3, 2, 2)), fault="")
-    for engine in MASTERS:
+    for engine in (*MASTERS, "zero2-offload"):
         plan = made.plan(engine, (3, 2, 2), precision="bf16")
         made.ask("verify", f"bf16-sound-{engine}", plan, fault="")
     for fault in FAULTS:
@@ -242,7 +242,7 @@ def test_bf16_goes_on_in_another_engine(arena: Arena, saver: str, loader: str) -
         assert abs(mine["loss"] - theirs["loss"]) < 5e-3 * theirs["loss"]
 
 
-@pytest.mark.parametrize("engine", MASTERS)
+@pytest.mark.parametrize("engine", [*MASTERS, "zero2-offload"])
 def test_verify_is_green_in_zeros_own_bf16(arena: Arena, engine: str) -> None:
     """16-bit weights on both sides: the gradient of the split is that of the undivided batch."""
     assert verdict(arena, f"bf16-sound-{engine}") == (True, True)

@@ -29,7 +29,9 @@ class Zero:
         self._sent = load.numbers.autocast_bytes or self._model
         """Bytes per element of what ranks exchange of matrices."""
         self._part = partition(load)
-        is_wide = load.numbers.has_masters and accumulates_in_fp32(self._stage, load.accumulation)
+        is_wide = load.numbers.has_masters and accumulates_in_fp32(
+            self._stage, load.accumulation, load.offload
+        )
         self._sums = _FP32 if is_wide else self._model
         """Bytes per element in which this rank's partition of the gradients is summed."""
         self._is_compact = self._stage == 2 and self._sums > self._model
@@ -156,13 +158,14 @@ class Zero:
             self._partitions.append(self._ledger.block(self._part, self._sums, "gradients"))
 
 
-def accumulates_in_fp32(stage: int, accumulation: int) -> bool:
+def accumulates_in_fp32(stage: int, accumulation: int, offload: bool) -> bool:
     """Whether the gradients of 16-bit weights are summed in fp32 by ZeRO of this stage.
 
-    Stage 2: always, since its step needs the fp32 sum anyway. Stage 3: if there is something to sum. Stage 1
-    accumulates the whole model's gradients, in bf16 as DeepSpeed does by default.
+    Stage 2: always, since its step needs the fp32 sum anyway; but not with offload, where DeepSpeed 0.19.8
+    then returns gradients of earlier steps. Stage 3: if there is something to sum. Stage 1 accumulates the
+    whole model's gradients, in bf16 as DeepSpeed does by default.
     """
-    return stage == 2 or (stage == 3 and accumulation > 1)
+    return (stage == 2 and not offload) or (stage == 3 and accumulation > 1)
 
 
 def partition(load: Load) -> int:

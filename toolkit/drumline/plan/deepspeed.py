@@ -67,6 +67,7 @@ def deepspeed_config(plan: Plan) -> dict[str, Any]:
             "bf16": {"enabled": True, "check_grad_overflow": True},
             "communication_data_type": "bf16",
         }
-        if accumulates_in_fp32(stage, batch.accumulation):
+        has_offload = recipe.strategy.offload == "optimizer"
+        if accumulates_in_fp32(stage, batch.accumulation, has_offload):
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
