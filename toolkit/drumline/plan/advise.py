@@ -179,7 +179,9 @@ class _Adviser:
             change = self._split_change(larger[fitting - 1], split.gpus)
             yield change, "larger micro-batches, fewer of them"
         if recipe.model.activation_checkpointing != "none":
-            kept = {"activation_checkpointing": "none", "activation_offload": False}
+            kept: Change = {"activation_checkpointing": "none"}
+            if recipe.model.activation_offload:
+                kept["activation_offload"] = False
             all_kept = self._replanned({"model": kept}, "activations are kept")
             if all_kept and all_kept.verdict == "fits":
                 yield all_kept.change, all_kept.why
