@@ -191,22 +191,39 @@ def _rotary_share(values: dict[str, Any]) -> float:
 
 def _windowed(family: Decoder, values: dict[str, Any], layers: int) -> tuple[bool, ...]:
     """Whether each layer has the sliding window; empty if all are alike."""
-    kinds = values.get("layer_types")
+    kinds = _of_each_layer(values, "layer_types", layers)
     if kinds:
         return tuple(kind == "sliding_attention" for kind in kinds)
-    every = values.get(
-        "_sliding_window_pattern", values.get("sliding_window_pattern", family.full_every)
-    )
-    return tuple((n + 1) % every != 0 for n in range(layers)) if family.full_every else ()
+    keys = ("_sliding_window_pattern", "sliding_window_pattern")
+    return _all_but_every(values, keys, family.full_every, layers)
 
 
 def _rotated(family: Decoder, values: dict[str, Any], layers: int) -> tuple[bool, ...]:
     """Whether each layer has rotary positions; empty if all have."""
-    stated = values.get("no_rope_layers")
+    stated = _of_each_layer(values, "no_rope_layers", layers)
     if stated:
         return tuple(bool(has) for has in stated)
-    every = values.get("no_rope_layer_interval", family.rotary_every)
-    return tuple((n + 1) % every != 0 for n in range(layers)) if family.rotary_every else ()
+    return _all_but_every(values, ("no_rope_layer_interval",), family.rotary_every, layers)
+
+
+def _of_each_layer(values: dict[str, Any], key: str, layers: int) -> list[Any]:
+    """A list of the config with an entry for each layer; empty if it is not set."""
+    found: list[Any] = values.get(key) or []
+    if found and len(found) != layers:
+        raise PlanError(
+            f"model.config.{key}: {len(found)} entries for {layers} layers. Nearest: state {layers}"
+        )
+    return found
+
+
+def _all_but_every(
+    values: dict[str, Any], keys: tuple[str, ...], default: int, layers: int
+) -> tuple[bool, ...]:
+    """False for every n-th layer, n the value of the first key that is set; empty for other families."""
+    if not default:
+        return ()
+    every = _whole(values, keys, default)
+    return tuple((number + 1) % every != 0 for number in range(layers))
 
 
 def _with_experts(dense: ModelShape, values: dict[str, Any]) -> ModelShape:
@@ -254,7 +271,7 @@ def _bert(architecture: str, config: dict[str, Any], classes: int | None) -> Mod
         dropout=0.1,
         vocabulary=_whole(config, ("vocab_size",), _ROBERTA_VOCABULARIES.get(architecture, 30522)),
         positions=_whole(config, ("max_position_embeddings",), 512),
-        unused_positions=config.get("pad_token_id", 1) + 1 if is_roberta else 0,
+        unused_positions=(config.get("pad_token_id") or 0) + 1 if is_roberta else 0,
         types=_whole(config, ("type_vocab_size",), 2),
         has_embedding_block=True,
         has_qkv_bias=True,

@@ -222,10 +222,13 @@ def shard_size(sizes: tuple[int, ...], ranks: int) -> int:
     return -(-sizes[0] // ranks) * math.prod(sizes[1:]) if sizes else 1
 
 
-def shard_sizes(shape: ModelShape, tensors: Tensors, ranks: int) -> list[int]:
-    """Elements of the first rank's shard of each weight; a tied embedding is not folded."""
+def shard_sizes(shape: ModelShape, tensors: Tensors, ranks: int, folds: bool) -> list[int]:
+    """Elements of the first rank's shard of each weight; `folds`: weights are, but not a tied embedding."""
     is_tied = shape.tied and shape.classes is None
     return [
-        shard_size(sizes if name == "embedding" and is_tied else folded(sizes, ranks), ranks)
+        shard_size(
+            folded(sizes, ranks) if folds and not (name == "embedding" and is_tied) else sizes,
+            ranks,
+        )
         for name, sizes in tensors.items()
     ]

@@ -43,10 +43,8 @@ class DatasetManifest:
 
     @property
     def row_tokens(self) -> int | None:
-        """Input tokens of the widest micro-batch: those of the longest row, at most `sequence_length`."""
-        if self.longest is None or self.sequence_length is None:
-            return self.sequence_length
-        return min(self.longest, self.sequence_length)
+        """Input tokens of the widest micro-batch: those of the longest row, or else `sequence_length`."""
+        return self.longest or self.sequence_length
 
     def write(self, folder: Path) -> None:
         """Write the manifest, the last file of a prepared folder."""

@@ -226,10 +226,15 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
         label_tokens=train.label_tokens,
         truncated=seen.truncated,
         dropped=seen.dropped,
-        longest=max(writer.longest for writer in writers.values()) or None,
+        longest=_longest(data, writers.values()),
         files=sizes(folder),
         arrays=arrays,
     ).write(folder)
+
+
+def _longest(data: Data, writers: Iterable[_Writer]) -> int | None:
+    """Input tokens of the longest row; None if rows are packed, or if only a task's own code knows."""
+    return None if data.task_factory else max(writer.longest for writer in writers) or None
 
 
 def _part_of(document: int, validation: Fraction) -> str:

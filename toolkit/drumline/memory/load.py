@@ -18,7 +18,7 @@ class ZeroSizes:
     `bucket`: gradients that are reduced at once. `live`: weights that stage 3 keeps gathered, at most, and
     the distance within which a weight must be used again to be kept. `prefetch`: gathered ahead.
     `persistent`: smaller weights are always whole. `sub_group`: updated at once. The limits are DeepSpeed's
-    defaults; its default bucket is ten times as large, which costs up to 3 GB and gains little.
+    defaults, but for the bucket, which is a tenth: three buffers of its size are alive at once.
     """
 
     bucket: int = 50_000_000
@@ -54,7 +54,7 @@ class Load:
     micro-batch, None without evaluation. `is_masked`: rows are padded, so that attention is given a mask.
     `attention`: the recipe's `model.attention`. `offload`: the optimizer's state is in host memory;
     `offloads_inputs`: so are the inputs of checkpointed layers. `zero`: DeepSpeed's buffers, of strategies
-    zero1 to zero3.
+    zero1 to zero3. `folds`: FSDP2 gets weights in the shape that needs least padding.
     """
 
     shape: ModelShape
@@ -78,6 +78,7 @@ class Load:
     offload: bool = False
     offloads_inputs: bool = False
     zero: ZeroSizes = ZeroSizes()
+    folds: bool = True
 
     @property
     def numbers(self) -> Precision:

@@ -67,7 +67,7 @@ class Rank:
             return [partition(load)]
         ranks = load.shard_ranks if load.strategy == "fsdp" else 1
         outer, layer = (
-            shard_sizes(self.shape, tensors, ranks)
+            shard_sizes(self.shape, tensors, ranks, load.folds)
             for tensors in (outer_tensors(self.shape), layer_tensors(self.shape))
         )
         return outer + self.shape.layers * layer

@@ -31,7 +31,7 @@ class Group:
         self, ledger: Ledger, load: Load, stage: Stage, tensors: Tensors, weights: list[Parameter]
     ) -> None:
         self._ledger, self._load, self._stage, self.weights = ledger, load, stage, weights
-        self.tensors = shard_sizes(load.shape, tensors, load.shard_ranks)
+        self.tensors = shard_sizes(load.shape, tensors, load.shard_ranks, load.folds)
         self.shard = sum(self.tensors)
         self._whole: list[Block] = []
         self._buffer: Block | None = None

@@ -117,7 +117,7 @@ class Zero:
             self._buckets = self._new_buckets()
         size = parameter.elements
         if self._fill + size > self._sizes.bucket:
-            self._flush(min(self._fill or size, self._sizes.bucket))
+            self._flush(self._fill)
             self._fill = 0.0
         if (
             size > self._sizes.bucket

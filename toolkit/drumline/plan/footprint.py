@@ -200,4 +200,5 @@ def load_of(recipe: Recipe, shape: ModelShape, split: Split, gpu: Gpu) -> Load:
         has_flash=gpu.has_flash,
         offload=recipe.strategy.offload == "optimizer",
         zero=zero_sizes(shape.parameters),
+        folds=rule.is_elementwise,
     )

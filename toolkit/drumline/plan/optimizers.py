@@ -25,7 +25,8 @@ class OptimizerRule:
     `sharded_kernels`: those that support FSDP2's sharded tensors.
     `scratch`: whether the foreach kernel allocates a temporary as large as each parameter; its argument
     `decays` is whether weight decay is on.
-    `strategies`: the strategies that it supports.
+    `strategies`: the strategies that it supports. `is_elementwise`: whether the update of an element depends
+    on that element alone, so that a weight may have another shape while it is trained.
     """
 
     states: Callable[[Shape, Optimizer], list[Shape] | None]
@@ -33,6 +34,7 @@ class OptimizerRule:
     sharded_kernels: tuple[str, ...] = ("fused", "foreach")
     scratch: Callable[[bool], bool] = lambda decays: False
     strategies: tuple[str, ...] = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+    is_elementwise: bool = True
 
     def state_count(self, spec: Optimizer) -> int | None:
         """Number of state tensors per parameter, each of the parameter's size; None if not known."""
@@ -67,7 +69,9 @@ OPTIMIZERS: dict[str, OptimizerRule] = {
         sharded_kernels=("foreach",),  # torch has no fused sgd for sharded tensors
         scratch=lambda decays: decays,  # a copy of the gradient, to which weight decay is added
     ),
-    "custom": OptimizerRule(states=_as_stated, kernels=(), sharded_kernels=()),
+    "custom": OptimizerRule(
+        states=_as_stated, kernels=(), sharded_kernels=(), is_elementwise=False
+    ),
 }
 
 

@@ -17,7 +17,7 @@ from drumline.plan.model import Plan
 from drumline.runs.code import factory_hashes
 from drumline.session.world import model_config
 
-TRACE_VERSION = 1
+TRACE_VERSION = 2
 """To raise when a trace of the same step would hold something else."""
 
 _OF_THE_STEP = ("model", "strategy", "precision", "optimizer", "loss", "objective", "evaluation")
@@ -51,7 +51,7 @@ def _file(plan: Plan) -> Path:
     manifest = read_dataset_manifest(Path(plan.data.cache)) if plan.data.cache else None
     for name in _RATES:
         recipe["optimizer"].pop(name)
-    rows: Any = manifest and [manifest.sequence_length, manifest.feature_shape, manifest.classes]
+    rows: Any = manifest and [manifest.row_tokens, manifest.feature_shape, manifest.classes]
     depends = {
         "version": TRACE_VERSION,
         "step": {name: recipe[name] for name in _OF_THE_STEP},

@@ -48,10 +48,11 @@ def _grouped_forward(rows: Tensor, weight: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[2])
 
 
-for _name, _signature, _run in (
-    ("attention", "(Tensor q) -> (Tensor, Tensor)", _attention_forward),
-    ("grouped_mm", "(Tensor rows, Tensor weight) -> Tensor", _grouped_forward),
-):
+_STAND_INS = {
+    "attention": ("(Tensor q) -> (Tensor, Tensor)", _attention_forward),
+    "grouped_mm": ("(Tensor rows, Tensor weight) -> Tensor", _grouped_forward),
+}
+for _name, (_signature, _run) in _STAND_INS.items():
     _OPERATORS.define(f"{_name}{_signature}")
     for _key in ("CPU", "Meta"):
         _OPERATORS.impl(_name, _run, _key)
@@ -212,6 +213,8 @@ def cuda_kernels() -> Iterator[None]:
             ("softmax", _softmax),
         ):
             stack.enter_context(patch.object(functional, name, stand_in))
+        kept = (*checkpointing.KEPT, *(f"drumline.{name}" for name in _STAND_INS))
+        stack.enter_context(patch.object(checkpointing, "KEPT", kept))
         stack.enter_context(patch.object(checkpointing, "to_host", _describe))
         stack.enter_context(patch.object(checkpointing, "to_device", _empty_again))
         stack.enter_context(patch.object(transformers.integrations.moe, "_grouped_mm", _grouped_mm))

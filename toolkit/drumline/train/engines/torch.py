@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from drumline.checkpoint.boxes import boxes_of_range
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.plan.model import Plan
+from drumline.plan.optimizers import rule_of
 from drumline.train.engines.base import Engine, TensorShard
 from drumline.train.models import ModelBuilder, has_batchnorm
 from drumline.train.models.builder import Progress, ignore_progress
@@ -59,10 +60,17 @@ class TorchEngine(Engine):
         self._allocate_optimizer_state()
 
     def _shard(self, builder: ModelBuilder) -> nn.Module:
+        """The model with its blocks sharded; what is outside them is sharded with the root, by `_wrap`."""
+        folds = rule_of(self.plan.recipe).is_elementwise
+        shared = shared_weights(builder.model)
         for block in builder.blocks():
-            fold_weights(block, self.mesh.shards)
+            if folds:
+                fold_weights(block, self.mesh.shards, shared)
             fully_shard(block, **self._shard_options())
-        return builder.finish()
+        model = builder.finish()
+        if folds:
+            fold_weights(model, self.mesh.shards, shared)
+        return model
 
     def _shard_options(self) -> dict[str, Any]:
         """The mesh and the precision policy of FSDP2, the same for every block and the root."""
@@ -87,7 +95,6 @@ class TorchEngine(Engine):
         if self.plan.recipe.model.sync_batchnorm:
             self.module = nn.SyncBatchNorm.convert_sync_batchnorm(self.module)
         if self._sharded:
-            fold_weights(self.module, self.mesh.shards, shared_weights(self.module))
             fully_shard(self.module, **self._shard_options())
         if self.plan.recipe.model.compile:
             self.module.compile()

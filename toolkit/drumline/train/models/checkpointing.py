@@ -16,13 +16,13 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from drumline.errors import PlanError
 
-_KEPT = (
+KEPT = (
     "aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten._grouped_mm", "aten.convolution",
     "aten._scaled_dot_product_flash_attention", "aten._scaled_dot_product_efficient_attention",
     "aten._scaled_dot_product_cudnn_attention", "aten._scaled_dot_product_flash_attention_for_cpu",
-    "flash_attn._flash_attn_forward", "drumline.attention", "drumline.grouped_mm",
+    "flash_attn._flash_attn_forward",
 )  # fmt: skip
-"""Operators whose outputs `selective` keeps; the last two are the trace's stand-ins (`trace/kernels.py`)."""
+"""Operators whose outputs `selective` keeps."""
 
 
 def enable_checkpointing(model: Any, policy: str, offload: bool) -> None:
@@ -49,9 +49,9 @@ def enable_checkpointing(model: Any, policy: str, offload: bool) -> None:
 
 
 def _kept() -> list[Any]:
-    """Those of `_KEPT` that this torch has."""
+    """Those of `KEPT` that this torch has."""
     found = []
-    for name in _KEPT:
+    for name in KEPT:
         library, _, operator = name.partition(".")
         packet = getattr(getattr(torch.ops, library), operator, None)
         if packet is not None:
