@@ -6,6 +6,7 @@ import pytest
 
 from drumline.architectures.configs import read_shape
 from drumline.architectures.shapes import ModelShape
+from drumline.errors import PlanError
 from drumline.train.models import named_blocks
 
 SMALL = {
@@ -122,3 +123,14 @@ def test_what_is_not_known_is_said(architecture: str, config: dict[str, Any], wo
     found = read_shape(architecture, config)
     assert isinstance(found, str)
     assert words in found
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key", "entry"),
+    [("gemma3_text", "layer_types", "full_attention"), ("smollm3", "no_rope_layers", 1)],
+)
+def test_a_list_of_another_length_than_the_layers_is_refused(
+    architecture: str, key: str, entry: object
+) -> None:
+    with pytest.raises(PlanError, match=rf"model.config.{key}: 2 entries for 3 layers"):
+        read_shape(architecture, {**SMALL, key: [entry] * 2})
