@@ -34,6 +34,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("mistral", {**SMALL, "num_key_value_heads": 2}),
     ("qwen2", {**SMALL, "num_key_value_heads": 4}),
     ("qwen3", {**SMALL, "num_key_value_heads": 2}),
+    ("smollm3", {**SMALL, "num_key_value_heads": None}),
     ("qwen3", {**SMALL, "num_key_value_heads": 2, "head_dim": 32, "attention_bias": True}),
     ("mixtral", {**SMALL, "num_local_experts": 4}),
     ("qwen3_moe", {**SMALL, "num_experts": 8, "moe_intermediate_size": 40, "vocab_size": 99}),

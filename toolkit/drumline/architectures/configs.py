@@ -124,6 +124,8 @@ def _decoder(architecture: str, config: dict[str, Any], classes: int | None) -> 
         if value != needed and not is_any_number:
             return f"no closed form for {architecture} with {key} {value}"
     values = {**family.defaults, **{k: v for k, v in config.items() if v is not None}}
+    if config.get("num_key_value_heads", 1) is None:  # transformers: one for each attention head
+        values.pop("num_key_value_heads", None)
     for common, own in family.names.items():
         values[common] = values.get(own, values.get(common))
     h = _whole(values, ("hidden_size",), None)
