@@ -39,6 +39,7 @@ from drumline.train.batches import MicroBatch, Step, as_tensors
 from drumline.train.engines.torch import TorchEngine
 from drumline.train.loop import forward_backward
 from drumline.train.models import ModelBuilder, build
+from drumline.train.models.build import reads_images
 from drumline.train.watch import Watch
 
 
@@ -248,9 +249,10 @@ def blank_manifest(plan: Plan) -> DatasetManifest:
     """A dataset manifest with the shapes that a trace needs, for data not prepared yet."""
     data, model = plan.recipe.data, plan.recipe.model
     features = None
-    if model.architecture == "vit":
-        side = model.config.get("image_size", 224)
-        features = [model.config.get("num_channels", 3), side, side]
+    if model.architecture and reads_images(model.architecture):
+        sizes = {**model.config, **model.config.get("vision_config", {})}
+        side = sizes.get("image_size", 224)
+        features = [sizes.get("num_channels", 3), side, side]
     return DatasetManifest(
         task=data.task,
         fingerprint="",

@@ -13,7 +13,8 @@ from drumline.recipe.schema import Recipe
 from drumline.train.models.masks import answer_without_looking
 from drumline.train.models.seeds import derived_seed
 
-ATTENTION = {"sdpa": "sdpa", "eager": "eager", "flash": "flash_attention_2"}
+ATTENTION = {"sdpa": None, "eager": "eager", "flash": "flash_attention_2"}
+"""transformers' names. None is sdpa, or the attention of the model's own where that is all it has."""
 
 
 def build_model(recipe: Recipe, manifest: DatasetManifest) -> nn.Module:
@@ -49,8 +50,12 @@ def build_model(recipe: Recipe, manifest: DatasetManifest) -> nn.Module:
         except (ValueError, KeyError, TypeError) as error:
             first = str(error).strip().splitlines()[0][:200]
             raise PlanError(f"model.architecture: {spec.architecture}: {first}") from None
-        with torch.device("meta"):
-            return kind.from_config(config, dtype=torch.float32, **common)  # type: ignore[no-any-return]
+        try:
+            with torch.device("meta"):
+                return kind.from_config(config, dtype=torch.float32, **common)  # type: ignore[no-any-return]
+        except ValueError as error:
+            first = str(error).strip().splitlines()[0][:300]
+            raise PlanError(f"model: {spec.architecture}: {first}") from None
     where = spec.name or spec.path
     try:
         config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **extra)
@@ -64,14 +69,20 @@ def build_model(recipe: Recipe, manifest: DatasetManifest) -> nn.Module:
 def _kind(head: str, model_type: str) -> Any:
     """The transformers auto class for this head on a model of this type."""
     import transformers
-    from transformers.models.auto import modeling_auto as auto
 
     if head != "classification":
         return transformers.AutoModelForCausalLM
-    reads_text = model_type in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-    if not reads_text and model_type in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+    if reads_images(model_type):
         return transformers.AutoModelForImageClassification
     return transformers.AutoModelForSequenceClassification
+
+
+def reads_images(model_type: str) -> bool:
+    """Whether transformers has a classifier of images for this type of model, and none of texts."""
+    from transformers.models.auto import modeling_auto as auto
+
+    reads_text = model_type in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    return not reads_text and model_type in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 
 def load_weights(kind: Any, where: Any, config: Any, common: dict[str, Any]) -> nn.Module:
