@@ -11,6 +11,7 @@ from drumline.architectures.shapes import ModelShape, layer_tensors
 from drumline.memory.attention import Kernel
 from drumline.memory.ledger import Parameter, Value
 from drumline.memory.mixtures import experts, route
+from drumline.memory.norms import layer_norm, layer_norm_unfused, rms_norm
 from drumline.memory.operators import FP32, Operators
 from drumline.memory.scores import eager_attention, math_attention
 
@@ -62,12 +63,12 @@ class Layer:
 def _gpt2(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: float) -> Value:
     w, h = layer.weights, layer.shape.hidden
     residual = stream
-    hidden = run.layer_norm(stream, h)
+    hidden = layer_norm(run, stream, h)
     attended = _gpt2_attention(layer, run, rows, hidden)
     attended = run.dropout(attended, dropout)
     hidden = run.add(attended, residual)
     residual = hidden
-    hidden = run.layer_norm(hidden, h)
+    hidden = layer_norm(run, hidden, h)
     expanded = run.activate(layer.shape.activation, run.linear(hidden, w["up"], layer.shape.ffn))
     expanded = run.linear(expanded, w["down"], h)
     expanded = run.dropout(expanded, dropout)
@@ -119,10 +120,10 @@ def norm(layer: Layer, run: Operators, value: Value, features: int = 0) -> Value
     features = features or layer.shape.hidden
     kind = layer.shape.structure.norm
     if kind == "layer":
-        return run.layer_norm(value, features)
+        return layer_norm(run, value, features)
     if kind == "cohere":
-        return run.layer_norm_unfused(value, features)
-    return run.rms_norm(value, features, layer.rest.width, is_wide=kind == "rms_wide")
+        return layer_norm_unfused(run, value, features)
+    return rms_norm(run, value, features, layer.rest.width, is_wide=kind == "rms_wide")
 
 
 def _scaled(layer: Layer, run: Operators, value: Value) -> Value:
@@ -213,23 +214,23 @@ def _bert(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: floa
     del out
     if shape.drops_attention:
         hidden = run.dropout(hidden, dropout)
-    attended = run.layer_norm(run.add(hidden, stream), shape.hidden)
+    attended = layer_norm(run, run.add(hidden, stream), shape.hidden)
     del hidden
     expanded = run.activate(shape.activation, run.linear(attended, w["up"], shape.ffn))
     hidden = run.dropout(run.linear(expanded, w["down"], shape.hidden), dropout)
     del expanded
-    return run.layer_norm(run.add(hidden, attended), shape.hidden)
+    return layer_norm(run, run.add(hidden, attended), shape.hidden)
 
 
 def _vit(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: float) -> Value:
     """Pre-norm layer with biases in every projection."""
     shape, w = layer.shape, layer.weights
     residual = stream
-    hidden = run.layer_norm(stream, shape.hidden)
+    hidden = layer_norm(run, stream, shape.hidden)
     hidden = _vit_attention(layer, run, rows, hidden)
     hidden = run.add(run.dropout(hidden, dropout), residual)
     residual = hidden
-    hidden = run.layer_norm(hidden, shape.hidden)
+    hidden = layer_norm(run, hidden, shape.hidden)
     expanded = run.activate(shape.activation, run.linear(hidden, w["up"], shape.ffn))
     hidden = run.linear(expanded, w["down"], shape.hidden)
     del expanded

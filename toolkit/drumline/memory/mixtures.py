@@ -5,6 +5,7 @@ Shapes: T tokens, S = T × top_k rows, E experts, h hidden size, f intermediate 
 
 from drumline.architectures.shapes import ModelShape
 from drumline.memory.ledger import Gradient, Parameter, Value
+from drumline.memory.norms import times_row
 from drumline.memory.operators import FP32, INDEX, Operators
 
 
@@ -42,7 +43,7 @@ def experts(run: Operators, shape: ModelShape, hidden: Value, weights: Value,
     del packed, gate
     out = _grouped(run, inner, down, rows * h)
     del inner
-    weighted = _times_row(run, out, weights)
+    weighted = times_row(run, out, weights)
     back = _pick(run, weighted, rows * h, places.size)
     del weighted, order
     width = FP32 if run.low else back.width
@@ -78,16 +79,3 @@ def _grouped(run: Operators, rows: Value, weight: Parameter, elements: float) ->
         return [ledger.block(before, width), ledger.block(weights, width)]
 
     return run.product(elements, width, [rows, table], rule, (rows.block,))
-
-
-def _times_row(run: Operators, value: Value, row: Value) -> Value:
-    """[S, h] × [S, 1]; the gradient of the [S, 1] factor is a sum over a temporary [S, h] product."""
-    ledger, elements, width = run.ledger, value.elements, max(value.width, row.width)
-    rows = row.elements
-
-    def rule(gradient: list[Gradient]) -> list[Gradient]:
-        result, product = ledger.block(elements, width), ledger.block(elements, width)
-        del product
-        return [result, ledger.block(rows, width)]
-
-    return ledger.make(elements, width, [value, row], rule, (value.block, row.block))

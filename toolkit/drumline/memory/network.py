@@ -15,6 +15,7 @@ from drumline.architectures.shapes import Tensors, layer_tensors, outer_tensors
 from drumline.memory.families import Layer, Rows, norm
 from drumline.memory.ledger import Gradient, Ledger, Parameter, Value
 from drumline.memory.load import CHUNK_TOKENS, LayerKind, Load
+from drumline.memory.norms import layer_norm
 from drumline.memory.operators import FP32, Operators, part, token_loss
 from drumline.memory.sharding import Group, Stage
 
@@ -135,7 +136,7 @@ class Network:
             places = run.embedding(rows.length, self.outer["positions"], shape.hidden)
             hidden = run.add_broadcast(hidden, places)
         if shape.family == "bert":
-            hidden = run.layer_norm(hidden, shape.hidden)
+            hidden = layer_norm(run, hidden, shape.hidden)
         if shape.structure.embedding_scale == "tensor":
             hidden = run.scale_by_constant(hidden, hidden.width)
         elif shape.structure.embedding_scale == "number":
@@ -163,7 +164,7 @@ class Network:
             return stream
         if self.shape.family == "decoder":
             return norm(self.layers[-1], self.run, stream)
-        return self.run.layer_norm(stream, self.shape.hidden)
+        return layer_norm(self.run, stream, self.shape.hidden)
 
     def _all_layers(self, rows: Rows, stream: Value) -> Value:
         are_all = self.ledger.is_recording or self.is_whole
