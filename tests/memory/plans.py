@@ -51,10 +51,20 @@ SMALL: dict[str, dict[str, Any]] = {
     "bert": BERT,
     "roberta": {**BERT, "type_vocab_size": 1, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1},
     "distilbert": {"dim": 256, "n_layers": 4, "n_heads": 8, "hidden_dim": 1024, "vocab_size": 2000},
+    "modernbert": {**BERT, "intermediate_size": 384, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+                   "cls_token_id": 1, "sep_token_id": 2},
+    "deberta-v2": {**BERT, "relative_attention": True, "pos_att_type": "c2p|p2c", "position_buckets": 32,
+                   "share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False,
+                   "type_vocab_size": 0},
+    "dinov2": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "image_size": 64,
+               "patch_size": 8},
+    "siglip": {"vision_config": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8,
+                                 "intermediate_size": 1024, "image_size": 64, "patch_size": 8}},
     "vit": {**{k: v for k, v in BERT.items() if k != "vocab_size"}, "image_size": 64, "patch_size": 8},
 }  # fmt: skip
 FULL = {"model": {"activation_checkpointing": "full"}}
-ENCODERS = ("bert", "roberta", "distilbert", "vit")
+IMAGES = ("vit", "dinov2", "siglip")
+ENCODERS = ("bert", "roberta", "distilbert", "modernbert", "deberta-v2", *IMAGES)
 SCALES_LOGITS = ("granite", "gemma2", "cohere")
 """Families whose loss cannot be chunked."""
 
@@ -84,7 +94,7 @@ def small_plan(
     }  # fmt: skip
     if architecture in ENCODERS:
         plain["data"]["task"] = "classification"
-    if architecture == "vit":
+    if architecture in IMAGES:
         plain["data"]["sequence_length"] = None
     if architecture == "gemma2":
         sections = merge({"model": {"attention": "eager"}}, sections)
@@ -119,9 +129,15 @@ def random_plan(draw: random.Random) -> tuple[str, Plan]:
     else:
         config = {**SMALL[architecture], "hidden_size": heads * width, "num_attention_heads": heads,
                   "intermediate_size": ffn, "num_hidden_layers": layers, "vocab_size": vocabulary}  # fmt: skip
-    if architecture == "vit":
+    if architecture in IMAGES:
         del config["vocab_size"]
-    elif architecture not in ("gpt2", "bert", "roberta", "distilbert"):
+        if architecture == "dinov2":
+            config |= {"mlp_ratio": draw.choice([2, 3, 4])}
+            del config["intermediate_size"]
+        if architecture == "siglip":
+            config = {"vision_config": {**SMALL["siglip"]["vision_config"], **config}}
+            del config["vision_config"]["vision_config"]
+    elif architecture not in ("gpt2", *ENCODERS):
         config |= {"tie_word_embeddings": draw.random() < 0.5}
         if "num_key_value_heads" in config:
             config |= {"num_key_value_heads": draw.choice([1, 2, 4])}

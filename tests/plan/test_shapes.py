@@ -15,6 +15,16 @@ SMALL = {
     "num_hidden_layers": 3,
     "num_attention_heads": 8,
 }
+DEBERTA = {
+    **SMALL,
+    "relative_attention": True,
+    "pos_att_type": "c2p|p2c",
+    "position_buckets": 16,
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+}
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", {}),
     (
@@ -52,6 +62,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
+def count_parameters(module: Any) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
 @pytest.mark.parametrize(("architecture", "config"), CASES)
 def test_counts_are_those_of_the_real_model(architecture: str, config: dict[str, Any]) -> None:
     """All parameters, and those of one layer, equal the model built on the meta device."""
@@ -86,6 +100,60 @@ def test_counts_are_those_of_the_real_model(architecture: str, config: dict[str,
             "SequenceClassification",
         ),
         ("bert", {**SMALL, "vocab_size": 99}, "SequenceClassification"),
+        ("modernbert", {}, "SequenceClassification"),
+        (
+            "modernbert",
+            {**SMALL, "attention_bias": True, "mlp_bias": True},
+            "SequenceClassification",
+        ),
+        ("deberta-v2", {}, "SequenceClassification"),
+        ("deberta-v2", DEBERTA, "SequenceClassification"),
+        (
+            "deberta-v2",
+            {**DEBERTA, "share_att_key": False, "pos_att_type": ["p2c"]},
+            "SequenceClassification",
+        ),
+        (
+            "deberta-v2",
+            {**DEBERTA, "position_buckets": -1, "max_relative_positions": 40},
+            "SequenceClassification",
+        ),
+        (
+            "deberta-v2",
+            {
+                **DEBERTA,
+                "norm_rel_ebd": "none",
+                "position_biased_input": True,
+                "type_vocab_size": 2,
+            },
+            "SequenceClassification",
+        ),
+        ("dinov2", {}, "ImageClassification"),
+        (
+            "dinov2",
+            {
+                "hidden_size": 64,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 8,
+                "mlp_ratio": 3,
+                "use_mask_token": False,
+                "image_size": [56, 28],
+            },
+            "ImageClassification",
+        ),
+        ("siglip", {}, "ImageClassification"),
+        (
+            "siglip",
+            {
+                "vision_config": {
+                    **SMALL,
+                    "vision_use_head": False,
+                    "patch_size": 8,
+                    "image_size": 64,
+                }
+            },
+            "ImageClassification",
+        ),
         ("vit", {}, "ImageClassification"),
         ("vit", {**SMALL, "image_size": 64, "qkv_bias": False}, "ImageClassification"),
         ("llama", {**SMALL, "vocab_size": 99}, "SequenceClassification"),
@@ -102,6 +170,9 @@ def test_counts_of_classifiers(architecture: str, config: dict[str, Any], kind: 
     shape = read_shape(architecture, config, classes=7)
     assert isinstance(shape, ModelShape)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
+    layers = [block for block in named_blocks(model) if "mbeddings" not in block[0]][: shape.layers]
+    assert shape.of_layer(is_first=True).layer_parameters == count_parameters(layers[0][1])
+    assert shape.layer_parameters == count_parameters(layers[-1][1])
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from drumline.architectures.structures import LLAMA, Structure
+from drumline.architectures.structures import LLAMA, Pooling, Structure
 
 ACTIVATIONS = {
     "gelu": "input",
@@ -20,6 +20,35 @@ ACTIVATIONS = {
 Tensors = dict[str, tuple[int, ...]]
 """Weights by name, with their shapes."""
 
+
+@dataclass(frozen=True)
+class RelativePositions:
+    """DeBERTa's attention to relative positions: a table of 2 × `span` of them.
+
+    `kinds`: c2p (from content to positions), p2c. `shares_keys`: positions use the projections of the
+    content. `is_normed`: the table goes through a LayerNorm.
+    """
+
+    span: int
+    kinds: tuple[str, ...]
+    shares_keys: bool
+    is_normed: bool
+
+
+@dataclass(frozen=True)
+class Latent:
+    """DeepSeek's attention, whose keys and values come from a narrower, latent vector of `kv_rank`.
+
+    `query_rank`: that of queries, None without one. Heads have `rotated` features with rotary positions,
+    shared by all heads in keys, and values of `value_dim`.
+    """
+
+    query_rank: int | None
+    kv_rank: int
+    rotated: int
+    value_dim: int
+
+
 _MOST_PADDING = 1 / 64
 """Share of a weight that FSDP2 may pad before the weight is folded."""
 
@@ -29,15 +58,20 @@ class ModelShape:
     """Widths of a transformer; sizes are numbers of elements, not bytes.
 
     `family`: the structure of its layers. `ffn`: the feed-forward width, with `experts` that of one expert.
-    Each token is routed to `top_k` experts. `positions`: learned positions of a text model, of which no token
-    takes `unused_positions`; None for rotary ones, and for images, which have `patches` + 1. `types`: token
-    types of an encoder. `has_embedding_block`: its embeddings are a block like a layer, which FSDP2 shards by
-    itself. `drops_attention`: it has dropout after attention. `classes`: classes of a classifier, None for a
-    language model. `patches`: patches per image, and `patch_inputs` the numbers in one; 0 for text. `window`:
-    sliding window in tokens; attention over longer rows is given a mask. `activation`: as in the config.
-    `structure`: of a decoder's layers. `rotary_share`: share of a head's features with rotary positions.
-    `windowed` and `rotated`: of each layer, whether it has the window and rotary positions; empty if all are
-    alike.
+    Each token is routed to `top_k` experts. `positions`: learned positions of a text model, of which no
+    token takes `unused_positions`; None for rotary ones, and for images, which have `patches` + 1. `types`:
+    token types of an encoder. `has_embedding_block`: its embeddings are a block like a layer, which FSDP2
+    shards by itself. `drops_attention`: it has dropout after attention. `classes`: classes of a classifier,
+    None for a language model; `pooling`: what their head reads. `patches`: patches per image, and
+    `patch_inputs` the numbers in one; 0 for text. `has_class_token`: one more token than patches.
+    `has_mask_token`: a weight that no classifier uses. `has_unused_pooler`: an attention over the patches
+    whose result a classifier drops. `has_layer_scale`: the results of attention and feed-forward are
+    multiplied by a vector. `relative`: of DeBERTa. `latent`: of DeepSeek. `shared_experts`: width of a
+    feed-forward beside the experts. `first`: the shape of the first `first_layers` layers, where they
+    differ. `window`: sliding window in tokens; attention over longer rows is given a mask. `activation`: as
+    in the config. `structure`: of a decoder's layers. `rotary_share`: share of a head's features with
+    rotary positions. `windowed` and `rotated`: of each layer, whether it has the window and rotary
+    positions; empty if all are alike.
     """
 
     family: str
@@ -68,6 +102,16 @@ class ModelShape:
     types: int = 0
     has_embedding_block: bool = False
     drops_attention: bool = True
+    pooling: Pooling = "last"
+    has_class_token: bool = True
+    has_mask_token: bool = False
+    has_unused_pooler: bool = False
+    has_layer_scale: bool = False
+    relative: RelativePositions | None = None
+    latent: Latent | None = None
+    shared_experts: int = 0
+    first: "ModelShape | None" = None
+    first_layers: int = 0
     rotary_share: float = 1.0
     windowed: tuple[bool, ...] = ()
     rotated: tuple[bool, ...] = ()
@@ -77,19 +121,34 @@ class ModelShape:
         """Output features of the query projection: heads × head_dim."""
         return self.heads * self.head_dim
 
+    def of_layer(self, is_first: bool) -> "ModelShape":
+        """The shape of one of the first layers, or of the others."""
+        return self.first if is_first and self.first else self
+
+    @cached_property
+    def layer_shapes(self) -> list[tuple["ModelShape", int]]:
+        """The distinct shapes of the layers, each with their number."""
+        others = (self, self.layers - self.first_layers)
+        return [(self.first, self.first_layers), others] if self.first else [others]
+
     @cached_property
     def layer_parameters(self) -> int:
-        """Number of parameters of one layer."""
+        """Number of parameters of one layer of this shape."""
         return count(layer_tensors(self))
 
     @cached_property
     def parameters(self) -> int:
         """Number of parameters of the whole model."""
-        return self.layers * self.layer_parameters + count(outer_tensors(self))
+        layers = sum(shape.layer_parameters * number for shape, number in self.layer_shapes)
+        return layers + count(outer_tensors(self))
 
     @cached_property
-    def active_per_layer(self) -> int:
-        """Elements of one layer's matrices that a token is multiplied with; only `top_k` experts count."""
+    def active_in_layers(self) -> int:
+        """Elements of the layers' matrices that a token is multiplied with; only `top_k` experts count."""
+        return sum(shape._active_per_layer * number for shape, number in self.layer_shapes)
+
+    @property
+    def _active_per_layer(self) -> int:
         matrices = {
             n: math.prod(sizes) for n, sizes in layer_tensors(self).items() if len(sizes) > 1
         }
@@ -98,9 +157,9 @@ class ModelShape:
         return sum(matrices.values())
 
     def tokens(self, sequence_length: int | None) -> int:
-        """Tokens per sample: patches plus the class token for an image, or the sequence length."""
+        """Tokens per sample: patches and the class token of an image, or the sequence length."""
         if self.patches:
-            return self.patches + 1
+            return self.patches + self.has_class_token
         assert sequence_length
         return sequence_length
 
@@ -112,7 +171,7 @@ class ModelShape:
         """
         tokens = self.tokens(sequence_length)
         head = self.vocabulary * self.hidden if self.classes is None else 0
-        matrices = self.layers * self.active_per_layer + head
+        matrices = self.active_in_layers + head
         attention = 12 * self.layers * self.query_width * tokens
         return (6 * matrices + attention) * tokens
 
@@ -124,19 +183,41 @@ def layer_tensors(shape: ModelShape) -> Tensors:
     if shape.family == "gpt2":  # Conv1D keeps its weights transposed
         tensors = {"qkv": (h, 3 * h), "out": (h, h), "up": (h, f), "down": (f, h)}
         return tensors | {"qkv_bias": (3 * h,), "up_bias": (f,)} | _vectors(h, 6)
+    if shape.latent:
+        return _latent_tensors(shape, shape.latent) | _decoder_tensors(shape)
     if shape.structure.packs_qkv:
         tensors = {"qkv": (q + 2 * kv, h), "out": (h, q)}
     else:
         tensors = {"q": (q, h), "k": (kv, h), "v": (kv, h), "out": (h, q)}
     if shape.has_qkv_bias:
         tensors |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,)}
-    if shape.family in ("bert", "vit"):
-        return tensors | {"up": (f, h), "down": (h, f), "up_bias": (f,)} | _vectors(h, 6)
-    return tensors | _decoder_tensors(shape)
+    if shape.family == "decoder":
+        return tensors | _decoder_tensors(shape)
+    relative = shape.relative
+    for name in relative.kinds if relative and not relative.shares_keys else ():
+        tensors |= {name: (h, h), f"{name}_bias": (h,)}
+    vectors = 6 + 2 * shape.has_layer_scale
+    return tensors | {"up": (f, h), "down": (h, f), "up_bias": (f,)} | _vectors(h, vectors)
+
+
+def _latent_tensors(shape: ModelShape, latent: Latent) -> Tensors:
+    """The weights of DeepSeek's attention; `head_dim` is that of queries and keys."""
+    h, heads, q = shape.hidden, shape.heads, shape.query_width
+    tensors: Tensors = {"q": (q, h)}
+    if latent.query_rank:
+        rank = latent.query_rank
+        tensors = {"q_down": (rank, h), "q_norm": (rank,), "q": (q, rank)}
+    unrotated = shape.head_dim - latent.rotated
+    return tensors | {
+        "kv_down": (latent.kv_rank + latent.rotated, h),
+        "kv_norm": (latent.kv_rank,),
+        "kv": (heads * (unrotated + latent.value_dim), latent.kv_rank),
+        "out": (h, heads * latent.value_dim),
+    }
 
 
 def _decoder_tensors(shape: ModelShape) -> Tensors:
-    """A decoder layer's weights besides the biases of q, k and v; packed weights replace separate ones."""
+    """A decoder layer's weights besides those before attention; packed weights replace separate ones."""
     h, f, q, kv, e = shape.hidden, shape.ffn, shape.query_width, shape.kv_width, shape.experts
     structure = shape.structure
     tensors: Tensors = {}
@@ -147,12 +228,17 @@ def _decoder_tensors(shape: ModelShape) -> Tensors:
         tensors |= {"q_norm": (widths[0],), "k_norm": (widths[1],)}
     if e:
         tensors |= {"router": (e, h), "gate_up": (e, 2 * f, h), "down": (e, h, f)}
+        if shape.shared_experts:
+            s = shape.shared_experts
+            tensors |= {"shared_gate": (s, h), "shared_up": (s, h), "shared_down": (h, s)}
     elif structure.feed_forward == "plain":
         tensors |= {"up": (f, h), "down": (h, f)}
         if shape.has_mlp_bias:
             tensors |= {"up_bias": (f,), "down_bias": (h,)}
     elif structure.feed_forward == "gated_packed":
         tensors |= {"gate_up": (2 * f, h), "down": (h, f)}
+        if shape.has_mlp_bias:
+            tensors |= {"gate_up_bias": (2 * f,), "down_bias": (h,)}
     else:
         tensors |= {"gate": (f, h), "up": (f, h), "down": (h, f)}
         if shape.has_mlp_bias:
@@ -163,30 +249,57 @@ def _decoder_tensors(shape: ModelShape) -> Tensors:
 def outer_tensors(shape: ModelShape) -> Tensors:
     """All weights outside the layers: embeddings, norms, pooler and head."""
     h, classes = shape.hidden, shape.classes
-    tensors: Tensors
-    if shape.patches:
-        tensors = {"patch": (h, shape.patch_inputs), "class": (1, 1, h)}
-        tensors |= {"positions": (1, shape.patches + 1, h)} | _vectors(h, 3)
-    else:
-        tensors = {"embedding": (shape.vocabulary, h)}
-        if shape.positions:
-            tensors |= {"positions": (shape.positions, h)}
-        tensors |= _vectors(
-            h, 1 if shape.family == "decoder" and not shape.structure.has_shift else 2
-        )
-    if shape.family == "bert":
-        tensors |= {"pooler": (h, h), "pooler_bias": (h,)}
-        if shape.types:
-            tensors |= {"types": (shape.types, h)}
+    tensors = _embeddings(shape) | _pooler(shape)
     if classes is not None:
-        tensors |= {"head": (classes, h)}
-        if shape.family in ("bert", "vit"):
-            tensors |= {"head_bias": (classes,)}
+        inputs = 2 * h if shape.pooling == "first_and_mean" else h
+        tensors |= {"head": (classes, inputs)}
+        if shape.pooling != "last":
+            tensors |= {"class_bias": (classes,)}
     elif not shape.tied:
         tensors |= {"head": (shape.vocabulary, h)}
     if shape.has_head_bias and classes is None:
         tensors |= {"head_bias": (shape.vocabulary,)}
     return tensors
+
+
+def _embeddings(shape: ModelShape) -> Tensors:
+    """Embeddings, and the norms before the first layer and after the last one."""
+    h, vectors = shape.hidden, 2
+    tensors: Tensors
+    if shape.patches:
+        tensors = {"patch": (h, shape.patch_inputs)}
+        if shape.has_class_token:
+            tensors |= {"class": (1, 1, h), "positions": (1, shape.patches + 1, h)}
+        else:
+            tensors |= {"positions": (shape.patches, h)}
+        if shape.has_mask_token:
+            tensors |= {"mask": (1, h)}
+        return tensors | _vectors(h, 3)
+    tensors = {"embedding": (shape.vocabulary, h)}
+    if shape.positions:
+        tensors |= {"positions": (shape.positions, h)}
+    if shape.types:
+        tensors |= {"types": (shape.types, h)}
+    if shape.family == "decoder" and not shape.structure.has_shift:
+        vectors = 1 + shape.structure.has_embedding_norm
+    if shape.relative:
+        tensors |= {"distances": (2 * shape.relative.span, h)}
+        vectors += 2 * shape.relative.is_normed
+    return tensors | _vectors(h, vectors)
+
+
+def _pooler(shape: ModelShape) -> Tensors:
+    """The layer before a classifier's head, or one whose result is dropped."""
+    h = shape.hidden
+    if shape.has_unused_pooler:
+        return {"probe": (1, 1, h), "pool_qkv": (3 * h, h), "pool_qkv_bias": (3 * h,), "pool_out": (h, h),
+                "pool_up": (shape.ffn, h), "pool_up_bias": (shape.ffn,), "pool_down": (h, shape.ffn),
+                **{f"pool_{name}": size for name, size in _vectors(h, 4).items()}}  # fmt: skip
+    if shape.pooling in ("first_tanh", "first_gelu"):
+        return {"pooler": (h, h), "pooler_bias": (h,)}
+    if shape.pooling == "first_norm":
+        return {"pooler": (h, h), "pooler_norm": (h,)}
+    return {}
 
 
 def _vectors(length: int, number: int) -> Tensors:

@@ -7,20 +7,28 @@ the real model: its parameters by `tests/plan/test_shapes.py`, its memory by `te
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Norm = Literal["rms", "rms_wide", "layer", "cohere"]
-"""rms: x / rms cast back, then times the weight. rms_wide: times the weight in fp32, then cast back. layer:
-torch's LayerNorm with a shift. cohere: a LayerNorm of single operations in fp32, without a shift."""
+Pooling = Literal[
+    "last", "first", "mean", "first_and_mean", "first_tanh", "first_gelu", "first_norm"
+]
+"""What a classifier's head reads. last: every token, of which the last one counts. first, mean: that token,
+or the mean of all patches, or both side by side; first_tanh, first_gelu, first_norm: the first token after
+another layer with this activation, and with a norm."""
 
-Order = Literal["pre", "post", "sandwich", "parallel", "parallel_two_norms"]
-"""Where a layer's norms are: before attention and feed-forward, after, or both; parallel: both parts read the
-same input, through one norm or through one each."""
+Norm = Literal["rms", "rms_wide", "layer", "layer_without_shift", "cohere"]
+"""rms: x / rms cast back, then times the weight. rms_wide: times the weight in fp32, then cast back. layer:
+torch's LayerNorm with a shift, or without one. cohere: a LayerNorm of single operations in fp32, without a
+shift."""
+
+Order = Literal["pre", "pre_feed_forward", "post", "sandwich", "parallel", "parallel_two_norms"]
+"""Where a layer's norms are: before attention and feed-forward, before the latter only, after both, or
+before and after; parallel: both parts read the same input, through one norm or through one each."""
 
 FeedForward = Literal["gated", "gated_packed", "plain"]
 """gated: down(act(gate(x)) · up(x)), packed: gate and up in one product. plain: down(act(up(x)))."""
 
-Rotary = Literal["full", "joined", "wide", "none"]
-"""Rotary positions: of all features of a head; of a part, joined with the rest; in fp32, on pairs of
-neighbours; none, for learned positions."""
+Rotary = Literal["full", "full_wide", "joined", "wide", "complex", "pairs", "none"]
+"""Rotary positions: of all features of a head, in fp32 or not; of a part, joined with the rest; in fp32, on
+pairs of neighbours; of latent attention, as complex numbers or as pairs; none, for learned positions."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +36,12 @@ class Structure:
     """The structure of a decoder's layers and of what surrounds them.
 
     `packs_qkv`: q, k and v come out of one product, and how they are taken from it. `qk_norm`: queries and
-    keys are normalised, per head or over their full width. `embedding_scale`: the embedding is multiplied by
-    a tensor or by a number. `scales_residual`: what is added to the residual stream is multiplied first.
+    keys are normalised, per head or over their full width. `embedding_scale`: the embedding is multiplied
+    by a tensor or by a number. `scales_residual`: what is added to the residual stream is multiplied first.
     `scales_query`: so is the query before attention. `caps_scores`: attention scores go through a tanh.
-    `logit_operations`: elementwise operations on the logits; of these a tanh is saved for the backward.
+    `has_local_rotary`: layers with a window have rotary tables of their own. `has_embedding_norm`: the
+    embedding is normalised. `logit_operations`: elementwise operations on the logits; of these a tanh is
+    saved for the backward.
     """
 
     norm: Norm = "rms"
@@ -44,14 +54,15 @@ class Structure:
     scales_residual: bool = False
     scales_query: bool = False
     caps_scores: bool = False
+    has_local_rotary: bool = False
+    has_embedding_norm: bool = False
     logit_operations: tuple[Literal["scale", "tanh"], ...] = ()
 
     @property
     def norms(self) -> int:
         """Norms of a layer, without those of queries and keys."""
-        return {"pre": 2, "post": 2, "sandwich": 4, "parallel": 1, "parallel_two_norms": 2}[
-            self.order
-        ]
+        return {"pre": 2, "pre_feed_forward": 1, "post": 2, "sandwich": 4, "parallel": 1,
+                "parallel_two_norms": 2}[self.order]  # fmt: skip
 
     @property
     def has_shift(self) -> bool:
@@ -73,7 +84,9 @@ class Decoder:
     the closed form assumes; a number with a point stands for any but 0. `as_wide`: keys that must equal the
     hidden width. `window`: the default sliding window in tokens. `full_every`: every how many layers one
     attends to all tokens (0: none does). `rotary_every`: every how many layers one has no rotary positions.
-    `extra_positions`: learned positions that no token takes.
+    `full_from`: the first of those. `extra_positions`: learned positions that no token takes. `pooling`: of
+    an encoder, which is a classifier. `is_first_bare`: the first layer has no norm before attention.
+    `has_embedding_block`: FSDP2 shards the embeddings by themselves.
     """
 
     structure: Structure = LLAMA
@@ -90,6 +103,10 @@ class Decoder:
     extra_positions: int = 0
     activation: str = "silu"
     activation_key: str = "hidden_act"
+    full_from: int | None = None
+    pooling: Pooling = "last"
+    is_first_bare: bool = False
+    has_embedding_block: bool = False
 
 
 def _sizes(vocabulary: int, hidden: int, ffn: int, layers: int, heads: int, kv_heads: int | None = None,
@@ -103,7 +120,15 @@ _NO_SLIDING = {"use_sliding_window": False}
 _GEMMA = Structure(norm="rms_wide", embedding_scale="tensor")
 _GEMMA_2 = Structure(norm="rms_wide", order="sandwich", embedding_scale="tensor", caps_scores=True,
                      logit_operations=("scale", "tanh", "scale"))  # fmt: skip
-_GEMMA_3 = Structure(norm="rms_wide", order="sandwich", embedding_scale="tensor", qk_norm="head")
+_GEMMA_3 = Structure(
+    norm="rms_wide",
+    order="sandwich",
+    embedding_scale="tensor",
+    qk_norm="head",
+    has_local_rotary=True,
+)
+_MODERNBERT = Structure(norm="layer_without_shift", feed_forward="gated_packed", rotary="full_wide",
+                        packs_qkv="chunks", has_local_rotary=True, has_embedding_norm=True)  # fmt: skip
 _PARTIAL = Structure(norm="layer", order="parallel", feed_forward="plain", rotary="joined")
 
 DECODERS: dict[str, Decoder] = {
@@ -173,5 +198,14 @@ DECODERS: dict[str, Decoder] = {
                    activation_key="activation_function",
                    needs={"do_layer_norm_before": True, "_remove_final_layer_norm": False,
                           "layer_norm_elementwise_affine": True, "layerdrop": 0.0}),
+    "modernbert": Decoder(_MODERNBERT, _sizes(50368, 768, 1152, 22, 12, sliding_window=128),
+                          biases=("attention_bias", "attention_bias", "mlp_bias"),
+                          dropouts=("attention_dropout", "embedding_dropout", "mlp_dropout",
+                                    "classifier_dropout"),
+                          window=128, full_every=3, full_from=0, activation="gelu",
+                          activation_key="hidden_activation", pooling="first_norm", is_first_bare=True,
+                          has_embedding_block=True,
+                          needs={"norm_bias": False, "classifier_bias": False, "classifier_pooling": "cls",
+                                 "classifier_activation": "gelu"}),
 }  # fmt: skip
 """By architecture, the `model_type` of transformers."""

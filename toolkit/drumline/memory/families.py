@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from drumline.architectures.shapes import ModelShape, layer_tensors
 from drumline.memory.attention import Kernel
+from drumline.memory.disentangled import disentangled_attention
 from drumline.memory.ledger import Parameter, Value
 from drumline.memory.mixtures import experts, route
-from drumline.memory.norms import layer_norm, layer_norm_unfused, rms_norm
+from drumline.memory.norms import layer_norm, layer_norm_unfused, rms_norm, times_weight
 from drumline.memory.operators import FP32, Operators
 from drumline.memory.scores import eager_attention, math_attention
 
@@ -21,6 +22,7 @@ class Rows:
     """One micro-batch on one rank, as one layer sees it: `samples` rows of `length` tokens.
 
     `kernel`: of its attention, which `is_masked` or not; `is_rotated`: whether it has rotary positions.
+    `distances`: DeBERTa's table of relative positions.
     """
 
     samples: int
@@ -28,6 +30,7 @@ class Rows:
     kernel: Kernel
     is_masked: bool
     is_rotated: bool = True
+    distances: Value | None = None
 
     @property
     def tokens(self) -> int:
@@ -88,18 +91,18 @@ def _decoder(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: f
     structure = layer.shape.structure
     if structure.order in ("parallel", "parallel_two_norms"):
         return _parallel(layer, run, rows, stream, dropout)
-    is_first, is_last = structure.order != "post", structure.order != "pre"
+    order = structure.order
     residual = stream
-    hidden = norm(layer, run, stream) if is_first else stream
+    hidden = norm(layer, run, stream) if order in ("pre", "sandwich") else stream
     hidden = _attention(layer, run, rows, hidden, residual.width)
-    if is_last:
+    if order in ("post", "sandwich"):
         hidden = norm(layer, run, hidden)
     hidden = run.add(residual, _scaled(layer, run, run.dropout(hidden, dropout)))
     residual = hidden
-    if is_first:
+    if order != "post":
         hidden = norm(layer, run, hidden)
     hidden = (_experts if layer.shape.experts else _feed_forward)(layer, run, rows, hidden)
-    if is_last:
+    if order in ("post", "sandwich"):
         hidden = norm(layer, run, hidden)
     return run.add(residual, _scaled(layer, run, run.dropout(hidden, dropout)))
 
@@ -119,7 +122,7 @@ def norm(layer: Layer, run: Operators, value: Value, features: int = 0) -> Value
     """The family's norm over the hidden width, or over `features`."""
     features = features or layer.shape.hidden
     kind = layer.shape.structure.norm
-    if kind == "layer":
+    if kind in ("layer", "layer_without_shift"):
         return layer_norm(run, value, features)
     if kind == "cohere":
         return layer_norm_unfused(run, value, features)
@@ -165,6 +168,10 @@ def _rotated(layer: Layer, run: Operators, value: Value, cosines: int) -> Value:
     shape = layer.shape
     if shape.structure.rotary == "wide":
         return run.cast(run.rotate(run.cast(value, FP32), FP32), value.width)
+    if shape.structure.rotary == "full_wide":  # both terms are cast by themselves
+        turned = run.scale_by_constant(run.cast(value, FP32), FP32)
+        other = run.scale_by_constant(run.rotate_half(run.cast(value, FP32)), FP32)
+        return run.cast(run.add(turned, other), value.width)
     if shape.structure.rotary == "joined":
         return run.rotate_part(value, cosines, shape.rotary_share)
     return run.rotate(value, cosines)
@@ -210,8 +217,21 @@ def _bert(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: floa
     value = run.linear(stream, w["v"], shape.hidden)
     out = _attend(layer, run, rows, query, key, value)
     del query, key, value
-    hidden = run.linear(out, w["out"], shape.hidden)
-    del out
+    return _post_norm(layer, run, run.linear(out, w["out"], shape.hidden), stream, dropout)
+
+
+def _deberta(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: float) -> Value:
+    """BERT's layer with disentangled attention."""
+    shape, w = layer.shape, layer.weights
+    out = disentangled_attention(
+        run, shape, w, stream, rows.samples, rows.length, rows.distances, dropout
+    )
+    return _post_norm(layer, run, run.linear(out, w["out"], shape.hidden), stream, dropout)
+
+
+def _post_norm(layer: Layer, run: Operators, hidden: Value, stream: Value, dropout: float) -> Value:
+    """BERT's layer after attention: norms of sums with what went in."""
+    shape, w = layer.shape, layer.weights
     if shape.drops_attention:
         hidden = run.dropout(hidden, dropout)
     attended = layer_norm(run, run.add(hidden, stream), shape.hidden)
@@ -227,14 +247,20 @@ def _vit(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: float
     shape, w = layer.shape, layer.weights
     residual = stream
     hidden = layer_norm(run, stream, shape.hidden)
-    hidden = _vit_attention(layer, run, rows, hidden)
+    hidden = _layer_scaled(layer, run, _vit_attention(layer, run, rows, hidden))
     hidden = run.add(run.dropout(hidden, dropout), residual)
     residual = hidden
     hidden = layer_norm(run, hidden, shape.hidden)
     expanded = run.activate(shape.activation, run.linear(hidden, w["up"], shape.ffn))
     hidden = run.linear(expanded, w["down"], shape.hidden)
     del expanded
+    hidden = _layer_scaled(layer, run, hidden)
     return run.add(run.dropout(hidden, dropout), residual)
+
+
+def _layer_scaled(layer: Layer, run: Operators, value: Value) -> Value:
+    """DINOv2's LayerScale: times a vector."""
+    return times_weight(run, value, layer.rest.width) if layer.shape.has_layer_scale else value
 
 
 def _vit_attention(layer: Layer, run: Operators, rows: Rows, hidden: Value) -> Value:
@@ -261,5 +287,6 @@ _LAYERS = {
     "gpt2": _gpt2,
     "decoder": _decoder,
     "bert": _bert,
+    "deberta": _deberta,
     "vit": _vit,
 }

@@ -38,10 +38,11 @@ Checkpointing = Literal["none", "full", "selective"]
 
 
 class LayerKind(NamedTuple):
-    """What differs between the layers of a model."""
+    """What differs between the layers of a model; `is_first`: it has the shape of the first layers."""
 
     is_masked: bool
     is_rotated: bool
+    is_first: bool
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Load:
 
     @property
     def layer_kinds(self) -> list["LayerKind"]:
-        """Of every layer, whether its attention has a mask, and whether it has rotary positions.
+        """Of every layer, whether its attention has a mask, whether it has rotary positions, and its shape.
 
         flash-attn has windows of its own, without a mask.
         """
@@ -128,8 +129,10 @@ class Load:
         windowed = shape.windowed or (True,) * number
         rotated = shape.rotated or (shape.structure.rotary != "none",) * number
         return [
-            LayerKind(self.is_masked or (is_long and has_window), has_rotary)
-            for has_window, has_rotary in zip(windowed, rotated, strict=True)
+            LayerKind(
+                self.is_masked or (is_long and has_window), has_rotary, place < shape.first_layers
+            )
+            for place, (has_window, has_rotary) in enumerate(zip(windowed, rotated, strict=True))
         ]
 
     @property

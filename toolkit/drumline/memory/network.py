@@ -13,14 +13,15 @@ from dataclasses import replace
 
 from drumline.architectures.shapes import Tensors, layer_tensors, outer_tensors
 from drumline.memory.families import Layer, Rows, norm
-from drumline.memory.ledger import Gradient, Ledger, Parameter, Value
+from drumline.memory.heads import class_loss
+from drumline.memory.ledger import Block, Gradient, Ledger, Parameter, Value
 from drumline.memory.load import CHUNK_TOKENS, LayerKind, Load
 from drumline.memory.norms import layer_norm
-from drumline.memory.operators import FP32, Operators, part, token_loss
+from drumline.memory.operators import FP32, INDEX, Operators, part, token_loss
 from drumline.memory.sharding import Group, Stage
 
 PLAYED_CHUNKS = 3
-_EMBEDDINGS = ("embedding", "positions", "types", "patch", "class")
+_EMBEDDINGS = ("embedding", "positions", "types", "patch", "class", "mask")
 
 
 class Network:
@@ -38,12 +39,16 @@ class Network:
         self.head = self.outer.get("head") or self.outer["embedding"]
         self._first, self._last = _played(load, is_whole)
         self.kinds = self._first + self._last
-        self.layers = [Layer(shape, width) for _ in self.kinds]
-        self.unplayed = Parameter((shape.layers - len(self.layers)) * shape.layer_parameters, width)
+        self.layers = [Layer(shape.of_layer(kind.is_first), width) for kind in self.kinds]
+        played = sum(layer.shape.layer_parameters for layer in self.layers)
+        everywhere = sum(one.layer_parameters * number for one, number in shape.layer_shapes)
+        self.unplayed = Parameter(everywhere - played, width)
         self.stage = Stage()
         self.root: Group | None = None
         self.embedded: Group | None = None
         self.groups: list[Group] = []
+        self._shared: list[Block] = []  # by all layers, until their backward
+        self._outputs: list[Block] = []  # of layers; DeBERTa's forward keeps them until its end
         if load.strategy == "fsdp":
             outer = outer_tensors(shape)
             first = {name: outer.pop(name) for name in list(outer) if self._is_embedded(name)}
@@ -52,7 +57,8 @@ class Network:
             )
             self.root = self._group(outer, [self.outer[name] for name in outer])
             self.groups = [
-                self._group(layer_tensors(shape), layer.all_weights()) for layer in self.layers
+                self._group(layer_tensors(layer.shape), layer.all_weights())
+                for layer in self.layers
             ]
 
     def _is_embedded(self, name: str) -> bool:
@@ -73,6 +79,8 @@ class Network:
             self.root.open()
         loss = self._loss(rows)
         self.stage.gathered = None
+        if not self.ledger.is_recording:
+            self._shared.clear()
         if self.root and self.ledger.is_recording:
             loss = self.root.before_backward(loss, self.groups[-1])
         return loss
@@ -81,6 +89,7 @@ class Network:
         """Run the backward; under FSDP2 the gradients of weights outside the layers are reduced last."""
         loss.block = None
         self.ledger.backward(loss, self.ledger.block(1, FP32))
+        self._shared.clear()
         if self.root:
             self.root.reduce()
             if self.embedded:
@@ -98,7 +107,8 @@ class Network:
 
     def _loss(self, rows: Rows) -> Value:
         if self.shape.classes is not None:
-            return self._class_loss(rows, self._model(rows))
+            hidden = self._model(rows)
+            return class_loss(self.run, self.shape, self.outer, hidden, rows.samples)
         if self.load.chunked_loss:
             return self._chunked_loss(rows, self._model(rows))
         return token_loss(self.run, self._logits(self._model(rows)), rows.tokens)
@@ -109,19 +119,48 @@ class Network:
             self.embedded.open()
         embedded = self._embed(rows)
         mask = self.ledger.block(*self._mask(rows, embedded.width))
+        self._shared = [self.ledger.block(self._rotary_elements(rows), embedded.width)]
+        if self.load.checkpointing != "none":  # else layers save a copy of their own
+            self._shared.append(mask)
         if self.embedded:
             self.embedded.close()
             embedded = self.embedded.before_backward(embedded, None)
+        rows = replace(rows, distances=self._distances())
         stream = self._norm(self._all_layers(rows, embedded))
+        self._outputs.clear()
         del mask
         return stream
 
+    def _rotary_elements(self, rows: Rows) -> float:
+        """Elements of the cosines and sines, which live until the backward; windows have their own."""
+        shape = self.shape
+        if shape.family != "decoder" or shape.structure.rotary == "none":
+            return 0
+        kinds = len(set(shape.windowed)) if shape.structure.has_local_rotary else 1
+        return 2 * kinds * rows.length * shape.head_dim * shape.rotary_share
+
     def _mask(self, rows: Rows, width: int) -> tuple[int, int]:
-        """(elements, bytes per element) of the mask that all layers share: float for eager, else bool."""
+        """(elements, bytes per element) of the mask that all layers share: float for eager, else bool.
+
+        DeBERTa's is of integers, and so are the distances of tokens.
+        """
+        if self.shape.family == "deberta":
+            return (rows.samples + 1) * rows.length * rows.length, INDEX
         is_eager = rows.kernel == "eager"
         is_masked = any(kind.is_masked for kind in self.load.layer_kinds)
         square = rows.length * rows.length * (rows.samples if is_masked else 1)
+        if rows.is_masked:  # layers with a window have a mask of their own
+            square *= len(set(self.shape.windowed)) or 1
         return (square if is_eager or is_masked else 0), (width if is_eager else 1)
+
+    def _distances(self) -> Value | None:
+        """DeBERTa's table of relative positions, normalised if its config says so."""
+        relative = self.shape.relative
+        if not relative:
+            return None
+        weight = self.outer["distances"]
+        table = Value(None, weight.elements, weight.width, weight)
+        return layer_norm(self.run, table, self.shape.hidden) if relative.is_normed else table
 
     def _embed(self, rows: Rows) -> Value:
         shape, run = self.shape, self.run
@@ -135,8 +174,12 @@ class Network:
         if shape.positions:
             places = run.embedding(rows.length, self.outer["positions"], shape.hidden)
             hidden = run.add_broadcast(hidden, places)
-        if shape.family == "bert":
+        if shape.family in ("bert", "deberta"):
             hidden = layer_norm(run, hidden, shape.hidden)
+        if shape.family == "deberta":
+            hidden = run.scale_by_constant(hidden, hidden.width)  # padded tokens are set to 0
+        if shape.structure.has_embedding_norm:
+            hidden = norm(self.layers[-1], run, hidden)
         if shape.structure.embedding_scale == "tensor":
             hidden = run.scale_by_constant(hidden, hidden.width)
         elif shape.structure.embedding_scale == "number":
@@ -152,6 +195,9 @@ class Network:
         elements, before = rows.tokens * shape.hidden, patches.elements
         width = max(patches.width, self.load.forward_width)
         narrow = patches.width
+        if not shape.has_class_token:
+            places = run.embedding(shape.patches, self.outer["positions"], shape.hidden)
+            return run.add_broadcast(patches, places)
         with_class = ledger.make(
             elements, width, [patches], lambda g: [ledger.block(before, narrow)]
         )
@@ -160,7 +206,7 @@ class Network:
         return run.dropout(run.add_broadcast(with_class, places), shape.dropout)
 
     def _norm(self, stream: Value) -> Value:
-        if self.shape.family == "bert":
+        if self.shape.family in ("bert", "deberta"):
             return stream
         if self.shape.family == "decoder":
             return norm(self.layers[-1], self.run, stream)
@@ -175,13 +221,24 @@ class Network:
         for number, kind in enumerate(kinds):
             before, copies = self.ledger.live, self.run.copies
             stream = self._layer(rows, number, stream)
+            held = self._hold_output(stream)
             if number:  # the first layer has allocations of its own
-                grown += unplayed[kind] * (self.ledger.live - before)
+                grown += unplayed[kind] * (self.ledger.live - before - held)
+                if unplayed[kind]:
+                    self._outputs.append(self.ledger.block(unplayed[kind] * held, 1))
                 copied += unplayed[kind] * (self.run.copies - copies)
                 unplayed[kind] = 0
             if number + 1 == len(self._first) and self.shape.layers > len(kinds):
-                stream = self._lump(stream, self.shape.layers - len(kinds), grown, copied)
+                stream = self._lump(stream, grown, copied)
         return stream
+
+    def _hold_output(self, stream: Value) -> int:
+        """Keep a layer's output in DeBERTa's list of them; the bytes that nothing else keeps."""
+        if self.shape.family != "deberta" or not stream.block:
+            return 0
+        self._outputs.append(stream.block)
+        is_saved = not self.run.low or self.load.checkpointing != "none"
+        return 0 if is_saved else stream.block.size
 
     def _layer(self, rows: Rows, number: int, stream: Value) -> Value:
         layer, kind = self.layers[number], self.kinds[number]
@@ -220,7 +277,14 @@ class Network:
         return ledger.wrap(value.block, value.elements, value.width, [value, weights],
                            lambda g: [g.pop(), ledger.block(elements, width)])  # fmt: skip
 
-    def _lump(self, stream: Value, unplayed: int, grown: int, copied: int) -> Value:
+    def _unplayed_shards(self) -> float:
+        """Elements of this rank's shards of the layers that are not simulated."""
+        kinds = Counter(self.load.layer_kinds)
+        kinds.subtract(self.kinds)
+        shards = {kind: group.shard for kind, group in zip(self.kinds, self.groups, strict=True)}
+        return sum(shards[kind] * number for kind, number in kinds.items())
+
+    def _lump(self, stream: Value, grown: int, copied: int) -> Value:
         """Stands for the layers that are not simulated: what they save, and their weights' gradients.
 
         `grown` and `copied` are bytes of all of them: live bytes added, and of these autocast's copies.
@@ -234,9 +298,8 @@ class Network:
         if not ledger.is_recording:
             return stream
         kept = [ledger.block(grown - transient, 1)]
-        born = 0.0 if load.keeps_gradients else self.unplayed.elements
-        if born and self.groups:
-            born = self.groups[0].shard * unplayed
+        elements = self._unplayed_shards() if self.groups else self.unplayed.elements
+        born = 0.0 if load.keeps_gradients else elements
         width = load.forward_width if not self.groups else load.state_width
 
         waits = bool(self.groups) and load.keeps_gradients and load.shard_ranks < load.ranks
@@ -244,7 +307,7 @@ class Network:
         def rule(gradient: list[Gradient]) -> list[Gradient]:
             kept.clear()
             if waits:
-                self.groups[0].hold_all_reduced(unplayed)
+                self.groups[0].hold_all_reduced(elements)
             return [gradient.pop(), ledger.block(born, width, "gradients")]
 
         weights = Value(None, self.unplayed.elements, width, self.unplayed)
@@ -260,21 +323,6 @@ class Network:
                 else:
                     logits = run.scale(logits)
             return logits
-
-    def _class_loss(self, rows: Rows, hidden: Value) -> Value:
-        """The loss of a classifier; except in decoders, only one token per sample reaches the head."""
-        ledger, run, shape = self.ledger, self.run, self.shape
-        elements, width = hidden.elements, hidden.width
-        if shape.family in ("gpt2", "decoder"):  # classifies every token, then picks the last one
-            logits = run.linear(hidden, self.head, shape.classes or 1)
-            return token_loss(run, logits, rows.samples)
-        first = ledger.wrap(hidden.block, rows.samples * shape.hidden, width, [hidden],
-                            lambda g: [ledger.block(elements, width)])  # fmt: skip
-        if shape.family == "bert":
-            first = run.linear(first, self.outer["pooler"], shape.hidden)
-            first = run.pointwise(first, keeps_input=False, keeps_output=True)
-            first = run.dropout(first, shape.dropout)
-        return token_loss(run, run.linear(first, self.head, shape.classes or 1), rows.samples)
 
     def _chunked_loss(self, rows: Rows, hidden: Value) -> Value:
         """A checkpointed loss per chunk of tokens; at most PLAYED_CHUNKS of them are simulated."""

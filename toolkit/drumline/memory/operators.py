@@ -213,7 +213,7 @@ class Operators:
     def rotate(self, value: Value, width: int) -> Value:
         """Rotary positions: x·cos + rotate_half(x)·sin; `width` is that of cos and sin."""
         turned = self.scale_by_constant(value, width)
-        return self.add(turned, self.scale_by_constant(self._rotate_half(value), width))
+        return self.add(turned, self.scale_by_constant(self.rotate_half(value), width))
 
     def rotate_part(self, value: Value, width: int, share: float) -> Value:
         """Rotary positions of a `share` of each head's features, which are then joined with the others.
@@ -264,7 +264,8 @@ class Operators:
         whole = ledger.wrap(packed.block, elements, width, [packed], join)
         return [ledger.wrap(packed.block, size, width, [whole], hand_over) for size in sizes]
 
-    def _rotate_half(self, value: Value) -> Value:
+    def rotate_half(self, value: Value) -> Value:
+        """The second half of a head's features, negated, before the first one: -x₂ and x are copied."""
         ledger, elements, before = self.ledger, value.elements, value.width
 
         def rule(gradient: list[Gradient]) -> list[Gradient]:

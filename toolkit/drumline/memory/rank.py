@@ -66,11 +66,10 @@ class Rank:
         if load.is_zero:
             return [partition(load)]
         ranks = load.shard_ranks if load.strategy == "fsdp" else 1
-        outer, layer = (
-            shard_sizes(self.shape, tensors, ranks, load.folds)
-            for tensors in (outer_tensors(self.shape), layer_tensors(self.shape))
-        )
-        return outer + self.shape.layers * layer
+        found = shard_sizes(self.shape, outer_tensors(self.shape), ranks, load.folds)
+        for shape, number in self.shape.layer_shapes:
+            found += number * shard_sizes(self.shape, layer_tensors(shape), ranks, load.folds)
+        return found
 
     @property
     def _has_buckets(self) -> bool:

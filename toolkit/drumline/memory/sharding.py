@@ -75,15 +75,15 @@ class Group:
         kept = 0 if load.keeps_gradients else self.shard
         self.gradient = ledger.block(kept, width, "gradients", _REDUCING)
         if load.keeps_gradients:
-            self.hold_all_reduced(1)
+            self.hold_all_reduced(self.shard)
 
-    def hold_all_reduced(self, times: int) -> None:
-        """Allocate the reduced shards of `times` groups, which are added to existing gradients.
+    def hold_all_reduced(self, elements: float) -> None:
+        """Allocate reduced shards of so many elements, which are added to existing gradients.
 
         Sharded within nodes, they are also all-reduced between nodes and live until the backward ends.
         """
         width = 4 if self._load.low else self._load.state_width
-        block = self._ledger.block(times * self.shard, width, _PART, _REDUCING)
+        block = self._ledger.block(elements, width, _PART, _REDUCING)
         if self._load.shard_ranks < self._load.ranks:
             self._stage.all_reduced.append(block)
 

@@ -172,17 +172,20 @@ def partition(load: Load) -> int:
     """Elements of a rank's partition; stage 3 divides each weight by itself."""
     if load.strategy != "zero3":
         return -(-load.shape.parameters // load.shard_ranks)
-    outer, layer = (
-        sum(-(-math.prod(sizes) // load.shard_ranks) for sizes in tensors.values())
-        for tensors in (outer_tensors(load.shape), layer_tensors(load.shape))
+    everything = [(outer_tensors(load.shape), 1)]
+    everything += [(layer_tensors(shape), number) for shape, number in load.shape.layer_shapes]
+    return sum(
+        number * -(-math.prod(sizes) // load.shard_ranks)
+        for tensors, number in everything
+        for sizes in tensors.values()
     )
-    return outer + load.shape.layers * layer
 
 
 def largest(load: Load) -> int:
     """Elements of the largest weight."""
-    tensors = {**outer_tensors(load.shape), **layer_tensors(load.shape)}
-    return max(math.prod(sizes) for sizes in tensors.values())
+    everything = [outer_tensors(load.shape)]
+    everything += [layer_tensors(shape) for shape, _ in load.shape.layer_shapes]
+    return max(math.prod(sizes) for tensors in everything for sizes in tensors.values())
 
 
 def gathered(load: Load) -> tuple[int, int]:

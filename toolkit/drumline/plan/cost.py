@@ -36,7 +36,7 @@ def _compute_seconds(plan: Plan, shape: ModelShape) -> float:
     recipe = plan.recipe
     total = float(plan.cost.flops_per_step or 0)
     head = shape.vocabulary * shape.hidden if shape.classes is None else 0
-    layers = shape.layers * shape.active_per_layer
+    layers = shape.active_in_layers
     again = layers * _REPEATED[recipe.model.activation_checkpointing]
     again += head if recipe.loss.chunked else 0
     total *= 1 + again / (3 * (layers + head))

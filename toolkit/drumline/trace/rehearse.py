@@ -26,6 +26,7 @@ from torch.nn.parallel import distributed as ddp
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
+from drumline.architectures.fields import sides
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.data.tasks import find_task
 from drumline.errors import PlanError
@@ -250,9 +251,8 @@ def blank_manifest(plan: Plan) -> DatasetManifest:
     data, model = plan.recipe.data, plan.recipe.model
     features = None
     if model.architecture and reads_images(model.architecture):
-        sizes = {**model.config, **model.config.get("vision_config", {})}
-        side = sizes.get("image_size", 224)
-        features = [sizes.get("num_channels", 3), side, side]
+        config = {**model.config, **(model.config.get("vision_config") or {})}
+        features = [config.get("num_channels", 3), *sides(config, "image_size", 224)]
     return DatasetManifest(
         task=data.task,
         fingerprint="",

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from drumline.architectures.configs import refuse_near_misses
+from drumline.architectures.fields import refuse_near_misses
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.data.factory import load_factory
 from drumline.errors import PlanError
