@@ -26,6 +26,9 @@ NEOX = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+DEEPSEEK = {**LLAMA, "num_key_value_heads": 8, "moe_intermediate_size": 128, "n_routed_experts": 8,
+            "num_experts_per_tok": 2, "n_shared_experts": 2, "first_k_dense_replace": 1, "kv_lora_rank": 64,
+            "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}  # fmt: skip
 SMALL: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -34,6 +37,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "mixtral": {**LLAMA, "num_local_experts": 4},
     "qwen3_moe": {**LLAMA, "moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2,
                   "head_dim": 32},
+    "deepseek_v2": {**DEEPSEEK, "q_lora_rank": None},
+    "deepseek_v3": {**DEEPSEEK, "q_lora_rank": 96, "n_group": 2, "topk_group": 1},
     "granite": LLAMA,
     "smollm3": {**LLAMA, "pad_token_id": 0},
     "olmo2": {**LLAMA, "eos_token_id": 0},

@@ -25,6 +25,21 @@ DEBERTA = {
     "position_biased_input": False,
     "type_vocab_size": 0,
 }
+DEEPSEEK = {
+    **SMALL,
+    "num_key_value_heads": 8,
+    "vocab_size": 99,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 32,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", {}),
     (
@@ -53,6 +68,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {**SMALL, "num_key_value_heads": 2, "vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1,
               "eos_token_id": 1}) for name in ("granite", "smollm3", "olmo2", "cohere", "phi", "phi3", "starcoder2")),
     *((name, {**SMALL, "num_key_value_heads": 2, "head_dim": 16}) for name in ("gemma", "gemma2", "gemma3_text")),
+    ("deepseek_v2", DEEPSEEK),
+    ("deepseek_v2", {**DEEPSEEK, "q_lora_rank": 24, "first_k_dense_replace": 0}),
+    ("deepseek_v3", {**DEEPSEEK, "n_group": 2, "topk_group": 1}),
     ("granite", {**SMALL, "attention_bias": True, "mlp_bias": True}),
     ("smollm3", {**SMALL, "tie_word_embeddings": False, "attention_bias": True}),
     ("gpt_neox", {**SMALL, "attention_bias": False}),
@@ -80,7 +98,8 @@ def test_counts_are_those_of_the_real_model(architecture: str, config: dict[str,
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     layers = named_blocks(model)
     assert shape.layers == len(layers)
-    assert shape.layer_parameters == sum(p.numel() for p in layers[0][1].parameters())
+    assert shape.of_layer(is_first=True).layer_parameters == count_parameters(layers[0][1])
+    assert shape.layer_parameters == count_parameters(layers[-1][1])
     assert (shape.hidden, shape.vocabulary) == (full.hidden_size, full.vocab_size)
 
 
@@ -180,6 +199,10 @@ def test_counts_of_classifiers(architecture: str, config: dict[str, Any], kind: 
     [
         ("mamba", {}, "no closed form for mamba"),
         ("bert", {}, "as a language model"),
+        ("modernbert", {}, "as a language model"),
+        ("deepseek_v2", {}, "without num_experts_per_tok"),
+        ("deepseek_v3", {"num_key_value_heads": 8}, "num_key_value_heads"),
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave False"),
         ("llama", {"hidden_act": "quick_gelu"}, "hidden_act quick_gelu"),
         ("gpt2", {"add_cross_attention": True}, "with add_cross_attention"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2"),

@@ -16,7 +16,7 @@ from drumline.architectures.fields import (
     share,
     whole,
 )
-from drumline.architectures.shapes import ACTIVATIONS, ModelShape
+from drumline.architectures.shapes import ACTIVATIONS, Latent, ModelShape
 from drumline.architectures.structures import DECODERS, Decoder
 from drumline.errors import PlanError
 
@@ -51,7 +51,10 @@ def read_shape(
     if activation not in ACTIVATIONS:
         return f"no closed form for {architecture} with {reading.activation_key} {activation}"
     shape = reading.read(architecture, config, classes)
-    return shape if isinstance(shape, str) else replace(shape, activation=activation)
+    if isinstance(shape, str):
+        return shape
+    first = replace(shape.first, activation=activation) if shape.first else None
+    return replace(shape, activation=activation, first=first)
 
 
 def _gpt2(architecture: str, config: dict[str, Any], classes: int | None) -> ModelShape | str:
@@ -86,6 +89,8 @@ def _decoder(architecture: str, config: dict[str, Any], classes: int | None) -> 
     if family.pooling != "last" and classes is None:
         return f"no closed form for {architecture} as a language model"
     values = {**family.defaults, **{k: v for k, v in config.items() if v is not None}}
+    if "q_lora_rank" in config:  # without one, queries come from the hidden states at once
+        values["q_lora_rank"] = config["q_lora_rank"]
     if config.get("num_key_value_heads", 1) is None:  # transformers: one for each attention head
         values.pop("num_key_value_heads", None)
     for common, own in family.names.items():
@@ -137,6 +142,8 @@ def _decoder(architecture: str, config: dict[str, Any], classes: int | None) -> 
         windowed=_windowed(family, values, layers),
         rotated=_rotated(family, values, layers),
     )
+    if family.is_latent:
+        return _with_latent(shape, values)
     if family.is_first_bare:
         bare = replace(family.structure, order="pre_feed_forward")
         shape = replace(shape, first=replace(shape, structure=bare), first_layers=1)
@@ -203,6 +210,30 @@ def _all_but_every(
     return tuple((number - begin) % every != 0 for number in range(layers))
 
 
+def _with_latent(dense: ModelShape, values: dict[str, Any]) -> ModelShape | str:
+    """DeepSeek's attention, and experts in all but the first layers."""
+    if dense.kv_width != dense.query_width:
+        return f"no closed form for {dense.architecture} with num_key_value_heads"
+    if values.get("num_experts_per_tok") is None:
+        return f"no closed form for {dense.architecture} without num_experts_per_tok"
+    ranks = ("kv_lora_rank", "qk_rope_head_dim", "v_head_dim", "qk_nope_head_dim")
+    kv_rank, rotated, value_dim, plain = (whole(values, (key,), None) for key in ranks)
+    query_rank = values.get("q_lora_rank")
+    dense = replace(
+        dense,
+        head_dim=plain + rotated,
+        kv_width=dense.heads * (plain + rotated),
+        rotary_share=rotated / (plain + rotated),
+        latent=Latent(query_rank, kv_rank, rotated, value_dim),
+    )
+    first = min(values["first_k_dense_replace"] or 0, dense.layers)
+    mixture = _with_experts(dense, {"num_experts": values["n_routed_experts"], **values})
+    shared = whole(values, ("n_shared_experts",), None) * mixture.ffn
+    return replace(
+        mixture, shared_experts=shared, first=dense if first else None, first_layers=first
+    )
+
+
 def _with_experts(dense: ModelShape, values: dict[str, Any]) -> ModelShape:
     experts = whole(values, ("num_experts", "num_local_experts"), None)
     top_k = whole(values, ("num_experts_per_tok",), None)
@@ -217,7 +248,8 @@ def _with_experts(dense: ModelShape, values: dict[str, Any]) -> ModelShape:
 _LANGUAGE_MODELS: dict[str, Reading] = {
     "gpt2": Reading(_GPT2_KEYS, "activation_function", "gelu_new", _gpt2),
     **{
-        name: Reading((*_DECODER_KEYS, *family.dropouts, *family.needs, family.activation_key),
+        name: Reading((*_DECODER_KEYS, *family.defaults, *family.dropouts, *family.needs,
+                       family.activation_key),
                       family.activation_key, family.activation, _decoder)
         for name, family in DECODERS.items()
     },

@@ -121,6 +121,11 @@ class ModelShape:
         """Output features of the query projection: heads × head_dim."""
         return self.heads * self.head_dim
 
+    @property
+    def value_dim(self) -> int:
+        """Features of a head's values."""
+        return self.latent.value_dim if self.latent else self.head_dim
+
     def of_layer(self, is_first: bool) -> "ModelShape":
         """The shape of one of the first layers, or of the others."""
         return self.first if is_first and self.first else self
@@ -166,13 +171,13 @@ class ModelShape:
     def flops_per_sample(self, sequence_length: int | None) -> int:
         """FLOPs of forward and backward for one sample.
 
-        Per token: 6 × active matrix elements + 12 × layers × query width × tokens (Chowdhery et al. 2022,
-        PaLM, appendix B).
+        Per token: 6 × active matrix elements + 6 × layers × heads × (features of a key + of a value) × tokens
+        (Chowdhery et al. 2022, PaLM, appendix B).
         """
         tokens = self.tokens(sequence_length)
         head = self.vocabulary * self.hidden if self.classes is None else 0
         matrices = self.active_in_layers + head
-        attention = 12 * self.layers * self.query_width * tokens
+        attention = 6 * self.layers * self.heads * (self.head_dim + self.value_dim) * tokens
         return (6 * matrices + attention) * tokens
 
 

@@ -86,7 +86,8 @@ class Decoder:
     attends to all tokens (0: none does). `rotary_every`: every how many layers one has no rotary positions.
     `full_from`: the first of those. `extra_positions`: learned positions that no token takes. `pooling`: of
     an encoder, which is a classifier. `is_first_bare`: the first layer has no norm before attention.
-    `has_embedding_block`: FSDP2 shards the embeddings by themselves.
+    `is_latent`: it has DeepSeek's attention. `has_embedding_block`: FSDP2 shards the embeddings by
+    themselves.
     """
 
     structure: Structure = LLAMA
@@ -106,6 +107,7 @@ class Decoder:
     full_from: int | None = None
     pooling: Pooling = "last"
     is_first_bare: bool = False
+    is_latent: bool = False
     has_embedding_block: bool = False
 
 
@@ -131,6 +133,9 @@ _MODERNBERT = Structure(norm="layer_without_shift", feed_forward="gated_packed",
                         packs_qkv="chunks", has_local_rotary=True, has_embedding_norm=True)  # fmt: skip
 _PARTIAL = Structure(norm="layer", order="parallel", feed_forward="plain", rotary="joined")
 
+_LATENT = {"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+           "v_head_dim": 128}  # fmt: skip
+
 DECODERS: dict[str, Decoder] = {
     "llama": Decoder(defaults=_sizes(32000, 4096, 11008, 32, 32),
                      biases=("attention_bias", "attention_bias", "mlp_bias")),
@@ -146,6 +151,15 @@ DECODERS: dict[str, Decoder] = {
                                 num_experts_per_tok=8, moe_intermediate_size=768),
                          biases=("attention_bias", "attention_bias", False),
                          needs=_NO_SLIDING | {"decoder_sparse_step": 1, "mlp_only_layers": []}),
+    "deepseek_v2": Decoder(Structure(rotary="complex"),
+                           _sizes(102400, 4096, 11008, 32, 32, n_routed_experts=64, n_shared_experts=2,
+                                  moe_intermediate_size=1407, first_k_dense_replace=0, **_LATENT),
+                           needs={"attention_bias": False, "mlp_bias": False}, is_latent=True),
+    "deepseek_v3": Decoder(Structure(rotary="pairs"),
+                           _sizes(129280, 7168, 18432, 61, 128, 128, n_routed_experts=256, n_shared_experts=1,
+                                  num_experts_per_tok=8, moe_intermediate_size=2048,
+                                  first_k_dense_replace=3, **_LATENT),
+                           needs={"attention_bias": False, "rope_interleave": True}, is_latent=True),
     "granite": Decoder(Structure(embedding_scale="number", scales_residual=True, logit_operations=("scale",)),
                        _sizes(32000, 4096, 11008, 32, 32),
                        biases=("attention_bias", "attention_bias", "mlp_bias")),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from drumline.architectures.shapes import ModelShape, layer_tensors
 from drumline.memory.attention import Kernel
 from drumline.memory.disentangled import disentangled_attention
+from drumline.memory.latent import latent_projections
 from drumline.memory.ledger import Parameter, Value
 from drumline.memory.mixtures import experts, route
 from drumline.memory.norms import layer_norm, layer_norm_unfused, rms_norm, times_weight
@@ -140,6 +141,12 @@ def _attention(layer: Layer, run: Operators, rows: Rows, hidden: Value, cosines:
     query_features = key_features = shape.head_dim
     if structure.qk_norm == "full":
         query_features, key_features = q, kv
+    if shape.latent:
+        query, key, value = latent_projections(
+            run, shape, shape.latent, w, layer.rest.width, hidden, cosines
+        )
+        out = _attend(layer, run, rows, query, key, value)
+        return run.linear(out, w["out"], shape.hidden)
     if structure.packs_qkv:
         packed = run.linear(hidden, w["qkv"], q + 2 * kv)
         sizes = [rows.tokens * width for width in (q, kv, kv)]
@@ -193,20 +200,23 @@ def _feed_forward(layer: Layer, run: Operators, rows: Rows, hidden: Value) -> Va
     )
 
 
-def _gated(layer: Layer, run: Operators, hidden: Value) -> Value:
-    """down(silu(gate(x)) · up(x))."""
-    w, f = layer.weights, layer.shape.ffn
-    gate = run.activate(layer.shape.activation, run.linear(hidden, w["gate"], f))
-    return run.linear(
-        run.multiply(gate, run.linear(hidden, w["up"], f)), w["down"], layer.shape.hidden
-    )
+def _gated(layer: Layer, run: Operators, hidden: Value, name: str = "", width: int = 0) -> Value:
+    """down(silu(gate(x)) · up(x)); `name` and `width`: of other weights than the layer's own."""
+    gate, up, down = (layer.weights[f"{name}{part}"] for part in ("gate", "up", "down"))
+    f = width or layer.shape.ffn
+    inner = run.activate(layer.shape.activation, run.linear(hidden, gate, f))
+    return run.linear(run.multiply(inner, run.linear(hidden, up, f)), down, layer.shape.hidden)
 
 
 def _experts(layer: Layer, run: Operators, rows: Rows, hidden: Value) -> Value:
     """Route every token to its `top_k` experts; rows are sorted by expert for grouped matrix products."""
     shape, w = layer.shape, layer.weights
-    weights = route(run, run.linear(hidden, w["router"], shape.experts), rows.tokens, shape)
-    return experts(run, shape, hidden, weights, w["gate_up"], w["down"])
+    logits = run.linear(hidden, w["router"], shape.experts, is_wide=shape.latent is not None)
+    weights = route(run, logits, rows.tokens, shape)
+    out = experts(run, shape, hidden, weights, w["gate_up"], w["down"])
+    if shape.shared_experts:
+        out = run.add(out, _gated(layer, run, hidden, "shared_", shape.shared_experts))
+    return out
 
 
 def _bert(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: float) -> Value:
@@ -276,7 +286,7 @@ def _attend(layer: Layer, run: Operators, rows: Rows, query: Value, key: Value, 
     heads = layer.shape.heads
     if rows.kernel in ("flash", "efficient"):
         if rows.is_masked:
-            key, value = (run.repeat(shared, query.elements) for shared in (key, value))
+            key, value = run.repeat_heads(query, key, value)
         mask = scores if rows.is_masked else 0
         return run.attention(query, key, value, heads * rows.tokens, mask, packed)
     written_out = eager_attention if rows.kernel == "eager" else math_attention

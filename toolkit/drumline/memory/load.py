@@ -113,6 +113,7 @@ class Load:
             # With a mask, transformers repeats the shared key and value heads before the kernel.
             shares_heads=self.shape.kv_width != self.shape.query_width and not is_masked,
             head_dim=self.shape.head_dim,
+            value_dim=self.shape.value_dim,
             has_flash=self.has_flash,
         )
 

@@ -10,18 +10,18 @@ from drumline.memory.operators import FP32, INDEX, Operators
 
 
 def route(run: Operators, logits: Value, tokens: float, shape: ModelShape) -> Value:
-    """Routing weights [S]: softmax of the logits [T, E] in fp32, then top_k, normalised."""
-    ledger, elements = run.ledger, logits.elements
-    if shape.architecture == "mixtral":  # casts first; Qwen3-MoE calls softmax with dtype=float32
-        chances = run.pointwise(run.cast(logits, FP32), keeps_input=False, keeps_output=True)
-    else:
-        chances = run.pointwise(logits, keeps_input=False, keeps_output=True, width=FP32)
+    """Routing weights [S]: softmax of the logits [T, E] in fp32, or their sigmoid; then top_k, normalised."""
+    ledger, elements, kind = run.ledger, logits.elements, shape.architecture
+    if kind == "mixtral":  # casts first; Qwen3-MoE calls softmax with dtype=float32
+        logits = run.cast(logits, FP32)
+    width = logits.width if kind == "deepseek_v3" else FP32
+    chances = run.pointwise(logits, keeps_input=False, keeps_output=True, width=width)
     rows = tokens * shape.top_k
     numbers = ledger.block(rows, INDEX)
     weights = ledger.make(
-        rows, FP32, [chances], lambda g: [ledger.block(elements, FP32)], (numbers,)
+        rows, width, [chances], lambda g: [ledger.block(elements, width)], (numbers,)
     )
-    return weights if shape.architecture == "mixtral" else run.cast(weights, logits.width)
+    return run.cast(weights, logits.width) if kind == "qwen3_moe" else weights
 
 
 def experts(run: Operators, shape: ModelShape, hidden: Value, weights: Value,

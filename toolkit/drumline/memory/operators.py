@@ -93,9 +93,16 @@ class Operators:
         ledger, elements, before = self.ledger, value.elements, value.width
         return ledger.make(elements, width, [value], lambda g: [ledger.block(elements, before)])
 
-    def linear(self, value: Value, weight: Parameter, outputs: float) -> Value:
-        """X [T, in] · W [in, outputs]: saves X and W; backward allocates both gradients."""
+    def linear(
+        self, value: Value, weight: Parameter, outputs: float, is_wide: bool = False
+    ) -> Value:
+        """X [T, in] · W [in, outputs]: saves X and W; backward allocates both gradients.
+
+        `is_wide`: both are cast to fp32, where autocast does not cast them back.
+        """
         matrix = self.weight(weight)
+        if is_wide and self.low is None:
+            matrix, value = self.cast(matrix, FP32), self.cast(value, FP32)
         value = self.cast(value, self.low or value.width)
         ledger, width = self.ledger, matrix.width
         elements, weights = value.elements, matrix.elements
@@ -306,11 +313,17 @@ class Operators:
 
         inputs = [packed] if packed is not None else [q, k, v]
         keeps = (q.block, k.block, v.block, lse, bias)
-        return self.product(sizes[0], width, inputs, rule, keeps, keeps_itself=True)
+        out = sizes[0] if shares_heads else sizes[2]
+        return self.product(out, width, inputs, rule, keeps, keeps_itself=True)
 
     def copy(self, value: Value) -> Value:
         """A copy in another order of the elements; its gradient is passed on as it is."""
         return self.ledger.make(value.elements, value.width, [value], lambda g: g)
+
+    def repeat_heads(self, query: Value, key: Value, value: Value) -> tuple[Value, Value]:
+        """Keys and values with a head for each head of the queries."""
+        times = query.elements / key.elements
+        return self.repeat(key, key.elements * times), self.repeat(value, value.elements * times)
 
     def repeat(self, value: Value, elements: float) -> Value:
         """Repeat shared key or value heads to `elements`, one per query head; the gradient is summed back."""

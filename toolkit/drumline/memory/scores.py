@@ -8,7 +8,7 @@ from drumline.memory.operators import FP32, Operators
 def eager_attention(run: Operators, shape: ModelShape, query: Value, key: Value, value: Value,
                     scores: float, packed: Value | None) -> Value:  # fmt: skip
     """Transformers' eager attention: scores, scale, mask, softmax, dropout, product with the values."""
-    key, value = (run.repeat(shared, query.elements) for shared in (key, value))
+    key, value = run.repeat_heads(query, key, value)
     low = run.low or query.width
     weights = batched_product(run, query, key, scores)
     weights = run.scale(weights)
@@ -24,7 +24,7 @@ def eager_attention(run: Operators, shape: ModelShape, query: Value, key: Value,
     weights = run.dropout(weights, shape.dropout)
     if packed is None:
         value = _apart(run, value)
-    out = batched_product(run, weights, value, query.elements)
+    out = batched_product(run, weights, value, value.elements)
     run.attention_weights = weights  # returned with the output, so alive until the layer returns
     return run.cast(out, low)
 
@@ -34,13 +34,13 @@ def math_attention(run: Operators, shape: ModelShape, query: Value, key: Value, 
     """Torch's math kernel: scales q and k by the root of the scale, and repeats shared heads."""
     query, key, value = (run.cast(v, run.low or v.width) for v in (query, key, value))
     query = run.scale(query)
-    key, value = (run.repeat(shared, query.elements) for shared in (key, value))
+    key, value = run.repeat_heads(query, key, value)
     key = run.scale(key)
     weights = batched_product(run, query, key, scores)
     weights = run.pointwise(weights, keeps_input=False, keeps_output=True)
     if packed is None:
         value = _apart(run, value)
-    return batched_product(run, weights, value, query.elements)
+    return batched_product(run, weights, value, value.elements)
 
 
 def _apart(run: Operators, value: Value) -> Value:

@@ -40,8 +40,10 @@ _OPERATORS = torch.library.Library("drumline", "DEF")
 """The stand-ins' forwards as operators, so that selective checkpointing sees them as such."""
 
 
-def _attention_forward(q: Tensor) -> tuple[Tensor, Tensor]:
-    return _by_rows(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+def _attention_forward(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    batch, heads, length, _ = q.shape
+    out = q.new_empty(batch, length, heads, v.shape[3]).transpose(1, 2)
+    return out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
 
 
 def _grouped_forward(rows: Tensor, weight: Tensor) -> Tensor:
@@ -49,7 +51,7 @@ def _grouped_forward(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 _STAND_INS = {
-    "attention": ("(Tensor q) -> (Tensor, Tensor)", _attention_forward),
+    "attention": ("(Tensor q, Tensor v) -> (Tensor, Tensor)", _attention_forward),
     "grouped_mm": ("(Tensor rows, Tensor weight) -> Tensor", _grouped_forward),
 }
 for _name, (_signature, _run) in _STAND_INS.items():
@@ -68,7 +70,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        out, sums = torch.ops.drumline.attention(q)
+        out, sums = torch.ops.drumline.attention(q, v)
         ctx.save_for_backward(q, k, v, out, sums, bias)
         return out
 
@@ -135,6 +137,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | No
         is_masked=attn_mask is not None,
         shares_heads=enable_gqa and key.shape[1] != query.shape[1],
         head_dim=query.shape[-1],
+        value_dim=value.shape[-1],
     )
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device)
@@ -181,7 +184,10 @@ def _cuda_autocast() -> Iterator[None]:
 
     def with_wide_result(operator: Any) -> Any:
         def run(values: Tensor, *arguments: Any, **options: Any) -> Any:
-            if values.dtype in _LOW and options.get("dtype") is None:
+            is_stated = any(
+                isinstance(value, torch.dtype) for value in (*arguments, *options.values())
+            )
+            if values.dtype in _LOW and not is_stated:
                 options["dtype"] = torch.float32
             with torch._C._ExcludeDispatchKeyGuard(hidden):
                 return operator(values, *arguments, **options)
