@@ -11,9 +11,8 @@ from drumline.errors import DoesNotFit, PlanError
 from drumline.plan.model import Plan
 from drumline.recipe.load import load_recipe
 from drumline.recipe.schema import Recipe
-from drumline.session.planning import fixed, make_plan, traced
+from drumline.session.planning import fixed, make_plan, traced, world_of
 from drumline.session.prepare import prepare_data
-from drumline.session.world import read_world
 
 Trace = Annotated[
     bool, typer.Option("--trace", help="Memory from the real model and step, without a GPU.")
@@ -34,7 +33,7 @@ def _sweep(plan: Plan, as_json: bool) -> None:
     from drumline.plan.sweep import sweep
     from drumline.session.sweep_page import sweep_page, sweep_table
 
-    cells = sweep(plan, read_world(plan.recipe))
+    cells = sweep(plan, world_of(plan))
     if not cells:
         raise PlanError(f"--sweep: {plan.memory.why or 'the memory of this model is not known'}")
     if as_json:

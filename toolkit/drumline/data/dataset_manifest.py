@@ -4,7 +4,7 @@ import json
 import os
 import pwd
 import stat
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from drumline.errors import DataError
@@ -45,6 +45,10 @@ class DatasetManifest:
     def row_tokens(self) -> int | None:
         """Input tokens of the widest micro-batch: those of the longest row, or else `sequence_length`."""
         return self.longest or self.sequence_length
+
+    def with_rows_of(self, tokens: int | None) -> "DatasetManifest":
+        """The same for a run whose longest row has so many input tokens; None changes nothing."""
+        return self if tokens is None or self.longest is None else replace(self, longest=tokens)
 
     def write(self, folder: Path) -> None:
         """Write the manifest, the last file of a prepared folder."""

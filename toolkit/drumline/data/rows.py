@@ -34,6 +34,13 @@ def array_columns(name: str) -> tuple[str, str]:
     return f"array-{name}", f"ends-{name}"
 
 
+def lengths_of(folder: Path, part: str) -> NDArray[np.int32]:
+    """Tokens of each prepared row of a part, int32 [N]; empty where the part has none."""
+    path = folder / part / "lengths.bin"
+    is_there = path.is_file() and path.stat().st_size > 0
+    return np.fromfile(path, dtype=DTYPES["lengths"]) if is_there else np.zeros(0, dtype=np.int32)
+
+
 class Rows:
     """The samples of one part (`train` or `validation`), memory-mapped.
 

@@ -33,7 +33,7 @@ def memory_function(
     """A function from a split to its MemoryFacts, for this recipe.
 
     `shape` is a text that gives the reason if the model's shape is not known. `row_tokens`: of the longest
-    prepared row, if that is known.
+    row that the run reads, if that is known.
     """
     length = recipe.data.sequence_length
     is_shorter = row_tokens is not None and length is not None and row_tokens < length
@@ -60,7 +60,7 @@ def memory_function(
             peak = replace(peak, totals=row.correct(peak.totals))
         if is_shorter:
             basis = peak.totals.basis | {
-                "rows": f"the longest prepared row has {row_tokens} tokens"
+                "rows": f"the longest row of this run has {row_tokens} tokens"
             }
             peak = replace(peak, totals=replace(peak.totals, basis=basis))
         host = host_bytes_of(recipe, shape, split)

@@ -134,11 +134,15 @@ class Advice:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """The prepared data: content fingerprint, cache path, number of validation samples."""
+    """The prepared data: content fingerprint, cache path, number of validation samples.
+
+    `row_tokens`: input tokens of the longest row that the run reads.
+    """
 
     fingerprint: str | None
     cache: str | None
     validation_samples: int | None
+    row_tokens: int | None = None  # the default is for plans that were written without it
 
 
 @dataclass(frozen=True)

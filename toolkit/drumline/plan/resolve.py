@@ -57,7 +57,8 @@ LAUNCHER_STRATEGIES = {
 class World:
     """Facts from outside the recipe (files, prepared data, host), read by the caller; `resolve` is pure.
 
-    `row_tokens`: tokens of the longest prepared row. `problems`: warnings found while reading.
+    `row_tokens`: tokens of the longest row that the run reads, or else of all prepared ones. `problems`:
+    warnings found while reading.
     """
 
     model_config: dict[str, Any] | None = None
@@ -127,6 +128,7 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
             fingerprint=world.fingerprint,
             cache=world.cache,
             validation_samples=world.validation_samples,
+            row_tokens=world.row_tokens,
         ),
         advice=[],
         warnings=warnings

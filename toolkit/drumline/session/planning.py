@@ -1,16 +1,17 @@
 """From a recipe to a plan: reads what planning needs to know of this machine, and passes it in."""
 
+import dataclasses
 import gc
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from drumline.errors import DoesNotFit, PlanError
 from drumline.plan.advise import with_advice
 from drumline.plan.footprint import memory_warnings
 from drumline.plan.model import FITS, Plan
-from drumline.plan.resolve import resolve
+from drumline.plan.resolve import World, resolve
 from drumline.recipe.schema import Recipe
+from drumline.session.row_lengths import longest_row, manifest_of_run
 from drumline.session.world import read_world
 
 if TYPE_CHECKING:
@@ -25,13 +26,23 @@ def make_plan(recipe: Recipe, gpus: int | None = None, gpu: str | None = None) -
 
         recipe = on_gpus(recipe, gpus, gpu, world)
         world = read_world(recipe)
-    plan = with_advice(resolve(recipe, world), world)
+    plan = resolve(recipe, world)
+    read = longest_row(plan)
+    if read is not None and read != world.row_tokens:
+        world = dataclasses.replace(world, row_tokens=read)
+        plan = resolve(recipe, world)
+    plan = with_advice(plan, world)
     if plan.memory.method == "unknown":
         from drumline.session.traces import kept_trace
 
         kept = kept_trace(plan)
         return with_trace(plan, kept) if kept else plan
     return plan
+
+
+def world_of(plan: Plan) -> World:
+    """What the plan was made with, for plans of changed recipes that read the same rows."""
+    return dataclasses.replace(read_world(plan.recipe), row_tokens=plan.data.row_tokens)
 
 
 def plan_on_nodes(recipe: Recipe, nodes: int) -> Plan:
@@ -54,23 +65,19 @@ def traced(plan: Plan) -> Plan:
     """Return the plan with memory from a trace of the real training step, which is kept for later plans."""
     import warnings
 
-    from drumline.data.dataset_manifest import read_dataset_manifest
     from drumline.session.traces import keep_trace
 
     gc.enable()
     warnings.filterwarnings("ignore")
     from drumline.trace.rehearse import rehearse
 
-    manifest = read_dataset_manifest(Path(plan.data.cache)) if plan.data.cache else None
-    trace = rehearse(plan, manifest).traced()
+    trace = rehearse(plan, manifest_of_run(plan)).traced()
     keep_trace(plan, trace)
     return with_trace(plan, trace)
 
 
 def with_trace(plan: Plan, trace: "Traced") -> Plan:
     """The plan with the memory of a trace, and no advice, which a trace cannot give."""
-    import dataclasses
-
     from drumline.architectures.gpus import find_gpu
     from drumline.plan.traced import traced_facts
 

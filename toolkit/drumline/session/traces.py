@@ -10,11 +10,11 @@ from typing import Any
 
 from drumline import __version__
 from drumline.data.cache import cache_root
-from drumline.data.dataset_manifest import read_dataset_manifest
 from drumline.files import read_bytes, write_durably
 from drumline.memory.recording import Traced
 from drumline.plan.model import Plan
 from drumline.runs.code import factory_hashes
+from drumline.session.row_lengths import manifest_of_run
 from drumline.session.world import model_config
 
 TRACE_VERSION = 2
@@ -48,7 +48,7 @@ def keep_trace(plan: Plan, traced: Traced) -> None:
 def _file(plan: Plan) -> Path:
     """Where the trace of this step is kept, by a hash of all that it depends on."""
     recipe = plan.recipe.model_dump(by_alias=True, mode="json")
-    manifest = read_dataset_manifest(Path(plan.data.cache)) if plan.data.cache else None
+    manifest = manifest_of_run(plan)
     for name in _RATES:
         recipe["optimizer"].pop(name)
     rows: Any = manifest and [manifest.row_tokens, manifest.feature_shape, manifest.classes]

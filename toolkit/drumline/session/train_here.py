@@ -10,9 +10,8 @@ from drumline.plan.resplit import with_smaller_per_device
 from drumline.runs.folder import RunFolder
 from drumline.runs.trackers import Trackers
 from drumline.session.launch import render_alone
-from drumline.session.planning import make_plan
+from drumline.session.planning import make_plan, world_of
 from drumline.session.progress import Progress
-from drumline.session.world import read_world
 from drumline.supervise.outcome import Result
 from drumline.supervise.supervisor import Surroundings, run_attempts
 from drumline_launchers.base import Command
@@ -71,7 +70,7 @@ def _smaller_plan(plan: Plan) -> Plan | None:
 
 def _advice_words(plan: Plan) -> str:
     """Say what could make the plan fit, after it ran out of memory at per_device 1."""
-    changes = with_advice(plan, read_world(plan.recipe)).advice
+    changes = with_advice(plan, world_of(plan)).advice
     head = "batch.per_device is 1 already and cannot be made smaller. Nearest:"
     lines = [f"  {change_words(item.change)}   {item.why}" for item in changes]
     return "\n".join([head, *lines]) if lines else f"{head} a GPU with more memory"

@@ -108,7 +108,8 @@ class StepReader:
         """A dummy micro-batch of the largest shape of the run, for warm-up passes."""
         count = min(self._plan.batch.per_device, len(self._rows))
         rows = self._rows
-        arrays = rows.task.widen(rows.collate(np.zeros(count, dtype=np.int64)), rows.manifest)
+        manifest = rows.manifest.with_rows_of(self._plan.data.row_tokens)
+        arrays = rows.task.widen(rows.collate(np.zeros(count, dtype=np.int64)), manifest)
         nothing = np.zeros(0, dtype=np.int64)
         return MicroBatch(
             tensors=as_tensors(arrays, np.zeros(count), dummy=True),
