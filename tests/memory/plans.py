@@ -70,6 +70,7 @@ SMALL: dict[str, dict[str, Any]] = {
 FULL = {"model": {"activation_checkpointing": "full"}}
 IMAGES = ("vit", "dinov2", "siglip")
 ENCODERS = ("bert", "roberta", "distilbert", "modernbert", "deberta-v2", *IMAGES)
+LATENT = ("deepseek_v2", "deepseek_v3")
 SCALES_LOGITS = ("granite", "gemma2", "cohere")
 """Families whose loss cannot be chunked."""
 
@@ -113,6 +114,41 @@ OPTIMIZERS = [{"name": "adamw", "implementation": "fused"}, {"name": "adamw", "i
               {"name": "sgd", "momentum": 0.9, "implementation": "foreach"}]  # fmt: skip
 
 
+def sized(
+    architecture: str, heads: int, width: int, layers: int, ffn: int, vocabulary: int
+) -> dict[str, Any]:
+    """A config of this family with heads of `width` features, by its own names of the keys."""
+    h, small = heads * width, SMALL[architecture]
+    if architecture == "gpt2":
+        return {**small, "n_embd": h, "n_head": heads, "n_inner": ffn, "n_layer": layers,
+                "vocab_size": vocabulary}  # fmt: skip
+    if architecture == "distilbert":
+        return {
+            "dim": h,
+            "n_heads": heads,
+            "hidden_dim": ffn,
+            "n_layers": layers,
+            "vocab_size": vocabulary,
+        }
+    sizes = {"hidden_size": h, "num_attention_heads": heads, "num_hidden_layers": layers}
+    if architecture == "siglip":
+        return {"vision_config": {**small["vision_config"], **sizes, "intermediate_size": ffn}}
+    config = {**small, **sizes}
+    if architecture == "dinov2":
+        return {**config, "mlp_ratio": max(1, round(ffn / h))}
+    if architecture == "opt":
+        config |= {"ffn_dim": ffn, "word_embed_proj_dim": h}
+    else:
+        config |= {"intermediate_size": ffn}
+    if architecture not in IMAGES:
+        config |= {"vocab_size": vocabulary}
+    if architecture in LATENT:
+        config |= {"num_key_value_heads": heads}
+    elif "head_dim" in (config_fields(architecture) or {}):
+        config |= {"head_dim": width}
+    return config
+
+
 def random_plan(draw: random.Random) -> tuple[str, Plan]:
     """Any family, shape, precision, strategy and loss; what it is, in words."""
     architecture = draw.choice(list(SMALL))
@@ -122,37 +158,13 @@ def random_plan(draw: random.Random) -> tuple[str, Plan]:
     ffn = draw.randrange(256, 3072, 32)
     layers = draw.randrange(1, 8)
     vocabulary = draw.randrange(500, 20000, 4)
-    config: dict[str, Any]
-    if architecture == "gpt2":
-        config = {**GPT2, "n_embd": heads * width, "n_head": heads, "n_inner": ffn, "n_layer": layers,
-                  "vocab_size": vocabulary}  # fmt: skip
-        if draw.random() < 0.5:
-            config |= {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
-    elif architecture == "distilbert":
-        config = {"dim": heads * width, "n_heads": heads, "hidden_dim": ffn, "n_layers": layers,
-                  "vocab_size": vocabulary}  # fmt: skip
-    else:
-        config = {**SMALL[architecture], "hidden_size": heads * width, "num_attention_heads": heads,
-                  "intermediate_size": ffn, "num_hidden_layers": layers, "vocab_size": vocabulary}  # fmt: skip
-    if architecture in IMAGES:
-        del config["vocab_size"]
-        if architecture == "dinov2":
-            config |= {"mlp_ratio": draw.choice([2, 3, 4])}
-            del config["intermediate_size"]
-        if architecture == "siglip":
-            config = {"vision_config": {**SMALL["siglip"]["vision_config"], **config}}
-            del config["vision_config"]["vision_config"]
-    elif architecture not in ("gpt2", *ENCODERS):
+    config = sized(architecture, heads, width, layers, ffn, vocabulary)
+    if architecture == "gpt2" and draw.random() < 0.5:
+        config |= {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    if architecture not in ("gpt2", *ENCODERS):
         config |= {"tie_word_embeddings": draw.random() < 0.5}
-        if "num_key_value_heads" in config:
-            config |= {"num_key_value_heads": draw.choice([1, 2, 4])}
-        if "head_dim" in (config_fields(architecture) or {}):
-            config |= {"head_dim": width}
-        if architecture == "opt":
-            config |= {
-                "ffn_dim": config.pop("intermediate_size"),
-                "word_embed_proj_dim": heads * width,
-            }
+    if "num_key_value_heads" in config and architecture not in LATENT:
+        config |= {"num_key_value_heads": draw.choice([1, 2, 4])}
     gpus, strategy, shard = draw.choice(LAYOUTS)
     chunked = architecture not in (*ENCODERS, *SCALES_LOGITS) and draw.random() < 0.3
     optimizer = draw.choice(OPTIMIZERS)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from drumline.data.dataset_manifest import read_dataset_manifest
+from drumline.errors import PlanError
 from drumline.plan.model import Plan
 from drumline.recipe.load import merge, validate
 from drumline.session.planning import make_plan
@@ -134,3 +135,17 @@ def test_rows_of_a_task_of_ones_own_have_an_unknown_length(tmp_path: Path) -> No
     manifest = read_dataset_manifest(Path(str(make_plan(recipe).data.cache)))
     assert manifest
     assert manifest.longest is None
+
+
+def test_without_a_sequence_length_the_prepared_rows_say_it(tmp_path: Path) -> None:
+    """A classifier need not cut its rows: its memory is known from them, and too long ones are refused."""
+    stated = plan_of(tmp_path, "classification")
+    unset = {"data": {"sequence_length": None}, "duration": {"steps": 45}}
+    recipe = validate(merge(stated.recipe.model_dump(by_alias=True), unset), "r")
+    assert make_plan(recipe).memory.verdict == "unknown"
+    prepare_data(recipe)
+    cut = plan_of(tmp_path, "classification", duration={"steps": 45})
+    assert make_plan(recipe).memory.allocated == cut.memory.allocated
+    few = {"model": {"config": {**recipe.model.config, "n_positions": 89}}}
+    with pytest.raises(PlanError, match="not set, and a row has 90 tokens > 89 positions"):
+        make_plan(validate(merge(recipe.model_dump(by_alias=True), few), "r"))

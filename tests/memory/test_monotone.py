@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from drumline.architectures.config_fields import config_fields
 from drumline.plan.model import MemoryFacts
-from memory.plans import ENCODERS, SMALL, small_plan
+from memory.plans import LATENT, SMALL, sized, small_plan
 
 RANKS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 24, 32, 40, 48, 64, 72, 96, 120, 128, 256, 512, 1000, 1024)
-FAMILIES = [*SMALL, *3 * ["mixtral", "qwen3_moe"]]
+FAMILIES = [*SMALL, *3 * ["mixtral", "qwen3_moe", "deepseek_v3"]]
 
 
 def config_of(architecture: str, draw: random.Random) -> dict[str, Any]:
@@ -22,29 +22,18 @@ def config_of(architecture: str, draw: random.Random) -> dict[str, Any]:
         draw.randrange(1, 8),
     )
     ffn, vocabulary = draw.randrange(256, 8192, 64), draw.randrange(16000, 260000)
-    config = dict(SMALL[architecture])
-    if architecture == "gpt2":
-        return {**config, "n_embd": heads * width, "n_head": heads, "n_inner": ffn, "n_layer": layers,
-                "vocab_size": vocabulary, "n_positions": 4096}  # fmt: skip
-    if architecture == "distilbert":
-        return {**config, "dim": heads * width, "n_heads": heads, "hidden_dim": ffn, "n_layers": layers,
-                "vocab_size": vocabulary, "max_position_embeddings": 4096}  # fmt: skip
-    config |= {"hidden_size": heads * width, "num_attention_heads": heads, "num_hidden_layers": layers,
-               "ffn_dim" if architecture == "opt" else "intermediate_size": ffn}  # fmt: skip
+    config = sized(architecture, heads, width, layers, ffn, vocabulary)
     changes: dict[str, Any] = {
-        "vocab_size": vocabulary,
-        "num_key_value_heads": draw.choice([1, 2, 4]),
+        "num_key_value_heads": heads if architecture in LATENT else draw.choice([1, 2, 4]),
         "num_local_experts": draw.choice([4, 8, 16]),
         "num_experts": draw.choice([8, 16, 60, 128]),
+        "n_routed_experts": draw.choice([8, 16, 60, 128]),
         "moe_intermediate_size": draw.choice([96, 128, 768]),
-        "word_embed_proj_dim": heads * width,
     }
     config |= {key: value for key, value in changes.items() if key in config}
-    if "head_dim" in (config_fields(architecture) or {}):
-        config |= {"head_dim": width}
-    if architecture in (*ENCODERS[:2], "opt"):
-        config |= {"max_position_embeddings": 4096}
-    return config
+    learns = config_fields(architecture) or {}
+    positions = "n_positions" if architecture == "gpt2" else "max_position_embeddings"
+    return {**config, positions: 4096} if positions in learns else config
 
 
 ORDER = ("fits", "tight", "does_not_fit")

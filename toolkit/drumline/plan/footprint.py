@@ -36,7 +36,9 @@ def memory_function(
     row that the run reads, if that is known.
     """
     length = recipe.data.sequence_length
-    is_shorter = row_tokens is not None and length is not None and row_tokens < length
+    is_shorter = row_tokens is not None and (length is None or row_tokens < length)
+    if is_shorter:
+        length = row_tokens
 
     def memory(split: Split) -> MemoryFacts:
         capacity = capacity_of(gpu, split, host_bytes)
@@ -44,17 +46,15 @@ def memory_function(
             return unknown(capacity, shape)
         if code := unseen_code(recipe):
             return unknown(capacity, f"no closed form for {code}")
-        if recipe.data.sequence_length is None and not shape.patches:
-            return unknown(capacity, "data.sequence_length is not set")
+        if length is None and not shape.patches:
+            return unknown(capacity, "data.sequence_length is not set, and no data are prepared")
         if rule_of(recipe).state_count(recipe.optimizer) is None:
             return unknown(capacity, "optimizer.states is not set for the custom optimizer")
         device = device_of(gpu, capacity, mesh_of(recipe, split.gpus))
         row = calibration.row(gpu.name, recipe.strategy.name) if calibration else None
         if row:
             device = row.applied_to(device)
-        load = load_of(recipe, shape, split, gpu)
-        if row_tokens is not None and is_shorter:
-            load = replace(load, sequence_length=shape.tokens(row_tokens))
+        load = load_of(recipe, shape, split, gpu, length)
         peak = closed_form.estimate(load, device)
         if row:
             peak = replace(peak, totals=row.correct(peak.totals))
@@ -63,7 +63,7 @@ def memory_function(
                 "rows": f"the longest row of this run has {row_tokens} tokens"
             }
             peak = replace(peak, totals=replace(peak.totals, basis=basis))
-        host = host_bytes_of(recipe, shape, split)
+        host = host_bytes_of(recipe, shape, split, length)
         return facts(peak, capacity, "closed-form", host)
 
     return memory
@@ -98,7 +98,9 @@ def facts(
     )
 
 
-def host_bytes_of(recipe: Recipe, shape: ModelShape, split: Split) -> int | None:
+def host_bytes_of(
+    recipe: Recipe, shape: ModelShape, split: Split, length: int | None
+) -> int | None:
     """Bytes that one rank keeps in host memory: its part of an asynchronous checkpoint, offloaded tensors.
 
     Each tensor of the weights and the optimizer state is written by one rank, so a rank's part is 1 / gpus
@@ -114,7 +116,7 @@ def host_bytes_of(recipe: Recipe, shape: ModelShape, split: Split) -> int | None
     offloaded = (whole + gradients) // split.gpus
     inputs = 0
     if recipe.model.activation_offload:
-        rows = split.per_device * shape.tokens(recipe.data.sequence_length)
+        rows = split.per_device * shape.tokens(length)
         inputs = shape.layers * rows * shape.hidden * 4  # at most fp32
     return copy + inputs + (offloaded if recipe.strategy.offload == "optimizer" else 0)
 
@@ -170,10 +172,9 @@ def capacity_of(gpu: Gpu, split: Split, host_bytes: int | None) -> int | None:
     return None if host_bytes is None else host_bytes // split.gpus
 
 
-def load_of(recipe: Recipe, shape: ModelShape, split: Split, gpu: Gpu) -> Load:
-    """The closed form's input for one rank of this split."""
+def load_of(recipe: Recipe, shape: ModelShape, split: Split, gpu: Gpu, length: int | None) -> Load:
+    """The closed form's input for one rank of this split; `length`: tokens of a row, None for images."""
     mesh = mesh_of(recipe, split.gpus)
-    length = shape.tokens(recipe.data.sequence_length)
     evaluation, rule = recipe.evaluation, rule_of(recipe)
     states = rule.state_count(recipe.optimizer)
     assert states is not None
@@ -181,7 +182,7 @@ def load_of(recipe: Recipe, shape: ModelShape, split: Split, gpu: Gpu) -> Load:
     return Load(
         shape=shape,
         per_device=split.per_device,
-        sequence_length=length,
+        sequence_length=shape.tokens(length),
         ranks=mesh.ranks,
         nodes=mesh.nodes,
         shard_ranks=mesh.shards,

@@ -15,6 +15,7 @@ from drumline.memory.ranges import Verdict
 from drumline.plan import batch as batch_equation
 from drumline.plan import identity, schedule
 from drumline.plan.batch import Split
+from drumline.plan.checks import check_shape, check_strategy
 from drumline.plan.footprint import memory_function, memory_warnings, unseen_code
 from drumline.plan.invariance import batchnorm_warnings, split_invariance
 from drumline.plan.mesh import cluster_gpus, is_laid_out, layout, mesh_of
@@ -46,12 +47,6 @@ _WITHOUT_A_MINIMUM = ("constant", "inverse_sqrt", "piecewise")
 _SURELY_FITS: dict[Verdict, bool | None] = {**FITS, "tight": False}
 """What the search for per_device takes as fitting."""
 
-LAUNCHER_STRATEGIES = {
-    "torchrun": ("ddp", "fsdp"),
-    "accelerate": ("ddp", "fsdp"),
-    "deepspeed": ("ddp", "zero1", "zero2", "zero3"),
-}
-
 
 @dataclass(frozen=True)
 class World:
@@ -81,11 +76,11 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
     """
     gpu = find_gpu(recipe.cluster.gpu)
     stated, recipe = recipe.cluster.gpu_name, with_own_name(recipe, gpu)
-    _check_strategy(recipe)
+    check_strategy(recipe)
     found = shape_of(recipe, world)
     shape = None if isinstance(found, str) else found
     if shape:
-        _check_shape(recipe, shape)
+        check_shape(recipe, shape, world.row_tokens)
     memory_of = memory_function(
         recipe, found, gpu, world.host_memory_bytes, world.calibration, world.row_tokens
     )
@@ -137,52 +132,6 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
         + _rate_warnings(recipe, curve, clock)
         + _noise_warnings(recipe, split),
     )
-
-
-def _check_strategy(recipe: Recipe) -> None:
-    legal = LAUNCHER_STRATEGIES[recipe.launch.launcher]
-    if recipe.strategy.name not in legal:
-        table = " · ".join(f"{name}: {', '.join(s)}" for name, s in LAUNCHER_STRATEGIES.items())
-        raise PlanError(
-            f"strategy.name: {recipe.strategy.name} does not go with launcher "
-            f"{recipe.launch.launcher}. {table}"
-        )
-    if recipe.launch.launcher == "deepspeed":
-        _check_deepspeed(recipe)
-    if recipe.model.attention == "flash" and not find_gpu(recipe.cluster.gpu).has_flash:
-        raise PlanError(
-            f"model.attention: flash needs compute capability 8.0, and {recipe.cluster.gpu_name} is older. "
-            "Nearest: sdpa"
-        )
-    if recipe.logging.noise_scale and recipe.strategy.shard == "node":
-        raise PlanError(
-            "logging.noise_scale: with strategy.shard node no rank sees the gradient of a micro-batch. "
-            "Nearest: strategy.shard=all"
-        )
-    if recipe.model.sync_batchnorm and recipe.strategy.name != "ddp":
-        raise PlanError(
-            f"model.sync_batchnorm goes with strategy ddp, not {recipe.strategy.name}. "
-            "Nearest: strategy.name ddp, or GroupNorm in the model"
-        )
-    if recipe.model.sync_batchnorm and recipe.cluster.gpu == "cpu":
-        raise PlanError(
-            "model.sync_batchnorm: torch's SyncBatchNorm needs a GPU, and cluster.gpu is cpu. "
-            "Nearest: sync_batchnorm false, or GroupNorm in the model"
-        )
-
-
-def _check_deepspeed(recipe: Recipe) -> None:
-    """Refuse recipes that DeepSpeed would train differently from the other launchers."""
-    if recipe.precision == "bf16-pure":
-        raise PlanError(
-            "precision: bf16-pure does not go with launcher deepspeed, which keeps an fp32 copy of "
-            "bf16 weights. Nearest: bf16, or strategy fsdp with launcher torchrun"
-        )
-    if recipe.model.sync_batchnorm:
-        raise PlanError(
-            "model.sync_batchnorm does not go with launcher deepspeed. "
-            "Nearest: launcher torchrun, or GroupNorm in the model"
-        )
 
 
 def _fill(recipe: Recipe, split: Split) -> Recipe:
@@ -355,28 +304,6 @@ def _lr_factor(recipe: Recipe, split: Split) -> float:
         return 1.0
     ratio = split.effective / scaling.reference_batch
     return ratio if scaling.rule == "linear" else math.sqrt(ratio)
-
-
-def _check_shape(recipe: Recipe, shape: ModelShape) -> None:
-    """Refuse what this model cannot do, or what would train another model than its config states."""
-    length, architecture = recipe.data.sequence_length, shape.architecture
-    limit = shape.positions - shape.unused_positions if shape.positions else None
-    if limit and length and length > limit:
-        key = "n_positions" if architecture == "gpt2" else "max_position_embeddings"
-        raise PlanError(
-            f"data.sequence_length: {length} > {limit} positions that the model learns. "
-            f"Nearest: sequence_length {limit}, or model.config.{key} {length}"
-        )
-    if shape.structure.caps_scores and recipe.model.attention == "sdpa":
-        raise PlanError(
-            f"model.attention: {architecture} caps its attention scores, which torch's sdpa cannot. "
-            "Nearest: model.attention=eager"
-        )
-    if shape.structure.logit_operations and recipe.loss.chunked:
-        raise PlanError(
-            f"loss.chunked: {architecture} scales or caps its logits, and the chunked loss would not. "
-            "Nearest: loss.chunked=false"
-        )
 
 
 def shape_of(recipe: Recipe, world: World) -> ModelShape | str:

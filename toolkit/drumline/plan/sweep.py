@@ -7,9 +7,10 @@ from typing import Any
 from drumline.errors import PlanError
 from drumline.memory.ranges import Verdict
 from drumline.plan.advise import with_change
+from drumline.plan.checks import LAUNCHER_STRATEGIES
 from drumline.plan.mesh import gpus_per_node
 from drumline.plan.model import Plan
-from drumline.plan.resolve import LAUNCHER_STRATEGIES, World, resolve
+from drumline.plan.resolve import World, resolve
 from drumline.units import divisors
 
 MOST_PER_DEVICE = 8

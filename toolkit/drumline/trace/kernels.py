@@ -41,8 +41,11 @@ _OPERATORS = torch.library.Library("drumline", "DEF")
 
 
 def _attention_forward(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    batch, heads, length, _ = q.shape
-    out = q.new_empty(batch, length, heads, v.shape[3]).transpose(1, 2)
+    batch, heads, length, width = q.shape
+    if v.shape[3] == width:
+        out = _by_rows(q)
+    else:
+        out = q.new_empty(batch, length, heads, v.shape[3]).transpose(1, 2)
     return out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
 
 

@@ -1,0 +1,87 @@
+"""What a plan refuses: parts of a recipe that do not go together, or not with the model. Pure."""
+
+from drumline.architectures.gpus import find_gpu
+from drumline.architectures.shapes import ModelShape
+from drumline.errors import PlanError
+from drumline.recipe.schema import Recipe
+
+LAUNCHER_STRATEGIES = {
+    "torchrun": ("ddp", "fsdp"),
+    "accelerate": ("ddp", "fsdp"),
+    "deepspeed": ("ddp", "zero1", "zero2", "zero3"),
+}
+
+
+def check_strategy(recipe: Recipe) -> None:
+    """Refuse a strategy, launcher, attention or BatchNorm that do not go together, or not with the GPU."""
+    legal = LAUNCHER_STRATEGIES[recipe.launch.launcher]
+    if recipe.strategy.name not in legal:
+        table = " · ".join(f"{name}: {', '.join(s)}" for name, s in LAUNCHER_STRATEGIES.items())
+        raise PlanError(
+            f"strategy.name: {recipe.strategy.name} does not go with launcher "
+            f"{recipe.launch.launcher}. {table}"
+        )
+    if recipe.launch.launcher == "deepspeed":
+        _check_deepspeed(recipe)
+    if recipe.model.attention == "flash" and not find_gpu(recipe.cluster.gpu).has_flash:
+        raise PlanError(
+            f"model.attention: flash needs compute capability 8.0, and {recipe.cluster.gpu_name} is older. "
+            "Nearest: sdpa"
+        )
+    if recipe.logging.noise_scale and recipe.strategy.shard == "node":
+        raise PlanError(
+            "logging.noise_scale: with strategy.shard node no rank sees the gradient of a micro-batch. "
+            "Nearest: strategy.shard=all"
+        )
+    if recipe.model.sync_batchnorm and recipe.strategy.name != "ddp":
+        raise PlanError(
+            f"model.sync_batchnorm goes with strategy ddp, not {recipe.strategy.name}. "
+            "Nearest: strategy.name ddp, or GroupNorm in the model"
+        )
+    if recipe.model.sync_batchnorm and recipe.cluster.gpu == "cpu":
+        raise PlanError(
+            "model.sync_batchnorm: torch's SyncBatchNorm needs a GPU, and cluster.gpu is cpu. "
+            "Nearest: sync_batchnorm false, or GroupNorm in the model"
+        )
+
+
+def _check_deepspeed(recipe: Recipe) -> None:
+    """Refuse recipes that DeepSpeed would train differently from the other launchers."""
+    if recipe.precision == "bf16-pure":
+        raise PlanError(
+            "precision: bf16-pure does not go with launcher deepspeed, which keeps an fp32 copy of "
+            "bf16 weights. Nearest: bf16, or strategy fsdp with launcher torchrun"
+        )
+    if recipe.model.sync_batchnorm:
+        raise PlanError(
+            "model.sync_batchnorm does not go with launcher deepspeed. "
+            "Nearest: launcher torchrun, or GroupNorm in the model"
+        )
+
+
+def check_shape(recipe: Recipe, shape: ModelShape, row_tokens: int | None) -> None:
+    """Refuse what this model cannot do, or what would train another model than its config states.
+
+    `row_tokens`: of the longest prepared row, None if that is not known.
+    """
+    architecture = shape.architecture
+    stated = recipe.data.sequence_length
+    length = stated or row_tokens
+    limit = shape.positions - shape.unused_positions if shape.positions else None
+    if limit and length and length > limit:
+        key = "n_positions" if architecture == "gpt2" else "max_position_embeddings"
+        found = length if stated else f"not set, and a row has {length} tokens"
+        raise PlanError(
+            f"data.sequence_length: {found} > {limit} positions that the model learns. "
+            f"Nearest: sequence_length {limit}, or model.config.{key} {length}"
+        )
+    if shape.structure.caps_scores and recipe.model.attention == "sdpa":
+        raise PlanError(
+            f"model.attention: {architecture} caps its attention scores, which torch's sdpa cannot. "
+            "Nearest: model.attention=eager"
+        )
+    if shape.structure.logit_operations and recipe.loss.chunked:
+        raise PlanError(
+            f"loss.chunked: {architecture} scales or caps its logits, and the chunked loss would not. "
+            "Nearest: loss.chunked=false"
+        )
