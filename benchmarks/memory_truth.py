@@ -1,19 +1,25 @@
 """Is the predicted memory what a GPU really needs?
 
-    python benchmarks/memory_truth.py [--minutes 9] [--csv FILE]      on a GPU
-    python benchmarks/memory_truth.py --smoke                         without one: two tiny models on real
-                                                                      CPU tensors, to see the script run
+    python benchmarks/memory_truth.py              on a GPU: the whole grid, at most 24 minutes
+    python benchmarks/memory_truth.py --smoke      without one: two tiny models on real CPU tensors, to see
+                                                   the script run
 
 Trains three real steps of every model of a grid through `drumline.train.loop.train`, one process, world
-size 1 (also with DDP's and FSDP2's wrappers around it), and writes predicted and measured bytes
-(allocated, reserved, device) and the phase of the peak to a CSV that names GPU, driver and versions.
-Models whose lowest estimate is above the device's memory are left out. At the end: errors by total, and
-how many configurations that were said to fit ran out of memory.
+size 1 (also with DDP's and FSDP2's wrappers around it). Models whose lowest estimate is above the device's
+memory are left out. Writes into `benchmarks/truth/` (`--out`), named by GPU and torch:
+
+- a CSV with predicted and measured bytes (allocated, reserved, device) and the phase of the peak, whose first
+  line names GPU, driver and versions;
+- a calibration table for DRUMLINE_CALIBRATION; what NCCL needs is not measured by one process, so it is added
+  from the published figures;
+- and, in `docs/memory.md` (`--docs`), the summary of all these CSVs: errors by total, and how many
+  configurations that were said to fit ran out of memory.
 """
 
 import argparse
 import csv
 import gc
+import json
 import os
 import statistics
 import subprocess
@@ -37,9 +43,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from drumline.architectures.gpus import find_gpu
+from drumline.architectures.gpus import find_gpu, gpu_names
 from drumline.data.prepare import prepare
+from drumline.memory.calibration import Calibration, Pair, fit
 from drumline.memory.closed_form import estimate
+from drumline.memory.ranges import Device
 from drumline.phases import Phase
 from drumline.plan.footprint import device_of, load_of
 from drumline.plan.model import Plan
@@ -55,8 +63,11 @@ from drumline.train.watch import Watch
 STEPS = 3
 TOTALS = ("allocated", "reserved", "device")
 COLUMNS = ("model", "parameters", "per_device", "length", "accumulation", "precision", "wrapper", "checkpointing",
-           "implementation", "chunked", "compile", "verdict", "outcome", "phase", "measured_phase",
+           "offload", "attention", "implementation", "chunked", "compile", "verdict", "outcome", "phase", "measured_phase",
            *(f"{kind}_{name}" for name in TOTALS for kind in ("low", "expected", "high", "measured")), "seconds")  # fmt: skip
+
+MARKS = ("<!-- benchmarks/memory_truth.py writes from here -->", "<!-- to here -->")
+"""Lines of docs/memory.md."""
 
 NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
 
@@ -107,6 +118,8 @@ def grid() -> Iterator[dict[str, Any]]:
         yield {**base, "chunked": True}
     base = {"model": "llama-1b", "b": 2, "length": 2048, "precision": "bf16"}
     for change in ({"implementation": "foreach"}, {"chunked": True}, {"k": 4}, {"wrapper": "ddp"},
+                   {"attention": "eager"}, {"checkpointing": "selective"},
+                   {"checkpointing": "full", "offload": True},
                    {"wrapper": "ddp", "k": 4}, {"wrapper": "fsdp"}, {"wrapper": "fsdp", "k": 4},
                    {"wrapper": "fsdp", "precision": "bf16-pure"}, {"compile": True},
                    {"compile": True, "checkpointing": "full"}):  # fmt: skip
@@ -144,6 +157,8 @@ def plan_of(spec: dict[str, Any], gpu: str) -> Plan:
         "schema": 1,
         "model": {"source": "config", "architecture": architecture, "config": config,
                   "activation_checkpointing": spec.get("checkpointing", "none"),
+                  "activation_offload": spec.get("offload", False),
+                  "attention": spec.get("attention", "sdpa"),
                   "compile": spec.get("compile", False)},
         "data": {"source": "builtin", "name": "python-stdlib", "task": "causal_lm", "tokenizer": "bytes",
                  "sequence_length": spec["length"]},
@@ -167,7 +182,8 @@ def predicted(plan: Plan, spec: dict[str, Any]) -> Any:
     gpu = find_gpu(plan.recipe.cluster.gpu)
     shape = shape_of(plan.recipe, World())
     assert not isinstance(shape, str)
-    load = load_of(plan.recipe, shape, plan.batch.split, gpu)
+    length = plan.recipe.data.sequence_length
+    load = load_of(plan.recipe, shape, plan.batch.split, gpu, length)
     if spec.get("wrapper") == "ddp":
         load = replace(load, ranks=2)
     return estimate(load, device_of(gpu, plan.memory.capacity, plan.mesh))
@@ -254,6 +270,7 @@ def row_of(spec: dict[str, Any], plan: Plan, device: torch.device) -> dict[str, 
         "model": spec["model"], "parameters": plan.cost.parameters, "per_device": spec["b"],
         "length": spec["length"], "accumulation": spec.get("k", 1), "precision": spec["precision"],
         "wrapper": spec.get("wrapper", "none"), "checkpointing": spec.get("checkpointing", "none"),
+        "offload": spec.get("offload", False), "attention": spec.get("attention", "sdpa"),
         "implementation": spec.get("implementation", "fused"), "chunked": spec.get("chunked", False),
         "compile": spec.get("compile", False),
         "verdict": peak.totals.verdict(plan.memory.capacity),
@@ -282,37 +299,81 @@ def machine() -> dict[str, str]:
 
 
 def known_gpu() -> str:
-    """The table's name for this machine's GPU."""
+    """The table's name for this machine's GPU: the longest whose words are all in the name that torch gives."""
     name = torch.cuda.get_device_name().lower()
-    for word, known in (("h200", "h200"), ("h100", "h100-80gb"), ("b200", "b200"), ("l40s", "l40s"),
-                        ("a100", "a100-80gb" if "80" in name else "a100-40gb"), ("a10g", "a10g"),
-                        ("l4", "l4"), ("4090", "rtx-4090"), ("3090", "rtx-3090"),
-                        ("5090", "rtx-5090"), ("mi300x", "mi300x"), ("v100", "v100-32gb")):  # fmt: skip
-        if word in name:
-            return known
-    raise SystemExit(
-        f"{name}: not in the table of GPUs; add a row to toolkit/drumline/architectures/gpus.yaml"
-    )
+    fitting = [
+        row for row in gpu_names() if all(word in name for word in row.replace("gb", "").split("-"))
+    ]
+    if not fitting:
+        raise SystemExit(
+            f"{name}: not in the table of GPUs; add a row to toolkit/drumline/architectures/gpus.yaml"
+        )
+    return max(fitting, key=len)
 
 
-def report(rows: list[dict[str, Any]]) -> None:
-    """Errors by total over what trained, and whether anything was wrongly said to fit."""
+def errors_of(rows: list[dict[str, Any]], name: str) -> list[float]:
+    """Expected over measured bytes of one total, less one, of the rows that trained."""
+    return [int(row[f"expected_{name}"]) / int(row[f"measured_{name}"]) - 1 for row in rows]
+
+
+def summary(rows: list[dict[str, Any]]) -> tuple[list[str], str]:
+    """By total: median and worst error, and how many were above the high end; and the wrongly said to fit."""
     trained = [row for row in rows if row["outcome"] == "trained"]
+    cells = []
     for name in TOTALS:
-        errors = [row[f"expected_{name}"] / row[f"measured_{name}"] - 1 for row in trained]
-        above = sum(row[f"measured_{name}"] > row[f"high_{name}"] for row in trained)
-        sizes = [abs(error) for error in errors]
-        print(f"{name:<10} median |error| {100 * statistics.median(sizes):5.2f} %  worst "
-              f"{100 * max(errors, key=abs):+6.2f} %  measured above high: {above} of {len(trained)}")  # fmt: skip
-    wrong = [row for row in rows if row["outcome"] != "trained" and row["verdict"] == "fits"]
-    print(f"said to fit and ran out of memory: {len(wrong)} of {len(rows)}")
+        errors = errors_of(trained, name)
+        above = sum(int(row[f"measured_{name}"]) > int(row[f"high_{name}"]) for row in trained)
+        cells.append(
+            f"{statistics.median(map(abs, errors)):.2%}, worst {max(errors, key=abs):+.2%}, "
+            f"above high {above} of {len(trained)}"
+        )
+    wrong = sum(row["outcome"] != "trained" and row["verdict"] == "fits" for row in rows)
+    return cells, f"{wrong} of {len(rows)}"
+
+
+def calibration_of(rows: list[dict[str, Any]], gpu: str) -> Calibration:
+    """What these rows correct, by strategy; for several ranks the published bytes of NCCL are added."""
+    pairs = [
+        Pair(
+            run=row["model"],
+            gpu=gpu,
+            strategy="fsdp" if row["wrapper"] == "fsdp" else "ddp",
+            predicted={name: int(row[f"expected_{name}"]) for name in TOTALS},
+            measured={name: int(row[f"measured_{name}"]) for name in TOTALS},
+        )
+        for row in rows
+        if row["outcome"] == "trained"
+    ]
+    alone, several = Device(None, 0).outside(), Device(None, 0, ranks=8).outside()
+    network = [0.0, several[1] - alone[1], several[2] - alone[2]]
+    return Calibration(tuple(
+        replace(row, outside=[int(size + more) for size, more in zip(row.outside, network, strict=True)])
+        for row in fit(pairs).rows
+    ))  # fmt: skip
+
+
+def write_docs(docs: Path, folder: Path) -> None:
+    """Replace what stands between MARKS in the docs by a table of all CSVs in the folder."""
+    lines = [
+        "| GPU and versions | allocated | reserved | device | said to fit, ran out |",
+        "|---|---|---|---|---|",
+    ]
+    for path in sorted(folder.glob("*.csv")):
+        text = path.read_text().splitlines()
+        cells, wrong = summary(list(csv.DictReader(text[1:])))
+        lines.append(f"| {text[0][2:]} | {' | '.join(cells)} | {wrong} |")
+    before, _, rest = docs.read_text().partition(MARKS[0])
+    assert rest, f"{docs} has no {MARKS[0]}"
+    after = rest.partition(MARKS[1])[2]
+    docs.write_text(before + "\n".join([MARKS[0], *lines, MARKS[1]]) + after)
 
 
 def main() -> None:
     """Measure, write, compare."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--minutes", type=float, default=24.0)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/truth")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs/memory.md")
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
     if not arguments.smoke and not torch.cuda.is_available():
@@ -324,10 +385,7 @@ def main() -> None:
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     facts = machine()
-    path = (
-        arguments.csv
-        or Path(__file__).parent / "truth" / f"{gpu}-torch{facts['torch'].split('+')[0]}.csv"
-    )
+    path = arguments.out / f"{gpu}-torch{facts['torch'].split('+')[0]}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * arguments.minutes
     rows: list[dict[str, Any]] = []
@@ -352,8 +410,14 @@ def main() -> None:
                 for name in TOTALS
             )
             print(f"{spec} {rows[-1]['outcome']}: expected/measured GiB {shown}", flush=True)
-    report(rows)
-    print(f"table in {path}")
+    cells, wrong = summary(rows)
+    for name, cell in zip(TOTALS, cells, strict=True):
+        print(f"{name:<10} median |error| {cell}")
+    print(f"said to fit and ran out of memory: {wrong}")
+    table = path.with_suffix(".yaml")
+    table.write_text(json.dumps(calibration_of(rows, gpu).to_plain(), indent=2) + "\n")
+    write_docs(arguments.docs, arguments.out)
+    print(f"measured in {path}, calibration in {table}, summary in {arguments.docs}")
     dist.destroy_process_group()
 
 

@@ -35,7 +35,11 @@ RAN = {
     "llama8b-345": Ran(device=83.1e9),
     "mpt13b-145": Ran(),
     "gpt2xl-dropout": Ran(),
+    "bert-594": Ran(),
 }
+"""bert-594 is said to need at most 12.4 GB of a V100-32GB and fitted, but its run measured 15.7: 1.41 of them the
+context of its CUDA, 1.34 gradients that its loop kept through the forward (ours then expects 12.9, context and all),
+and 1.5 that no library of today explains."""
 
 
 @pytest.mark.parametrize("name", RAN)

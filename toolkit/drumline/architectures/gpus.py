@@ -41,9 +41,19 @@ def find_gpu(gpu: str | Card) -> Gpu:
     return _stated(gpu) if isinstance(gpu, Card) else _in_the_table(gpu)
 
 
+def gpu_names() -> list[str]:
+    """The names of all rows of the table."""
+    return list(_rows())
+
+
+@cache
+def _rows() -> dict[str, Any]:
+    return yaml12.parse((Path(__file__).parent / "gpus.yaml").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
 @cache
 def _in_the_table(name: str) -> Gpu:
-    rows = yaml12.parse((Path(__file__).parent / "gpus.yaml").read_text(encoding="utf-8"))
+    rows = _rows()
     wanted = name.lower().replace("_", "-").replace(" ", "-")
     found = next((n for n, row in rows.items() if wanted in (n, *row.get("also", []))), None)
     if found is None:
