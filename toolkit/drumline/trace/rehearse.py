@@ -34,12 +34,13 @@ from drumline.memory.recording import Recording
 from drumline.phases import MemoryPhase, Phase
 from drumline.plan.model import Plan
 from drumline.plan.resolve import DEFAULT_CLASSES
+from drumline.recipe.schema import Recipe
 from drumline.trace.kernels import cuda_kernels
 from drumline.trace.recorder import Recorder
 from drumline.train.batches import MicroBatch, Step, as_tensors
 from drumline.train.engines.torch import TorchEngine
 from drumline.train.loop import forward_backward
-from drumline.train.models import ModelBuilder, build
+from drumline.train.models import ModelBuilder, build, builder
 from drumline.train.models.build import reads_images
 from drumline.train.watch import Watch
 
@@ -132,6 +133,7 @@ class RehearsedEngine(TorchEngine):
             patch.object(ModelBuilder, "_draw", _nothing),
             patch.object(ModelBuilder, "_hand_out", _materialise),
             patch.object(build, "load_weights", _without_weights),
+            patch.object(builder, "build_model", _built),
             patch.object(_fsdp_param, "_chunk_with_empty", _Chunks),
             patch.object(nn.Module, "to", lambda module, device: module),
         ):
@@ -194,17 +196,25 @@ def _answer_at_once(state: object, bucket: dist.GradBucket) -> torch.futures.Fut
     return future
 
 
-def _materialise(builder: ModelBuilder, modules: list[nn.Module], source: int) -> None:
+def _materialise(maker: ModelBuilder, modules: list[nn.Module], source: int) -> None:
     """Replace meta tensors by zeros, which saves the time of random initialisation."""
     for module in modules:
         for parameter_name, parameter in module._parameters.items():
             if parameter is not None:
-                dtype = builder._dtype or parameter.dtype
+                dtype = maker._dtype or parameter.dtype
                 zeros = torch.zeros_like(parameter, device="cpu", dtype=dtype)
                 module._parameters[parameter_name] = nn.Parameter(zeros)
         for buffer_name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[buffer_name] = torch.zeros_like(buffer, device="cpu")
+
+
+def _built(recipe: Recipe, manifest: DatasetManifest) -> nn.Module:
+    """The model on the meta device, with real values where its code computes them while it is built."""
+    if recipe.model.source == "factory":  # its weights are real, so they have to be fake
+        return build.build_model(recipe, manifest)
+    with _disable_current_modes():
+        return build.build_model(recipe, manifest)
 
 
 def _without_weights(kind: Any, where: Any, config: Any, common: dict[str, Any]) -> nn.Module:
