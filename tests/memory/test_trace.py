@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from drumline.architectures.shapes import ACTIVATIONS
+from drumline.errors import PlanError
 from drumline.plan.model import Plan
-from drumline.trace.rehearse import rehearse
-from memory.plans import FULL, SMALL, random_plan, small_plan
+from drumline.trace.rehearse import blank_manifest, rehearse
+from drumline.train.models.build import build_model
+from memory.plans import BERT, FULL, SMALL, random_plan, small_plan
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama bf16": ("llama", {}),
@@ -106,3 +108,37 @@ def test_the_closed_form_is_the_trace_on_shapes_it_has_never_seen() -> None:
     )
     assert statistics.median(sizes) <= 0.01
     assert max(sizes) <= 0.04, f"{worst}: {100 * errors[worst]:+.2f} %"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"), [("dinov2", "mask_token"), ("siglip", "vision_model.head.probe")]
+)
+def test_ddp_cannot_train_weights_that_the_loss_does_not_use(architecture: str, name: str) -> None:
+    """Torch's DDP would fail at the second micro-batch; the trace and the warm-up say which weights and
+    what helps."""
+    with pytest.raises(
+        PlanError, match=rf"the loss does not use .*{name}.*Nearest: strategy.name=fsdp"
+    ):
+        rehearse(small_plan(architecture, gpus=2))
+    assert rehearse(small_plan(architecture, gpus=2, strategy={"name": "fsdp"})).traced().peak
+    assert rehearse(small_plan("vit", gpus=2)).traced().peak
+
+
+CONVNEXT = {"hidden_sizes": [32, 64, 128, 256], "depths": [2, 2, 3, 2], "image_size": 64}
+
+
+@pytest.mark.parametrize("architecture", ["convnext", "resnet", "deberta"])
+def test_what_has_no_closed_form_is_traced(architecture: str) -> None:
+    """Convolutions and attention of a model's own, which transformers' scaled_dot_product_attention lacks."""
+    config = {"convnext": CONVNEXT, "resnet": {k: v for k, v in CONVNEXT.items() if k != "image_size"},
+              "deberta": {**BERT, "relative_attention": True, "pos_att_type": "c2p|p2c"}}[architecture]  # fmt: skip
+    image = {"sequence_length": None} if architecture != "deberta" else {}
+    data = {"task": "classification", **image}
+    plan = small_plan(architecture, config, data=data)
+    assert plan.memory.verdict == "unknown"
+    assert rehearse(plan).traced().peak > 4 * 4 * sum_of_parameters(plan)
+
+
+def sum_of_parameters(plan: Plan) -> int:
+    model = build_model(plan.recipe, blank_manifest(plan))
+    return sum(p.numel() for p in model.parameters())

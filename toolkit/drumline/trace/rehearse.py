@@ -86,6 +86,7 @@ def _play(plan: Plan, manifest: DatasetManifest, recorder: Recorder, micro_batch
     if engine.wrapped is not engine.module:
         # DDP's gradients exist after the warm-up.
         forward_backward(engine, step_of(plan, tensors, 1), phases)
+        engine.check_that_all_is_used()
         engine.skip()
     elif plan.batch.accumulation > 1 and micro_batches == 1:
         # From the second micro-batch on, gradients exist.

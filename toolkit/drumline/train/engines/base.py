@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from drumline.checkpoint.boxes import Boxes, whole
+from drumline.errors import PlanError
 from drumline.plan.model import Plan
 from drumline.recipe.precision import find_precision
 from drumline.train.models import BATCHNORM, derived_seed
@@ -107,10 +109,27 @@ class Engine:
         buffers = {name: value.clone() for name, value in self.module.named_buffers()}
         for _ in range(passes):
             self.accumulate(tensors, 0, 1.0, step=0, dummy=True, last=True)
+            self.check_that_all_is_used()
             self.skip()
         with torch.no_grad():
             for name, value in self.module.named_buffers():
                 value.copy_(buffers[name])
+
+    def check_that_all_is_used(self) -> None:
+        """PlanError where DDP would wait for gradients that never come: the loss does not use all weights."""
+        if not isinstance(self.wrapped, DistributedDataParallel):
+            return
+        unused = [
+            name.removeprefix("model.")
+            for name, parameter in self.module.named_parameters()
+            if parameter.requires_grad and parameter.grad is None
+        ]
+        if unused:
+            more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+            raise PlanError(
+                f"strategy.name: the loss does not use {', '.join(unused[:3])}{more}, and DDP waits for a "
+                "gradient of every weight. Nearest: strategy.name=fsdp"
+            )
 
     @torch.no_grad()
     def evaluate(self, tensors: dict[str, Tensor]) -> Tensor:
