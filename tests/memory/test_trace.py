@@ -114,8 +114,7 @@ def test_the_closed_form_is_the_trace_on_shapes_it_has_never_seen() -> None:
     ("architecture", "name"), [("dinov2", "mask_token"), ("siglip", "vision_model.head.probe")]
 )
 def test_ddp_cannot_train_weights_that_the_loss_does_not_use(architecture: str, name: str) -> None:
-    """Torch's DDP would fail at the second micro-batch; the trace and the warm-up say which weights and
-    what helps."""
+    """The trace and the warm-up say so, and what helps; torch's DDP would fail at its second micro-batch."""
     with pytest.raises(
         PlanError, match=rf"the loss does not use .*{name}.*Nearest: strategy.name=fsdp"
     ):
