@@ -10,7 +10,7 @@ from drumline.recipe.load import merge
 from drumline.session.planning import with_trace
 from drumline.trace.rehearse import rehearse
 from drumline.units import GIB
-from memory.plans import small_plan
+from memory.plans import LOOKS_AT_VALUES, small_plan
 
 SHAPES: list[dict[str, Any]] = [
     {"b": 2, "length": 128},
@@ -23,6 +23,10 @@ STRATEGIES: list[dict[str, Any]] = [
     {"strategy": {"name": "fsdp"}, "gpus": 8},
     {"strategy": {"name": "fsdp"}, "gpus": 16, "model": {"activation_checkpointing": "full"}},
 ]
+
+
+def _trace(plan: Plan, architecture: str) -> Traced:
+    return rehearse(plan, fake=architecture not in LOOKS_AT_VALUES).traced()
 
 
 @dataclass(frozen=True)
@@ -65,4 +69,4 @@ def cells(architecture: str, is_all: bool) -> Iterator[Cell]:
                 if is_all or number == (row + column) % len(SHAPES):
                     sections = {"precision": precision, **strategy, **shape}
                     plan = small_plan(architecture, **sections)
-                    yield Cell(architecture, sections, plan, rehearse(plan).traced())
+                    yield Cell(architecture, sections, plan, _trace(plan, architecture))

@@ -98,8 +98,8 @@ def test_counts_are_those_of_the_real_model(architecture: str, config: dict[str,
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     layers = named_blocks(model)
     assert shape.layers == len(layers)
-    assert shape.of_layer(is_first=True).layer_parameters == count_parameters(layers[0][1])
-    assert shape.layer_parameters == count_parameters(layers[-1][1])
+    assert shape.layer_shapes[0][0].layer_parameters == count_parameters(layers[0][1])
+    assert shape.layer_shapes[-1][0].layer_parameters == count_parameters(layers[-1][1])
     assert (shape.hidden, shape.vocabulary) == (full.hidden_size, full.vocab_size)
 
 
@@ -147,6 +147,22 @@ def test_counts_are_those_of_the_real_model(architecture: str, config: dict[str,
             },
             "SequenceClassification",
         ),
+        ("t5", {}, "SequenceClassification"),
+        (
+            "t5",
+            {
+                "d_model": 64,
+                "d_kv": 16,
+                "d_ff": 96,
+                "num_layers": 2,
+                "num_decoder_layers": 1,
+                "num_heads": 3,
+                "feed_forward_proj": "gated-gelu",
+                "vocab_size": 99,
+            },
+            "SequenceClassification",
+        ),
+        ("mt5", {}, "SequenceClassification"),
         ("dinov2", {}, "ImageClassification"),
         (
             "dinov2",
@@ -190,8 +206,8 @@ def test_counts_of_classifiers(architecture: str, config: dict[str, Any], kind: 
     assert isinstance(shape, ModelShape)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     layers = [block for block in named_blocks(model) if "mbeddings" not in block[0]][: shape.layers]
-    assert shape.of_layer(is_first=True).layer_parameters == count_parameters(layers[0][1])
-    assert shape.layer_parameters == count_parameters(layers[-1][1])
+    assert shape.layer_shapes[0][0].layer_parameters == count_parameters(layers[0][1])
+    assert shape.layer_shapes[-1][0].layer_parameters == count_parameters(layers[-1][1])
 
 
 @pytest.mark.parametrize(

@@ -47,14 +47,17 @@ def read_shape(
         return f"no closed form for {architecture} as a language model"
     config = {**config, **(config.get(reading.nested) or {})}
     refuse_near_misses(config, (*reading.keys, *filter(None, [reading.nested])))
-    activation = config.get(reading.activation_key, reading.activation)
+    stated = config.get(reading.activation_key, reading.activation)
+    activation = reading.activations.get(stated, stated)
     if activation not in ACTIVATIONS:
-        return f"no closed form for {architecture} with {reading.activation_key} {activation}"
+        return f"no closed form for {architecture} with {reading.activation_key} {stated}"
     shape = reading.read(architecture, config, classes)
     if isinstance(shape, str):
         return shape
-    first = replace(shape.first, activation=activation) if shape.first else None
-    return replace(shape, activation=activation, first=first)
+    segments = tuple(
+        (replace(segment, activation=activation), number) for segment, number in shape.segments
+    )
+    return replace(shape, activation=activation, segments=segments)
 
 
 def _gpt2(architecture: str, config: dict[str, Any], classes: int | None) -> ModelShape | str:
@@ -146,7 +149,8 @@ def _decoder(architecture: str, config: dict[str, Any], classes: int | None) -> 
         return _with_latent(shape, values)
     if family.is_first_bare:
         bare = replace(family.structure, order="pre_feed_forward")
-        shape = replace(shape, first=replace(shape, structure=bare), first_layers=1)
+        bare_layer = replace(shape, structure=bare)
+        shape = replace(shape, segments=((bare_layer, 1), (shape, layers - 1)))
     return _with_experts(shape, values) if "num_local_experts" in family.defaults else shape
 
 
@@ -229,9 +233,10 @@ def _with_latent(dense: ModelShape, values: dict[str, Any]) -> ModelShape | str:
     first = min(values["first_k_dense_replace"] or 0, dense.layers)
     mixture = _with_experts(dense, {"num_experts": values["n_routed_experts"], **values})
     shared = whole(values, ("n_shared_experts",), None) * mixture.ffn
-    return replace(
-        mixture, shared_experts=shared, first=dense if first else None, first_layers=first
-    )
+    mixture = replace(mixture, shared_experts=shared)
+    if not first:
+        return mixture
+    return replace(mixture, segments=((dense, first), (mixture, dense.layers - first)))
 
 
 def _with_experts(dense: ModelShape, values: dict[str, Any]) -> ModelShape:

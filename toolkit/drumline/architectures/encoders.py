@@ -1,10 +1,11 @@
 """Reads the shapes of encoders, of texts and of images, from their configs. Pure."""
 
+from dataclasses import replace
 from typing import Any
 
 from drumline.architectures.fields import Reading, differing, refuse_remainder, share, sides, whole
 from drumline.architectures.shapes import ModelShape, RelativePositions
-from drumline.architectures.structures import Pooling
+from drumline.architectures.structures import Pooling, Structure
 
 BERT_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
@@ -19,6 +20,13 @@ _DISTILBERT_NAMES = {"hidden_size": "dim", "intermediate_size": "hidden_dim", "n
                      "num_attention_heads": "n_heads", "hidden_dropout_prob": "dropout",
                      "attention_probs_dropout_prob": "attention_dropout"}  # fmt: skip
 """DistilBERT's own names of what BERT's config has."""
+_T5_DEFAULTS: dict[str, dict[str, Any]] = {
+    "t5": {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8, "vocab_size": 32128,
+           "feed_forward_proj": "relu"},
+    "mt5": {"d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 6, "vocab_size": 250112,
+            "feed_forward_proj": "gated-gelu"},
+}  # fmt: skip
+_T5_ACTIVATIONS = {"gated-gelu": "gelu_new", "gated-silu": "silu", "gated-relu": "relu"}
 _DEBERTA_NEEDS = {"conv_kernel_size": 0, "pooler_dropout": 0.0, "pooler_hidden_act": "gelu"}
 _DINOV2_NEEDS = {"use_swiglu_ffn": False, "drop_path_rate": 0.0}
 _SIGLIP_NEEDS = {"attention_dropout": 0.0}
@@ -124,6 +132,37 @@ def _deberta(architecture: str, config: dict[str, Any], classes: int) -> ModelSh
     )
 
 
+def _t5(architecture: str, config: dict[str, Any], classes: int) -> ModelShape | str:
+    config = {**_T5_DEFAULTS[architecture], **config}
+    heads, head_dim = (whole(config, (key,), None) for key in ("num_heads", "d_kv"))
+    encoder = whole(config, ("num_layers",), None)
+    is_gated = config["feed_forward_proj"].startswith("gated")
+    decoder = whole(config, ("num_decoder_layers",), encoder)
+    shape = ModelShape(
+        family="t5",
+        architecture=architecture,
+        hidden=whole(config, ("d_model",), None),
+        layers=encoder + decoder,
+        heads=heads,
+        head_dim=head_dim,
+        kv_width=heads * head_dim,
+        ffn=whole(config, ("d_ff",), None),
+        vocabulary=whole(config, ("vocab_size",), None),
+        tied=True,
+        dropout=share(config, "dropout_rate", 0.1),
+        classes=classes,
+        pooling="first_tanh",
+        structure=Structure(feed_forward="gated" if is_gated else "plain", rotary="none"),
+    )
+    crossing = replace(shape, crosses=True)
+    buckets = whole(config, ("relative_attention_num_buckets",), 32)
+    segments = [
+        (replace(shape, buckets=buckets), 1), (shape, encoder - 1),
+        (replace(crossing, buckets=buckets), 1), (crossing, decoder - 1),
+    ]  # fmt: skip
+    return replace(shape, segments=tuple((one, number) for one, number in segments if number))
+
+
 def _image(family: str, architecture: str, config: dict[str, Any], classes: int, pooling: Pooling,
            patch_side: int, **its_own: Any) -> ModelShape:  # fmt: skip
     """The shape of a transformer on patches of an image."""
@@ -173,6 +212,12 @@ ENCODERS: dict[str, Reading] = {
     "deberta-v2": Reading((*_TEXT_KEYS, *_DEBERTA_NEEDS, "relative_attention", "pos_att_type",
                            "position_buckets", "max_relative_positions", "share_att_key", "norm_rel_ebd",
                            "position_biased_input"), "hidden_act", "gelu", _deberta),
+    **{
+        name: Reading((*defaults, "num_decoder_layers", "relative_attention_num_buckets", "dropout_rate",
+                       "relative_attention_max_distance", "tie_word_embeddings"), "feed_forward_proj",
+                      defaults["feed_forward_proj"], _t5, activations=_T5_ACTIVATIONS)
+        for name, defaults in _T5_DEFAULTS.items()
+    },
     "vit": Reading(_IMAGE_KEYS, "hidden_act", "gelu", _vit),
     "dinov2": Reading((*_IMAGE_KEYS, *_DINOV2_NEEDS, "mlp_ratio", "use_mask_token", "layerscale_value"),
                       "hidden_act", "gelu", _dinov2),

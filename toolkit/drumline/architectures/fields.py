@@ -1,7 +1,7 @@
 """Reads single values of a transformers config: numbers that must be whole, shares, sides of images. Pure."""
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from drumline.architectures.shapes import ModelShape
@@ -13,8 +13,9 @@ class Reading:
     """How the config of one architecture is read.
 
     `keys`: those that are known. `activation_key` and `activation`: the key of the activation and its
-    default. `read`: from architecture, config and number of classes to the shape, or a text that says why it
-    is not known. `nested`: the key of an inner config that has the fields.
+    default; `activations`: the activations that its values stand for, where they have other names. `read`:
+    from architecture, config and number of classes to the shape, or a text that says why it is not known.
+    `nested`: the key of an inner config that has the fields.
     """
 
     keys: tuple[str, ...]
@@ -22,6 +23,7 @@ class Reading:
     activation: str
     read: Callable[..., ModelShape | str]
     nested: str = ""
+    activations: Mapping[str, str] = field(default_factory=dict)
 
 
 def refuse_near_misses(config: dict[str, Any], known: Collection[str]) -> None:

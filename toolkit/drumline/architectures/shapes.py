@@ -67,11 +67,12 @@ class ModelShape:
     `has_mask_token`: a weight that no classifier uses. `has_unused_pooler`: an attention over the patches
     whose result a classifier drops. `has_layer_scale`: the results of attention and feed-forward are
     multiplied by a vector. `relative`: of DeBERTa. `latent`: of DeepSeek. `shared_experts`: width of a
-    feed-forward beside the experts. `first`: the shape of the first `first_layers` layers, where they
-    differ. `window`: sliding window in tokens; attention over longer rows is given a mask. `activation`: as
-    in the config. `structure`: of a decoder's layers. `rotary_share`: share of a head's features with
-    rotary positions. `windowed` and `rotated`: of each layer, whether it has the window and rotary
-    positions; empty if all are alike.
+    feed-forward beside the experts. `crosses`: a layer that also attends to what an encoder returned;
+    `buckets`: distances in the table of the first layer of T5's stacks. `segments`: layers of different
+    shapes, each with the number of those in a row. `window`: sliding window in tokens; attention over
+    longer rows is given a mask. `activation`: as in the config. `structure`: of a decoder's layers.
+    `rotary_share`: share of a head's features with rotary positions. `windowed` and `rotated`: of each
+    layer, whether it has the window and rotary positions; empty if all are alike.
     """
 
     family: str
@@ -110,8 +111,9 @@ class ModelShape:
     relative: RelativePositions | None = None
     latent: Latent | None = None
     shared_experts: int = 0
-    first: "ModelShape | None" = None
-    first_layers: int = 0
+    crosses: bool = False
+    buckets: int = 0
+    segments: "tuple[tuple[ModelShape, int], ...]" = ()
     rotary_share: float = 1.0
     windowed: tuple[bool, ...] = ()
     rotated: tuple[bool, ...] = ()
@@ -126,15 +128,10 @@ class ModelShape:
         """Features of a head's values."""
         return self.latent.value_dim if self.latent else self.head_dim
 
-    def of_layer(self, is_first: bool) -> "ModelShape":
-        """The shape of one of the first layers, or of the others."""
-        return self.first if is_first and self.first else self
-
     @cached_property
-    def layer_shapes(self) -> list[tuple["ModelShape", int]]:
-        """The distinct shapes of the layers, each with their number."""
-        others = (self, self.layers - self.first_layers)
-        return [(self.first, self.first_layers), others] if self.first else [others]
+    def layer_shapes(self) -> "tuple[tuple[ModelShape, int], ...]":
+        """Runs of layers of one shape, in their order, each with the number of its layers."""
+        return self.segments or ((self, self.layers),)
 
     @cached_property
     def layer_parameters(self) -> int:
@@ -177,7 +174,8 @@ class ModelShape:
         tokens = self.tokens(sequence_length)
         head = self.vocabulary * self.hidden if self.classes is None else 0
         matrices = self.active_in_layers + head
-        attention = 6 * self.layers * self.heads * (self.head_dim + self.value_dim) * tokens
+        attentions = sum((1 + shape.crosses) * number for shape, number in self.layer_shapes)
+        attention = 6 * attentions * self.heads * (self.head_dim + self.value_dim) * tokens
         return (6 * matrices + attention) * tokens
 
 
@@ -198,11 +196,26 @@ def layer_tensors(shape: ModelShape) -> Tensors:
         tensors |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,)}
     if shape.family == "decoder":
         return tensors | _decoder_tensors(shape)
+    if shape.family == "t5":
+        return tensors | _t5_tensors(shape)
     relative = shape.relative
     for name in relative.kinds if relative and not relative.shares_keys else ():
         tensors |= {name: (h, h), f"{name}_bias": (h,)}
     vectors = 6 + 2 * shape.has_layer_scale
     return tensors | {"up": (f, h), "down": (h, f), "up_bias": (f,)} | _vectors(h, vectors)
+
+
+def _t5_tensors(shape: ModelShape) -> Tensors:
+    """The weights of a T5 layer besides those of its self-attention."""
+    h, f, q = shape.hidden, shape.ffn, shape.query_width
+    tensors: Tensors = {"up": (f, h), "down": (h, f)}
+    if shape.structure.feed_forward == "gated":
+        tensors |= {"gate": (f, h)}
+    if shape.crosses:
+        tensors |= {f"cross_{name}": (q, h) for name in ("q", "k", "v")} | {"cross_out": (h, q)}
+    if shape.buckets:
+        tensors |= {"distances": (shape.buckets, shape.heads)}
+    return tensors | _vectors(h, 2 + shape.crosses)
 
 
 def _latent_tensors(shape: ModelShape, latent: Latent) -> Tensors:

@@ -16,6 +16,7 @@ from drumline.memory.mixtures import experts, route
 from drumline.memory.norms import layer_norm, layer_norm_unfused, rms_norm, times_weight
 from drumline.memory.operators import FP32, Operators
 from drumline.memory.scores import eager_attention, math_attention
+from drumline.memory.t5 import Sources, t5_layer
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Rows:
     """One micro-batch on one rank, as one layer sees it: `samples` rows of `length` tokens.
 
     `kernel`: of its attention, which `is_masked` or not; `is_rotated`: whether it has rotary positions.
-    `distances`: DeBERTa's table of relative positions.
+    `distances`: DeBERTa's table of relative positions. `sources`: what T5's layers share.
     """
 
     samples: int
@@ -32,6 +33,7 @@ class Rows:
     is_masked: bool
     is_rotated: bool = True
     distances: Value | None = None
+    sources: Sources | None = None
 
     @property
     def tokens(self) -> int:
@@ -230,6 +232,12 @@ def _bert(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: floa
     return _post_norm(layer, run, run.linear(out, w["out"], shape.hidden), stream, dropout)
 
 
+def _t5(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: float) -> Value:
+    assert rows.sources
+    return t5_layer(run, layer.shape, layer.weights, layer.rest.width, stream, (rows.samples, rows.length),
+                    rows.sources, rows.kernel == "eager", dropout)  # fmt: skip
+
+
 def _deberta(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: float) -> Value:
     """BERT's layer with disentangled attention."""
     shape, w = layer.shape, layer.weights
@@ -298,5 +306,6 @@ _LAYERS = {
     "decoder": _decoder,
     "bert": _bert,
     "deberta": _deberta,
+    "t5": _t5,
     "vit": _vit,
 }

@@ -38,11 +38,11 @@ Checkpointing = Literal["none", "full", "selective"]
 
 
 class LayerKind(NamedTuple):
-    """What differs between the layers of a model; `is_first`: it has the shape of the first layers."""
+    """What differs between the layers of a model; `segment`: the number of its shape in `layer_shapes`."""
 
     is_masked: bool
     is_rotated: bool
-    is_first: bool
+    segment: int
 
 
 @dataclass(frozen=True)
@@ -129,11 +129,12 @@ class Load:
         is_long = has_mask and self.sequence_length > (shape.window or 0)
         windowed = shape.windowed or (True,) * number
         rotated = shape.rotated or (shape.structure.rotary != "none",) * number
+        segments = [
+            place for place, (_, count) in enumerate(shape.layer_shapes) for _ in range(count)
+        ]
         return [
-            LayerKind(
-                self.is_masked or (is_long and has_window), has_rotary, place < shape.first_layers
-            )
-            for place, (has_window, has_rotary) in enumerate(zip(windowed, rotated, strict=True))
+            LayerKind(self.is_masked or (is_long and has_window), has_rotary, segment)
+            for has_window, has_rotary, segment in zip(windowed, rotated, segments, strict=True)
         ]
 
     @property

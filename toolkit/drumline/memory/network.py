@@ -16,9 +16,10 @@ from drumline.memory.families import Layer, Rows, norm
 from drumline.memory.heads import class_loss
 from drumline.memory.ledger import Block, Gradient, Ledger, Parameter, Value
 from drumline.memory.load import CHUNK_TOKENS, LayerKind, Load
-from drumline.memory.norms import layer_norm
+from drumline.memory.norms import layer_norm, rms_norm
 from drumline.memory.operators import FP32, INDEX, Operators, part, token_loss
 from drumline.memory.sharding import Group, Stage
+from drumline.memory.t5 import Sources, position_biases
 
 PLAYED_CHUNKS = 3
 _EMBEDDINGS = ("embedding", "positions", "types", "patch", "class", "mask")
@@ -39,7 +40,7 @@ class Network:
         self.head = self.outer.get("head") or self.outer["embedding"]
         self._first, self._last = _played(load, is_whole)
         self.kinds = self._first + self._last
-        self.layers = [Layer(shape.of_layer(kind.is_first), width) for kind in self.kinds]
+        self.layers = [Layer(shape.layer_shapes[kind.segment][0], width) for kind in self.kinds]
         played = sum(layer.shape.layer_parameters for layer in self.layers)
         everywhere = sum(one.layer_parameters * number for one, number in shape.layer_shapes)
         self.unplayed = Parameter(everywhere - played, width)
@@ -125,8 +126,9 @@ class Network:
         if self.embedded:
             self.embedded.close()
             embedded = self.embedded.before_backward(embedded, None)
-        rows = replace(rows, distances=self._distances())
-        stream = self._norm(self._all_layers(rows, embedded))
+        stream = self._norm(self._all_layers(self._with_shared(rows), embedded))
+        if self.shape.family == "t5":
+            stream = self.run.dropout(stream, self.shape.dropout)
         self._outputs.clear()
         del mask
         return stream
@@ -152,6 +154,12 @@ class Network:
         if rows.is_masked:  # layers with a window have a mask of their own
             square *= len(set(self.shape.windowed)) or 1
         return (square if is_eager or is_masked else 0), (width if is_eager else 1)
+
+    def _with_shared(self, rows: Rows) -> Rows:
+        """The rows with what all layers of DeBERTa and of T5's encoder share."""
+        if self.shape.family == "t5":
+            return replace(rows, sources=Sources(self._position_biases(rows, 0)))
+        return replace(rows, distances=self._distances())
 
     def _distances(self) -> Value | None:
         """DeBERTa's table of relative positions, normalised if its config says so."""
@@ -208,6 +216,9 @@ class Network:
     def _norm(self, stream: Value) -> Value:
         if self.shape.family in ("bert", "deberta"):
             return stream
+        if self.shape.family == "t5":
+            width = self.load.forward_width
+            return rms_norm(self.run, stream, self.shape.hidden, width, multiplies_input=True)
         if self.shape.family == "decoder":
             return norm(self.layers[-1], self.run, stream)
         return layer_norm(self.run, stream, self.shape.hidden)
@@ -219,6 +230,8 @@ class Network:
         unplayed.subtract(kinds)
         grown = copied = 0
         for number, kind in enumerate(kinds):
+            if self._begins_decoder(rows, number):
+                rows, stream = self._decoder_inputs(rows, number, stream)
             before, copies = self.ledger.live, self.run.copies
             stream = self._layer(rows, number, stream)
             held = self._hold_output(stream)
@@ -231,6 +244,29 @@ class Network:
             if number + 1 == len(self._first) and self.shape.layers > len(kinds):
                 stream = self._lump(stream, grown, copied)
         return stream
+
+    def _begins_decoder(self, rows: Rows, number: int) -> bool:
+        """Whether a layer is the first of T5's decoder."""
+        is_there = rows.sources is None or rows.sources.encoded is not None
+        return self.layers[number].shape.crosses and not is_there
+
+    def _decoder_inputs(self, rows: Rows, number: int, stream: Value) -> tuple[Rows, Value]:
+        """T5's encoded tokens and what its decoder begins with: the same number of embedded tokens."""
+        run, shape, ledger = self.run, self.shape, self.ledger
+        encoded = run.dropout(self._norm(stream), shape.dropout)
+        stream = self._embed(rows)
+        width, elements = run.low or stream.width, shape.heads * rows.length * rows.length
+        mask = ledger.block(rows.samples * rows.length * rows.length, 1)
+        (self._outputs if self.load.checkpointing == "none" else self._shared).append(mask)
+        # With checkpointing transformers has them get a gradient, so that what depends on them is recomputed.
+        leaf = None if self.load.checkpointing == "none" else Parameter(elements, width)
+        zeros = Value(ledger.block(elements, width), elements, width, leaf)
+        sources = Sources(self._position_biases(rows, number), encoded, zeros)
+        return replace(rows, sources=sources), stream
+
+    def _position_biases(self, rows: Rows, number: int) -> Value:
+        table = self.layers[number].weights["distances"]
+        return position_biases(self.run, table, self.shape.heads, rows.length)
 
     def _hold_output(self, stream: Value) -> int:
         """Keep a layer's output in DeBERTa's list of them; the bytes that nothing else keeps."""

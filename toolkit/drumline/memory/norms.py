@@ -16,11 +16,17 @@ def layer_norm(run: Operators, value: Value, features: int) -> Value:
 
 
 def rms_norm(
-    run: Operators, value: Value, features: int, weight_width: int, is_wide: bool = False
+    run: Operators,
+    value: Value,
+    features: int,
+    weight_width: int,
+    is_wide: bool = False,
+    multiplies_input: bool = False,
 ) -> Value:
     """Unfused, as in transformers: cast x to fp32, mean of x², x / rms, cast back, times a weight.
 
-    `is_wide`: multiplied by the weight in fp32, then cast back.
+    `is_wide`: multiplied by the weight in fp32, then cast back. `multiplies_input`: x is divided as it is,
+    and the result gets the dtype of the weight (T5).
     """
     width = value.width
     wide = run.cast(value, FP32)
@@ -31,8 +37,10 @@ def rms_norm(
     del squares
     rms = run.pointwise(mean, keeps_input=False, keeps_output=True)
     del mean
-    normal = times_row(run, wide, rms)
+    normal = times_row(run, value if multiplies_input else wide, rms)
     del wide, rms
+    if multiplies_input:
+        return times_weight(run, run.cast(normal, weight_width), weight_width)
     if is_wide:
         return run.cast(times_weight(run, normal, FP32), width)
     return times_weight(run, run.cast(normal, width), weight_width)

@@ -79,7 +79,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, _, sums, _ = ctx.saved_tensors
+        q, k, v, _, sums, bias = ctx.saved_tensors
         dq, dk, dv = _by_rows(q), _by_rows(k), _by_rows(v)
         held = [torch.empty_like(sums)]
         if q.dtype in _LOW:
@@ -87,7 +87,8 @@ class _Attention(torch.autograd.Function):
         if k.shape[1] != q.shape[1]:
             held += [_by_rows(q), _by_rows(q)]
         del held
-        return dq, dk, dv, None
+        needs_bias = ctx.needs_input_grad[3]
+        return dq, dk, dv, torch.empty_like(bias) if needs_bias else None
 
 
 def _by_rows(like: Tensor) -> Tensor:
@@ -135,6 +136,8 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | No
     if torch.is_autocast_enabled("cpu"):
         low = torch.get_autocast_dtype("cpu")
         query, key, value = query.to(low), key.to(low), value.to(low)
+        if attn_mask is not None and attn_mask.is_floating_point():
+            attn_mask = attn_mask.to(low)
     kernel = choose_kernel(
         is_narrow=query.dtype in _LOW,
         is_masked=attn_mask is not None,
