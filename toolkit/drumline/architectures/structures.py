@@ -216,7 +216,7 @@ DECODERS: dict[str, Decoder] = {
                           biases=("attention_bias", "attention_bias", "mlp_bias"),
                           dropouts=("attention_dropout", "embedding_dropout", "mlp_dropout",
                                     "classifier_dropout"),
-                          window=128, full_every=3, full_from=0, activation="gelu",
+                          names={"sliding_window": "local_attention"}, window=128, full_every=3, full_from=0, activation="gelu",
                           activation_key="hidden_activation", pooling="first_norm", is_first_bare=True,
                           has_embedding_block=True,
                           needs={"norm_bias": False, "classifier_bias": False, "classifier_pooling": "cls",
