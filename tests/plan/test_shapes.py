@@ -1,10 +1,13 @@
 """Parameter counts without torch, held against the real models of transformers."""
 
+import dataclasses
 from typing import Any
 
 import pytest
 
 from drumline.architectures.configs import read_shape
+from drumline.architectures.decoders import LANGUAGE_MODELS
+from drumline.architectures.encoders import ENCODERS
 from drumline.architectures.shapes import ModelShape
 from drumline.errors import PlanError
 from drumline.train.models import named_blocks
@@ -245,3 +248,19 @@ def test_a_list_of_another_length_than_the_layers_is_refused(
 ) -> None:
     with pytest.raises(PlanError, match=rf"model.config.{key}: 2 entries for 3 layers"):
         read_shape(architecture, {**SMALL, key: [entry] * 2})
+
+
+@pytest.mark.parametrize("architecture", [*ENCODERS, *LANGUAGE_MODELS])
+def test_a_whole_config_says_the_same_as_its_defaults(architecture: str) -> None:
+    """A config.json of the hub states every field, also those that equal the defaults of its class."""
+    import transformers
+
+    stated = {"num_experts_per_tok": 6} if architecture == "deepseek_v2" else {}
+    whole = transformers.AutoConfig.for_model(architecture, **stated).to_dict()
+    read, known = (read_shape(architecture, config, classes=2) for config in (whole, stated))
+    assert isinstance(read, ModelShape)
+    assert isinstance(known, ModelShape)
+    alike = dataclasses.replace(known, windowed=read.windowed, segments=read.segments)
+    assert read == alike
+    assert any(read.windowed) == any(known.windowed)
+    assert read.parameters == known.parameters

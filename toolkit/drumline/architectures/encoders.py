@@ -71,7 +71,7 @@ def _bert(architecture: str, config: dict[str, Any], classes: int) -> ModelShape
         dropout=0.1,
         vocabulary=whole(config, ("vocab_size",), _ROBERTA_VOCABULARIES.get(architecture, 30522)),
         positions=whole(config, ("max_position_embeddings",), 512),
-        unused_positions=(config.get("pad_token_id") or 0) + 1 if is_roberta else 0,
+        unused_positions=(config.get("pad_token_id", 1) or 0) + 1 if is_roberta else 0,
         types=whole(config, ("type_vocab_size",), 2),
         has_embedding_block=True,
         has_qkv_bias=True,
