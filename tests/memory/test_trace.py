@@ -139,5 +139,5 @@ def test_what_has_no_closed_form_is_traced(architecture: str) -> None:
 
 
 def sum_of_parameters(plan: Plan) -> int:
-    model = build_model(plan.recipe, blank_manifest(plan))
+    model = build_model(plan.recipe, blank_manifest(plan)).model
     return sum(p.numel() for p in model.parameters())

@@ -1,12 +1,16 @@
 """Building models: the same weights at any split, safetensors only, clear errors."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
 from conftest import tiny_recipe
+from drumline.architectures.labels import number_of_labels
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.errors import PlanError
 from drumline.recipe.load import validate
@@ -101,3 +105,129 @@ def test_wrong_models_are_named() -> None:
         built(
             source="factory", architecture=None, factory="example_models:mlp", config={"width": 4}
         )
+
+
+TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "vocab_size": 257}  # fmt: skip
+
+
+def saved(folder: Path, kind: str, architecture: str, **config: Any) -> Path:
+    """A model with random weights, saved as transformers saves one."""
+    full = transformers.AutoConfig.for_model(architecture, **{**TINY, **config})
+    getattr(transformers, kind).from_config(full).save_pretrained(folder)
+    return folder
+
+
+def loaded(folder: Path, classes: int | None = None, seed: int = 7, **config: Any) -> Any:
+    """The model that a recipe makes of a folder, as a classifier if there are classes."""
+    task = {"task": "classification", "tokenizer": "bytes"} if classes else {"task": "causal_lm"}
+    recipe = validate(
+        tiny_recipe(
+            model={"source": "folder", "path": str(folder), "architecture": None, "factory": None,
+                   "config": config},
+            data={"source": "files", "name": None, "path": "/x.txt", "sequence_length": 16, "samples": None,
+                  "validation": 0.0, **task}, seed=seed,
+        ), "r")  # fmt: skip
+    return ModelBuilder(recipe, dataclasses.replace(MANIFEST, classes=classes)).whole()
+
+
+def with_keys(folder: Path, change: Any) -> Path:
+    """The folder with other weights in its file."""
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    return folder
+
+
+def prefixed(prefix: str) -> Any:
+    return lambda weights: {f"{prefix}{name}": value for name, value in weights.items()}
+
+
+def without(part: str) -> Any:
+    return lambda weights: {name: value for name, value in weights.items() if part not in name}
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "new"),
+    [
+        ("AutoModel", "bert", ["classifier.bias", "classifier.weight"]),
+        ("AutoModelForMaskedLM", "bert", ["classifier.weight", "bert.pooler.dense.weight"]),
+        ("AutoModelForCausalLM", "llama", ["score.weight"]),
+    ],
+)
+def test_a_new_head_is_drawn_from_the_seed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, architecture: str, new: list[str]
+) -> None:
+    """The same at every load, another with another seed; what is new is said, the rest is as in the files."""
+    folder = saved(tmp_path, kind, architecture, pad_token_id=0)
+    one, same, other = (loaded(folder, 3, seed).state_dict() for seed in (7, 7, 8))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    differing = {name for name in one if not torch.equal(one[name], other[name])}
+    told = capsys.readouterr().out
+    assert differing <= {name for name in one if name in told}
+    for name in new:
+        assert name in told
+        assert name in differing or name.endswith("bias")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (prefixed("_orig_mod."), "lack lm_head.weight.*begins with '_orig_mod.', as under torch.compile"),
+        (prefixed("module."), "Every key begins with 'module.', as under DDP"),
+        (prefixed("base_model.model."), "Every key begins with 'base_model.model.', as under peft"),
+        (without("lm_head"), "lack lm_head.weight. Nearest"),
+        (without("layers.1.mlp"), "lack model.layers.1.mlp.down_proj.weight, .* Nearest"),
+        (lambda w: {**w, "model.layers.7.extra": torch.zeros(3)}, "unlike the model, model.layers.7.extra"),
+        (lambda w: {n: v[:8] if "lm_head" in n else v for n, v in w.items()}, "shape of lm_head.weight"),
+    ],
+)  # fmt: skip
+def test_every_key_is_accounted_for(tmp_path: Path, change: Any, words: str) -> None:
+    """Missing, left over or of another shape: never random weights instead of the pretrained ones."""
+    folder = saved(tmp_path, "AutoModelForCausalLM", "llama")
+    assert loaded(folder)
+    with pytest.raises(PlanError, match=words):
+        loaded(with_keys(folder, change))
+
+
+@pytest.mark.parametrize(
+    "change", [prefixed("module."), without("layer.1.output"), without("bert.")]
+)
+def test_a_classifier_too_needs_the_whole_base(tmp_path: Path, change: Any) -> None:
+    """Only its head, and a pooler, may be new."""
+    folder = saved(tmp_path, "AutoModelForMaskedLM", "bert")
+    with pytest.raises(PlanError, match="the files of"):
+        loaded(with_keys(folder, change), classes=2)
+
+
+def test_a_head_of_the_folder_is_kept_where_it_covers_the_data(tmp_path: Path) -> None:
+    """Three labels and data with two: the same head. Four: refused, or a new one if the recipe says so."""
+    folder = saved(tmp_path, "AutoModelForSequenceClassification", "bert", num_labels=3)
+    weights = load_file(folder / "model.safetensors")
+    for classes in (2, 3):
+        assert torch.equal(loaded(folder, classes).classifier.weight, weights["classifier.weight"])
+    with pytest.raises(
+        PlanError, match="head: 3 < 4 classes.*model.config.num_labels=4, which draws"
+    ):
+        loaded(folder, 4)
+    assert loaded(folder, 4, num_labels=4).classifier.out_features == 4
+
+
+@pytest.mark.parametrize(
+    ("stated", "found", "classes", "words"),
+    [
+        (
+            {"num_labels": 2},
+            None,
+            4,
+            "num_labels: 2 < 4 classes of the data. Nearest: num_labels 4",
+        ),
+        ({}, {"id2label": {"0": "a", "1": "b"}}, 3, "head: 2 < 3 classes"),
+        ({}, None, 1, "every row has class 0"),
+    ],
+)
+def test_labels_that_do_not_cover_the_data_are_refused(
+    stated: dict[str, Any], found: dict[str, Any] | None, classes: int, words: str
+) -> None:
+    """Also by plan, which calls the same function."""
+    with pytest.raises(PlanError, match=words):
+        number_of_labels(stated, found, classes)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from drumline.architectures.config_fields import check_config
 from drumline.architectures.configs import read_shape
 from drumline.architectures.gpus import find_gpu, gpu_warnings, with_own_name
+from drumline.architectures.labels import number_of_labels
 from drumline.architectures.shapes import ModelShape
 from drumline.errors import PlanError
 from drumline.memory.ranges import Verdict
@@ -324,7 +325,8 @@ def shape_of(recipe: Recipe, world: World) -> ModelShape | str:
     assert architecture is not None
     classes = None
     if recipe.data.facts.head == "classification":
-        classes = world.classes or int(config.get("num_labels", DEFAULT_CLASSES))
+        found = number_of_labels(model.config, world.model_config, world.classes)
+        classes = found or DEFAULT_CLASSES
     return read_shape(architecture, config, classes)
 
 

@@ -133,7 +133,7 @@ class RehearsedEngine(TorchEngine):
             recorder.paused(),
             patch.object(ModelBuilder, "_draw", _nothing),
             patch.object(ModelBuilder, "_hand_out", _materialise),
-            patch.object(build, "load_weights", _without_weights),
+            patch.object(build, "load_pretrained", _without_weights),
             patch.object(builder, "build_model", _built),
             patch.object(_fsdp_param, "_chunk_with_empty", _Chunks),
             patch.object(nn.Module, "to", lambda module, device: module),
@@ -210,7 +210,7 @@ def _materialise(maker: ModelBuilder, modules: list[nn.Module], source: int) -> 
                 module._buffers[buffer_name] = torch.zeros_like(buffer, device="cpu")
 
 
-def _built(recipe: Recipe, manifest: DatasetManifest) -> nn.Module:
+def _built(recipe: Recipe, manifest: DatasetManifest) -> build.Built:
     """The model on the meta device, with real values where its code computes them while it is built."""
     if recipe.model.source == "factory":  # its weights are real, so they have to be fake
         return build.build_model(recipe, manifest)
@@ -218,9 +218,11 @@ def _built(recipe: Recipe, manifest: DatasetManifest) -> nn.Module:
         return build.build_model(recipe, manifest)
 
 
-def _without_weights(kind: Any, where: Any, config: Any, common: dict[str, Any]) -> nn.Module:
+def _without_weights(
+    kind: Any, where: str, config: Any, options: dict[str, Any], has_new_head: bool
+) -> tuple[nn.Module, list[str]]:
     with torch.device("meta"):
-        return kind.from_config(config, dtype=torch.float32, **common)  # type: ignore[no-any-return]
+        return kind.from_config(config, dtype=torch.float32, **options), []
 
 
 def _nothing(*arguments: Any, **options: Any) -> None:

@@ -1,69 +1,118 @@
 """Builds the recipe's model: on the meta device if its weights are initialised later, else with weights."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from drumline.architectures.fields import refuse_near_misses
+from drumline.architectures.labels import number_of_labels
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.data.factory import load_factory
 from drumline.errors import PlanError
 from drumline.recipe.schema import Recipe
 from drumline.train.models.masks import answer_without_looking
+from drumline.train.models.pretrained import load_pretrained
 from drumline.train.models.seeds import derived_seed
 
 ATTENTION = {"sdpa": None, "eager": "eager", "flash": "flash_attention_2"}
 """transformers' names. None is sdpa, or the attention of the model's own where that is all it has."""
 
 
-def build_model(recipe: Recipe, manifest: DatasetManifest) -> nn.Module:
+@dataclass(frozen=True)
+class Built:
+    """A model before its edits; `new`: names of weights that pretrained files lack, still to be drawn."""
+
+    model: nn.Module
+    new: list[str] = field(default_factory=list)
+
+
+def build_model(recipe: Recipe, manifest: DatasetManifest) -> Built:
     """The model before its edits; PlanError where recipe, config and data do not fit together."""
+    if recipe.model.source == "factory":
+        return Built(_from_factory(recipe))
+    answer_without_looking()
+    if recipe.model.source == "config":
+        return Built(_from_config(recipe, manifest))
+    return _from_weights(recipe, manifest)
+
+
+def _from_factory(recipe: Recipe) -> nn.Module:
     spec = recipe.model
-    if spec.source == "factory":
-        assert spec.factory
-        torch.manual_seed(derived_seed("init", recipe.seed, "factory"))
-        try:
-            model: nn.Module = load_factory(spec.factory, recipe.project)(**spec.config)
-        except TypeError as error:
-            raise PlanError(
-                f"model.config: {spec.config} does not suit {spec.factory}: {error}"
-            ) from None
-        return model
+    assert spec.factory
+    torch.manual_seed(derived_seed("init", recipe.seed, "factory"))
+    try:
+        model: nn.Module = load_factory(spec.factory, recipe.project)(**spec.config)
+    except TypeError as error:
+        raise PlanError(
+            f"model.config: {spec.config} does not suit {spec.factory}: {error}"
+        ) from None
+    return model
+
+
+def _from_config(recipe: Recipe, manifest: DatasetManifest) -> nn.Module:
+    """A model on the meta device."""
     import transformers
 
-    answer_without_looking()
-    common: dict[str, Any] = {"attn_implementation": ATTENTION[spec.attention]}
-    extra = dict(spec.config)
-    if recipe.data.facts.head == "classification":
-        extra.setdefault("num_labels", manifest.classes)
-    extra.setdefault(
-        "use_cache", False
-    )  # else keys and values are copied into a cache that training never reads
-    if spec.source == "config":
-        assert spec.architecture
-        kind = _kind(recipe.data.facts.head, spec.architecture)
-        try:
-            known = transformers.AutoConfig.for_model(spec.architecture)
-            refuse_near_misses(spec.config, set(known.to_dict()) | set(known.attribute_map))
-            config = transformers.AutoConfig.for_model(spec.architecture, **extra)
-        except (ValueError, KeyError, TypeError) as error:
-            first = str(error).strip().splitlines()[0][:200]
-            raise PlanError(f"model.architecture: {spec.architecture}: {first}") from None
-        try:
-            with torch.device("meta"):
-                return kind.from_config(config, dtype=torch.float32, **common)  # type: ignore[no-any-return]
-        except ValueError as error:
-            first = str(error).strip().splitlines()[0][:300]
-            raise PlanError(f"model: {spec.architecture}: {first}") from None
-    where = spec.name or spec.path
+    spec = recipe.model
+    assert spec.architecture
+    kind = _kind(recipe.data.facts.head, spec.architecture)
+    fields = _fields(recipe, None, manifest)
     try:
-        config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **extra)
-        kind = _kind(recipe.data.facts.head, config.model_type)
-        return load_weights(kind, where, config, common)
+        known = transformers.AutoConfig.for_model(spec.architecture)
+        refuse_near_misses(spec.config, set(known.to_dict()) | set(known.attribute_map))
+        config = transformers.AutoConfig.for_model(spec.architecture, **fields)
+    except (ValueError, KeyError, TypeError) as error:
+        raise PlanError(f"model.architecture: {spec.architecture}: {_first_line(error)}") from None
+    try:
+        with torch.device("meta"):
+            return kind.from_config(config, dtype=torch.float32, **_options(recipe))  # type: ignore[no-any-return]
+    except ValueError as error:
+        raise PlanError(f"model: {spec.architecture}: {_first_line(error)}") from None
+
+
+def _from_weights(recipe: Recipe, manifest: DatasetManifest) -> Built:
+    """A pretrained model, of a folder or of the hub."""
+    import transformers
+
+    spec = recipe.model
+    where = str(spec.name or spec.path)
+    head = recipe.data.facts.head
+    try:
+        saved = transformers.PreTrainedConfig.get_config_dict(where)[0]
+        config = transformers.AutoConfig.from_pretrained(
+            where, trust_remote_code=False, **_fields(recipe, saved, manifest)
+        )
+        kind = _kind(head, config.model_type)
+        return Built(
+            *load_pretrained(kind, where, config, _options(recipe), head == "classification")
+        )
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0][:300]
-        raise PlanError(f"model.{'name' if spec.name else 'path'}: {where}: {first}") from None
+        key = "name" if spec.name else "path"
+        raise PlanError(f"model.{key}: {where}: {_first_line(error)}") from None
+
+
+def _options(recipe: Recipe) -> dict[str, Any]:
+    return {"attn_implementation": ATTENTION[recipe.model.attention]}
+
+
+def _fields(
+    recipe: Recipe, saved: dict[str, Any] | None, manifest: DatasetManifest
+) -> dict[str, Any]:
+    """Fields of the config that the recipe and the data set; `saved`: config.json of a pretrained model."""
+    fields = dict(recipe.model.config)
+    if recipe.data.facts.head == "classification":
+        labels = number_of_labels(fields, saved, manifest.classes)
+        if labels and not (saved and labels == len(saved.get("id2label") or ())):
+            fields["num_labels"] = labels  # else the names of the saved labels stay
+    # Keys and values would be copied into a cache that training never reads.
+    fields.setdefault("use_cache", False)
+    return fields
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300]
 
 
 def _kind(head: str, model_type: str) -> Any:
@@ -83,18 +132,6 @@ def reads_images(model_type: str) -> bool:
 
     reads_text = model_type in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     return not reads_text and model_type in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
-
-
-def load_weights(kind: Any, where: Any, config: Any, common: dict[str, Any]) -> nn.Module:
-    """A pretrained model with its weights, from safetensors only."""
-    return kind.from_pretrained(  # type: ignore[no-any-return]
-        where,
-        config=config,
-        trust_remote_code=False,
-        use_safetensors=True,
-        dtype=torch.float32,
-        **common,
-    )
 
 
 def check_vocabulary(model: Any, manifest: DatasetManifest) -> None:

@@ -59,12 +59,30 @@ class ModelBuilder:
         self._dtype = dtype or (getattr(torch, name) if name != "float32" else None)
         self._progress = progress
         self._inside: set[int] = set()
-        self.model: Any = build_model(recipe, manifest)
+        built = build_model(recipe, manifest)
+        self.model: Any = built.model
+        self._draw_new(built.new)
         check_vocabulary(self.model, manifest)
         apply_edits(self.model, recipe)
         policy = recipe.model.activation_checkpointing
         if policy != "none":
             enable_checkpointing(self.model, policy, recipe.model.activation_offload)
+
+    def _draw_new(self, names: list[str]) -> None:
+        """Draw the weights that pretrained files lack, each module from (seed, its name), on every rank."""
+        modules = sorted({name.rpartition(".")[0] for name in names})
+        for name in modules:
+            module = self.model.get_submodule(name)
+            for parameter in module.parameters(recurse=False):
+                parameter._is_hf_initialized = False  # type: ignore[attr-defined]
+            torch.manual_seed(derived_seed("init", self._seed, name))
+            _initialise(self.model, [module])
+        if modules and _rank() == 0:
+            words = ", ".join(names)
+            print(
+                f"new weights, which the files lack, drawn from seed {self._seed}: {words}",
+                flush=True,
+            )
 
     def blocks(self) -> Iterator[nn.Module]:
         """The repeated blocks (a transformer's layers), each with its initial weights."""

@@ -1,0 +1,74 @@
+"""Pretrained weights, from safetensors only: every key of the files and of the model is accounted for."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from drumline.errors import PlanError
+
+_SHOWN = 3
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile; save the model that was compiled",
+    "module.": "DDP; save its `module`",
+    "base_model.model.": "peft; merge the adapter first",
+}
+"""What puts these before every key, and what to save instead."""
+
+
+def load_pretrained(
+    kind: Any, where: str, config: Any, options: dict[str, Any], has_new_head: bool
+) -> tuple[nn.Module, list[str]]:
+    """The model with its weights, and the names of the weights that the files lack, which only a head may.
+
+    `kind`: the auto class of transformers. `has_new_head`: the task may have another head than the files;
+    then weights outside the base model, and a pooler, may be missing, have other shapes, or be left over.
+    PlanError for any other key that is missing, left over, or of another shape.
+    """
+    model, info = kind.from_pretrained(
+        where,
+        config=config,
+        trust_remote_code=False,
+        use_safetensors=True,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **options,
+    )
+    base = f"{model.base_model_prefix}."
+
+    def is_of_a_head(name: str) -> bool:
+        return has_new_head and (not name.startswith(base) or ".pooler." in name)
+
+    missing = set(info["missing_keys"])
+    mismatched = {
+        key[0] if isinstance(key, tuple | list) else key for key in info["mismatched_keys"]
+    }
+    unexpected = set(info["unexpected_keys"])
+    wrong = [
+        f"{what} {_some(names)}"
+        for what, found in (
+            ("lack", missing), ("have, unlike the model,", unexpected), ("have another shape of", mismatched),
+        )
+        if (names := sorted(name for name in found if not is_of_a_head(name)))
+    ]  # fmt: skip
+    if wrong or (missing and _has_no_base(missing, model, base)):
+        raise PlanError(f"model: the files of {where} {'; they '.join(wrong)}. {_hint(unexpected)}")
+    return model, sorted(missing | mismatched)
+
+
+def _has_no_base(missing: set[str], model: nn.Module, base: str) -> bool:
+    """Whether all weights of the base model are missing."""
+    return {name for name, _ in model.named_parameters() if name.startswith(base)} <= missing
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(names[:_SHOWN])}{more}"
+
+
+def _hint(unexpected: set[str]) -> str:
+    for prefix, why in _WRAPPERS.items():
+        if unexpected and all(name.startswith(prefix) for name in unexpected):
+            return f"Every key begins with {prefix!r}, as under {why}"
+    return "Nearest: the folder that the model was saved to with save_pretrained"
