@@ -1,5 +1,7 @@
 """What a plan refuses: parts of a recipe that do not go together, or not with the model. Pure."""
 
+from collections.abc import Mapping
+
 from drumline.architectures.gpus import find_gpu
 from drumline.architectures.shapes import ModelShape
 from drumline.errors import PlanError
@@ -84,4 +86,18 @@ def check_shape(recipe: Recipe, shape: ModelShape, row_tokens: int | None) -> No
         raise PlanError(
             f"loss.chunked: {architecture} scales or caps its logits, and the chunked loss would not. "
             "Nearest: loss.chunked=false"
+        )
+
+
+def check_weights(
+    recipe: Recipe, shape: ModelShape, weights: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse files that do not hold the weights of the model that their config describes."""
+    from drumline.architectures.weight_names import problem_with
+
+    found = problem_with(shape, weights, recipe.data.facts.head == "classification")
+    if found:
+        raise PlanError(
+            f"model: the weights of {recipe.model.name or recipe.model.path} are not those of its config: "
+            f"{found}. Nearest: the folder that the model was saved to with save_pretrained"
         )

@@ -1,7 +1,7 @@
 """`resolve(recipe, world) -> Plan`: a pure function from a recipe to its resolved Plan."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from drumline.memory.ranges import Verdict
 from drumline.plan import batch as batch_equation
 from drumline.plan import identity, schedule
 from drumline.plan.batch import Split
-from drumline.plan.checks import check_shape, check_strategy
+from drumline.plan.checks import check_shape, check_strategy, check_weights
 from drumline.plan.footprint import memory_function, memory_warnings, unseen_code
 from drumline.plan.invariance import batchnorm_warnings, split_invariance
 from drumline.plan.mesh import cluster_gpus, is_laid_out, layout, mesh_of
@@ -53,11 +53,13 @@ _SURELY_FITS: dict[Verdict, bool | None] = {**FITS, "tight": False}
 class World:
     """Facts from outside the recipe (files, prepared data, host), read by the caller; `resolve` is pure.
 
+    `weights`: shapes of the tensors of a pretrained model, by name.
     `row_tokens`: tokens of the longest row that the run reads, or else of all prepared ones. `problems`:
     warnings found while reading.
     """
 
     model_config: dict[str, Any] | None = None
+    weights: Mapping[str, tuple[int, ...]] | None = None
     samples: int | None = None
     validation_samples: int | None = None
     row_tokens: int | None = None
@@ -82,6 +84,8 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
     shape = None if isinstance(found, str) else found
     if shape:
         check_shape(recipe, shape, world.row_tokens)
+        if world.weights is not None:
+            check_weights(recipe, shape, world.weights)
     memory_of = memory_function(
         recipe, found, gpu, world.host_memory_bytes, world.calibration, world.row_tokens
     )

@@ -21,6 +21,7 @@ def read_world(recipe: Recipe) -> World:
     except DataError as error:
         facts["problems"].append(str(error).replace(f"{Path.cwd()}/", ""))
     facts["model_config"] = model_config(recipe.model, facts["problems"])
+    facts["weights"] = _weights(recipe.model, facts["problems"])
     if recipe.model.factory:
         from drumline.data.factory import mentions_batchnorm
 
@@ -65,6 +66,19 @@ def _prepared(recipe: Recipe) -> dict[str, Any]:
         "fingerprint": manifest.fingerprint,
         "cache": str(folder),
     }
+
+
+def _weights(model: Model, problems: list[str]) -> dict[str, tuple[int, ...]] | None:
+    """Shapes of a pretrained model's tensors; None for other sources, or where no weights are at hand."""
+    if model.source != "folder":
+        return None
+    from drumline.session.weight_files import weights_in
+
+    assert model.path
+    found = weights_in(Path(model.path))
+    if found is None:
+        problems.append(f"model.path: {model.path} holds no weights")
+    return found
 
 
 def model_config(model: Model, problems: list[str]) -> dict[str, Any] | None:

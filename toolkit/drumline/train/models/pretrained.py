@@ -5,15 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from drumline.architectures.weight_names import WRAPPERS, some, wrapper_of
 from drumline.errors import PlanError
-
-_SHOWN = 3
-_WRAPPERS = {
-    "_orig_mod.": "torch.compile; save the model that was compiled",
-    "module.": "DDP; save its `module`",
-    "base_model.model.": "peft; merge the adapter first",
-}
-"""What puts these before every key, and what to save instead."""
 
 
 def load_pretrained(
@@ -46,7 +39,7 @@ def load_pretrained(
     }
     unexpected = set(info["unexpected_keys"])
     wrong = [
-        f"{what} {_some(names)}"
+        f"{what} {some(names)}"
         for what, found in (
             ("lack", missing), ("have, unlike the model,", unexpected), ("have another shape of", mismatched),
         )
@@ -62,13 +55,7 @@ def _has_no_base(missing: set[str], model: nn.Module, base: str) -> bool:
     return {name for name, _ in model.named_parameters() if name.startswith(base)} <= missing
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{', '.join(names[:_SHOWN])}{more}"
-
-
 def _hint(unexpected: set[str]) -> str:
-    for prefix, why in _WRAPPERS.items():
-        if unexpected and all(name.startswith(prefix) for name in unexpected):
-            return f"Every key begins with {prefix!r}, as under {why}"
+    if prefix := wrapper_of(unexpected):
+        return f"Every key begins with {prefix!r}, as under {WRAPPERS[prefix]}"
     return "Nearest: the folder that the model was saved to with save_pretrained"

@@ -1,0 +1,74 @@
+"""Reads what a pretrained model's safetensors files hold, from their headers alone; without torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from drumline.errors import PlanError
+from drumline.files import parse_json
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_LENGTH_BYTES = 8
+_LARGEST_HEADER = 100 << 20
+
+
+def weights_in(folder: Path) -> dict[str, tuple[int, ...]] | None:
+    """Shapes of all tensors by name; None where the folder holds no weights at all.
+
+    PlanError names the file that is missing, damaged or of another format.
+    """
+    index = folder / _INDEX
+    if index.is_file():
+        return _of_index(folder, index)
+    if (folder / _SINGLE).is_file():
+        return _header(folder / _SINGLE)
+    pickled = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
+    if pickled:
+        raise PlanError(
+            f"model.path: {pickled[0]} is a pickle, which can run code when it is read; only safetensors "
+            "are read. Nearest: load it once with transformers and call save_pretrained"
+        )
+    return None
+
+
+def _of_index(folder: Path, index: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        shards: dict[str, str] = dict(parse_json(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError):
+        raise PlanError(f"model.path: {index}: not an index of weights") from None
+    found: dict[str, tuple[int, ...]] = {}
+    for name in sorted(set(shards.values())):
+        file = folder / name
+        if not file.is_file():
+            lost = next(key for key, shard in shards.items() if shard == name)
+            raise PlanError(f"model.path: {file} is missing, which {index.name} names for {lost}")
+        found |= _header(file)
+    absent = next((key for key in shards if key not in found), None)
+    if absent is not None:
+        raise PlanError(
+            f"model.path: {folder / shards[absent]} has no {absent}, which {index.name} says it has"
+        )
+    return found
+
+
+def _header(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes in one file, whose size must be what its header says."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
+        if not 2 <= length <= min(_LARGEST_HEADER, file.stat().st_size):
+            raise PlanError(f"model.path: {file}: not a safetensors file")
+        text = opened.read(length)
+    try:
+        plain: dict[str, Any] = json.loads(text)
+        plain.pop("__metadata__", None)
+        shapes = {name: tuple(map(int, entry["shape"])) for name, entry in plain.items()}
+        end = max((int(entry["data_offsets"][1]) for entry in plain.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise PlanError(f"model.path: {file}: not a safetensors file") from None
+    needed, size = _LENGTH_BYTES + length + end, file.stat().st_size
+    if size != needed:
+        raise PlanError(
+            f"model.path: {file} has {size:,} bytes, and its header says {needed:,}: it was cut off"
+        )
+    return shapes
