@@ -15,6 +15,7 @@ from drumline.data.dataset_manifest import DatasetManifest
 from drumline.errors import PlanError
 from drumline.recipe.load import validate
 from drumline.train.models import ModelBuilder, named_blocks
+from drumline.train.objectives.base import model_inputs
 
 MANIFEST = DatasetManifest(
     task="causal_lm",
@@ -30,11 +31,13 @@ CONFIG = {"vocab_size": 257, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positio
 GPT2 = {"source": "config", "factory": None, "architecture": "gpt2", "config": CONFIG}
 
 
-def built(manifest: DatasetManifest = MANIFEST, **model: Any) -> torch.nn.Module:
+def built(
+    manifest: DatasetManifest = MANIFEST, task: str = "causal_lm", **model: Any
+) -> torch.nn.Module:
     recipe = validate(
         tiny_recipe(
             model={**GPT2, **model},
-            data={"source": "files", "name": None, "path": "/x.txt", "task": "causal_lm",
+            data={"source": "files", "name": None, "path": "/x.txt", "task": task, "tokenizer": "bytes",
                   "sequence_length": 16, "samples": None, "validation": 0.0},
         ), "r")  # fmt: skip
     return ModelBuilder(recipe, manifest).whole()
@@ -231,3 +234,38 @@ def test_labels_that_do_not_cover_the_data_are_refused(
     """Also by plan, which calls the same function."""
     with pytest.raises(PlanError, match=words):
         number_of_labels(stated, found, classes)
+
+
+def test_a_classifier_pools_the_last_token_of_each_row() -> None:
+    """Rows that are padded in a micro-batch have the loss that they have alone: padding has the config's id."""
+    config = {**TINY, "pad_token_id": 256}
+    model: Any = built(
+        dataclasses.replace(MANIFEST, classes=2),
+        architecture="llama",
+        config=config,
+        task="classification",
+    )
+    lengths = (3, 7, 5)
+    ids = torch.randint(1, 200, (3, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(7) < torch.tensor(lengths).unsqueeze(1)
+    batch = {"input_ids": ids * mask, "attention_mask": mask.long()}
+    together = model_inputs(model, batch).logits
+    for row, length in enumerate(lengths):
+        alone = {
+            "input_ids": ids[row : row + 1, :length],
+            "attention_mask": mask[row : row + 1, :length].long(),
+        }
+        torch.testing.assert_close(together[row], model_inputs(model, alone).logits[0])
+
+
+def test_a_classifier_of_padded_rows_needs_a_pad_token() -> None:
+    """Transformers would fail at the first micro-batch of several rows."""
+    with pytest.raises(
+        PlanError, match="pad_token_id: llama has none.*Nearest: model.config.pad_token_id=0"
+    ):
+        built(
+            dataclasses.replace(MANIFEST, classes=2),
+            architecture="llama",
+            config=TINY,
+            task="classification",
+        )

@@ -1,6 +1,7 @@
 """What a plan refuses: parts of a recipe that do not go together, or not with the model. Pure."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from drumline.architectures.gpus import find_gpu
 from drumline.architectures.shapes import ModelShape
@@ -12,6 +13,16 @@ LAUNCHER_STRATEGIES = {
     "accelerate": ("ddp", "fsdp"),
     "deepspeed": ("ddp", "zero1", "zero2", "zero3"),
 }
+
+TWO_WAY = {
+    **dict.fromkeys(
+        ("bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert",
+         "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+        "is_decoder",
+    ),
+    "xlm": "causal",
+}  # fmt: skip
+"""Architectures that attend to all tokens of a row, unless this field of their config is true."""
 
 
 def check_strategy(recipe: Recipe) -> None:
@@ -58,6 +69,31 @@ def _check_deepspeed(recipe: Recipe) -> None:
         raise PlanError(
             "model.sync_batchnorm does not go with launcher deepspeed. "
             "Nearest: launcher torchrun, or GroupNorm in the model"
+        )
+
+
+def check_model(recipe: Recipe, architecture: str, config: Mapping[str, Any]) -> None:
+    """Refuse a model whose config says that it would not be trained as it is meant to be.
+
+    `config`: the recipe's, on top of that of a pretrained model.
+    """
+    is_language_model = recipe.data.task in ("causal_lm", "sft")
+    key = TWO_WAY.get(architecture)
+    if is_language_model and key and not config.get(key):
+        raise PlanError(
+            f"model.config.{key}: not set, so {architecture} attends to the tokens that it should predict. "
+            f"Nearest: model.config.{key}=true, or a decoder such as gpt2"
+        )
+    if config.get("output_router_logits"):
+        raise PlanError(
+            "model.config.output_router_logits: the auxiliary loss of the router is not part of the loss. "
+            "Nearest: model.config.output_router_logits=false"
+        )
+    pad, vocabulary = config.get("pad_token_id"), config.get("vocab_size")
+    if isinstance(pad, int) and isinstance(vocabulary, int) and not 0 <= pad < vocabulary:
+        raise PlanError(
+            f"model.config.pad_token_id: {pad} is not one of {vocabulary} tokens. "
+            f"Nearest: {max(0, min(pad, vocabulary - 1))}"
         )
 
 

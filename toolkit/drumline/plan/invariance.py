@@ -1,27 +1,28 @@
 """Whether training gives the same result under another split, and which parts of a model prevent it."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from drumline.architectures.shapes import ModelShape
 from drumline.plan.batch import Split
 from drumline.plan.model import SplitInvariance
 from drumline.recipe.schema import Recipe
 
 SMALL_BATCHNORM = 8
-_DROPOUT_KEYS = (
-    "attention_dropout",
-    "hidden_dropout",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "attn_pdrop",
-    "resid_pdrop",
-    "embd_pdrop",
-    "dropout",
-)
+_UNUSED = "summary_"
+"""Dropouts with this prefix belong to heads of several choices, which are not trained here."""
 
 
 def split_invariance(
-    recipe: Recipe, shape: ModelShape | None, factory_has_batchnorm: bool
+    recipe: Recipe,
+    shape: ModelShape | None,
+    config: Mapping[str, Any],
+    factory_has_batchnorm: bool,
 ) -> SplitInvariance:
-    """Level `rounding` if the result depends on the split only by rounding; else `none` with all reasons."""
+    """Level `rounding` if the result depends on the split only by rounding; else `none` with all reasons.
+
+    `config`: of the model, with that of a pretrained one.
+    """
     reasons = []
     if factory_has_batchnorm:
         reasons.append(
@@ -32,9 +33,11 @@ def split_invariance(
                 else ""
             )
         )
-    dropout = shape.dropout if shape else _stated_dropout(recipe)
+    dropout, key = _stated_dropout(config)
+    if shape and shape.dropout >= (dropout or 0.0):
+        dropout, key = shape.dropout, "dropout"
     if dropout:
-        reasons.append(f"dropout {dropout:g} draws its masks per micro-batch")
+        reasons.append(f"{key} {dropout:g} draws its masks per micro-batch")
     if recipe.precision == "fp16":
         reasons.append("fp16 loss scaling overflows at places that depend on the split")
     if shape is None and recipe.model.source != "factory" and dropout is None:
@@ -44,8 +47,11 @@ def split_invariance(
         )
     if reasons:
         return SplitInvariance("none", "; ".join(reasons))
+    rounding = "rounding"
+    if recipe.precision == "bf16-pure":
+        rounding = "the rounding of bf16, in which gradients are summed, too,"
     return SplitInvariance(
-        "rounding", "every sample has the same weight in every split; only rounding differs"
+        "rounding", f"every sample has the same weight in every split; only {rounding} differs"
     )
 
 
@@ -60,10 +66,14 @@ def batchnorm_warnings(recipe: Recipe, split: Split, factory_has_batchnorm: bool
     ]
 
 
-def _stated_dropout(recipe: Recipe) -> float | None:
+def _stated_dropout(config: Mapping[str, Any]) -> tuple[float | None, str]:
+    """The largest probability of any dropout that the config states, and its key; None without one."""
     stated = [
-        float(value)
-        for key, value in recipe.model.config.items()
-        if key in _DROPOUT_KEYS and isinstance(value, int | float)
+        (float(value), key)
+        for key, value in config.items()
+        if "drop" in key
+        and not key.startswith(_UNUSED)
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
     ]
-    return max(stated) if stated else None
+    return max(stated, default=(None, ""))

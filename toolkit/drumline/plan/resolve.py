@@ -16,7 +16,7 @@ from drumline.memory.ranges import Verdict
 from drumline.plan import batch as batch_equation
 from drumline.plan import identity, schedule
 from drumline.plan.batch import Split
-from drumline.plan.checks import check_shape, check_strategy, check_weights
+from drumline.plan.checks import check_model, check_shape, check_strategy, check_weights
 from drumline.plan.footprint import memory_function, memory_warnings, unseen_code
 from drumline.plan.invariance import batchnorm_warnings, split_invariance
 from drumline.plan.mesh import cluster_gpus, is_laid_out, layout, mesh_of
@@ -111,7 +111,9 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
         recipe=resolved,
         recipe_sha256=recipe_sha256,
         training_sha256=training_sha256,
-        split_invariance=split_invariance(resolved, shape, world.factory_has_batchnorm),
+        split_invariance=split_invariance(
+            resolved, shape, _whole_config(resolved, world)[1], world.factory_has_batchnorm
+        ),
         batch=BatchFacts(
             effective=split.effective,
             per_device=split.per_device,
@@ -314,24 +316,25 @@ def _lr_factor(recipe: Recipe, split: Split) -> float:
 def shape_of(recipe: Recipe, world: World) -> ModelShape | str:
     """The model's shape or, if its architecture is not known, a text that says why."""
     model = recipe.model
-    architecture, config = model.architecture, model.config
     if model.source == "factory":
         return f"no closed form for {model.factory}"
-    if model.source == "config":
-        assert architecture
-        check_config(architecture, config)
-    if model.source != "config":
-        if world.model_config is None:
-            return f"the config of {model.name or model.path} is not at hand"
-        architecture = str(world.model_config.get("model_type", ""))
-        check_config(architecture, config)
-        config = {**world.model_config, **config}
-    assert architecture is not None
+    if model.source != "config" and world.model_config is None:
+        return f"the config of {model.name or model.path} is not at hand"
+    architecture, config = _whole_config(recipe, world)
+    check_config(architecture, model.config)
+    check_model(recipe, architecture, config)
     classes = None
     if recipe.data.facts.head == "classification":
         found = number_of_labels(model.config, world.model_config, world.classes)
         classes = found or DEFAULT_CLASSES
     return read_shape(architecture, config, classes)
+
+
+def _whole_config(recipe: Recipe, world: World) -> tuple[str, dict[str, Any]]:
+    """The architecture, and the recipe's config on top of the pretrained model's; empty where not known."""
+    saved = world.model_config or {}
+    architecture = recipe.model.architecture or str(saved.get("model_type", ""))
+    return architecture, {**saved, **recipe.model.config}
 
 
 def _cost(recipe: Recipe, split: Split, shape: ModelShape | None) -> Cost:

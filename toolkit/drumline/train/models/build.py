@@ -65,6 +65,7 @@ def _from_config(recipe: Recipe, manifest: DatasetManifest) -> nn.Module:
         config = transformers.AutoConfig.for_model(spec.architecture, **fields)
     except (ValueError, KeyError, TypeError) as error:
         raise PlanError(f"model.architecture: {spec.architecture}: {_first_line(error)}") from None
+    _check_padding(recipe, config)
     try:
         with torch.device("meta"):
             return kind.from_config(config, dtype=torch.float32, **_options(recipe))  # type: ignore[no-any-return]
@@ -85,12 +86,23 @@ def _from_weights(recipe: Recipe, manifest: DatasetManifest) -> Built:
             where, trust_remote_code=False, **_fields(recipe, saved, manifest)
         )
         kind = _kind(head, config.model_type)
+        _check_padding(recipe, config)
         return Built(
             *load_pretrained(kind, where, config, _options(recipe), head == "classification")
         )
     except (OSError, ValueError) as error:
         key = "name" if spec.name else "path"
         raise PlanError(f"model.{key}: {where}: {_first_line(error)}") from None
+
+
+def _check_padding(recipe: Recipe, config: Any) -> None:
+    """PlanError where a classifier could not tell the last token of a row from its padding."""
+    is_text = recipe.data.facts.head == "classification" and not reads_images(config.model_type)
+    if is_text and config.pad_token_id is None and recipe.batch.per_device != 1:
+        raise PlanError(
+            f"model.config.pad_token_id: {config.model_type} has none, so a classifier cannot tell the last "
+            "token of a row from its padding. Nearest: model.config.pad_token_id=0"
+        )
 
 
 def _options(recipe: Recipe) -> dict[str, Any]:

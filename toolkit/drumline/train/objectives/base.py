@@ -69,6 +69,11 @@ class ObjectiveModule(nn.Module):
 def model_inputs(model: nn.Module, batch: Batch) -> Any:
     """The model's output for a micro-batch: `features` as its first argument, all else by name."""
     inputs = {name: batch[name] for name in model_input_names(batch)}
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+    if pad and "attention_mask" in inputs and "input_ids" in inputs:
+        # A classifier finds the last token of a row by the id of its padding.
+        is_padding = inputs["attention_mask"] == 0
+        inputs["input_ids"] = inputs["input_ids"].masked_fill(is_padding, pad)
     first = [inputs.pop("features")] if "features" in inputs else []
     with positions_given("position_ids" in inputs):
         return model(*first, **inputs)
