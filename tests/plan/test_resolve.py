@@ -133,7 +133,7 @@ def test_split_invariance_is_told_with_its_reason() -> None:
     """BatchNorm, dropout and fp16 break it; GPT-2's defaults have dropout."""
     assert plan_of().split_invariance.level == "rounding"
     assert "fp16" in plan_of(precision="fp16").split_invariance.why
-    norm = plan_of(World(factory_has_batchnorm=True))
+    norm = plan_of(World(batchnorm="yes"))
     assert norm.split_invariance.level == "none"
     assert "BatchNorm sees 3 samples at a time, fewer than 8" in norm.warnings[-1]
     assert "GroupNorm" in norm.warnings[-1]

@@ -31,7 +31,7 @@ def factory_files(names: Iterable[str], project: str | None) -> list[Path]:
         if path in found:
             continue
         found.append(path)
-        waiting += [place for name in _imports_of(path) for place in _places_of(base, path, name)]
+        waiting += [place for name in _imports_of(path) for place in places_of(base, path, name)]
     return found
 
 
@@ -54,7 +54,7 @@ def _imports_of(path: Path) -> list[str]:
     return names
 
 
-def _places_of(base: Path, importer: Path, name: str) -> list[Path]:
+def places_of(base: Path, importer: Path, name: str) -> list[Path]:
     """The project's files of an imported module: the packages on the way to it, and itself."""
     dots = len(name) - len(name.lstrip("."))
     folder = base
@@ -91,34 +91,3 @@ def load_factory(name: str, project: str | None) -> Callable[..., Any]:
     if not callable(getattr(module, function, None)):
         raise DataError(f"factory {name!r}: {path} has no function {function!r}")
     return getattr(module, function)  # type: ignore[no-any-return]
-
-
-def mentions_batchnorm(name: str, project: str | None) -> bool:
-    """Whether the factory's function, or a definition it uses in its file, names a BatchNorm.
-
-    Parses the file without running it, and follows names through the file's top-level definitions.
-    """
-    import ast
-
-    path = factory_file(name, project)
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError) as error:
-        raise DataError(f"factory {name!r}: {path} is not Python: {error}") from None
-    definitions = {
-        node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)
-    }
-    waiting, seen = [name.partition(":")[2]], set()
-    while waiting:
-        current = waiting.pop()
-        if "BatchNorm" in current:
-            return True
-        if current in seen or current not in definitions:
-            continue
-        seen.add(current)
-        for node in ast.walk(definitions[current]):
-            if isinstance(node, ast.Name):
-                waiting.append(node.id)
-            elif isinstance(node, ast.Attribute):
-                waiting.append(node.attr)
-    return False

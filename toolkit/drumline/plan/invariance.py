@@ -1,7 +1,7 @@
 """Whether training gives the same result under another split, and which parts of a model prevent it."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from drumline.architectures.shapes import ModelShape
 from drumline.plan.batch import Split
@@ -17,14 +17,19 @@ def split_invariance(
     recipe: Recipe,
     shape: ModelShape | None,
     config: Mapping[str, Any],
-    factory_has_batchnorm: bool,
+    batchnorm: Literal["yes", "no", "unknown"],
 ) -> SplitInvariance:
     """Level `rounding` if the result depends on the split only by rounding; else `none` with all reasons.
 
-    `config`: of the model, with that of a pretrained one.
+    `config`: of the model, with that of a pretrained one. `batchnorm`: whether a factory's model has it.
     """
     reasons = []
-    if factory_has_batchnorm:
+    if batchnorm == "unknown":
+        reasons.append(
+            f"unknown until built: {recipe.model.factory} uses another package, whose model may have "
+            "BatchNorm or dropout"
+        )
+    if batchnorm == "yes":
         reasons.append(
             "BatchNorm normalises each micro-batch by its own statistics"
             + (

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from drumline.architectures.config_fields import check_config
 from drumline.architectures.configs import read_shape
@@ -53,9 +53,9 @@ _SURELY_FITS: dict[Verdict, bool | None] = {**FITS, "tight": False}
 class World:
     """Facts from outside the recipe (files, prepared data, host), read by the caller; `resolve` is pure.
 
-    `weights`: shapes of the tensors of a pretrained model, by name.
-    `row_tokens`: tokens of the longest row that the run reads, or else of all prepared ones. `problems`:
-    warnings found while reading.
+    `batchnorm`: whether a factory's model has it. `weights`: shapes of the tensors of a pretrained model,
+    by name. `row_tokens`: tokens of the longest row that the run reads, or else of all prepared ones.
+    `problems`: warnings found while reading.
     """
 
     model_config: dict[str, Any] | None = None
@@ -68,7 +68,7 @@ class World:
     classes: int | None = None
     host_memory_bytes: int | None = None
     calibration: "Calibration | None" = None
-    factory_has_batchnorm: bool = False
+    batchnorm: Literal["yes", "no", "unknown"] = "no"
     problems: Sequence[str] = ()
 
 
@@ -112,7 +112,7 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
         recipe_sha256=recipe_sha256,
         training_sha256=training_sha256,
         split_invariance=split_invariance(
-            resolved, shape, _whole_config(resolved, world)[1], world.factory_has_batchnorm
+            resolved, shape, _whole_config(resolved, world)[1], world.batchnorm
         ),
         batch=BatchFacts(
             effective=split.effective,
@@ -134,7 +134,7 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
         ),
         advice=[],
         warnings=warnings
-        + batchnorm_warnings(resolved, split, world.factory_has_batchnorm)
+        + batchnorm_warnings(resolved, split, world.batchnorm == "yes")
         + _step_warnings(split, clock)
         + _rate_warnings(recipe, curve, clock)
         + _noise_warnings(recipe, split),

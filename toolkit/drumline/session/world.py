@@ -23,9 +23,9 @@ def read_world(recipe: Recipe) -> World:
     facts["model_config"] = model_config(recipe.model, facts["problems"])
     facts["weights"] = _weights(recipe.model, facts["problems"])
     if recipe.model.factory:
-        from drumline.data.factory import mentions_batchnorm
+        from drumline.data.batchnorm import batchnorm_of
 
-        facts["factory_has_batchnorm"] = mentions_batchnorm(recipe.model.factory, recipe.project)
+        facts["batchnorm"] = batchnorm_of(recipe.model.factory, recipe.project)
     if recipe.cluster.gpu == "cpu":
         facts["host_memory_bytes"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     facts["calibration"] = _calibration()

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.recipe.precision import find_precision
 from drumline.recipe.schema import Recipe
-from drumline.train.models.blocks import named_blocks, own_tensors
+from drumline.train.models.blocks import has_batchnorm, named_blocks, own_tensors
 from drumline.train.models.build import build_model, check_vocabulary
 from drumline.train.models.checkpointing import enable_checkpointing
 from drumline.train.models.edits import apply_edits
@@ -62,6 +62,9 @@ class ModelBuilder:
         built = build_model(recipe, manifest)
         self.model: Any = built.model
         self._draw_new(built.new)
+        if recipe.model.source == "factory" and _rank() == 0:
+            found = "has BatchNorm" if has_batchnorm(self.model) else "has no BatchNorm"
+            print(f"the model of {recipe.model.factory} {found}", flush=True)
         check_vocabulary(self.model, manifest)
         apply_edits(self.model, recipe)
         policy = recipe.model.activation_checkpointing
