@@ -163,11 +163,11 @@ def test_a_local_transformers_tokenizer(tmp_path: Path) -> None:
     [
         (lambda p: files(p / "none.txt"), "none.txt does not exist"),
         (lambda p: files(p / "*.none"), r"\*.none matches no file"),
-        (lambda p: files(p), "is a folder. Nearest: "),
+        (lambda p: files(p / "nothing"), "holds no file of a known format"),
         (lambda p: files(p / "empty.txt"), r"empty.txt is empty \(0 bytes\)"),
         (lambda p: files(p / "x.bin"), r".bin is not a known format"),
         (lambda p: files(p / "latin.txt"), "latin.txt is not UTF-8 text"),
-        (lambda p: files(p / "bad.jsonl"), "bad.jsonl cannot be read as jsonl"),
+        (lambda p: files(p / "bad.jsonl"), "bad.jsonl, line 2: not JSON"),
         (lambda p: files(p / "good.jsonl"), "no text in column 'text'; this row has: words"),
         (lambda p: files(p / "x.bin", tokenizer=str(p / "no")), "not a known format"),
         (lambda p: files(p / "ok.txt", tokenizer=str(p / "no")), "/no is not a folder"),
@@ -176,6 +176,7 @@ def test_a_local_transformers_tokenizer(tmp_path: Path) -> None:
 )
 def test_bad_input_has_one_clear_message(tmp_path: Path, make: Any, message: str) -> None:
     """Missing, empty, foreign and broken files are each named; nothing stays in the cache."""
+    (tmp_path / "nothing").mkdir()
     (tmp_path / "empty.txt").touch()
     (tmp_path / "x.bin").write_bytes(b"1")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 10)
@@ -191,6 +192,7 @@ def test_bad_input_has_one_clear_message(tmp_path: Path, make: Any, message: str
         and "match" not in message
         and "folder" not in message
         and "format" not in message
+        and "holds no file" not in message
     ):
         key = cache_folder(data, None).name
         assert not list((cache_root() / "data").glob(f"*{key}*"))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from drumline.data.source_row import SourceRow
 from drumline.errors import DataError
 
 BLOCK_CHARACTERS = 1 << 16
@@ -23,8 +24,8 @@ def label(name: str) -> str:
     return name
 
 
-def documents(name: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The rows of a builtin source: {"text", "ends"} or {"features", "label"}."""
+def documents(name: str, options: dict[str, Any]) -> Iterator[SourceRow]:
+    """The rows of a builtin source, with a field text, or features and label."""
     if name not in BUILTIN:
         raise DataError(f"data.name: {name!r} is not builtin. Known: {', '.join(BUILTIN)}")
     try:
@@ -33,7 +34,7 @@ def documents(name: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
         raise DataError(f"data.options: {options} do not suit {name}: {error}") from None
 
 
-def python_stdlib(max_files: int | None = None) -> Iterator[dict[str, Any]]:
+def python_stdlib(max_files: int | None = None) -> Iterator[SourceRow]:
     """The text of the installed Python's standard library, in path order."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(
@@ -42,31 +43,34 @@ def python_stdlib(max_files: int | None = None) -> Iterator[dict[str, Any]]:
         if not _SKIPPED_FOLDERS & set(path.relative_to(root).parts)
     )
     for path in files[:max_files]:
-        yield from text_blocks(path.read_text(encoding="utf-8", errors="replace"))
+        where = str(path.relative_to(root))
+        yield from text_blocks(path.read_text(encoding="utf-8", errors="replace"), where)
 
 
-def text_blocks(text: str) -> Iterator[dict[str, Any]]:
-    """Split one document into blocks; `ends` is true for the last one only."""
+def text_blocks(text: str, where: str) -> Iterator[SourceRow]:
+    """Split one document into blocks; only the last one ends it."""
     for start in range(0, len(text), BLOCK_CHARACTERS):
         stop = start + BLOCK_CHARACTERS
-        yield {"text": text[start:stop], "ends": stop >= len(text)}
+        yield SourceRow({"text": text[start:stop]}, where, ends=stop >= len(text))
 
 
 def synthetic_classification(
     rows: int = 12_500, features: int = 32, classes: int = 10
-) -> Iterator[dict[str, Any]]:
-    """Gaussian clouds, two per class, from a fixed seed: {"features": float32 [features], "label"}."""
+) -> Iterator[SourceRow]:
+    """Gaussian clouds, two per class, from a fixed seed: features, float32 [features], and label."""
     rng = np.random.Generator(np.random.Philox(20_26))
     centres = rng.normal(0.0, 1.2, size=(2 * classes, features))
     for start in range(0, rows, 1000):
         count = min(1000, rows - start)
         cloud = rng.integers(0, 2 * classes, size=count)
         values = (centres[cloud] + rng.normal(size=(count, features))).astype(np.float32)
-        for value, which in zip(values, cloud % classes, strict=True):
-            yield {"features": value, "label": int(which)}
+        for number, (value, which) in enumerate(
+            zip(values, cloud % classes, strict=True), start + 1
+        ):
+            yield SourceRow({"features": value, "label": int(which)}, f"row {number:,}")
 
 
-BUILTIN: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
+BUILTIN: dict[str, Callable[..., Iterator[SourceRow]]] = {
     "python-stdlib": python_stdlib,
     "synthetic-classification": synthetic_classification,
 }

@@ -15,11 +15,15 @@ FORMATS = {
     ".txt": "text",
     ".md": "text",
     ".py": "text",
-    ".jsonl": "json",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
     ".json": "json",
     ".csv": "csv",
+    ".tsv": "tsv",
     ".parquet": "parquet",
 }
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+"""Last suffixes of compressed files, before which the format's stands. Parquet compresses by itself."""
 
 _ESCAPED = re.compile(r"\[([*?[])\]")
 """What `glob.escape` makes of a character that is not meant as a pattern."""
@@ -33,7 +37,8 @@ def matching_files(data: Data) -> list[Path]:
         path = Path(pattern)
         literal = Path(_ESCAPED.sub(r"\1", pattern))
         if path.is_dir() or literal.is_dir():
-            raise DataError(f"data.path: {literal} is a folder. Nearest: {pattern}/*.txt")
+            found += _files_below(path if path.is_dir() else literal)
+            continue
         found_paths = [literal] if literal.is_file() else map(Path, _matches(pattern))
         matches = [match for match in found_paths if match.is_file()]
         if not matches:
@@ -47,16 +52,35 @@ def matching_files(data: Data) -> list[Path]:
             f"data.path: {twice} is matched twice. Nearest: patterns that do not overlap"
         )
     for path in found:
-        if path.suffix not in FORMATS:
+        if format_of(path) is None:
             raise DataError(
                 f"data.path: {path}: {path.suffix or 'no suffix'} is not a known format "
-                f"({', '.join(FORMATS)})"
+                f"({', '.join(FORMATS)}; all but .parquet also with {', '.join(COMPRESSIONS)})"
             )
-        if "::" in str(path) and FORMATS[path.suffix] != "text":
-            raise DataError(
-                f"data.path: {path}: `datasets` takes :: in a path for an archive in an archive. "
-                "Nearest: rename the folder"
-            )
+    return found
+
+
+def format_of(path: Path) -> str | None:
+    """The format of a file by its suffixes; None for an unknown one."""
+    if path.suffix not in COMPRESSIONS:
+        return FORMATS.get(path.suffix)
+    found = FORMATS.get(path.with_suffix("").suffix)
+    return None if found == "parquet" else found
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """All files of known formats in a folder and the folders in it, sorted; hidden ones are left out."""
+    found = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and format_of(path)
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    if not found:
+        raise DataError(
+            f"data.path: {folder} holds no file of a known format ({', '.join(FORMATS)})"
+        )
     return found
 
 

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from drumline.data import cache, sources
 from drumline.data.dataset_manifest import DatasetManifest, not_ours, read_dataset_manifest, sizes
 from drumline.data.rows import DTYPES, array_columns
+from drumline.data.source_row import SourceRow
 from drumline.data.tasks import Encoded, Task, find_task
 from drumline.data.tokenizers import Tokenizer, Tokens, find_tokenizer
 from drumline.errors import DataError
@@ -198,7 +199,7 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
     first = next(rows, None)
     if first is None:
         raise DataError("data: the source has no rows")
-    task.begin(first)
+    task.begin(first.fields)
     tokenizer = find_tokenizer(data.tokenizer) if task.needs_tokenizer else None
     dtype = None
     if tokenizer:
@@ -246,22 +247,24 @@ def _part_of(document: int, validation: Fraction) -> str:
 def _write_stream(
     task: Task,
     tokenizer: Tokenizer | None,
-    rows: Iterable[dict[str, Any]],
+    rows: Iterable[SourceRow],
     writers: Writers,
     progress: Progress,
 ) -> _Seen:
-    """Pack documents into rows; a document may span several source rows, of which the last has `ends`."""
+    """Pack documents into rows, each followed by the end token; it may span several source rows."""
+    assert tokenizer
     length = task.data.sequence_length
     assert length
     share, seen, written = Fraction(str(task.data.validation)), _Seen(), 0
     packers = {part: _Packer(writer, length) for part, writer in writers.items()}
     for row in rows:
-        piece = task.encode(row, tokenizer)
+        piece = _encoded(task, row, tokenizer)
         if piece is None or piece.tokens is None:
             continue
-        packers[_part_of(seen.documents, share)].add(piece.tokens)
-        seen.documents += bool(row.get("ends", True))
-        written += len(piece.tokens)
+        tokens = np.append(piece.tokens, np.uint32(tokenizer.end)) if row.ends else piece.tokens
+        packers[_part_of(seen.documents, share)].add(tokens)
+        seen.documents += row.ends
+        written += len(tokens)
         progress(seen.documents, written)
     for packer in packers.values():
         packer.finish()
@@ -271,7 +274,7 @@ def _write_stream(
 def _write_samples(
     task: Task,
     tokenizer: Tokenizer | None,
-    rows: Iterable[dict[str, Any]],
+    rows: Iterable[SourceRow],
     writers: Writers,
     progress: Progress,
 ) -> _Seen:
@@ -279,12 +282,7 @@ def _write_samples(
     share, seen = Fraction(str(task.data.validation)), _Seen()
     for row in rows:
         writer = writers[_part_of(seen.documents, share)]
-        try:
-            sample = task.encode(row, tokenizer)
-            if sample is not None:
-                seen.note(sample)
-        except DataError as error:
-            raise DataError(f"data: row {seen.documents + 1:,}: {error}") from None
+        sample = _encoded(task, row, tokenizer, seen)
         if sample is None or sample.count <= 0:
             seen.dropped += 1
         else:
@@ -292,6 +290,19 @@ def _write_samples(
         seen.documents += 1
         progress(seen.documents, seen.documents)
     return seen
+
+
+def _encoded(
+    task: Task, row: SourceRow, tokenizer: Tokenizer | None, seen: _Seen | None = None
+) -> Encoded | None:
+    """The sample of a row, counted in `seen`; DataErrors say where the row stands."""
+    try:
+        sample = task.encode(row.fields, tokenizer)
+        if sample is not None and seen:
+            seen.note(sample)
+    except DataError as error:
+        raise DataError(f"data: {row.where}: {error}") from None
+    return sample
 
 
 def _refuse_empty(data: Data, documents: int, writers: Writers) -> None:

@@ -104,12 +104,26 @@ class Task:
 
 def text_field(row: Row, name: str, key: str) -> str:
     """The text in a column; DataError names the recipe's key and the row's columns."""
-    value = row.get(name)
-    if not isinstance(value, str):
-        columns = ", ".join(str(column) for column in row if column != "ends")
-        found = f"a {type(value).__name__}" if name in row else f"this row has: {columns}"
-        raise DataError(f"data.{key}: no text in column {name!r}; {found}")
-    return value
+    is_there, value = field_of(row, name)
+    if isinstance(value, str):
+        return value
+    if not is_there:
+        found = f"this row has: {', '.join(map(str, row)) or 'no columns'}"
+    else:
+        found = "it is null" if value is None else f"it holds {type(value).__name__} {value!r:.60}"
+    raise DataError(f"data.{key}: no text in column {name!r}; {found}")
+
+
+def field_of(row: Row, name: str) -> tuple[bool, Any]:
+    """Whether a row has this field, and its value; `a.b` is b of a, unless a column has that name."""
+    if name in row:
+        return True, row[name]
+    value: Any = row
+    for part in name.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return False, None
+        value = value[part]
+    return True, value
 
 
 def language_rows(rows: StoredRows, indices: NDArray[np.int64], width: int | None) -> Arrays:

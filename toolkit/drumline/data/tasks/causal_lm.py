@@ -30,11 +30,9 @@ class CausalLm(Task):
     columns = ("tokens", "starts", "lengths", "skipped", "counts")
 
     def encode(self, row: Row, tokenizer: Tokenizer | None) -> Encoded:
-        """The tokens of a document or a block of it, followed by the end token where the document ends."""
+        """The tokens of a document or a block of it, without an end token."""
         assert tokenizer
         tokens = tokenizer.encode(text_field(row, self.data.text_field, "text_field"))
-        if row.get("ends", True):
-            tokens = np.append(tokens, np.uint32(tokenizer.end))
         return Encoded(count=len(tokens), tokens=tokens)
 
     def collate(self, rows: StoredRows, indices: NDArray[np.int64]) -> Arrays:

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drumline.data.dataset_manifest import DatasetManifest
-from drumline.data.tasks.base import Arrays, Encoded, Row, StoredRows, Task, text_field
+from drumline.data.tasks.base import Arrays, Encoded, Row, StoredRows, Task, field_of, text_field
 from drumline.data.tokenizers import Tokenizer
 from drumline.errors import DataError, PlanError
 from drumline.recipe.schema import Data
@@ -21,8 +21,9 @@ class Classification(Task):
     _has_features = False
 
     def begin(self, first: Row) -> None:
-        """Decide by the first row whether samples are features or text."""
-        self._has_features = "features" in first
+        """Decide by the first row whether samples are text or features."""
+        has_text = isinstance(field_of(first, self.data.text_field)[1], str)
+        self._has_features = "features" in first and not has_text
         self.needs_tokenizer = not self._has_features
         stored = ("features",) if self._has_features else ("tokens", "starts", "lengths")
         self.columns = (*stored, "labels", "counts")
@@ -65,7 +66,9 @@ class Classification(Task):
         return {"input_ids": ids, "attention_mask": mask, "targets": targets}
 
     def _label(self, row: Row) -> int:
-        value = row.get(self.data.label_field)
+        _, value = field_of(row, self.data.label_field)
+        if isinstance(value, str) and value.isascii() and value.isdigit():  # CSV holds text
+            value = int(value)
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
             raise DataError(
                 f"data.label_field: {self.data.label_field}: {value!r} is not a class number ≥ 0"

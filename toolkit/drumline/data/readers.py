@@ -1,0 +1,178 @@
+"""Reads rows of local files: text, JSON, CSV, TSV and Parquet, also compressed; text stays as it was written.
+
+Every error names the file and the line or row. Nothing guesses types: what a CSV holds is text.
+"""
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from drumline.data.builtin import BLOCK_CHARACTERS
+from drumline.data.files import format_of
+from drumline.data.source_row import SourceRow
+from drumline.errors import DataError
+
+_ENCODING = "utf-8-sig"
+"""UTF-8, with or without a byte order mark."""
+_LARGEST_FIELD = 1 << 30
+_ROWS_AT_ONCE = 1024
+_TABS = {"csv": ",", "tsv": "\t"}
+
+
+def read_file(path: Path) -> Iterator[SourceRow]:
+    """The rows of one file; a text file is one document. DataError for anything that is not as it says."""
+    kind = format_of(path)
+    assert kind
+    try:
+        yield from _READERS[kind](path)
+    except UnicodeDecodeError as error:
+        raise DataError(f"data.path: {path} is not UTF-8 text (near byte {error.start})") from None
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise DataError(f"data.path: {path} cannot be read: {error}") from None
+
+
+def _text(path: Path) -> Iterator[SourceRow]:
+    """One document, in blocks, so that memory stays flat."""
+    with _opened(path) as file:
+        block = file.read(BLOCK_CHARACTERS)
+        while block:
+            following = file.read(BLOCK_CHARACTERS)
+            yield SourceRow({"text": block}, str(path), ends=not following)
+            block = following
+
+
+def _json_lines(path: Path) -> Iterator[SourceRow]:
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                where = f"{path}, line {number:,}"
+                yield SourceRow(_mapping(_parsed(line, where), where), where)
+
+
+def _json(path: Path) -> Iterator[SourceRow]:
+    """A list of objects, or an object a line."""
+    with _opened(path) as file:
+        first = file.read(1)
+        while first.isspace():
+            first = file.read(1)
+    if first != "[":
+        yield from _json_lines(path)
+        return
+    with _opened(path) as file:
+        rows = _parsed(file.read(), str(path))
+    for number, row in enumerate(rows, 1):
+        where = f"{path}, row {number:,}"
+        yield SourceRow(_mapping(row, where), where)
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_without_twins)
+    except RecursionError:
+        raise DataError(f"data.path: {where}: not JSON that can be read: too deep") from None
+    except ValueError as error:
+        raise DataError(f"data.path: {where}: not JSON: {error}") from None
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {twice!r} stands twice")
+    return found
+
+
+def _mapping(row: Any, where: str) -> dict[str, Any]:
+    if isinstance(row, dict):
+        return row
+    raise DataError(f"data.path: {where}: a row is an object with named fields, not {row!r:.60}")
+
+
+def _table(path: Path) -> Iterator[SourceRow]:
+    csv.field_size_limit(_LARGEST_FIELD)
+    kind = format_of(path)
+    assert kind
+    with _opened(path) as file:
+        lines = csv.reader(file, delimiter=_TABS[kind], strict=True)
+        try:
+            header = next(lines, [])
+            _refuse_twins(header, f"{path}, line 1")
+            for values in lines:
+                where = f"{path}, line {lines.line_num:,}"
+                if not values:  # an empty line
+                    continue
+                if len(values) != len(header):
+                    mark = "tab" if kind == "tsv" else "comma"
+                    raise DataError(
+                        f"data.path: {where}: {len(values)} fields, and the header has {len(header)}. "
+                        f"Nearest: quote a field that holds a {mark}, and end no line with one"
+                    )
+                yield SourceRow(dict(zip(header, values, strict=True)), where)
+        except csv.Error as error:
+            raise DataError(f"data.path: {path}, line {lines.line_num:,}: {error}") from None
+
+
+def _parquet(path: Path) -> Iterator[SourceRow]:
+    try:
+        import pyarrow as arrow
+        from pyarrow import parquet
+    except ImportError:
+        raise DataError(f"data.path: {path}: Parquet files need the package `pyarrow`") from None
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            _refuse_twins(file.schema_arrow.names, str(path))
+            for batch in file.iter_batches(_ROWS_AT_ONCE):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield SourceRow(row, f"{path}, row {number:,}")
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(f"data.path: {path} cannot be read as parquet: {error}") from None
+
+
+def _refuse_twins(names: list[str], where: str) -> None:
+    twice, times = Counter(names).most_common(1)[0] if names else ("", 0)
+    if times > 1:
+        raise DataError(
+            f"data.path: {where}: {times} columns are named {twice!r}. Nearest: rename one"
+        )
+
+
+_READERS: dict[str, Callable[[Path], Iterator[SourceRow]]] = {
+    "text": _text,
+    "jsonl": _json_lines,
+    "json": _json,
+    "csv": _table,
+    "tsv": _table,
+    "parquet": _parquet,
+}
+
+
+def _opened(path: Path) -> IO[str]:
+    """The file as text, decompressed if its last suffix says that it is compressed."""
+    if path.suffix == ".zst":
+        return _zstandard(path)
+    opener: Callable[..., IO[str]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(
+        path.suffix, open
+    )  # type: ignore[assignment]
+    return opener(path, "rt", encoding=_ENCODING, newline="")
+
+
+def _zstandard(path: Path) -> IO[str]:
+    import io
+
+    try:
+        import pyarrow as arrow
+    except ImportError:
+        raise DataError(f"data.path: {path}: .zst files need the package `pyarrow`") from None
+    try:
+        stream = arrow.CompressedInputStream(arrow.OSFile(str(path)), "zstd")
+    except arrow.ArrowException as error:
+        raise DataError(f"data.path: {path} cannot be read: {error}") from None
+    return io.TextIOWrapper(io.BufferedReader(stream), encoding=_ENCODING, newline="")
