@@ -173,6 +173,9 @@ def random_plan(draw: random.Random) -> tuple[str, Plan]:
     if "num_key_value_heads" in config and architecture not in LATENT:
         config |= {"num_key_value_heads": draw.choice([1, 2, 4])}
     gpus, strategy, shard = draw.choice(LAYOUTS)
+    if strategy == "ddp" and gpus > 1:  # DDP refuses weights that the loss does not use
+        config |= {"dinov2": {"use_mask_token": False}}.get(architecture, {})
+        config.get("vision_config", {})["vision_use_head"] = False
     chunked = architecture not in (*ENCODERS, *SCALES_LOGITS) and draw.random() < 0.3
     optimizer = draw.choice(OPTIMIZERS)
     extra: dict[str, Any] = {}
