@@ -15,7 +15,7 @@ from drumline.data.factory import factory_files
 from drumline.data.files import matching_files
 from drumline.recipe.schema import Data
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def cache_root() -> Path:
@@ -63,4 +63,4 @@ def _hashes(factory: str, project: str | None) -> list[str]:
 
 def _stamp(path: Path) -> list[Any]:
     status = path.stat()
-    return [str(path), status.st_size, status.st_mtime_ns]
+    return [str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns]

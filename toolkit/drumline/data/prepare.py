@@ -7,9 +7,11 @@ leaves no partial result, and of two concurrent ones the first to finish publish
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -200,7 +202,9 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
     if first is None:
         raise DataError("data: the source has no rows")
     task.begin(first.fields)
-    tokenizer = find_tokenizer(data.tokenizer) if task.needs_tokenizer else None
+    tokenizer = (
+        find_tokenizer(data.tokenizer, data.bos, task.needs_end) if task.needs_tokenizer else None
+    )
     dtype = None
     if tokenizer:
         dtype = "<u2" if tokenizer.vocabulary <= 1 << 16 else "<u4"
@@ -239,9 +243,23 @@ def _longest(data: Data, writers: Iterable[_Writer]) -> int | None:
 
 
 def _part_of(document: int, validation: Fraction) -> str:
-    """The part of a document: of the first n documents, floor(n × validation) are for validation."""
-    before, after = int(document * validation), int((document + 1) * validation)
-    return "validation" if after > before else "train"
+    """The part of a document: one drawn from each run of 1/validation documents is for validation.
+
+    The draw depends on nothing but the document's number. Of the first n documents at least
+    floor(n × validation) are for validation, and at most one more.
+    """
+    if not validation:
+        return "train"
+    run = int(document * validation)
+    return "validation" if document == _drawn_of(run, validation) else "train"
+
+
+@functools.lru_cache(maxsize=4)
+def _drawn_of(run: int, validation: Fraction) -> int:
+    """The document of a run, counted from 0, that is drawn."""
+    first, end = math.ceil(run / validation), math.ceil((run + 1) / validation)
+    digest = hashlib.blake2b(f"drumline validation 1/{run}".encode(), digest_size=8).digest()
+    return first + int.from_bytes(digest, "little") % (end - first)
 
 
 def _write_stream(
@@ -251,8 +269,13 @@ def _write_stream(
     writers: Writers,
     progress: Progress,
 ) -> _Seen:
-    """Pack documents into rows, each followed by the end token; it may span several source rows."""
-    assert tokenizer
+    """Pack documents into rows, each with the begin token, if there is one, and the end token.
+
+    A document may span several source rows.
+    """
+    assert tokenizer and tokenizer.end is not None
+    begin = np.array([] if tokenizer.begin is None else [tokenizer.begin], dtype=np.uint32)
+    begins = True
     length = task.data.sequence_length
     assert length
     share, seen, written = Fraction(str(task.data.validation)), _Seen(), 0
@@ -262,6 +285,9 @@ def _write_stream(
         if piece is None or piece.tokens is None:
             continue
         tokens = np.append(piece.tokens, np.uint32(tokenizer.end)) if row.ends else piece.tokens
+        if begins and begin.size:
+            tokens = np.concatenate([begin, tokens])
+        begins = row.ends
         packers[_part_of(seen.documents, share)].add(tokens)
         seen.documents += row.ends
         written += len(tokens)
@@ -309,7 +335,11 @@ def _refuse_empty(data: Data, documents: int, writers: Writers) -> None:
     if documents == 0 or writers["train"].rows == 0:
         raise DataError(f"data: {documents} documents gave no training rows")
     if data.validation and writers["validation"].rows == 0:
-        fix = f"validation {1 / documents:.2g} (one document)" if documents > 1 else "validation 0"
+        scale = 10 ** (len(str(documents)) + 1)
+        enough = (
+            math.ceil(scale / documents) / scale
+        )  # so that the first run ends with the last document
+        fix = f"validation {enough:g} (one document)" if documents > 1 else "validation 0"
         raise DataError(
             f"data.validation: {data.validation} × {documents} documents = "
             f"{data.validation * documents:.2g}, which is none. Nearest: {fix}"

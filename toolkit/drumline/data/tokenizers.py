@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,15 +12,38 @@ from drumline.errors import DataError
 Tokens = NDArray[np.uint32]
 
 
+Bos = Literal["auto"] | bool
+"""Whether texts begin with the tokenizer's begin token: as it does by itself, always, or never."""
+
+
 class Tokenizer(Protocol):
-    """What `prepare` needs: a vocabulary size, an end-of-document id, an encoder, an identity."""
+    """What `prepare` needs of a tokenizer; a text never makes a special token.
+
+    `vocabulary`: the largest id + 1. `end`: the id that ends a document, `begin` the one that texts begin
+    with; None without one.
+    """
 
     vocabulary: int
-    end: int
     fingerprint: str
+
+    @property
+    def end(self) -> int | None:
+        """The id of the end token."""
+
+    @property
+    def begin(self) -> int | None:
+        """The id of the begin token."""
 
     def encode(self, text: str) -> Tokens:
         """Token ids of the text, without special tokens: uint32 [n]."""
+        ...
+
+    def encode_row(self, text: str, most: int | None) -> tuple[Tokens, bool]:
+        """Token ids with the special tokens that the model expects, at most `most`; whether it was cut."""
+        ...
+
+    def encode_pair(self, prompt: str, completion: str) -> tuple[Tokens, int]:
+        """Token ids of both as one text, without special tokens, and how many of them are the prompt's."""
         ...
 
 
@@ -29,6 +52,7 @@ class ByteTokenizer:
 
     vocabulary = 257
     end = 256
+    begin = None
     fingerprint = "bytes"
 
     def encode(self, text: str) -> Tokens:
@@ -37,11 +61,22 @@ class ByteTokenizer:
             np.uint32
         )
 
+    def encode_row(self, text: str, most: int | None) -> tuple[Tokens, bool]:
+        """The text's first bytes."""
+        whole = self.encode(text)
+        tokens = whole[: most or len(whole)]
+        return tokens, len(tokens) < len(whole)
+
+    def encode_pair(self, prompt: str, completion: str) -> tuple[Tokens, int]:
+        """The bytes of both."""
+        first = self.encode(prompt)
+        return np.concatenate([first, self.encode(completion)]), len(first)
+
 
 class HubTokenizer:
     """A transformers tokenizer, by hub name or folder; remote code is never trusted."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, bos: Bos = "auto", needs_end: bool = True) -> None:
         try:
             from transformers import AutoTokenizer
 
@@ -49,23 +84,64 @@ class HubTokenizer:
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise DataError(f"data.tokenizer: {name} cannot be loaded: {first}") from None
-        if self._inner.eos_token_id is None:
-            raise DataError(f"data.tokenizer: {name} has no end-of-text token, which packing needs")
-        self.vocabulary = len(self._inner)
-        self.end = int(self._inner.eos_token_id)
-        backend = getattr(self._inner, "backend_tokenizer", None)
-        text = backend.to_str() if backend else repr(sorted(self._inner.get_vocab().items()))
+        inner = self._inner
+        if needs_end and inner.eos_token_id is None:
+            raise DataError(
+                f"data.tokenizer: {name} has no end-of-text token, which packed rows and completions end with"
+            )
+        self.vocabulary = max(len(inner), 1 + max(inner.get_vocab().values(), default=0))
+        self.end = None if inner.eos_token_id is None else int(inner.eos_token_id)
+        self.begin = self._begin(name, bos)
+        backend = getattr(inner, "backend_tokenizer", None)
+        text = backend.to_str() if backend else repr(sorted(inner.get_vocab().items()))
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
+
+    def _begin(self, name: str, bos: Bos) -> int | None:
+        begin = self._inner.bos_token_id
+        if bos is True and begin is None:
+            raise DataError(f"data.bos: {name} has no begin-of-text token. Nearest: data.bos=auto")
+        if bos == "auto" and begin is not None:
+            bos = self._inner("").input_ids[:1] == [begin]
+        return int(begin) if bos is True else None
+
+    def _ids(self, text: str, **options: Any) -> Any:
+        return self._inner(
+            text, split_special_tokens=True, return_attention_mask=False, verbose=False, **options
+        )
 
     def encode(self, text: str) -> Tokens:
         """Token ids without special tokens."""
-        return np.asarray(self._inner.encode(text, add_special_tokens=False), dtype=np.uint32)
+        found = self._ids(text, add_special_tokens=False).input_ids
+        return np.asarray(found, dtype=np.uint32)
+
+    def encode_row(self, text: str, most: int | None) -> tuple[Tokens, bool]:
+        """Token ids with special tokens, such as [CLS] and [SEP], which stay where the text is cut."""
+        found = self._ids(text, truncation=bool(most), max_length=most).input_ids
+        was_cut = most is not None and len(found) == most and len(self._ids(text).input_ids) > most
+        return np.asarray(found, dtype=np.uint32), was_cut
+
+    def encode_pair(self, prompt: str, completion: str) -> tuple[Tokens, int]:
+        """Token ids of both as one text; a token with letters of both is the completion's.
+
+        A tokenizer that does not say where its tokens stand encodes them apart.
+        """
+        if not self._inner.is_fast:
+            first = self.encode(prompt)
+            return np.concatenate([first, self.encode(completion)]), len(first)
+        found = self._ids(
+            prompt + completion, add_special_tokens=False, return_offsets_mapping=True
+        )
+        ends = [end for _, end in found.offset_mapping]
+        of_prompt = next((place for place, end in enumerate(ends) if end > len(prompt)), len(ends))
+        return np.asarray(found.input_ids, dtype=np.uint32), of_prompt
 
 
-def find_tokenizer(name: str) -> Tokenizer:
+def find_tokenizer(name: str, bos: Bos = "auto", needs_end: bool = True) -> Tokenizer:
     """The tokenizer `bytes`, or one from a folder (an absolute path) or from the hub."""
     if name == "bytes":
+        if bos is True:
+            raise DataError("data.bos: bytes has no begin-of-text token. Nearest: data.bos=auto")
         return ByteTokenizer()
     if name.startswith("/") and not Path(name).is_dir():
         raise DataError(f"data.tokenizer: {name} is not a folder")
-    return HubTokenizer(name)
+    return HubTokenizer(name, bos, needs_end)

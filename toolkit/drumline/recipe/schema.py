@@ -112,6 +112,7 @@ class Data(Section):
     completion_field: str = "completion"
     label_field: str = "label"
     tokenizer: str = "bytes"
+    bos: Annotated[Literal["auto"] | bool, AddedLater()] = "auto"
     sequence_length: Samples | None = None
     samples: Count | None = None
     validation: Fraction = 0.0
@@ -127,6 +128,8 @@ class Data(Section):
         if (self.task == "custom") != (self.task_factory is not None):
             takes = "needs" if self.task == "custom" else "takes no"
             raise ValueError(f"task {self.task} {takes} task_factory, a module:function")
+        if self.bos != "auto" and self.task not in ("causal_lm", "sft"):
+            raise ValueError(f"bos: texts of task {self.task} begin as the tokenizer has them")
         needs_length = self.facts.is_per_token and self.task != "custom"
         if needs_length and self.sequence_length is None:
             raise ValueError(f"task {self.task} needs sequence_length, in tokens")

@@ -56,12 +56,14 @@ class StoredRows(Protocol):
 class Task:
     """Turns rows into samples. Subclasses implement `encode` and `collate`.
 
-    `is_stream`: documents are packed end to end and cut into rows of `sequence_length` tokens; `encode` then
-    returns a block of a document. `columns`: the columns to store, also for a part without rows.
+    `needs_end`: documents or completions end with the tokenizer's end token. `is_stream`: documents are
+    packed end to end and cut into rows of `sequence_length` tokens; `encode` then returns a block of a
+    document. `columns`: the columns to store, also for a part without rows.
     """
 
     is_stream = False
     needs_tokenizer = True
+    needs_end = True
     columns: tuple[str, ...] = ("counts",)
     data: Data
 

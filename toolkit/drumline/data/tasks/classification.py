@@ -18,6 +18,7 @@ def build(data: Data) -> Task:
 class Classification(Task):
     """One sample per row. The first row determines whether all rows have `features` or text."""
 
+    needs_end = False
     _has_features = False
 
     def begin(self, first: Row) -> None:
@@ -33,9 +34,8 @@ class Classification(Task):
         if self._has_features:
             return Encoded(count=1, features=_features(row), label=self._label(row))
         assert tokenizer
-        whole = tokenizer.encode(text_field(row, self.data.text_field, "text_field"))
-        tokens = whole[: self.data.sequence_length or len(whole)]
-        was_truncated = len(tokens) < len(whole)
+        text = text_field(row, self.data.text_field, "text_field")
+        tokens, was_truncated = tokenizer.encode_row(text, self.data.sequence_length)
         if not len(tokens):
             return Encoded(count=0, was_truncated=was_truncated)
         return Encoded(count=1, tokens=tokens, label=self._label(row), was_truncated=was_truncated)

@@ -35,13 +35,14 @@ class Sft(Task):
         """
         assert tokenizer and self.data.sequence_length
         most = self.data.sequence_length + 1
-        prompt = tokenizer.encode(text_field(row, self.data.prompt_field, "prompt_field"))
-        completion = tokenizer.encode(
-            text_field(row, self.data.completion_field, "completion_field")
+        both, of_prompt = tokenizer.encode_pair(
+            text_field(row, self.data.prompt_field, "prompt_field"),
+            text_field(row, self.data.completion_field, "completion_field"),
         )
-        whole = np.concatenate([prompt, completion, [np.uint32(tokenizer.end)]])
+        begin = [] if tokenizer.begin is None else [tokenizer.begin]
+        whole = np.array([*begin, *both, tokenizer.end], dtype=np.uint32)
         tokens = whole[:most]
-        prompt_targets = max(0, len(prompt) - 1)
+        prompt_targets = max(0, len(begin) + of_prompt - 1)
         count = len(tokens) - 1 - prompt_targets
         was_truncated = len(whole) > most
         if count <= 0:
