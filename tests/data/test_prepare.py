@@ -370,3 +370,16 @@ def test_classes_in_turn_are_in_both_parts(tmp_path: Path, classes: int) -> None
     for part in ("train", "validation"):
         found = set(Rows(folder, part, find_task(data, None)).column("labels").tolist())
         assert found == set(range(classes))
+
+
+def test_new_content_of_the_same_size_and_time_is_seen(tmp_path: Path) -> None:
+    """A tool that sets a file's time back does not hide that it was written again."""
+    path = tmp_path / "t.txt"
+    path.write_text("one text")
+    status = path.stat()
+    before = cache_folder(files(path), None)
+    time.sleep(0.01)
+    path.write_text("two text")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_mtime_ns == status.st_mtime_ns
+    assert cache_folder(files(path), None) != before

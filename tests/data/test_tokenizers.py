@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from drumline.data.prepare import prepare
 from drumline.data.rows import Rows
 from drumline.data.tasks import find_task
-from drumline.data.tokenizers import HubTokenizer, find_tokenizer
+from drumline.data.tokenizers import HubTokenizer, find_tokenizer, save_tokenizer
 from drumline.errors import DataError
 from drumline.recipe.schema import Data
 
@@ -152,3 +152,14 @@ def test_bytes_have_no_begin_token() -> None:
     """Asking for one is refused, not passed over."""
     with pytest.raises(DataError, match="bytes has no begin-of-text token. Nearest: data.bos=auto"):
         find_tokenizer("bytes", bos=True)
+
+
+def test_the_byte_tokenizer_of_an_export_has_the_same_ids(tmp_path: Path) -> None:
+    """For every byte and any text; its end token is 256, and it writes back what it read."""
+    save_tokenizer("bytes", tmp_path)
+    inner = AutoTokenizer.from_pretrained(tmp_path)
+    texts = ["plain text", " two  spaces\n\ttab", "é 漢 🙂", "".join(map(chr, range(1, 600))), ""]
+    for text in texts:
+        assert inner(text).input_ids == list(text.encode())
+        assert inner.decode(inner(text).input_ids) == text
+    assert (inner.eos_token_id, len(inner)) == (256, 257)

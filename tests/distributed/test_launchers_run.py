@@ -198,6 +198,29 @@ def test_export_gives_what_transformers_loads(
             for n in range(len(rows))
         )
     assert total / int(rows.counts.sum()) == pytest.approx(loss, rel=1e-5)
+    _assert_it_generates(tmp_path / "model")
+
+
+def _assert_it_generates(folder: Path) -> None:
+    """With its own tokenizer and end token, transformers writes what the model's logits say, greedily."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = (
+        kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    assert (model.config.use_cache, model.config.eos_token_id, tokenizer.eos_token_id) == (
+        True,
+        256,
+        256,
+    )
+    ids = torch.tensor([list(b"def ")])
+    assert tokenizer("def ", return_tensors="pt").input_ids.tolist() == ids.tolist()
+    written = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=256)
+    while ids.shape[1] < written.shape[1]:
+        with torch.no_grad():
+            following = model(ids).logits[:, -1].argmax(-1, keepdim=True)
+        ids = torch.cat([ids, following], dim=1)
+    assert written.tolist() == ids.tolist()
 
 
 def test_reproduced_through_another_launcher(

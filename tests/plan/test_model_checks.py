@@ -78,3 +78,15 @@ def test_a_pad_token_is_one_of_the_vocabulary() -> None:
         PlanError, match="pad_token_id: 2048 is not one of 2048 tokens. Nearest: 2047"
     ):
         small_plan("llama", {**SMALL["llama"], "pad_token_id": 2048})
+
+
+@pytest.mark.parametrize("architecture", ["bert", "granitemoe"])
+def test_a_chunked_loss_needs_a_head_that_is_known(architecture: str) -> None:
+    """What else a model does to its logits, such as BERT's layers before the head, would be left out."""
+    config = {"is_decoder": True, "num_hidden_layers": 2} if architecture == "bert" else {}
+    data = {"task": "causal_lm"}
+    assert small_plan(architecture, config, data=data).batch.effective
+    with pytest.raises(
+        PlanError, match="may be missing from the loss. Nearest: loss.chunked=false"
+    ):
+        small_plan(architecture, config, data=data, loss={"chunked": True})

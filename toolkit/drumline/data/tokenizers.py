@@ -145,3 +145,40 @@ def find_tokenizer(name: str, bos: Bos = "auto", needs_end: bool = True) -> Toke
     if name.startswith("/") and not Path(name).is_dir():
         raise DataError(f"data.tokenizer: {name} is not a folder")
     return HubTokenizer(name, bos, needs_end)
+
+
+def save_tokenizer(name: str, target: Path) -> None:
+    """Write the tokenizer of this name as a folder that transformers loads, with the same ids."""
+    if name == "bytes":
+        inner: Any = _bytes_for_transformers()
+    else:
+        from transformers import AutoTokenizer
+
+        inner = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    inner.save_pretrained(target)
+
+
+_END = "<|end|>"
+"""How the end token of bytes is written."""
+
+
+def _bytes_for_transformers() -> Any:
+    """A byte-level tokenizer without merges whose ids are those of ByteTokenizer."""
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [chr(code) for code in _printed_bytes()]
+    inner = Inner(
+        models.BPE(vocab={letter: byte for byte, letter in enumerate(letters)}, merges=[])
+    )
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=_END)
+
+
+def _printed_bytes() -> list[int]:
+    """The code of the letter that stands for each byte: the byte's own if it is printed, else above 255."""
+    printed = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [byte if byte in printed else next(others) for byte in range(256)]

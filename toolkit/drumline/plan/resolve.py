@@ -86,6 +86,11 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
         check_shape(recipe, shape, world.row_tokens)
         if world.weights is not None:
             check_weights(recipe, shape, world.weights)
+    elif recipe.loss.chunked and recipe.model.source != "factory":
+        raise PlanError(
+            f"loss.chunked: {found}, so what the model does to its logits may be missing from the loss. "
+            "Nearest: loss.chunked=false"
+        )
     memory_of = memory_function(
         recipe, found, gpu, world.host_memory_bytes, world.calibration, world.row_tokens
     )

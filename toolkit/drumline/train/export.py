@@ -9,6 +9,7 @@ from safetensors import safe_open
 from drumline.checkpoint.boxes import whole
 from drumline.checkpoint.manifest import read_entries, read_manifest, shard_name
 from drumline.data.dataset_manifest import DatasetManifest
+from drumline.data.tokenizers import find_tokenizer, save_tokenizer
 from drumline.errors import CheckpointError
 from drumline.files import apply_umask
 from drumline.plan.model import Plan
@@ -45,10 +46,33 @@ def export(plan: Plan, manifest: DatasetManifest, checkpoint: Path, target: Path
     short = [n for n, p in wanted.items() if n.startswith("model.") and filled[n] != p.numel()]
     if short:
         raise CheckpointError(f"{checkpoint}: {short[0]} is not whole in it")
+    _restore_config(plan, model)
     model.save_pretrained(target, safe_serialization=True)
+    if tokenizer_counts(plan, manifest):
+        save_tokenizer(plan.recipe.data.tokenizer, target)
     for path in target.iterdir():
         apply_umask(path, 0o666)
     return sum(p.numel() for p in model.parameters())
+
+
+def tokenizer_counts(plan: Plan, manifest: DatasetManifest) -> bool:
+    """Whether the run's rows are tokens, so that a tokenizer belongs to the model."""
+    return manifest.tokenizer is not None and plan.recipe.data.task_factory is None
+
+
+def _restore_config(plan: Plan, model: Any) -> None:
+    """Set what the run changed for training back, and the tokens that its texts ended and began with."""
+    data, config = plan.recipe.data, model.config
+    if "use_cache" not in plan.recipe.model.config and hasattr(config, "use_cache"):
+        config.use_cache = True
+    if data.facts.head != "causal_lm" or data.task_factory is not None:
+        return
+    tokenizer = find_tokenizer(data.tokenizer, data.bos)
+    settings = [config, *filter(None, [getattr(model, "generation_config", None)])]
+    for one in settings:
+        one.eos_token_id = tokenizer.end
+        if tokenizer.begin is not None or plan.recipe.model.source == "config":
+            one.bos_token_id = tokenizer.begin
 
 
 def check_finite(target: Path) -> list[str]:
