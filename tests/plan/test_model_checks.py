@@ -83,7 +83,7 @@ def test_a_pad_token_is_one_of_the_vocabulary() -> None:
 @pytest.mark.parametrize("architecture", ["bert", "granitemoe"])
 def test_a_chunked_loss_needs_a_head_that_is_known(architecture: str) -> None:
     """What else a model does to its logits, such as BERT's layers before the head, would be left out."""
-    config = {"is_decoder": True, "num_hidden_layers": 2} if architecture == "bert" else {}
+    config = {"num_hidden_layers": 2} | ({"is_decoder": True} if architecture == "bert" else {})
     data = {"task": "causal_lm"}
     assert small_plan(architecture, config, data=data).batch.effective
     with pytest.raises(
