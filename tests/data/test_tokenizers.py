@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from drumline.data.prepare import prepare
+from drumline.data.readers import read_file
 from drumline.data.rows import Rows
 from drumline.data.tasks import find_task
 from drumline.data.tokenizers import HubTokenizer, find_tokenizer, save_tokenizer
@@ -163,3 +164,26 @@ def test_the_byte_tokenizer_of_an_export_has_the_same_ids(tmp_path: Path) -> Non
         assert inner(text).input_ids == list(text.encode())
         assert inner.decode(inner(text).input_ids) == text
     assert (inner.eos_token_id, len(inner)) == (256, 257)
+
+
+def test_one_text_has_one_tokenisation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a .txt file or as a row of a table; a text that is longer than a block is cut where a line ends."""
+    name = llama(tmp_path / "t")
+    text = "the cat sat on the mat\n" * 4000
+    found = []
+    for file, content in (("a.txt", text), ("a.jsonl", json.dumps({"text": text}) + "\n")):
+        (tmp_path / file).write_text(content)
+        data = Data(
+            source="files",
+            path=str(tmp_path / file),
+            task="causal_lm",
+            sequence_length=64,
+            tokenizer=name,
+        )
+        found.append(rows_of(data))
+    assert found[0] == found[1]
+    monkeypatch.setattr("drumline.data.builtin.BLOCK_CHARACTERS", 1000)
+    blocks = [row.fields["text"] for row in read_file(tmp_path / "a.txt")]
+    assert "".join(blocks) == text
+    assert len(blocks) > 50
+    assert all(block.endswith("\n") for block in blocks[:-1])

@@ -1,18 +1,19 @@
 """Builtin data: the Python standard library's source, and a small synthetic classification set."""
 
+import io
 import platform
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from drumline.data.source_row import SourceRow
 from drumline.errors import DataError
 
-BLOCK_CHARACTERS = 1 << 16
-"""A file is read and tokenised in blocks of this many characters, so memory stays flat."""
+BLOCK_CHARACTERS = 1 << 22
+"""Longer texts are read and tokenised in blocks of about this many characters, so memory stays flat."""
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
 
@@ -44,14 +45,25 @@ def python_stdlib(max_files: int | None = None) -> Iterator[SourceRow]:
     )
     for path in files[:max_files]:
         where = str(path.relative_to(root))
-        yield from text_blocks(path.read_text(encoding="utf-8", errors="replace"), where)
+        text = path.read_text(encoding="utf-8", errors="replace")
+        yield from text_blocks(io.StringIO(text, newline=""), where)
 
 
-def text_blocks(text: str, where: str) -> Iterator[SourceRow]:
-    """Split one document into blocks; only the last one ends it."""
-    for start in range(0, len(text), BLOCK_CHARACTERS):
-        stop = start + BLOCK_CHARACTERS
-        yield SourceRow({"text": text[start:stop]}, where, ends=stop >= len(text))
+def text_blocks(file: IO[str], where: str) -> Iterator[SourceRow]:
+    """One document in blocks, of which the last one ends it; they are cut where a line ends.
+
+    Nothing for an empty file.
+    """
+    rest, is_empty = "", True
+    while piece := file.read(BLOCK_CHARACTERS):
+        rest, is_empty = rest + piece, False
+        if len(piece) < BLOCK_CHARACTERS:
+            break
+        cut = rest.rfind("\n") + 1 or len(rest)
+        yield SourceRow({"text": rest[:cut]}, where, ends=False)
+        rest = rest[cut:]
+    if not is_empty:
+        yield SourceRow({"text": rest}, where)
 
 
 def synthetic_classification(

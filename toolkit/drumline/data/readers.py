@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from drumline.data.builtin import BLOCK_CHARACTERS
+from drumline.data.builtin import text_blocks
 from drumline.data.files import format_of
 from drumline.data.source_row import SourceRow
 from drumline.errors import DataError
@@ -38,13 +38,9 @@ def read_file(path: Path) -> Iterator[SourceRow]:
 
 
 def _text(path: Path) -> Iterator[SourceRow]:
-    """One document, in blocks, so that memory stays flat."""
+    """One document."""
     with _opened(path) as file:
-        block = file.read(BLOCK_CHARACTERS)
-        while block:
-            following = file.read(BLOCK_CHARACTERS)
-            yield SourceRow({"text": block}, str(path), ends=not following)
-            block = following
+        yield from text_blocks(file, str(path))
 
 
 def _json_lines(path: Path) -> Iterator[SourceRow]:
