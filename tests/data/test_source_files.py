@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from conftest import tiny_recipe
 from drumline.data.dataset_manifest import read_dataset_manifest
 from drumline.data.files import FORMATS, format_of, matching_files
 from drumline.data.prepare import prepare
@@ -24,7 +25,9 @@ from drumline.data.rows import Rows
 from drumline.data.source_row import SourceRow
 from drumline.data.tasks import find_task
 from drumline.errors import DataError
+from drumline.recipe.load import validate
 from drumline.recipe.schema import Data
+from drumline.session.planning import make_plan
 
 TEXTS = [
     "NA",
@@ -64,6 +67,16 @@ def written(folder: Path, kind: str, rows: list[dict[str, Any]] = ROWS) -> Path:
         text.writelines(json.dumps(row) + "\n" for row in rows)
     path.write_text(text.getvalue(), encoding="utf-8", newline="")
     return path
+
+
+def sound(path: Path) -> list[SourceRow]:
+    """The rows; DataError for the first that cannot be read, as `prepare` raises it."""
+    rows = []
+    for row in read_file(path):
+        if row.problem:
+            raise DataError(f"{row.where}: {row.problem}")
+        rows.append(row)
+    return rows
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "ndjson", "json", "csv", "tsv", "parquet"])
@@ -123,7 +136,7 @@ def test_what_is_not_what_it_says_is_refused(
     """File and line, and what was found."""
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=words):
-        list(read_file(tmp_path / name))
+        sound(tmp_path / name)
 
 
 def prepared(path: Path, task: str = "sft", **more: Any) -> Data:
@@ -231,7 +244,7 @@ def test_a_folder_is_all_its_files(tmp_path: Path) -> None:
 
 def rows_or_message(path: Path) -> tuple[list[SourceRow], str]:
     try:
-        return list(read_file(path)), ""
+        return sound(path), ""
     except DataError as error:
         return [], str(error)
 
@@ -288,3 +301,54 @@ def test_every_format_has_a_name() -> None:
     assert format_of(Path("x.jsonl.zst")) == "jsonl"
     assert format_of(Path("x.parquet.gz")) is None
     assert format_of(Path("x.gz")) is None
+
+
+def bad_rows(folder: Path, good: int, bad: int) -> Path:
+    """Rows of which some are not JSON, some have no text, and one is no object, among good ones."""
+    kinds = ['{"prompt": ', '{"prompt": "a"}', "[1]", '{"prompt": "a", "completion": null}']
+    lines = [json.dumps({"prompt": f"p{n}", "completion": "c"}) for n in range(good)]
+    for number in range(bad):
+        lines.insert(number * 7 % (good + 1), kinds[number % len(kinds)])
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_bad_rows_are_skipped_where_the_recipe_says_so(tmp_path: Path) -> None:
+    """Counted and named, and told by every plan of these data; without the key the first one stops."""
+    path = bad_rows(tmp_path, 40, 4)
+    with pytest.raises(DataError, match=r"rows.jsonl, line 1: not JSON"):
+        prepare(prepared(path), None)
+    data = prepared(path, on_bad_row="skip")
+    manifest = read_dataset_manifest(prepare(data, None))
+    assert manifest
+    assert (manifest.samples, manifest.skipped, manifest.dropped) == (40, 4, 0)
+    assert "rows.jsonl, line 1: not JSON" in manifest.first_problem
+    plain = {"source": "files", "name": None, "path": str(path), "task": "sft", "sequence_length": 64,
+             "tokenizer": "bytes", "on_bad_row": "skip", "samples": None, "validation": 0.0, "options": {}}  # fmt: skip
+    warnings = make_plan(validate(tiny_recipe(data=plain), "r")).warnings
+    assert any("4 bad rows skipped; " in warning and "line 1" in warning for warning in warnings)
+
+
+def test_more_than_a_few_bad_rows_stop_all_the_same(tmp_path: Path) -> None:
+    """At most 1 %, or ten: a wrong column name must not leave a handful of rows."""
+    data = prepared(bad_rows(tmp_path, 100, 11), on_bad_row="skip")
+    with pytest.raises(
+        DataError, match=r"11 of \d+ rows are bad, which is more than 1%. The first: .*line"
+    ):
+        prepare(data, None)
+
+
+def test_rows_without_a_target_are_told(tmp_path: Path) -> None:
+    """By the plan, and as the reason where none is left."""
+    rows = [{"prompt": "p" * 90, "completion": "c"}] * 10 + [{"prompt": "p", "completion": "c"}]
+    data = prepared(written(tmp_path, "jsonl", rows))
+    plain = {"source": "files", "name": None, "path": data.path, "task": "sft", "sequence_length": 64,
+             "tokenizer": "bytes", "samples": None, "validation": 0.0, "options": {}}  # fmt: skip
+    recipe = validate(tiny_recipe(data=plain), "r")
+    prepare(recipe.data, recipe.project)
+    assert any(
+        "10 prepared rows have no target" in warning for warning in make_plan(recipe).warnings
+    )
+    with pytest.raises(DataError, match="10 have no target within sequence_length 64"):
+        prepare(prepared(written(tmp_path, "json", rows[:10])), None)

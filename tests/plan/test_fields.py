@@ -44,7 +44,7 @@ CHANGES: dict[str, Any] = {
              {"validation": 0.3}, {"tokenizer": "gpt2"}, {"text_field": "t"}, {"prompt_field": "p"},
              {"completion_field": "c"}, {"split": "test"}, {"sequence_length": 9},
              {"source": "files", "name": None, "path": "/x.csv"}, {"task": "sft", "sequence_length": 9},
-             {"task": "sft", "sequence_length": 9, "bos": True},
+             {"task": "sft", "sequence_length": 9, "bos": True}, {"on_bad_row": "skip"},
              {"source": "factory", "name": None, "factory": "m:f"},
              {"task": "custom", "task_factory": "m:f"},
              {"task": "custom", "task_factory": "m:f", "task_options": {"a": 1}}],

@@ -101,6 +101,11 @@ def prepare_command(
     print(f"{manifest.samples:,} samples, {manifest.validation_samples:,} for validation")
     print(
         f"{manifest.label_tokens:,} label tokens, {manifest.truncated} truncated, {manifest.dropped} dropped"
+        + (
+            f", {manifest.skipped} bad rows skipped, the first: {manifest.first_problem}"
+            if manifest.skipped
+            else ""
+        )
     )
     print(f"fingerprint {manifest.fingerprint}")
     print(f"in {folder}")

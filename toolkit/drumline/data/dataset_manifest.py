@@ -37,6 +37,8 @@ class DatasetManifest:
     truncated: int = 0
     dropped: int = 0
     longest: int | None = None
+    skipped: int = 0
+    first_problem: str = ""
     files: dict[str, int] = field(default_factory=dict)
     arrays: dict[str, str] = field(default_factory=dict)
     version: int = MANIFEST_VERSION

@@ -35,6 +35,9 @@ from drumline.errors import DataError
 from drumline.files import apply_umask
 from drumline.recipe.schema import Data
 
+_FEW_BAD_ROWS = 10
+_MOST_BAD_ROWS = 0.01
+"""With `on_bad_row: skip`, more bad rows than both are refused."""
 _ROWS_AT_ONCE = 1 << 16
 _ABANDONED_AFTER_S = 60.0
 _JUST_MADE_S = 2.0
@@ -177,8 +180,21 @@ class _Seen:
     documents: int = 0
     truncated: int = 0
     dropped: int = 0
+    skipped: int = 0
+    first_problem: str = ""
+    rows: int = 0
     classes: int = 0
     feature_shape: list[int] | None = None
+
+    def skip(self, problem: str) -> None:
+        """Count a bad row; DataError where they are more than a few."""
+        self.skipped += 1
+        self.first_problem = self.first_problem or problem
+        if self.skipped > max(_FEW_BAD_ROWS, self.rows * _MOST_BAD_ROWS):
+            raise DataError(
+                f"data.on_bad_row: {self.skipped:,} of {self.rows:,} rows are bad, which is more than "
+                f"{_MOST_BAD_ROWS:.0%}. The first: {self.first_problem}"
+            )
 
     def note(self, sample: Encoded) -> None:
         """Count a sample; DataError where its features have another shape than earlier ones."""
@@ -211,7 +227,7 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
     writers = {part: _Writer(folder / part, dtype) for part in ("train", "validation")}
     write = _write_stream if task.is_stream else _write_samples
     seen = write(task, tokenizer, itertools.chain([first], rows), writers, progress)
-    _refuse_empty(data, seen.documents, writers)
+    _refuse_empty(data, seen, writers)
     train, validation = writers["train"], writers["validation"]
     arrays = train.arrays | validation.arrays
     own = [column for name in arrays for column in array_columns(name)]
@@ -231,6 +247,8 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
         label_tokens=train.label_tokens,
         truncated=seen.truncated,
         dropped=seen.dropped,
+        skipped=seen.skipped,
+        first_problem=seen.first_problem,
         longest=_longest(data, writers.values()),
         files=sizes(folder),
         arrays=arrays,
@@ -281,7 +299,7 @@ def _write_stream(
     share, seen, written = Fraction(str(task.data.validation)), _Seen(), 0
     packers = {part: _Packer(writer, length) for part, writer in writers.items()}
     for row in rows:
-        piece = _encoded(task, row, tokenizer)
+        piece = _encoded(task, row, tokenizer, seen)
         if piece is None or piece.tokens is None:
             continue
         tokens = np.append(piece.tokens, np.uint32(tokenizer.end)) if row.ends else piece.tokens
@@ -308,7 +326,10 @@ def _write_samples(
     share, seen = Fraction(str(task.data.validation)), _Seen()
     for row in rows:
         writer = writers[_part_of(seen.documents, share)]
+        skipped = seen.skipped
         sample = _encoded(task, row, tokenizer, seen)
+        if seen.skipped > skipped:
+            continue
         if sample is None or sample.count <= 0:
             seen.dropped += 1
         else:
@@ -319,21 +340,35 @@ def _write_samples(
 
 
 def _encoded(
-    task: Task, row: SourceRow, tokenizer: Tokenizer | None, seen: _Seen | None = None
+    task: Task, row: SourceRow, tokenizer: Tokenizer | None, seen: _Seen
 ) -> Encoded | None:
-    """The sample of a row, counted in `seen`; DataErrors say where the row stands."""
+    """The sample of a row, counted in `seen`.
+
+    A bad row is skipped and counted where `data.on_bad_row` says so; else a DataError says where it stands.
+    """
+    seen.rows += 1
     try:
+        if row.problem:
+            raise DataError(row.problem)
         sample = task.encode(row.fields, tokenizer)
-        if sample is not None and seen:
+        if sample is not None:
             seen.note(sample)
     except DataError as error:
-        raise DataError(f"data: {row.where}: {error}") from None
+        problem = f"{row.where}: {error}"
+        if task.data.on_bad_row == "stop":
+            raise DataError(f"data: {problem}") from None
+        seen.skip(problem)
+        return None
     return sample
 
 
-def _refuse_empty(data: Data, documents: int, writers: Writers) -> None:
+def _refuse_empty(data: Data, seen: _Seen, writers: Writers) -> None:
+    documents = seen.documents
     if documents == 0 or writers["train"].rows == 0:
-        raise DataError(f"data: {documents} documents gave no training rows")
+        why = ""
+        if seen.dropped:
+            why = f": {seen.dropped} have no target within sequence_length {data.sequence_length}"
+        raise DataError(f"data: {documents} documents gave no training rows{why}")
     if data.validation and writers["validation"].rows == 0:
         scale = 10 ** (len(str(documents)) + 1)
         enough = (

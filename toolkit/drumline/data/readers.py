@@ -26,7 +26,10 @@ _TABS = {"csv": ",", "tsv": "\t"}
 
 
 def read_file(path: Path) -> Iterator[SourceRow]:
-    """The rows of one file; a text file is one document. DataError for anything that is not as it says."""
+    """The rows of one file; a text file is one document.
+
+    A row that cannot be read has a `problem`. DataError for a file that is not what it says.
+    """
     kind = format_of(path)
     assert kind
     try:
@@ -47,8 +50,7 @@ def _json_lines(path: Path) -> Iterator[SourceRow]:
     with _opened(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                where = f"{path}, line {number:,}"
-                yield SourceRow(_mapping(_parsed(line, where), where), where)
+                yield _json_row(line, f"{path}, line {number:,}")
 
 
 def _json(path: Path) -> Iterator[SourceRow]:
@@ -61,19 +63,29 @@ def _json(path: Path) -> Iterator[SourceRow]:
         yield from _json_lines(path)
         return
     with _opened(path) as file:
-        rows = _parsed(file.read(), str(path))
+        try:
+            rows = _parsed(file.read())
+        except ValueError as error:
+            raise DataError(f"data.path: {path}: {error}") from None
     for number, row in enumerate(rows, 1):
-        where = f"{path}, row {number:,}"
-        yield SourceRow(_mapping(row, where), where)
+        yield _mapping(row, f"{path}, row {number:,}")
 
 
-def _parsed(text: str, where: str) -> Any:
+def _json_row(line: str, where: str) -> SourceRow:
+    try:
+        return _mapping(_parsed(line), where)
+    except ValueError as error:
+        return SourceRow({}, where, problem=str(error))
+
+
+def _parsed(text: str) -> Any:
+    """The value of a JSON text; ValueError for what is none."""
     try:
         return json.loads(text, object_pairs_hook=_without_twins)
     except RecursionError:
-        raise DataError(f"data.path: {where}: not JSON that can be read: too deep") from None
+        raise ValueError("not JSON that can be read: too deep") from None
     except ValueError as error:
-        raise DataError(f"data.path: {where}: not JSON: {error}") from None
+        raise ValueError(f"not JSON: {error}") from None
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -84,10 +96,11 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _mapping(row: Any, where: str) -> dict[str, Any]:
+def _mapping(row: Any, where: str) -> SourceRow:
     if isinstance(row, dict):
-        return row
-    raise DataError(f"data.path: {where}: a row is an object with named fields, not {row!r:.60}")
+        return SourceRow(row, where)
+    problem = f"a row is an object with named fields, not {row!r:.60}"
+    return SourceRow({}, where, problem=problem)
 
 
 def _table(path: Path) -> Iterator[SourceRow]:
@@ -105,10 +118,12 @@ def _table(path: Path) -> Iterator[SourceRow]:
                     continue
                 if len(values) != len(header):
                     mark = "tab" if kind == "tsv" else "comma"
-                    raise DataError(
-                        f"data.path: {where}: {len(values)} fields, and the header has {len(header)}. "
+                    problem = (
+                        f"{len(values)} fields, and the header has {len(header)}. "
                         f"Nearest: quote a field that holds a {mark}, and end no line with one"
                     )
+                    yield SourceRow({}, where, problem=problem)
+                    continue
                 yield SourceRow(dict(zip(header, values, strict=True)), where)
         except csv.Error as error:
             raise DataError(f"data.path: {path}, line {lines.line_num:,}: {error}") from None

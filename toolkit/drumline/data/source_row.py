@@ -8,9 +8,11 @@ from typing import Any
 class SourceRow:
     """The `fields` of a row by the user's names; `where` it stands, such as `a.jsonl, line 3`.
 
-    `ends`: whether its document ends with it; false for a block of a longer text.
+    `ends`: whether its document ends with it; false for a block of a longer text. `problem`: why it could
+    not be read, where the rows after it still can.
     """
 
     fields: dict[str, Any]
     where: str
     ends: bool = True
+    problem: str = ""

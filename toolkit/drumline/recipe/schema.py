@@ -113,6 +113,7 @@ class Data(Section):
     label_field: str = "label"
     tokenizer: str = "bytes"
     bos: Annotated[Literal["auto"] | bool, AddedLater()] = "auto"
+    on_bad_row: Annotated[Literal["stop", "skip"], AddedLater()] = "stop"
     sequence_length: Samples | None = None
     samples: Count | None = None
     validation: Fraction = 0.0

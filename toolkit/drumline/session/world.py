@@ -17,7 +17,7 @@ def read_world(recipe: Recipe) -> World:
     """Read what is cheap to read; nothing is downloaded or tokenised, and no factory is imported."""
     facts: dict[str, Any] = {"problems": []}
     try:
-        facts.update(_prepared(recipe))
+        facts.update(_prepared(recipe, facts["problems"]))
     except DataError as error:
         facts["problems"].append(str(error).replace(f"{Path.cwd()}/", ""))
     facts["model_config"] = model_config(recipe.model, facts["problems"])
@@ -47,7 +47,8 @@ def _calibration() -> "Calibration | None":
     return from_plain(yaml12.parse(text), path)
 
 
-def _prepared(recipe: Recipe) -> dict[str, Any]:
+def _prepared(recipe: Recipe, problems: list[str]) -> dict[str, Any]:
+    """What is known of the prepared data, if there are any; what they lost is added to `problems`."""
     from drumline.data.cache import cache_folder
 
     folder = cache_folder(recipe.data, recipe.project)
@@ -58,6 +59,13 @@ def _prepared(recipe: Recipe) -> dict[str, Any]:
     manifest = read_dataset_manifest(folder)
     if manifest is None:
         return {}
+    if manifest.dropped:
+        problems.append(
+            f"data: {manifest.dropped:,} prepared rows have no target within sequence_length "
+            f"{manifest.sequence_length}, and are not trained"
+        )
+    if manifest.skipped:
+        problems.append(f"data: {manifest.skipped:,} bad rows skipped; {manifest.first_problem}")
     return {
         "samples": manifest.samples,
         "classes": manifest.classes,
