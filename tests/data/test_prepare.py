@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import pytest
 from conftest import SOURCES
 from drumline.data.cache import cache_folder, cache_root
 from drumline.data.dataset_manifest import read_dataset_manifest
-from drumline.data.prepare import _part_of, prepare
+from drumline.data.prepare import prepare
 from drumline.data.rows import Rows
 from drumline.data.tasks import IGNORED, find_task
 from drumline.errors import DataError
@@ -121,7 +120,7 @@ def test_sft_counts_only_the_completion(tmp_path: Path) -> None:
 
 
 def test_validation_is_an_exact_share(tmp_path: Path) -> None:
-    """floor(n × validation) documents, or one more; none is an error with the nearest fix."""
+    """floor(n × validation) documents, spread evenly; none is an error with the nearest fix."""
     text = "".join(json.dumps({"text": str(n), "label": n % 3}) + "\n" for n in range(50))
     (tmp_path / "c.jsonl").write_text(text)
     data = files(tmp_path / "c.jsonl", task="classification", validation=0.3)
@@ -346,30 +345,6 @@ def test_names_with_brackets_and_folders_deep(tmp_path: Path) -> None:
     (tmp_path / "x/y").mkdir(parents=True)
     (tmp_path / "x/y/z.txt").write_text("some text here")
     assert card_of(files(tmp_path / "**/*.txt")).samples == 1
-
-
-@pytest.mark.parametrize("validation", ["0.5", "0.1", "0.3", "0.75", "0.333", "0.01"])
-def test_validation_is_drawn(validation: str) -> None:
-    """One of each run of 1/validation documents, never the same one: rows in turn do not meet the draw's period."""
-    share = Fraction(validation)
-    drawn = [n for n in range(3000) if _part_of(n, share) == "validation"]
-    for documents in (1, 2, 7, 50, 99, 100, 1234, 3000):
-        assert 0 <= sum(n < documents for n in drawn) - int(documents * share) <= 1
-    if share <= Fraction(1, 2):
-        turns = round(1 / share)
-        assert len({n % turns for n in drawn}) == turns or len(drawn) < 100
-
-
-@pytest.mark.parametrize("classes", [2, 10])
-def test_classes_in_turn_are_in_both_parts(tmp_path: Path, classes: int) -> None:
-    """Every 1/validation-th row would put one class into validation alone."""
-    rows = [{"text": f"row {n}", "label": n % classes} for n in range(60 * classes)]
-    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = files(tmp_path / "r.jsonl", task="classification", validation=1 / classes)
-    folder = prepare(data, None)
-    for part in ("train", "validation"):
-        found = set(Rows(folder, part, find_task(data, None)).column("labels").tolist())
-        assert found == set(range(classes))
 
 
 def test_new_content_of_the_same_size_and_time_is_seen(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ leaves no partial result, and of two concurrent ones the first to finish publish
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
 import itertools
 import json
@@ -261,23 +260,9 @@ def _longest(data: Data, writers: Iterable[_Writer]) -> int | None:
 
 
 def _part_of(document: int, validation: Fraction) -> str:
-    """The part of a document: one drawn from each run of 1/validation documents is for validation.
-
-    The draw depends on nothing but the document's number. Of the first n documents at least
-    floor(n × validation) are for validation, and at most one more.
-    """
-    if not validation:
-        return "train"
-    run = int(document * validation)
-    return "validation" if document == _drawn_of(run, validation) else "train"
-
-
-@functools.lru_cache(maxsize=4)
-def _drawn_of(run: int, validation: Fraction) -> int:
-    """The document of a run, counted from 0, that is drawn."""
-    first, end = math.ceil(run / validation), math.ceil((run + 1) / validation)
-    digest = hashlib.blake2b(f"drumline validation 1/{run}".encode(), digest_size=8).digest()
-    return first + int.from_bytes(digest, "little") % (end - first)
+    """The part of a document: of the first n documents, floor(n × validation) are for validation."""
+    before, after = int(document * validation), int((document + 1) * validation)
+    return "validation" if after > before else "train"
 
 
 def _write_stream(
@@ -371,9 +356,7 @@ def _refuse_empty(data: Data, seen: _Seen, writers: Writers) -> None:
         raise DataError(f"data: {documents} documents gave no training rows{why}")
     if data.validation and writers["validation"].rows == 0:
         scale = 10 ** (len(str(documents)) + 1)
-        enough = (
-            math.ceil(scale / documents) / scale
-        )  # so that the first run ends with the last document
+        enough = math.ceil(scale / documents) / scale  # rounded up
         fix = f"validation {enough:g} (one document)" if documents > 1 else "validation 0"
         raise DataError(
             f"data.validation: {data.validation} × {documents} documents = "

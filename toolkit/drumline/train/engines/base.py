@@ -43,7 +43,8 @@ class Engine:
     """The training module of one rank. Subclasses own wrapping, backward, and the optimizer.
 
     `module`: model and objective. `wrapped`: the wrapped module that a forward calls. `scaler`: the dynamic
-    loss scale of fp16, else None. `averaging_ranks`: the number of ranks over which gradients are averaged.
+    loss scale of fp16, else None. `notes`: what building the model found. `averaging_ranks`: the number of
+    ranks over which gradients are averaged.
     """
 
     module: Any
@@ -57,6 +58,7 @@ class Engine:
         self.rank, self.averaging_ranks = dist.get_rank(), plan.mesh.averaging_ranks
         self._autocast = autocast_dtype(plan)
         self.scaler = LossScaler() if plan.recipe.precision == "fp16" else None
+        self.notes: list[str] = []
 
     def accumulate(self, tensors: dict[str, Tensor], first_slot: int, weight: float, *, step: int,
                    dummy: bool, last: bool,

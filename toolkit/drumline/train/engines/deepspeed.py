@@ -68,6 +68,7 @@ class DeepSpeedEngine(Engine):
         self._config = deepspeed_config(plan)
         deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl")
         builder = ModelBuilder(recipe, manifest, device, progress=progress)
+        self.notes = builder.notes
         for block in builder.blocks():
             self._partition(block)
         model = builder.finish()

@@ -47,6 +47,7 @@ class TorchEngine(Engine):
         recipe = plan.recipe
         self._sharded = recipe.strategy.name == "fsdp"
         builder = ModelBuilder(recipe, manifest, device, dtype, progress)
+        self.notes = builder.notes
         model = self._shard(builder) if self._sharded else builder.whole()
         self.module = ObjectiveModule(model, build_objective(recipe))
         self.has_batchnorm = has_batchnorm(model)

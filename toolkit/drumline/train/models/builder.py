@@ -41,8 +41,9 @@ def ignore_progress(what: str) -> None:
 class ModelBuilder:
     """A model whose blocks are materialised one at a time, by `blocks()` and then `finish()`.
 
-    Both are collectives. `device`: holds the weights. `progress` is called after every block. `dtype`
-    overrides the recipe's parameter dtype, for checks in fp64.
+    Both are collectives. `notes`: what building found, to be told once. `device`: holds the weights.
+    `progress` is called after every block. `dtype` overrides the recipe's parameter dtype, for checks in
+    fp64.
     """
 
     def __init__(
@@ -61,10 +62,11 @@ class ModelBuilder:
         self._inside: set[int] = set()
         built = build_model(recipe, manifest)
         self.model: Any = built.model
+        self.notes: list[str] = []
         self._draw_new(built.new)
-        if recipe.model.source == "factory" and _rank() == 0:
+        if recipe.model.source == "factory":
             found = "has BatchNorm" if has_batchnorm(self.model) else "has no BatchNorm"
-            print(f"the model of {recipe.model.factory} {found}", flush=True)
+            self.notes.append(f"the model of {recipe.model.factory} {found}")
         check_vocabulary(self.model, manifest)
         apply_edits(self.model, recipe)
         policy = recipe.model.activation_checkpointing
@@ -80,11 +82,9 @@ class ModelBuilder:
                 parameter._is_hf_initialized = False  # type: ignore[attr-defined]
             torch.manual_seed(derived_seed("init", self._seed, name))
             _initialise(self.model, [module])
-        if modules and _rank() == 0:
-            words = ", ".join(names)
-            print(
-                f"new weights, which the files lack, drawn from seed {self._seed}: {words}",
-                flush=True,
+        if names:
+            self.notes.append(
+                f"new weights, which the files lack, drawn from seed {self._seed}: {', '.join(names)}"
             )
 
     def blocks(self) -> Iterator[nn.Module]:
