@@ -332,13 +332,18 @@ def planted(fault: str) -> Iterator[None]:
         TorchEngine.accumulate, TorchEngine._set_rate, verify.silence_dropout = kept  # type: ignore
 
 
+_LARGE, _GLOO_IS_DONE_S = 1 << 20, 0.01
+
+
 def record_zero_job(plan: str, out: str) -> None:
     """Record every allocation of two real steps under DeepSpeed; rank 0 writes the peak of each phase.
 
-    Rows are random, so that no step is skipped. Garbage is collected often, because reference cycles of
-    DeepSpeed keep a buffer alive for a while, or not.
+    Rows are random, so that no step is skipped. Garbage is controlled as in `train`. Gloo's thread drops a
+    tensor that it has reduced a moment after the collective has returned, which NCCL has no thread for, so each
+    large allocation waits for that.
     """
     import gc
+    import time
 
     import torch
     import torch.distributed as dist
@@ -347,14 +352,19 @@ def record_zero_job(plan: str, out: str) -> None:
     from drumline.trace.recorder import Recorder
     from drumline.trace.rehearse import blank_manifest, rehearsal_batch, step_of
     from drumline.train.engines.deepspeed import DeepSpeedEngine
+    from drumline.train.garbage import GarbageControl
     from drumline.train.loop import forward_backward
     from drumline.train.watch import Watch
 
+    class SettledRecorder(Recorder):
+        def _born(self, key: int, size: int, *more: Any) -> None:
+            if size > _LARGE:
+                time.sleep(_GLOO_IS_DONE_S)
+            super()._born(key, size, *more)
+
     the_plan = read_plan(Path(plan).read_text())
-    manifest, recorder = blank_manifest(the_plan), Recorder()
-    thresholds = gc.get_threshold()
-    gc.set_threshold(20, 2, 2)
-    with recorder:
+    manifest, recorder = blank_manifest(the_plan), SettledRecorder()
+    with GarbageControl(), recorder:
         recorder.phase("load")
         engine = DeepSpeedEngine(the_plan, manifest, torch.device("cpu"))
         tensors = rehearsal_batch(the_plan, manifest, the_plan.batch.per_device)
@@ -371,7 +381,7 @@ def record_zero_job(plan: str, out: str) -> None:
             recorder.phase("between")
             assert torch.isfinite(norm)
             del losses, norm
-    gc.set_threshold(*thresholds)
+    gc.unfreeze()
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(recorder.recording.peaks_by_phase()))
 

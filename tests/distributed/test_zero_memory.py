@@ -16,9 +16,6 @@ MODEL = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, 
 CASES = [(ranks, stage, precision, k) for ranks in (2, 4) for stage in (1, 2, 3) for precision in ("bf16", "fp32")
          for k in (1, 3) if ranks == 2 or (precision, k) == ("bf16", 1)]  # fmt: skip
 
-REPEATS = 3
-"""Recordings of each case, of which the smaller counts: a bucket that DeepSpeed's thread frees late only adds."""
-
 
 def plan_of(ranks: int, stage: int, precision: str, k: int) -> Plan:
     return small_plan("llama", MODEL, b=1, length=64, gpus=ranks, k=k, precision=precision,
@@ -28,7 +25,7 @@ def plan_of(ranks: int, stage: int, precision: str, k: int) -> Plan:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The peaks of all cases, each twice in a file of its own; one start for two ranks, one for four."""
+    """The peaks of all cases, each in a file; one start for two ranks, one for four."""
     folder = tmp_path_factory.mktemp("zero")
     for ranks in (2, 4):
         jobs = []
@@ -36,27 +33,21 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if case[0] == ranks:
                 path = folder / f"{case}.plan.json"
                 path.write_text(plan_of(*case).to_json())
-                jobs += [
-                    {
-                        "kind": "record zero",
-                        "plan": str(path),
-                        "out": str(folder / f"{case}.{n}.json"),
-                    }
-                    for n in range(REPEATS)
-                ]
+                jobs.append(
+                    {"kind": "record zero", "plan": str(path), "out": str(folder / f"{case}.json")}
+                )
         run_jobs(ranks, jobs, folder / f"start-{ranks}")
     return folder
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_live_tensors_are_as_planned(recorded: Path, case: tuple[int, int, str, int]) -> None:
-    """The peak within 5 %; so are those of loading, of forward and backward, and of the optimizer step."""
-    found = [json.loads((recorded / f"{case}.{n}.json").read_text()) for n in range(REPEATS)]
-    peaks = {phase: min(one[phase] for one in found) for phase in found[0]}
+    """The peak within 3 %; so are those of loading, of forward and backward, and of the optimizer step."""
+    peaks = json.loads((recorded / f"{case}.json").read_text())
     memory = plan_of(*case).memory
     assert memory.allocated
     ours = dict(memory.phases)
     ours["backward"] = max(ours["backward"], ours["forward + loss"])
-    assert memory.allocated.expected == pytest.approx(max(peaks.values()), rel=0.05)
+    assert memory.allocated.expected == pytest.approx(max(peaks.values()), rel=0.03)
     for phase in ("load", "backward", "optimizer step"):
-        assert ours[phase] == pytest.approx(peaks[phase], rel=0.05), phase
+        assert ours[phase] == pytest.approx(peaks[phase], rel=0.03), phase
