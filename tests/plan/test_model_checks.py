@@ -56,6 +56,7 @@ def test_an_auxiliary_loss_is_refused(architecture: str) -> None:
         ("t5", {**SMALL["t5"], "dropout_rate": 0.0, "classifier_dropout": 0.3}, "none", "classifier_dropout"),
         ("dinov2", {**SMALL["dinov2"], "drop_path_rate": 0.1}, "none", "drop_path_rate 0.1"),
         ("opt", {**SMALL["opt"], "layerdrop": 0.1}, "none", "layerdrop 0.1"),
+        ("gpt_neox", {**SMALL["gpt_neox"], "classifier_dropout": 0.1}, "rounding", "only rounding differs"),
         ("gpt2", {**GPT2, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}, "rounding", "only"),
     ],
 )  # fmt: skip
@@ -90,3 +91,6 @@ def test_a_chunked_loss_needs_a_head_that_is_known(architecture: str) -> None:
         PlanError, match="may be missing from the loss. Nearest: loss.chunked=false"
     ):
         small_plan(architecture, config, data=data, loss={"chunked": True})
+    assert small_plan("llama", {**SMALL["llama"], "pad_token_id": -1}).batch.effective
+    with pytest.raises(PlanError, match="pad_token_id: -1 is not one of 2048 tokens. Nearest: 0"):
+        small_plan("bert", {**BERT, "vocab_size": 2048, "pad_token_id": -1})

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 
 from conftest import tiny_recipe
 from drumline.architectures.configs import read_shape
@@ -19,14 +18,7 @@ from drumline.recipe.load import validate
 from drumline.session.planning import make_plan
 from drumline.session.weight_files import weights_in
 from memory.plans import ENCODERS, IMAGES, SMALL
-
-
-def saved(folder: Path, architecture: str, kind: str, shard: str = "1GB") -> Path:
-    """A model with random weights, saved as transformers saves one."""
-    config = transformers.AutoConfig.for_model(architecture, **SMALL[architecture])
-    model = getattr(transformers, kind).from_config(config)
-    model.save_pretrained(folder, max_shard_size=shard)
-    return folder
+from pretrained_folders import changed, prefixed, saved, without
 
 
 def planned(folder: Path, task: str = "causal_lm", **config: Any) -> Plan:
@@ -52,7 +44,7 @@ def test_what_transformers_saves_is_what_the_config_says(tmp_path: Path, archite
     for kind in kinds:
         is_classifier = kind != "AutoModelForCausalLM"
         try:
-            saved(tmp_path / kind, architecture, kind)
+            saved(tmp_path / kind, kind, architecture, SMALL[architecture])
         except ValueError:  # transformers has no such classifier
             continue
         weights = weights_in(tmp_path / kind)
@@ -60,20 +52,6 @@ def test_what_transformers_saves_is_what_the_config_says(tmp_path: Path, archite
         assert weights
         assert isinstance(shape, ModelShape)
         assert problem_with(shape, weights, is_classifier) == ""
-
-
-def changed(folder: Path, change: Any) -> Path:
-    file = folder / "model.safetensors"
-    save_file(change(load_file(file)), file, metadata={"format": "pt"})
-    return folder
-
-
-def prefixed(prefix: str) -> Any:
-    return lambda weights: {f"{prefix}{name}": value for name, value in weights.items()}
-
-
-def without(part: str) -> Any:
-    return lambda weights: {name: value for name, value in weights.items() if part not in name}
 
 
 def cut(part: str) -> Any:
@@ -109,7 +87,7 @@ WRONG = [
 @pytest.mark.parametrize(("change", "words"), WRONG)
 def test_files_of_another_model_are_refused(tmp_path: Path, change: Any, words: str) -> None:
     """Missing, left over, of another shape, under another name: the keys are named, nothing is started."""
-    folder = saved(tmp_path, "llama", "AutoModelForCausalLM")
+    folder = saved(tmp_path, "AutoModelForCausalLM", "llama", SMALL["llama"])
     assert planned(folder).cost.parameters
     with pytest.raises(PlanError, match=words):
         planned(changed(folder, change))
@@ -117,14 +95,14 @@ def test_files_of_another_model_are_refused(tmp_path: Path, change: Any, words: 
 
 def test_a_config_that_the_recipe_changes_is_held_against_the_files(tmp_path: Path) -> None:
     """Fewer layers than the files hold would drop weights."""
-    folder = saved(tmp_path, "llama", "AutoModelForCausalLM")
+    folder = saved(tmp_path, "AutoModelForCausalLM", "llama", SMALL["llama"])
     with pytest.raises(PlanError, match="they hold 4 layers and the config says 2"):
         planned(folder, num_hidden_layers=2)
 
 
 def test_another_head_may_be_in_the_files(tmp_path: Path) -> None:
     """A language model's folder becomes a classifier; its base is compared all the same."""
-    folder = saved(tmp_path, "llama", "AutoModelForCausalLM")
+    folder = saved(tmp_path, "AutoModelForCausalLM", "llama", SMALL["llama"])
     assert planned(folder, task="classification").cost.parameters
     with pytest.raises(PlanError, match="they lack model.layers.1.mlp"):
         planned(changed(folder, without("layers.1.mlp.up")), task="classification")
@@ -132,7 +110,7 @@ def test_another_head_may_be_in_the_files(tmp_path: Path) -> None:
 
 def test_a_damaged_folder_names_the_file(tmp_path: Path) -> None:
     """A lost shard, one that was cut off, one that is something else, a key that its index promises, a pickle."""
-    folder = saved(tmp_path / "m", "llama", "AutoModelForCausalLM", shard="2MB")
+    folder = saved(tmp_path / "m", "AutoModelForCausalLM", "llama", SMALL["llama"], shard="2MB")
     shards = sorted(folder.glob("*.safetensors"))
     assert len(shards) > 2
     planned(folder)

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from conftest import tiny_recipe
 from drumline.architectures.labels import number_of_labels
@@ -16,6 +15,8 @@ from drumline.errors import PlanError
 from drumline.recipe.load import validate
 from drumline.train.models import ModelBuilder, named_blocks
 from drumline.train.objectives.base import model_inputs
+from memory.plans import IMAGES, SMALL
+from pretrained_folders import changed, prefixed, saved, without
 
 MANIFEST = DatasetManifest(
     task="causal_lm",
@@ -114,11 +115,10 @@ TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num
         "vocab_size": 257}  # fmt: skip
 
 
-def saved(folder: Path, kind: str, architecture: str, **config: Any) -> Path:
-    """A model with random weights, saved as transformers saves one."""
-    full = transformers.AutoConfig.for_model(architecture, **{**TINY, **config})
-    getattr(transformers, kind).from_config(full).save_pretrained(folder)
-    return folder
+def config_of(architecture: str) -> dict[str, Any]:
+    if architecture in IMAGES:
+        return SMALL[architecture]
+    return {**TINY, "pad_token_id": 0}
 
 
 def loaded(folder: Path, classes: int | None = None, seed: int = 7, **config: Any) -> Any:
@@ -138,34 +138,21 @@ def builder_of(folder: Path, classes: int | None, seed: int, **config: Any) -> M
     return ModelBuilder(recipe, dataclasses.replace(MANIFEST, classes=classes))
 
 
-def with_keys(folder: Path, change: Any) -> Path:
-    """The folder with other weights in its file."""
-    file = folder / "model.safetensors"
-    save_file(change(load_file(file)), file, metadata={"format": "pt"})
-    return folder
-
-
-def prefixed(prefix: str) -> Any:
-    return lambda weights: {f"{prefix}{name}": value for name, value in weights.items()}
-
-
-def without(part: str) -> Any:
-    return lambda weights: {name: value for name, value in weights.items() if part not in name}
-
-
 @pytest.mark.parametrize(
     ("kind", "architecture", "new"),
     [
         ("AutoModel", "bert", ["classifier.bias", "classifier.weight"]),
         ("AutoModelForMaskedLM", "bert", ["classifier.weight", "bert.pooler.dense.weight"]),
         ("AutoModelForCausalLM", "llama", ["score.weight"]),
+        ("AutoModel", "siglip", ["classifier.bias", "classifier.weight"]),
+        ("AutoModel", "dinov2", ["classifier.bias", "classifier.weight"]),
     ],
 )
 def test_a_new_head_is_drawn_from_the_seed(
     tmp_path: Path, kind: str, architecture: str, new: list[str]
 ) -> None:
     """The same at every load, another with another seed; what is new is said, the rest is as in the files."""
-    folder = saved(tmp_path, kind, architecture, pad_token_id=0)
+    folder = saved(tmp_path, kind, architecture, config_of(architecture))
     one, same, other = (loaded(folder, 3, seed).state_dict() for seed in (7, 7, 8))
     assert all(torch.equal(one[name], same[name]) for name in one)
     differing = {name for name in one if not torch.equal(one[name], other[name])}
@@ -190,25 +177,38 @@ def test_a_new_head_is_drawn_from_the_seed(
 )  # fmt: skip
 def test_every_key_is_accounted_for(tmp_path: Path, change: Any, words: str) -> None:
     """Missing, left over or of another shape: never random weights instead of the pretrained ones."""
-    folder = saved(tmp_path, "AutoModelForCausalLM", "llama")
+    folder = saved(tmp_path, "AutoModelForCausalLM", "llama", TINY)
     assert loaded(folder)
     with pytest.raises(PlanError, match=words):
-        loaded(with_keys(folder, change))
+        loaded(changed(folder, change))
 
 
 @pytest.mark.parametrize(
-    "change", [prefixed("module."), without("layer.1.output"), without("bert.")]
+    ("kind", "architecture", "change"),
+    [
+        ("AutoModelForMaskedLM", "bert", prefixed("module.")),
+        ("AutoModelForMaskedLM", "bert", without("layer.1.output")),
+        ("AutoModelForMaskedLM", "bert", without("bert.")),
+        ("AutoModel", "bert", lambda w: {**w, "encoder.layer.2.more": torch.zeros(3)}),
+        ("AutoModel", "siglip", without("vision_model.encoder.layers.1.mlp")),
+        ("AutoModel", "siglip", lambda w: {**w, "vision_model.more": torch.zeros(3)}),
+        ("AutoModel", "dinov2", without("layer.1.mlp")),
+    ],
 )
-def test_a_classifier_too_needs_the_whole_base(tmp_path: Path, change: Any) -> None:
+def test_a_classifier_too_needs_the_whole_base(
+    tmp_path: Path, kind: str, architecture: str, change: Any
+) -> None:
     """Only its head, and a pooler, may be new."""
-    folder = saved(tmp_path, "AutoModelForMaskedLM", "bert")
+    folder = saved(tmp_path, kind, architecture, config_of(architecture))
     with pytest.raises(PlanError, match="the files of"):
-        loaded(with_keys(folder, change), classes=2)
+        loaded(changed(folder, change), classes=2)
 
 
 def test_a_head_of_the_folder_is_kept_where_it_covers_the_data(tmp_path: Path) -> None:
     """Three labels and data with two: the same head. Four: refused, or a new one if the recipe says so."""
-    folder = saved(tmp_path, "AutoModelForSequenceClassification", "bert", num_labels=3)
+    folder = saved(
+        tmp_path, "AutoModelForSequenceClassification", "bert", {**TINY, "num_labels": 3}
+    )
     weights = load_file(folder / "model.safetensors")
     for classes in (2, 3):
         assert torch.equal(loaded(folder, classes).classifier.weight, weights["classifier.weight"])

@@ -19,6 +19,9 @@ _DECODER_KEYS = (*_COMMON_KEYS, "intermediate_size", "num_key_value_heads", "hea
                  "num_local_experts", "num_experts", "num_experts_per_tok",
                  "moe_intermediate_size")  # fmt: skip
 
+_NULL_IS_A_VALUE = ("q_lora_rank", "num_key_value_heads", "sliding_window")
+"""Where null is no other word for the default: none, one for each attention head, none."""
+
 
 def _gpt2(architecture: str, config: dict[str, Any], classes: int | None) -> ModelShape | str:
     for key in ("add_cross_attention", "reorder_and_upcast_attn"):
@@ -64,13 +67,8 @@ def _decoder(architecture: str, config: dict[str, Any], classes: int | None) -> 
 
 def _values(family: Decoder, config: dict[str, Any]) -> dict[str, Any]:
     """The config with the family's defaults, by the common names of the keys."""
-    values = {**family.defaults, **{k: v for k, v in config.items() if v is not None}}
-    if "q_lora_rank" in config:  # without one, queries come from the hidden states at once
-        values["q_lora_rank"] = config["q_lora_rank"]
-    if config.get("num_key_value_heads", 1) is None:  # transformers: one for each attention head
-        values.pop("num_key_value_heads", None)
-    if "sliding_window" not in config:
-        values["sliding_window"] = family.window
+    stated = {k: v for k, v in config.items() if v is not None or k in _NULL_IS_A_VALUE}
+    values = {**family.defaults, **stated}
     for common, own in family.names.items():
         values[common] = values.get(own, values.get(common))
     return values

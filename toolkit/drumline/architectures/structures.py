@@ -82,12 +82,11 @@ class Decoder:
     `biases`: (of q, k and v; of the output projection; of the feed-forward), each a key of the config, or
     whether there is one. `dropouts`: keys of its dropout probabilities. `needs`: values of the config that
     the closed form assumes; a number with a point stands for any but 0. `as_wide`: keys that must equal the
-    hidden width. `window`: the default sliding window in tokens. `full_every`: every how many layers one
-    attends to all tokens (0: none does). `rotary_every`: every how many layers one has no rotary positions.
-    `full_from`: the first of those. `extra_positions`: learned positions that no token takes. `pooling`: of
-    an encoder, which is a classifier. `is_first_bare`: the first layer has no norm before attention.
-    `is_latent`: it has DeepSeek's attention. `has_embedding_block`: FSDP2 shards the embeddings by
-    themselves.
+    hidden width. `full_every`: every how many layers one attends to all tokens (0: none does).
+    `rotary_every`: every how many layers one has no rotary positions. `full_from`: the first of those.
+    `extra_positions`: learned positions that no token takes. `pooling`: of an encoder, which is a classifier.
+    `is_first_bare`: the first layer has no norm before attention. `is_latent`: it has DeepSeek's attention.
+    `has_embedding_block`: FSDP2 shards the embeddings by themselves.
     """
 
     structure: Structure = LLAMA
@@ -97,7 +96,6 @@ class Decoder:
     dropouts: tuple[str, ...] = ("attention_dropout",)
     needs: dict[str, Any] = field(default_factory=dict)
     as_wide: tuple[str, ...] = ()
-    window: int | None = None
     full_every: int = 0
     rotary_every: int = 0
     has_head_bias: bool = False
@@ -139,7 +137,7 @@ _LATENT = {"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "q
 DECODERS: dict[str, Decoder] = {
     "llama": Decoder(defaults=_sizes(32000, 4096, 11008, 32, 32),
                      biases=("attention_bias", "attention_bias", "mlp_bias")),
-    "mistral": Decoder(defaults=_sizes(32000, 4096, 14336, 32, 32, 8), window=4096),
+    "mistral": Decoder(defaults=_sizes(32000, 4096, 14336, 32, 32, 8, sliding_window=4096)),
     "mixtral": Decoder(defaults=_sizes(32000, 4096, 14336, 32, 32, 8, num_local_experts=8,
                                        num_experts_per_tok=2)),
     "qwen2": Decoder(defaults=_sizes(151936, 4096, 22016, 32, 32, 32), biases=(True, False, False),
@@ -171,13 +169,14 @@ DECODERS: dict[str, Decoder] = {
                      biases=("attention_bias", "attention_bias", False)),
     "gemma": Decoder(_GEMMA, _sizes(256000, 3072, 24576, 28, 16, 16, head_dim=256, tie_word_embeddings=True),
                      biases=("attention_bias", "attention_bias", False), activation="gelu_pytorch_tanh"),
-    "gemma2": Decoder(_GEMMA_2, _sizes(256000, 2304, 9216, 26, 8, 4, head_dim=256, tie_word_embeddings=True),
-                      biases=("attention_bias", "attention_bias", False), window=4096, full_every=2,
+    "gemma2": Decoder(_GEMMA_2, _sizes(256000, 2304, 9216, 26, 8, 4, head_dim=256, sliding_window=4096,
+                                       tie_word_embeddings=True),
+                      biases=("attention_bias", "attention_bias", False), full_every=2,
                       activation="gelu_pytorch_tanh", activation_key="hidden_activation",
                       needs={"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}),
     "gemma3_text": Decoder(_GEMMA_3, _sizes(262208, 2304, 9216, 26, 8, 4, head_dim=256,
-                                            tie_word_embeddings=True),
-                           biases=("attention_bias", "attention_bias", False), window=4096, full_every=6,
+                                            sliding_window=4096, tie_word_embeddings=True),
+                           biases=("attention_bias", "attention_bias", False), full_every=6,
                            activation="gelu_pytorch_tanh", activation_key="hidden_activation",
                            needs={"use_bidirectional_attention": False, "final_logit_softcapping": None,
                                   "attn_logit_softcapping": None}),
@@ -218,7 +217,7 @@ DECODERS: dict[str, Decoder] = {
                           dropouts=("attention_dropout", "embedding_dropout", "mlp_dropout",
                                     "classifier_dropout"),
                           names={"sliding_window": "local_attention"},
-                          window=128, full_every=3, full_from=0, activation="gelu",
+                          full_every=3, full_from=0, activation="gelu",
                           activation_key="hidden_activation", pooling="first_norm", is_first_bare=True,
                           has_embedding_block=True,
                           needs={"norm_bias": False, "classifier_bias": False, "classifier_pooling": "cls",

@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import shutil
 import tempfile
 import time
@@ -19,17 +18,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from drumline.data import cache, sources
 from drumline.data.dataset_manifest import DatasetManifest, not_ours, read_dataset_manifest, sizes
-from drumline.data.rows import DTYPES, array_columns
+from drumline.data.part_writer import Packer, PartWriter
+from drumline.data.rows import array_columns
 from drumline.data.source_row import SourceRow
 from drumline.data.tasks import Encoded, Task, find_task
-from drumline.data.tokenizers import Tokenizer, Tokens, find_tokenizer
+from drumline.data.tokenizers import Tokenizer, find_tokenizer
 from drumline.errors import DataError
 from drumline.files import apply_umask
 from drumline.recipe.schema import Data
@@ -37,7 +35,6 @@ from drumline.recipe.schema import Data
 _FEW_BAD_ROWS = 10
 _MOST_BAD_ROWS = 0.01
 """With `on_bad_row: skip`, more bad rows than both are refused."""
-_ROWS_AT_ONCE = 1 << 16
 _ABANDONED_AFTER_S = 60.0
 _JUST_MADE_S = 2.0
 """A process may have made its lock file and not taken the lock yet."""
@@ -71,105 +68,6 @@ def prepare(data: Data, project: str | None, progress: Progress | None = None) -
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
-
-
-class _Writer:
-    """Appends and hashes the samples of one part; keeps none of them in memory."""
-
-    def __init__(self, folder: Path, token_dtype: str | None) -> None:
-        folder.mkdir()
-        self._folder = folder
-        self._files: dict[str, IO[bytes]] = {}
-        self._dtypes = {**DTYPES, "tokens": token_dtype}
-        self._ends: dict[str, int] = {}
-        self.arrays: dict[str, str] = {}
-        self.hash = hashlib.sha256()
-        self.rows = 0
-        self.tokens = 0
-        self.label_tokens = 0
-        self.longest = 0
-
-    def append_sample(self, sample: Encoded) -> None:
-        """Append one sample to every column that it has."""
-        columns: dict[str, Any] = {}
-        if sample.features is not None:
-            columns["features"] = sample.features
-        if sample.tokens is not None:
-            columns |= {
-                "tokens": sample.tokens,
-                "starts": self.tokens,
-                "lengths": len(sample.tokens),
-            }
-            self.tokens += len(sample.tokens)
-            last_is_target_only = sample.prompt_targets is not None
-            self.longest = max(self.longest, len(sample.tokens) - last_is_target_only)
-        if sample.prompt_targets is not None:
-            columns["skipped"] = sample.prompt_targets
-        if sample.label is not None:
-            columns["labels"] = sample.label
-        for name, values in sample.arrays.items():
-            self._add_array(columns, name, np.asarray(values))
-        self.append(**columns, counts=sample.count)
-
-    def append(self, **columns: Any) -> None:
-        """Append one value, or an array of values, to each named column."""
-        for name, value in columns.items():
-            if name not in self._files:
-                self._files[name] = (self._folder / f"{name}.bin").open("wb")
-            raw = np.asarray(value, dtype=self._dtypes[name]).tobytes()
-            self._files[name].write(raw)
-            self.hash.update(name.encode() + raw)
-        if "counts" in columns:
-            self.rows += int(np.size(columns["counts"]))
-            self.label_tokens += int(np.sum(columns["counts"]))
-
-    def close(self, names: Iterable[str]) -> None:
-        """Flush and close the files; columns without a row become empty files."""
-        for name in names:
-            if name not in self._files:
-                self._files[name] = (self._folder / f"{name}.bin").open("wb")
-        for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-
-    def _add_array(self, columns: dict[str, Any], name: str, values: NDArray[Any]) -> None:
-        dtype = values.dtype.newbyteorder("<").str
-        if values.ndim != 1 or self.arrays.setdefault(name, dtype) != dtype:
-            raise DataError(
-                f"data.task_factory: array {name!r}: {dtype} of shape {list(values.shape)}, after rows of "
-                f"{self.arrays.get(name)} with one dimension"
-            )
-        stored, ends = array_columns(name)
-        self._dtypes |= {stored: dtype, ends: "<i8"}
-        self._ends[name] = self._ends.get(name, 0) + len(values)
-        columns |= {stored: values, ends: self._ends[name]}
-
-
-class _Packer:
-    """Packs documents end to end into one stream, cut into rows of `length` tokens plus the last target.
-
-    Every token but the first is a target exactly once; the last row may be shorter.
-    """
-
-    def __init__(self, writer: _Writer, length: int) -> None:
-        self._writer, self._length = writer, length
-
-    def add(self, tokens: Tokens) -> None:
-        """Append a document's tokens."""
-        self._writer.append(tokens=tokens)
-        self._writer.tokens += len(tokens)
-
-    def finish(self) -> None:
-        """Cut the stream into rows."""
-        targets = self._writer.tokens - 1
-        rows = -(-max(0, targets) // self._length)
-        for first in range(0, rows, _ROWS_AT_ONCE):
-            starts = np.arange(first, min(rows, first + _ROWS_AT_ONCE)) * self._length
-            counts = np.minimum(self._length, targets - starts)
-            self._writer.append(
-                starts=starts, lengths=counts + 1, skipped=np.zeros_like(counts), counts=counts
-            )
 
 
 @dataclass
@@ -207,7 +105,7 @@ class _Seen:
                 raise DataError(f"features of shape {shape}, after rows of {self.feature_shape}")
 
 
-Writers = dict[str, _Writer]
+Writers = dict[str, PartWriter]
 
 
 def _write(data: Data, project: str | None, folder: Path, progress: Progress) -> None:
@@ -223,7 +121,7 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
     dtype = None
     if tokenizer:
         dtype = "<u2" if tokenizer.vocabulary <= 1 << 16 else "<u4"
-    writers = {part: _Writer(folder / part, dtype) for part in ("train", "validation")}
+    writers = {part: PartWriter(folder / part, dtype) for part in ("train", "validation")}
     write = _write_stream if task.is_stream else _write_samples
     seen = write(task, tokenizer, itertools.chain([first], rows), writers, progress)
     _refuse_empty(data, seen, writers)
@@ -254,7 +152,7 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
     ).write(folder)
 
 
-def _longest(data: Data, writers: Iterable[_Writer]) -> int | None:
+def _longest(data: Data, writers: Iterable[PartWriter]) -> int | None:
     """Input tokens of the longest row; None if rows are packed, or if only a task's own code knows."""
     return None if data.task_factory else max(writer.longest for writer in writers) or None
 
@@ -282,7 +180,7 @@ def _write_stream(
     length = task.data.sequence_length
     assert length
     share, seen, written = Fraction(str(task.data.validation)), _Seen(), 0
-    packers = {part: _Packer(writer, length) for part, writer in writers.items()}
+    packers = {part: Packer(writer, length) for part, writer in writers.items()}
     for row in rows:
         piece = _encoded(task, row, tokenizer, seen)
         if piece is None or piece.tokens is None:

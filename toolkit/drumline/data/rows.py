@@ -36,9 +36,7 @@ def array_columns(name: str) -> tuple[str, str]:
 
 def lengths_of(folder: Path, part: str) -> NDArray[np.int32]:
     """Tokens of each prepared row of a part, int32 [N]; empty where the part has none."""
-    path = folder / part / "lengths.bin"
-    is_there = path.is_file() and path.stat().st_size > 0
-    return np.fromfile(path, dtype=DTYPES["lengths"]) if is_there else np.zeros(0, dtype=np.int32)
+    return _mapped(folder / part / "lengths.bin", DTYPES["lengths"])
 
 
 class Rows:
@@ -89,13 +87,7 @@ class Rows:
         return self._columns[name]
 
     def _map(self, name: str) -> NDArray[Any]:
-        path, dtype = self._folder / f"{name}.bin", self._dtype(name)
-        if not path.is_file():
-            raise DataError(f"{path}: missing from the prepared data; run `drumline prepare`")
-        if path.stat().st_size == 0:
-            found: NDArray[Any] = np.zeros(0, dtype=dtype)
-        else:
-            found = np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+        found = _mapped(self._folder / f"{name}.bin", self._dtype(name))
         if name == "features" and self.manifest.feature_shape is not None:
             return found.reshape(-1, *self.manifest.feature_shape)
         return found
@@ -107,3 +99,12 @@ class Rows:
         if name.startswith("array-"):
             return self.manifest.arrays[name.removeprefix("array-")]
         return "<i8" if name.startswith("ends-") else DTYPES[name]
+
+
+def _mapped(path: Path, dtype: str) -> NDArray[Any]:
+    """All values of a file, memory-mapped; DataError where it is missing."""
+    if not path.is_file():
+        raise DataError(f"{path}: missing from the prepared data; run `drumline prepare`")
+    if path.stat().st_size == 0:  # which cannot be mapped
+        return np.zeros(0, dtype=dtype)
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))

@@ -90,18 +90,26 @@ def check_model(recipe: Recipe, architecture: str, config: Mapping[str, Any]) ->
             "Nearest: model.config.output_router_logits=false"
         )
     pad, vocabulary = config.get("pad_token_id"), config.get("vocab_size")
-    if isinstance(pad, int) and isinstance(vocabulary, int) and not 0 <= pad < vocabulary:
+    least = -1 if is_language_model else 0  # old Llama configs state -1 for none
+    if isinstance(pad, int) and isinstance(vocabulary, int) and not least <= pad < vocabulary:
         raise PlanError(
             f"model.config.pad_token_id: {pad} is not one of {vocabulary} tokens. "
             f"Nearest: {max(0, min(pad, vocabulary - 1))}"
         )
 
 
-def check_shape(recipe: Recipe, shape: ModelShape, row_tokens: int | None) -> None:
+def check_shape(recipe: Recipe, shape: ModelShape | str, row_tokens: int | None) -> None:
     """Refuse what this model cannot do, or what would train another model than its config states.
 
-    `row_tokens`: of the longest prepared row, None if that is not known.
+    `shape`: or why there is none. `row_tokens`: of the longest prepared row, None if that is not known.
     """
+    if isinstance(shape, str):
+        if recipe.loss.chunked and recipe.model.source != "factory":
+            raise PlanError(
+                f"loss.chunked: {shape}, so what the model does to its logits may be missing from the loss. "
+                "Nearest: loss.chunked=false"
+            )
+        return
     architecture = shape.architecture
     stated = recipe.data.sequence_length
     length = stated or row_tokens

@@ -9,8 +9,8 @@ from drumline.plan.model import SplitInvariance
 from drumline.recipe.schema import Recipe
 
 SMALL_BATCHNORM = 8
-_UNUSED = "summary_"
-"""Dropouts with this prefix belong to heads of several choices, which are not trained here."""
+_OF_CLASSIFIERS = ("classifier", "cls_", "pooler", "summary_")
+"""Dropouts with these prefixes belong to heads that a language model does not have."""
 
 
 def split_invariance(
@@ -38,17 +38,18 @@ def split_invariance(
                 else ""
             )
         )
-    dropout, key = _stated_dropout(config)
+    dropout, key = _stated_dropout(config, recipe.data.facts.head == "classification")
     if shape and shape.dropout >= (dropout or 0.0):
         dropout, key = shape.dropout, "dropout"
     if dropout:
         reasons.append(f"{key} {dropout:g} draws its masks per micro-batch")
     if recipe.precision == "fp16":
         reasons.append("fp16 loss scaling overflows at places that depend on the split")
-    if shape is None and recipe.model.source != "factory" and dropout is None:
+    if shape is None and recipe.model.source != "factory" and not dropout:
         name = recipe.model.architecture or recipe.model.name or recipe.model.path
         reasons.append(
-            f"{name} is not a known decoder: its dropout and auxiliary losses are unknown"
+            f"{name} has no closed form: dropouts that its config does not state, and auxiliary losses, "
+            "are unknown"
         )
     if reasons:
         return SplitInvariance("none", "; ".join(reasons))
@@ -71,13 +72,13 @@ def batchnorm_warnings(recipe: Recipe, split: Split, factory_has_batchnorm: bool
     ]
 
 
-def _stated_dropout(config: Mapping[str, Any]) -> tuple[float | None, str]:
+def _stated_dropout(config: Mapping[str, Any], is_classifier: bool) -> tuple[float | None, str]:
     """The largest probability of any dropout that the config states, and its key; None without one."""
     stated = [
         (float(value), key)
         for key, value in config.items()
         if "drop" in key
-        and not key.startswith(_UNUSED)
+        and (is_classifier or not key.startswith(_OF_CLASSIFIERS))
         and isinstance(value, int | float)
         and not isinstance(value, bool)
     ]

@@ -82,15 +82,9 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
     check_strategy(recipe)
     found = shape_of(recipe, world)
     shape = None if isinstance(found, str) else found
-    if shape:
-        check_shape(recipe, shape, world.row_tokens)
-        if world.weights is not None:
-            check_weights(recipe, shape, world.weights)
-    elif recipe.loss.chunked and recipe.model.source != "factory":
-        raise PlanError(
-            f"loss.chunked: {found}, so what the model does to its logits may be missing from the loss. "
-            "Nearest: loss.chunked=false"
-        )
+    check_shape(recipe, found, world.row_tokens)
+    if shape and world.weights is not None:
+        check_weights(recipe, shape, world.weights)
     memory_of = memory_function(
         recipe, found, gpu, world.host_memory_bytes, world.calibration, world.row_tokens
     )

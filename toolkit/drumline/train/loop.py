@@ -60,8 +60,6 @@ def train(
     watch.enter(Phase.BUILDING)
     built = partial(watch.enter, Phase.BUILDING)
     engine = build_engine(plan, rows.manifest, device, progress=built)
-    for note in engine.notes if rank == 0 else []:
-        print(note, flush=True)
     reader = StepReader(plan, rows, rank, pin=device.type == "cuda")
     watch.enter(Phase.LOADING)
     state, suspect = _restore(engine, plan, run_folder, watch)

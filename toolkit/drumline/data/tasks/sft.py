@@ -33,14 +33,14 @@ class Sft(Task):
 
         `count` is 0 where the prompt leaves no room for a target.
         """
-        assert tokenizer and self.data.sequence_length
+        assert tokenizer and tokenizer.end is not None and self.data.sequence_length
         most = self.data.sequence_length + 1
         both, of_prompt = tokenizer.encode_pair(
             text_field(row, self.data.prompt_field, "prompt_field"),
             text_field(row, self.data.completion_field, "completion_field"),
         )
-        begin = [] if tokenizer.begin is None else [tokenizer.begin]
-        whole = np.array([*begin, *both, tokenizer.end], dtype=np.uint32)
+        begin = np.array([] if tokenizer.begin is None else [tokenizer.begin], dtype=np.uint32)
+        whole = np.append(np.concatenate([begin, both]), np.uint32(tokenizer.end))
         tokens = whole[:most]
         prompt_targets = max(0, len(begin) + of_prompt - 1)
         count = len(tokens) - 1 - prompt_targets

@@ -3,6 +3,7 @@
 from importlib import import_module
 
 import torch
+import torch.distributed as dist
 
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.errors import LaunchError
@@ -25,7 +26,10 @@ def build_engine(
     device: torch.device,
     progress: Progress = ignore_progress,
 ) -> Engine:
-    """Build the engine of the plan's launcher; LaunchError where its library is not installed."""
+    """Build the engine of the plan's launcher; rank 0 prints what building the model found.
+
+    LaunchError where the launcher's library is not installed.
+    """
     module, name = ENGINES[plan.recipe.launch.launcher]
     try:
         engine_class = getattr(import_module(module), name)
@@ -35,4 +39,6 @@ def build_engine(
             f"installed. Nearest: pip install 'drumline[{plan.recipe.launch.launcher}]'"
         ) from None
     engine: Engine = engine_class(plan, manifest, device, progress=progress)
+    for note in engine.notes if dist.get_rank() == 0 else []:
+        print(note, flush=True)
     return engine

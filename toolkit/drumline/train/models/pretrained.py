@@ -28,10 +28,11 @@ def load_pretrained(
         ignore_mismatched_sizes=True,
         **options,
     )
-    base = f"{model.base_model_prefix}."
+    body = _body(model)
 
     def is_of_a_head(name: str) -> bool:
-        return has_new_head and (not name.startswith(base) or ".pooler." in name)
+        parts = name.split(".")
+        return has_new_head and (parts[0] not in body or "pooler" in parts)
 
     missing = set(info["missing_keys"])
     mismatched = {
@@ -45,14 +46,19 @@ def load_pretrained(
         )
         if (names := sorted(name for name in found if not is_of_a_head(name)))
     ]  # fmt: skip
-    if wrong or (missing and _has_no_base(missing, model, base)):
+    if wrong:
         raise PlanError(f"model: the files of {where} {'; they '.join(wrong)}. {_hint(unexpected)}")
     return model, sorted(missing | mismatched)
 
 
-def _has_no_base(missing: set[str], model: nn.Module, base: str) -> bool:
-    """Whether all weights of the base model are missing."""
-    return {name for name, _ in model.named_parameters() if name.startswith(base)} <= missing
+def _body(model: Any) -> set[str]:
+    """How names of the base model's weights begin, with and without its prefix.
+
+    All but the last part of a model that is its own base model, such as SigLIP's classifier.
+    """
+    base = model.base_model
+    parts = list(dict.fromkeys(name.partition(".")[0] for name, _ in base.named_parameters()))
+    return set(parts[:-1]) if base is model else {model.base_model_prefix, *parts}
 
 
 def _hint(unexpected: set[str]) -> str:

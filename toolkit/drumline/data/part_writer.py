@@ -1,0 +1,116 @@
+"""Writes the prepared rows of one part, column by column; the format is that of `rows.py`."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drumline.data.rows import DTYPES, array_columns
+from drumline.data.tasks import Encoded
+from drumline.data.tokenizers import Tokens
+from drumline.errors import DataError
+
+_ROWS_AT_ONCE = 1 << 16
+
+
+class PartWriter:
+    """Appends and hashes the samples of one part; keeps none of them in memory."""
+
+    def __init__(self, folder: Path, token_dtype: str | None) -> None:
+        folder.mkdir()
+        self._folder = folder
+        self._files: dict[str, IO[bytes]] = {}
+        self._dtypes = {**DTYPES, "tokens": token_dtype}
+        self._ends: dict[str, int] = {}
+        self.arrays: dict[str, str] = {}
+        self.hash = hashlib.sha256()
+        self.rows = 0
+        self.tokens = 0
+        self.label_tokens = 0
+        self.longest = 0
+
+    def append_sample(self, sample: Encoded) -> None:
+        """Append one sample to every column that it has."""
+        columns: dict[str, Any] = {}
+        if sample.features is not None:
+            columns["features"] = sample.features
+        if sample.tokens is not None:
+            columns |= {
+                "tokens": sample.tokens,
+                "starts": self.tokens,
+                "lengths": len(sample.tokens),
+            }
+            self.tokens += len(sample.tokens)
+            last_is_target_only = sample.prompt_targets is not None
+            self.longest = max(self.longest, len(sample.tokens) - last_is_target_only)
+        if sample.prompt_targets is not None:
+            columns["skipped"] = sample.prompt_targets
+        if sample.label is not None:
+            columns["labels"] = sample.label
+        for name, values in sample.arrays.items():
+            self._add_array(columns, name, np.asarray(values))
+        self.append(**columns, counts=sample.count)
+
+    def append(self, **columns: Any) -> None:
+        """Append one value, or an array of values, to each named column."""
+        for name, value in columns.items():
+            if name not in self._files:
+                self._files[name] = (self._folder / f"{name}.bin").open("wb")
+            raw = np.asarray(value, dtype=self._dtypes[name]).tobytes()
+            self._files[name].write(raw)
+            self.hash.update(name.encode() + raw)
+        if "counts" in columns:
+            self.rows += int(np.size(columns["counts"]))
+            self.label_tokens += int(np.sum(columns["counts"]))
+
+    def close(self, names: Iterable[str]) -> None:
+        """Flush and close the files; columns without a row become empty files."""
+        for name in names:
+            if name not in self._files:
+                self._files[name] = (self._folder / f"{name}.bin").open("wb")
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+
+    def _add_array(self, columns: dict[str, Any], name: str, values: NDArray[Any]) -> None:
+        dtype = values.dtype.newbyteorder("<").str
+        if values.ndim != 1 or self.arrays.setdefault(name, dtype) != dtype:
+            raise DataError(
+                f"data.task_factory: array {name!r}: {dtype} of shape {list(values.shape)}, after rows of "
+                f"{self.arrays.get(name)} with one dimension"
+            )
+        stored, ends = array_columns(name)
+        self._dtypes |= {stored: dtype, ends: "<i8"}
+        self._ends[name] = self._ends.get(name, 0) + len(values)
+        columns |= {stored: values, ends: self._ends[name]}
+
+
+class Packer:
+    """Packs documents end to end into one stream, cut into rows of `length` tokens plus the last target.
+
+    Every token but the first is a target exactly once; the last row may be shorter.
+    """
+
+    def __init__(self, writer: PartWriter, length: int) -> None:
+        self._writer, self._length = writer, length
+
+    def add(self, tokens: Tokens) -> None:
+        """Append a document's tokens."""
+        self._writer.append(tokens=tokens)
+        self._writer.tokens += len(tokens)
+
+    def finish(self) -> None:
+        """Cut the stream into rows."""
+        targets = self._writer.tokens - 1
+        rows = -(-max(0, targets) // self._length)
+        for first in range(0, rows, _ROWS_AT_ONCE):
+            starts = np.arange(first, min(rows, first + _ROWS_AT_ONCE)) * self._length
+            counts = np.minimum(self._length, targets - starts)
+            self._writer.append(
+                starts=starts, lengths=counts + 1, skipped=np.zeros_like(counts), counts=counts
+            )
