@@ -58,6 +58,7 @@ from drumline.trace.recorder import Recorder
 from drumline.train import loop
 from drumline.train.device_memory import device_peaks
 from drumline.train.engines.torch import TorchEngine
+from drumline.train.models import ModelBuilder, builder
 from drumline.train.watch import Watch
 
 STEPS = 3
@@ -99,41 +100,33 @@ MODELS = {
 
 
 def grid() -> Iterator[dict[str, Any]]:
-    """Every configuration, the cheap ones first."""
+    """Every configuration: the most different ones first, what is compiled last."""
+    base = {"model": "llama-1b", "b": 2, "length": 2048, "precision": "bf16"}
+    changes: list[dict[str, Any]] = [
+        {}, {"precision": "bf16-pure"}, {"precision": "fp32"}, {"implementation": "foreach"}, {"chunked": True},
+        {"k": 4}, {"wrapper": "ddp"}, {"attention": "eager"}, {"checkpointing": "selective"},
+        {"checkpointing": "full", "offload": True}, {"wrapper": "ddp", "k": 4}, {"wrapper": "fsdp"},
+        {"wrapper": "fsdp", "k": 4}, {"wrapper": "fsdp", "precision": "bf16-pure"},
+    ]  # fmt: skip
+    yield from ({**base, **change} for change in changes)
+    big = {"model": "llama-8b", "b": 1, "length": 4096, "precision": "bf16-pure", "checkpointing": "full",
+           "chunked": True}  # fmt: skip
+    yield from (
+        {**big, **change}
+        for change in ({}, {"implementation": "foreach"}, {"b": 4, "wrapper": "fsdp"})
+    )
+    for model, b, length in (("gpt2-355m", 16, 1024), ("llama-1b", 8, 4096), ("llama-3b", 4, 4096)):
+        full = {**base, "model": model, "b": b, "length": length, "checkpointing": "full"}
+        yield full
+        yield {**full, "chunked": True}
+    yield {**base, "compile": True}
     for model, sizes in (("gpt2-124m", [(8, 1024), (32, 1024)]), ("gpt2-355m", [(8, 1024)]),
-                         ("gpt2-774m", [(8, 1024)]), ("llama-1b", [(2, 2048), (4, 2048), (1, 4096)]),
+                         ("gpt2-774m", [(8, 1024)]), ("llama-1b", [(4, 2048), (1, 4096)]),
                          ("llama-3b", [(1, 2048), (2, 4096)])):  # fmt: skip
         for b, length in sizes:
             for precision in ("bf16", "bf16-pure", "fp32"):
                 yield {"model": model, "b": b, "length": length, "precision": precision}
-    for model, b, length in (("gpt2-355m", 16, 1024), ("llama-1b", 8, 4096), ("llama-3b", 4, 4096)):
-        base = {
-            "model": model,
-            "b": b,
-            "length": length,
-            "precision": "bf16",
-            "checkpointing": "full",
-        }
-        yield base
-        yield {**base, "chunked": True}
-    base = {"model": "llama-1b", "b": 2, "length": 2048, "precision": "bf16"}
-    for change in ({"implementation": "foreach"}, {"chunked": True}, {"k": 4}, {"wrapper": "ddp"},
-                   {"attention": "eager"}, {"checkpointing": "selective"},
-                   {"checkpointing": "full", "offload": True},
-                   {"wrapper": "ddp", "k": 4}, {"wrapper": "fsdp"}, {"wrapper": "fsdp", "k": 4},
-                   {"wrapper": "fsdp", "precision": "bf16-pure"}, {"compile": True},
-                   {"compile": True, "checkpointing": "full"}):  # fmt: skip
-        yield {**base, **change}
-    big = {
-        "model": "llama-8b",
-        "b": 1,
-        "length": 4096,
-        "precision": "bf16-pure",
-        "checkpointing": "full",
-    }
-    yield {**big, "chunked": True}
-    yield {**big, "chunked": True, "implementation": "foreach"}
-    yield {**big, "chunked": True, "b": 4, "wrapper": "fsdp"}
+    yield {**base, "compile": True, "checkpointing": "full"}
 
 
 def smoke_grid() -> Iterator[dict[str, Any]]:
@@ -148,7 +141,7 @@ def smoke_grid() -> Iterator[dict[str, Any]]:
     }
 
 
-def plan_of(spec: dict[str, Any], gpu: str) -> Plan:
+def plan_of(spec: dict[str, Any], gpu: str, steps: int = STEPS) -> Plan:
     """The plan of one configuration, on data that every machine has."""
     architecture, config = MODELS[spec["model"]]
     k, wrapper = spec.get("k", 1), spec.get("wrapper", "none")
@@ -169,7 +162,7 @@ def plan_of(spec: dict[str, Any], gpu: str) -> Plan:
         "optimizer": {"name": "adamw", "lr": 1e-5, "weight_decay": 0.1,
                       "implementation": spec.get("implementation", "fused")},
         "loss": {"chunked": spec.get("chunked", False)},
-        "duration": {"steps": STEPS},
+        "duration": {"steps": steps},
         "checkpoint": {"keep_best": 0, "async": False},
     }  # fmt: skip
     recipe = validate(merge(plain, {}), "truth")
@@ -258,11 +251,7 @@ def measure(
 
 def row_of(spec: dict[str, Any], plan: Plan, device: torch.device) -> dict[str, Any]:
     """One line of the CSV."""
-    gc.unfreeze()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    clear(device)
     started = time.monotonic()
     peak = predicted(plan, spec)
     outcome, measured, phase = measure(plan, spec, device)
@@ -282,6 +271,29 @@ def row_of(spec: dict[str, Any], plan: Plan, device: torch.device) -> dict[str, 
         row |= {f"low_{name}": three.low, f"expected_{name}": three.expected,
                 f"high_{name}": three.high, f"measured_{name}": measured[name]}  # fmt: skip
     return row
+
+
+def clear(device: torch.device) -> None:
+    """Give back what the configuration before held, and begin the counters anew."""
+    gc.unfreeze()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def draw_on(device: torch.device) -> None:
+    """Draw initial weights on the GPU, in seconds: their values do not change what is measured here.
+
+    A run draws them on the CPU, so that every machine begins from the same ones.
+    """
+
+    def draw(self: ModelBuilder, units: list[tuple[str, list[torch.nn.Module]]]) -> None:
+        for _, modules in units:
+            builder._allocate(modules, device)
+            builder._initialise(self.model, modules)
+
+    ModelBuilder._draw = draw  # type: ignore[method-assign]
 
 
 def machine() -> dict[str, str]:
@@ -382,6 +394,7 @@ def main() -> None:
     gpu = "cpu" if arguments.smoke else known_gpu()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        draw_on(device)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     facts = machine()
