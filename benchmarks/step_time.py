@@ -1,8 +1,8 @@
 """How long is a step on this GPU, at what MFU, and what does drumline's loop add to one written by hand?
 
-    python benchmarks/step_time.py [--rounds 2] [--steps 20] [--minutes 3]
+    python benchmarks/step_time.py [--rounds 2] [--steps 20] [--minutes 10] [--only llama-1b]
 
-One GPU, one process, no network. The same model, rows, precision and fused AdamW; drumline's loop and the
+One GPU, one process, no network. The same model, rows, precision and fused AdamW; drumline's loop (without its last save) and the
 loop written by hand in turns. A step's time is the median over the steps after five; the ratio is the median
 over the rounds. MFU is drumline's own figure: the model's FLOPs (without what checkpointing repeats) over the
 GPU's dense bf16 peak. Writes `benchmarks/step_time/` (`--out`), named by GPU and torch.
@@ -128,6 +128,8 @@ def lines_of(
     """The cases in order, while there is time."""
     deadline = time.monotonic() + 60 * options.minutes
     for spec in CASES:
+        if options.only and options.only != spec["model"]:
+            continue
         if time.monotonic() > deadline:
             print("out of time; the rest is left out")
             return
@@ -139,6 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--only", help="one model of CASES")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--out", type=Path, default=memory_truth.ROOT / "benchmarks/step_time")
     options = parser.parse_args()
@@ -146,7 +149,7 @@ def main() -> None:
         raise SystemExit("no GPU here")
     device, gpu = torch.device("cuda", 0), memory_truth.known_gpu()
     torch.cuda.set_device(device)
-    memory_truth.draw_on(device)
+    memory_truth.leave_out(device)
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     facts = memory_truth.machine()
     options.out.mkdir(parents=True, exist_ok=True)

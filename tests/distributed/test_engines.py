@@ -1,35 +1,14 @@
 """One curve under every engine: parity, one checkpoint format, the same bits after a resume, faults."""
 
-import json
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from ranks import run_jobs
-from unequal import unequal_plan, write_pairs
+from arena import ENGINES, STEPS, Arena
 from whole_tensors import whole_tensors
-
-from drumline.metrics_file import read_metrics
-from drumline.plan.model import Plan
 
 pytestmark = [pytest.mark.xdist_group("matrix"), pytest.mark.heavy]
 
-ENGINES: dict[str, dict[str, Any]] = {
-    "ddp": {},
-    "fsdp": {"strategy": {"name": "fsdp"}},
-    "accelerate": {"launch": {"launcher": "accelerate"}},
-    "accelerate-fsdp": {"launch": {"launcher": "accelerate"}, "strategy": {"name": "fsdp"}},
-    "zero0": {"launch": {"launcher": "deepspeed"}},
-    "zero1": {"launch": {"launcher": "deepspeed"}, "strategy": {"name": "zero1"}},
-    "zero2": {"launch": {"launcher": "deepspeed"}, "strategy": {"name": "zero2"}},
-    "zero3": {"launch": {"launcher": "deepspeed"}, "strategy": {"name": "zero3"}},
-    "zero2-offload": {
-        "launch": {"launcher": "deepspeed"},
-        "strategy": {"name": "zero2", "offload": "optimizer"},
-    },
-}
 SPLITS = [(3, 1, 4), (3, 2, 2), (2, 2, 3)]
 PRECISIONS = ["bf16", "fp16"]
 LOWER = ["ddp", "fsdp", "accelerate", "zero0", "zero1", "zero2", "zero3"]
@@ -37,44 +16,8 @@ MASTERS = ["zero1", "zero2", "zero3"]
 """Engines whose bf16 has 16-bit weights, and fp32 masters in the optimizer."""
 SAVERS = list(ENGINES)
 CHECKPOINTED = ["accelerate", "zero2", "zero3"]
-STEPS, CUT = 8, 6
-"""Two epochs; the fourth step of each has five samples, so that ranks and micro-batches stand empty."""
-
-
-class Arena:
-    """Jobs by world size, done in one start each; their folders by name."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.data = write_pairs(folder)
-        self._jobs: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
-        self._round = 0
-
-    def plan(self, engine: str, split: tuple[int, int, int], **changes: Any) -> Plan:
-        """Eight steps under an engine, saved at every second."""
-        base = {"duration": {"steps": STEPS}, "checkpoint": {"every_steps": 2, "keep_last": 9},
-                "logging": {"every_steps": 1}, **ENGINES[engine]}  # fmt: skip
-        return unequal_plan(self.data, split, **{**base, **changes})
-
-    def ask(self, kind: str, name: str, plan: Plan, **options: Any) -> None:
-        """A job of ranks.py in a folder that may hold checkpoints already."""
-        where = self.folder / name
-        where.mkdir(parents=True, exist_ok=True)
-        (where / "plan.json").write_text(plan.to_json())
-        job = {"kind": kind, "plan": str(where / "plan.json"), "folder": str(where), **options}
-        self._jobs[plan.batch.gpus].append(job)
-
-    def go(self) -> None:
-        """Do what has been asked for."""
-        self._round += 1
-        for world, jobs in self._jobs.items():
-            if jobs:
-                run_jobs(world, jobs, self.folder / f"ranks-{self._round}-{world}")
-                jobs.clear()
-
-    def lines(self, name: str) -> list[dict[str, Any]]:
-        """Its steps."""
-        return [line for line in read_metrics(self.folder / name / "metrics.jsonl") if "lr" in line]
+CUT = 6
+"""Of STEPS: two epochs; the fourth step of each has five samples, so that ranks and micro-batches stand empty."""
 
 
 def name_of(engine: str, split: tuple[int, int, int]) -> str:
@@ -245,25 +188,17 @@ def test_bf16_goes_on_in_another_engine(arena: Arena, saver: str, loader: str) -
 @pytest.mark.parametrize("engine", [*MASTERS, "zero2-offload"])
 def test_verify_is_green_in_zeros_own_bf16(arena: Arena, engine: str) -> None:
     """16-bit weights on both sides: the gradient of the split is that of the undivided batch."""
-    assert verdict(arena, f"bf16-sound-{engine}") == (True, True)
-
-
-def verdict(arena: Arena, name: str) -> tuple[bool, bool]:
-    """Whether the gradients and the rates were found equal."""
-    report = json.loads((arena.folder / name / "verify.json").read_text())
-    gradients = all(step["relative_error"] <= report["tolerance"] for step in report["steps"])
-    rates = all(taken == rate["wanted"] for rate in report["rates"] for taken in rate["taken"])
-    return gradients, rates
+    assert arena.verdict(f"bf16-sound-{engine}") == (True, True)
 
 
 def test_verify_is_green_where_nothing_is_wrong(arena: Arena) -> None:
     """A sound split passes both parts."""
-    assert verdict(arena, "sound") == (True, True)
+    assert arena.verdict("sound") == (True, True)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_verify_goes_red(arena: Arena, fault: str) -> None:
     """Each planted fault is found, by the part that it is for."""
-    assert verdict(arena, fault) == (
+    assert arena.verdict(fault) == (
         (True, False) if fault == "a tick per process" else (False, True)
     )

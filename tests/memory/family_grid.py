@@ -50,15 +50,18 @@ class Cell:
         The share is of the trace's bytes. Context and NCCL come on top, as expected where the share is too
         small, else at their largest.
         """
-        device, reserved = self.plan.memory.device, self.plan.memory.reserved
+        roomy = self._on_a_card_of(1000 * GIB).memory
+        device, reserved = roomy.device, roomy.reserved
         assert device
         assert reserved
         expected = device.expected - reserved.expected
         outside = expected if share < 1 else device.high - reserved.high
-        needed = share * self.trace.peak + outside + self.plan.memory.parts["workspace"]
-        card = {"name": "made-up", "memory_gib": needed / GIB, "bf16_tflops": 100.0}
-        plan = small_plan(self.architecture, **merge(self.sections, {"cluster": {"gpu": card}}))
+        plan = self._on_a_card_of(share * self.trace.peak + outside + roomy.parts["workspace"])
         return plan.memory.verdict, with_trace(plan, self.trace).memory.verdict
+
+    def _on_a_card_of(self, size: float) -> Plan:
+        card = {"name": "made-up", "memory_gib": size / GIB, "bf16_tflops": 100.0}
+        return small_plan(self.architecture, **merge(self.sections, {"cluster": {"gpu": card}}))
 
 
 def cells(architecture: str, is_all: bool) -> Iterator[Cell]:

@@ -11,12 +11,12 @@ import transformers
 from conftest import tiny_recipe
 from drumline.architectures.configs import read_shape
 from drumline.architectures.shapes import ModelShape
+from drumline.architectures.weight_files import weights_in
 from drumline.architectures.weight_names import problem_with
 from drumline.errors import PlanError
 from drumline.plan.model import Plan
 from drumline.recipe.load import validate
 from drumline.session.planning import make_plan
-from drumline.session.weight_files import weights_in
 from memory.plans import ENCODERS, IMAGES, SMALL
 from pretrained_folders import changed, prefixed, saved, without
 

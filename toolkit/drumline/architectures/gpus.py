@@ -10,6 +10,9 @@ from drumline.recipe import yaml12
 from drumline.recipe.schema import Card, Recipe
 from drumline.units import GIB, format_bytes
 
+PUBLISHED_CONTEXT_BYTES = 500e6
+"""The CUDA context of a card where it was not measured; 300 to 700 MB were published."""
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -24,6 +27,7 @@ class Gpu:
     workspace_bytes: int
     has_flash: bool = True
     fp16_flops: float | None = None
+    context_bytes: float = PUBLISHED_CONTEXT_BYTES
 
     @property
     def is_cpu(self) -> bool:
@@ -62,7 +66,16 @@ def _in_the_table(name: str) -> Gpu:
     memory, flops = row["memory_gib"], [row.get(f"{kind}_tflops") for kind in ("bf16", "fp16")]
     bf16, fp16 = (None if value is None else value * 1e12 for value in flops)
     size = None if memory is None else int(memory * GIB)
-    return Gpu(found, size, bf16, row["workspace_mib"] << 20, row.get("flash", True), fp16)
+    measured = row.get("context_mib")
+    return Gpu(
+        found,
+        size,
+        bf16,
+        row["workspace_mib"] << 20,
+        row.get("flash", True),
+        fp16,
+        measured << 20 if measured else PUBLISHED_CONTEXT_BYTES,
+    )
 
 
 def _fix(wanted: str, rows: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from drumline.architectures.gpus import PUBLISHED_CONTEXT_BYTES
 from drumline.memory.allocator import (
     SMALL_REQUEST,
     SMALL_SEGMENT,
@@ -28,14 +29,15 @@ _ZERO_MOVING = (0.95, 1.0, 1.1)
 """The same under DeepSpeed; wider, because its live tensors were compared on CPU only, with 2 and 4 ranks
 (tests/distributed/test_zero_memory.py), where nothing overlaps."""
 
-_CONTEXT_BYTES = (300e6, 500e6, 700e6)
-"""Low, expected and high size of the CUDA context; published figures, not measured by us."""
+_CONTEXT_RANGE = (-200e6, 0.0, 200e6)
+"""Low, expected and high size of the CUDA context with what it has loaded, less that of the card's
+table: the range of the published ones."""
 
 _NCCL_BYTES = (500e6, 1000e6, 2000e6)
 """Low, expected and high size of NCCL's buffers on one node; published figures. On several nodes the high
 one is doubled."""
 
-UNMEASURED = "context and NCCL published; not measured on a GPU yet"
+OUTSIDE = "context measured on an H100, else published; NCCL published"
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Totals:
 class Device:
     """What a rank's allocations share: the capacity in bytes (None if not known), ranks and nodes.
 
-    `workspace`: bytes of cuBLAS' workspace. `is_cpu`: no CUDA, so all three totals are the allocated bytes.
+    `workspace`: bytes of cuBLAS' workspaces. `is_cpu`: no CUDA, so all three totals are the allocated bytes.
+    `context`: bytes of the CUDA context.
     Of runs that logged their peaks (`calibration.py`), each low, expected, high: `measured_outside`, bytes
     beyond the reserved ones, and `held`, reserved bytes over those of a replay, which lower its limit.
     """
@@ -79,6 +82,7 @@ class Device:
     ranks: int = 1
     nodes: int = 1
     is_cpu: bool = False
+    context: float = PUBLISHED_CONTEXT_BYTES
     measured_outside: tuple[float, float, float] | None = None
     held: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
@@ -86,12 +90,13 @@ class Device:
         """Bytes that the CUDA context and NCCL take: low, expected, high."""
         if self.measured_outside:
             return self.measured_outside
+        low, expected, high = (self.context + more for more in _CONTEXT_RANGE)
+        context = (low, expected, high)
         if self.ranks == 1:
-            return _CONTEXT_BYTES
+            return context
         times = (1, 1, 2 if self.nodes > 1 else 1)
         low, expected, high = (
-            context + nccl * n
-            for context, nccl, n in zip(_CONTEXT_BYTES, _NCCL_BYTES, times, strict=True)
+            own + nccl * n for own, nccl, n in zip(context, _NCCL_BYTES, times, strict=True)
         )
         return low, expected, high
 
@@ -121,7 +126,7 @@ def totals(
     if device.is_cpu:
         return Totals(allocated, allocated, allocated, basis)
     network = " + NCCL" if device.ranks > 1 else ""
-    basis["device"] = f"reserved + context{network}: {UNMEASURED}"
+    basis["device"] = f"reserved + context{network}: {OUTSIDE}"
     outside = device.outside()
     if device.capacity is not None and expected * device.held[1] + outside[1] > device.capacity:
         basis["reserved"] = "at least the allocated bytes, which the device does not hold"

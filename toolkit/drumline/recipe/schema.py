@@ -75,6 +75,7 @@ class Model(Section):
     config: dict[str, Any] = {}
     name: Name | None = None
     path: Name | None = None
+    revision: Annotated[Name | None, AddedLater()] = None
     factory: FactoryName | None = None
     attention: Literal["sdpa", "eager", "flash"] = "sdpa"
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
@@ -87,6 +88,10 @@ class Model(Section):
     def _source_has_its_key(self) -> Self:
         needed = {"config": "architecture", "hub": "name", "folder": "path", "factory": "factory"}
         _require_only(self, "source", self.source, needed)
+        if self.revision is not None and self.source != "hub":
+            raise ValueError(
+                "revision is a commit, branch or tag of the hub, and source is not hub"
+            )
         if self.activation_offload and self.activation_checkpointing == "none":
             raise ValueError(
                 "activation_offload keeps the inputs of checkpointed layers in host memory, and "

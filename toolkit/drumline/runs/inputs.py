@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from drumline.architectures.hub import cached_folder
 from drumline.data.dataset_manifest import read_dataset_manifest
 from drumline.plan.model import Plan
 from drumline.recipe.schema import Model
@@ -49,8 +50,6 @@ def _folder(folder: Path) -> str:
 
 def _revision(model: Model) -> str | None:
     """Commit of the hub snapshot in the local cache; None if it is not cached."""
-    from huggingface_hub import try_to_load_from_cache
-
     assert model.name
-    found = try_to_load_from_cache(model.name, "config.json")
-    return Path(found).parent.name if isinstance(found, str) else None
+    folder = cached_folder(model.name, model.revision)
+    return folder.name if folder else None

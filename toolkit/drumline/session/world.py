@@ -78,15 +78,20 @@ def _prepared(recipe: Recipe, problems: list[str]) -> dict[str, Any]:
 
 def _weights(model: Model, problems: list[str]) -> dict[str, tuple[int, ...]] | None:
     """Shapes of a pretrained model's tensors; None for other sources, or where no weights are at hand."""
-    if model.source != "folder":
+    if not (model.path or model.name):
         return None
-    from drumline.session.weight_files import weights_in
+    from drumline.architectures.weight_files import weights_in
 
-    assert model.path
-    found = weights_in(Path(model.path))
-    if found is None:
-        problems.append(f"model.path: {model.path} holds no weights")
-    return found
+    if model.path:
+        found = weights_in(Path(model.path))
+        if found is None:
+            problems.append(f"model.path: {model.path} holds no weights")
+        return found
+    from drumline.architectures.hub import cached_folder, is_complete
+
+    assert model.name
+    folder = cached_folder(model.name, model.revision)
+    return weights_in(folder) if folder and is_complete(folder) else None
 
 
 def model_config(model: Model, problems: list[str]) -> dict[str, Any] | None:
@@ -103,15 +108,12 @@ def model_config(model: Model, problems: list[str]) -> dict[str, Any] | None:
         if not file.is_file():
             raise PlanError(f"model.path: {model.path} has no config.json")
         return _read_config(file)
-    from huggingface_hub import try_to_load_from_cache
+    from drumline.architectures.hub import cached_folder
 
     assert model.name
-    try:
-        found = try_to_load_from_cache(model.name, "config.json")
-    except ValueError as error:
-        raise PlanError(f"model.name: {model.name!r}: {error}") from None
-    if isinstance(found, str):
-        return _read_config(Path(found))
+    folder = cached_folder(model.name, model.revision)
+    if folder:
+        return _read_config(folder / "config.json")
     from drumline.architectures.known_models import known_config
 
     known = known_config(model.name)

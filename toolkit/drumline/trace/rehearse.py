@@ -133,7 +133,7 @@ class RehearsedEngine(TorchEngine):
             recorder.paused(),
             patch.object(ModelBuilder, "_draw", _nothing),
             patch.object(ModelBuilder, "_hand_out", _materialise),
-            patch.object(build, "load_pretrained", _without_weights),
+            patch.object(build, "PretrainedWeights", _NoWeights),
             patch.object(builder, "build_model", _built),
             patch.object(_fsdp_param, "_chunk_with_empty", _Chunks),
             patch.object(nn.Module, "to", lambda module, device: module),
@@ -218,11 +218,16 @@ def _built(recipe: Recipe, manifest: DatasetManifest) -> build.Built:
         return build.build_model(recipe, manifest)
 
 
-def _without_weights(
-    kind: Any, where: str, config: Any, options: dict[str, Any], has_new_head: bool
-) -> tuple[nn.Module, list[str]]:
-    with torch.device("meta"):
-        return kind.from_config(config, dtype=torch.float32, **options), []
+class _NoWeights:
+    """In place of pretrained weights, whose values a trace does not need."""
+
+    missing: tuple[str, ...] = ()
+
+    def __init__(self, form: Any, folder: Any, has_new_head: bool) -> None: ...
+
+    def tie(self, model: Any) -> None:
+        """Tie as the config says."""
+        model.tie_weights()
 
 
 def _nothing(*arguments: Any, **options: Any) -> None:

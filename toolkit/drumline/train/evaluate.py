@@ -9,7 +9,7 @@ from drumline.plan.model import Plan
 from drumline.plan.steps import share
 from drumline.train.batches import micro_batch_tensors, open_rows
 from drumline.train.engines import Engine
-from drumline.train.step_reduce import any_rank
+from drumline.train.step_reduce import any_rank, is_shared
 from drumline.train.watch import Watch
 
 FORWARDS_PER_LOOK = 8
@@ -51,8 +51,9 @@ class Evaluator:
             indices = np.arange(start, stop) if stop > start else np.zeros(1, dtype=np.int64)
             tensors = micro_batch_tensors(self._rows, indices, by_sample, dummy=stop == start)
             sums += self._engine.evaluate(tensors).double()
-        dist.all_reduce(sums)
-        dist.broadcast(sums, src=0)
+        if is_shared():
+            dist.all_reduce(sums)
+            dist.broadcast(sums, src=0)
         total, *pairs = sums.tolist()
         weight = len(self._rows) if by_sample else int(self._rows.counts.sum())
         result = {"eval/loss": total / weight}

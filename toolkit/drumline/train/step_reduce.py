@@ -54,11 +54,13 @@ class StepReduce:
         if extra_sums is not None:
             parts.append(extra_sums)
         self._shared = torch.cat(parts)
-        self._work = dist.all_reduce(self._shared, async_op=True)
+        # Alone there is nothing to sum, and NCCL's first collective would take half a gigabyte.
+        self._work = dist.all_reduce(self._shared, async_op=True) if is_shared() else None
 
     def wait(self, norm: Tensor) -> Verdict:
         """The verdict on the step, equal on every rank."""
-        self._work.wait()
+        if self._work:
+            self._work.wait()
         found = torch.cat([self._shared, norm.reshape(1)]).tolist()
         loss, stops, due, failed, *extra_sums, grad_norm = found
         return Verdict(
@@ -71,6 +73,11 @@ class StepReduce:
         )
 
 
+def is_shared() -> bool:
+    """Whether there is another rank to agree with."""
+    return dist.get_world_size() > 1
+
+
 def on_device(value: float, device: torch.device) -> Tensor:
     """A number as float32 [], filled in by a kernel: torch.tensor would copy it and synchronise."""
     return torch.full((), float(value), dtype=torch.float32, device=device)
@@ -79,5 +86,6 @@ def on_device(value: float, device: torch.device) -> Tensor:
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set on any rank: a collective with a device synchronisation."""
     shared = on_device(flag, device)
-    dist.all_reduce(shared)
+    if is_shared():
+        dist.all_reduce(shared)
     return bool(shared.item() > 0)

@@ -100,6 +100,7 @@ def _run(
     files.write_device(device_facts(device))
     watch.enter(Phase.JOINING)
     with _process_group(plan, files.rank, device):
+        _have_model(plan)
         if arguments.task == "train":
             outcome = train(
                 plan,
@@ -202,9 +203,25 @@ def _process_group(plan: Plan, rank: int, device: Any) -> Iterator[None]:
     dist.init_process_group(backend, timeout=timeout, **meeting)
     try:
         yield
-        dist.barrier()  # a rank that leaves early can abort the others' shutdown
+        if world > 1:
+            dist.barrier()  # a rank that leaves early can abort the others' shutdown
     finally:
         dist.destroy_process_group()
+
+
+def _have_model(plan: Plan) -> None:
+    """Fetch a model of the hub where this node's cache lacks it: one rank of the node, the others wait."""
+    spec = plan.recipe.model
+    if spec.name is None:
+        return
+    from drumline.architectures.hub import fetch
+
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        fetch(spec.name, spec.revision)
+    if plan.mesh.ranks > 1:
+        import torch.distributed as dist
+
+        dist.barrier()
 
 
 def _failure(error: BaseException, log: Path) -> dict[str, Any]:

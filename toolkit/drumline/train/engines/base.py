@@ -109,13 +109,24 @@ class Engine:
         out-of-memory errors before the first real step.
         """
         buffers = {name: value.clone() for name, value in self.module.named_buffers()}
-        for _ in range(passes):
+        for number in range(passes):
+            if number:
+                self._let_go_of_buckets()
             self.accumulate(tensors, 0, 1.0, step=0, dummy=True, last=True)
             self.check_that_all_is_used()
             self.skip()
         with torch.no_grad():
             for name, value in self.module.named_buffers():
                 value.copy_(buffers[name])
+
+    def _let_go_of_buckets(self) -> None:
+        """Drop the gradients that are views of DDP's first buckets, which the next forward replaces.
+
+        Else both sets of buckets are alive until the end of its backward.
+        """
+        if isinstance(self.wrapped, DistributedDataParallel):
+            for parameter in self.module.parameters():
+                parameter.grad = None
 
     def check_that_all_is_used(self) -> None:
         """PlanError where DDP would wait for gradients that never come: the loss does not use all weights."""

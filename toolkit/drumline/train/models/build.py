@@ -1,19 +1,21 @@
-"""Builds the recipe's model: on the meta device if its weights are initialised later, else with weights."""
+"""Builds the recipe's model: on the meta device, but for a factory's, which has its weights already."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from drumline.architectures.fields import refuse_near_misses
+from drumline.architectures.hub import cached_folder
 from drumline.architectures.labels import number_of_labels
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.data.factory import load_factory
 from drumline.errors import PlanError
 from drumline.recipe.schema import Recipe
 from drumline.train.models.masks import answer_without_looking
-from drumline.train.models.pretrained import load_pretrained
+from drumline.train.models.pretrained import PretrainedWeights
 from drumline.train.models.seeds import derived_seed
 
 ATTENTION = {"sdpa": None, "eager": "eager", "flash": "flash_attention_2"}
@@ -22,10 +24,10 @@ ATTENTION = {"sdpa": None, "eager": "eager", "flash": "flash_attention_2"}
 
 @dataclass(frozen=True)
 class Built:
-    """A model before its edits; `new`: names of weights that pretrained files lack, still to be drawn."""
+    """A model before its edits; `weights`: what it is to be filled from, None where it is drawn."""
 
     model: nn.Module
-    new: list[str] = field(default_factory=list)
+    weights: PretrainedWeights | None = None
 
 
 def build_model(recipe: Recipe, manifest: DatasetManifest) -> Built:
@@ -67,10 +69,16 @@ def _from_config(recipe: Recipe, manifest: DatasetManifest) -> nn.Module:
         raise PlanError(f"model.architecture: {spec.architecture}: {_first_line(error)}") from None
     _check_padding(recipe, config)
     try:
-        with torch.device("meta"):
-            return kind.from_config(config, dtype=torch.float32, **_options(recipe))  # type: ignore[no-any-return]
+        return _on_meta(kind, config, recipe)
     except ValueError as error:
         raise PlanError(f"model: {spec.architecture}: {_first_line(error)}") from None
+
+
+def _on_meta(kind: Any, config: Any, recipe: Recipe) -> nn.Module:
+    with torch.device("meta"):
+        return kind.from_config(  # type: ignore[no-any-return]
+            config, dtype=torch.float32, attn_implementation=ATTENTION[recipe.model.attention]
+        )
 
 
 def _from_weights(recipe: Recipe, manifest: DatasetManifest) -> Built:
@@ -78,7 +86,8 @@ def _from_weights(recipe: Recipe, manifest: DatasetManifest) -> Built:
     import transformers
 
     spec = recipe.model
-    where = str(spec.name or spec.path)
+    folder = _folder_of(recipe)
+    where = str(folder)
     head = recipe.data.facts.head
     try:
         saved = transformers.PreTrainedConfig.get_config_dict(where)[0]
@@ -87,12 +96,24 @@ def _from_weights(recipe: Recipe, manifest: DatasetManifest) -> Built:
         )
         kind = _kind(head, config.model_type)
         _check_padding(recipe, config)
-        return Built(
-            *load_pretrained(kind, where, config, _options(recipe), head == "classification")
-        )
+        form = _on_meta(kind, config, recipe)
     except (OSError, ValueError) as error:
         key = "name" if spec.name else "path"
         raise PlanError(f"model.{key}: {where}: {_first_line(error)}") from None
+    weights = PretrainedWeights(form, folder, has_new_head=head == "classification")
+    return Built(_on_meta(kind, config, recipe), weights)
+
+
+def _folder_of(recipe: Recipe) -> Path:
+    """The folder of a pretrained model; one of the hub was fetched before."""
+    spec = recipe.model
+    if spec.path:
+        return Path(spec.path)
+    assert spec.name
+    folder = cached_folder(spec.name, spec.revision)
+    if folder is None:
+        raise PlanError(f"model.name: {spec.name} is not in the cache. Nearest: drumline prepare")
+    return folder
 
 
 def _check_padding(recipe: Recipe, config: Any) -> None:
@@ -103,10 +124,6 @@ def _check_padding(recipe: Recipe, config: Any) -> None:
             f"model.config.pad_token_id: {config.model_type} has none, so a classifier cannot tell the last "
             "token of a row from its padding. Nearest: model.config.pad_token_id=0"
         )
-
-
-def _options(recipe: Recipe) -> dict[str, Any]:
-    return {"attn_implementation": ATTENTION[recipe.model.attention]}
 
 
 def _fields(

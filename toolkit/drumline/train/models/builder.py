@@ -1,9 +1,9 @@
-"""Materialises a model block by block, each from a generator seeded by (seed, block name).
+"""Materialises a model block by block: from pretrained files, or drawn from (seed, block name).
 
 Initial weights do not depend on the number of ranks, and no rank holds more than a few unsharded blocks.
 Torch's CPU generator gives the same numbers on every machine; its CUDA generator does not, so a run could not
-be reproduced on other hardware. Blocks are therefore initialised on the CPU, each by one rank, several ranks
-at the same time, and broadcast to the other ranks from the device that will hold them.
+be reproduced on other hardware. Blocks are therefore drawn on the CPU, or read into its memory, each by one
+rank, several ranks at the same time, and broadcast to the other ranks from the device that will hold them.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from drumline.train.models.blocks import has_batchnorm, named_blocks, own_tensor
 from drumline.train.models.build import build_model, check_vocabulary
 from drumline.train.models.checkpointing import enable_checkpointing
 from drumline.train.models.edits import apply_edits
+from drumline.train.models.pretrained import PretrainedWeights
 from drumline.train.models.seeds import derived_seed
 
 _OUTSIDE = "rest"
@@ -55,15 +56,20 @@ class ModelBuilder:
         progress: Progress = ignore_progress,
     ) -> None:
         self._seed, self._device = recipe.seed, device or torch.device("cpu")
-        self._is_random = recipe.model.source == "config"
+        self._is_empty = recipe.model.source != "factory"
         name = find_precision(recipe.precision, recipe.strategy.name).model
         self._dtype = dtype or (getattr(torch, name) if name != "float32" else None)
         self._progress = progress
         self._inside: set[int] = set()
         built = build_model(recipe, manifest)
         self.model: Any = built.model
+        self._weights = built.weights
+        self._names = {id(module): name for name, module in self.model.named_modules()}
         self.notes: list[str] = []
-        self._draw_new(built.new)
+        if new := built.weights.missing if built.weights else []:
+            self.notes.append(
+                f"new weights, which the files lack, drawn from seed {self._seed}: {', '.join(new)}"
+            )
         if recipe.model.source == "factory":
             found = "has BatchNorm" if has_batchnorm(self.model) else "has no BatchNorm"
             self.notes.append(f"the model of {recipe.model.factory} {found}")
@@ -72,20 +78,6 @@ class ModelBuilder:
         policy = recipe.model.activation_checkpointing
         if policy != "none":
             enable_checkpointing(self.model, policy, recipe.model.activation_offload)
-
-    def _draw_new(self, names: list[str]) -> None:
-        """Draw the weights that pretrained files lack, each module from (seed, its name), on every rank."""
-        modules = sorted({name.rpartition(".")[0] for name in names})
-        for name in modules:
-            module = self.model.get_submodule(name)
-            for parameter in module.parameters(recurse=False):
-                parameter._is_hf_initialized = False  # type: ignore[attr-defined]
-            torch.manual_seed(derived_seed("init", self._seed, name))
-            _initialise(self.model, [module])
-        if names:
-            self.notes.append(
-                f"new weights, which the files lack, drawn from seed {self._seed}: {', '.join(names)}"
-            )
 
     def blocks(self) -> Iterator[nn.Module]:
         """The repeated blocks (a transformer's layers), each with its initial weights."""
@@ -107,8 +99,7 @@ class ModelBuilder:
         outside = [m for m in self.model.modules() if id(m) not in self._inside]
         self._draw([(_OUTSIDE, outside)])
         self._hand_out(outside, source=0)
-        if self._is_random:
-            self.model.tie_weights()
+        self._tie()
         return self.model
 
     def whole(self) -> nn.Module:
@@ -118,16 +109,45 @@ class ModelBuilder:
         return self.finish()
 
     def _draw(self, units: list[tuple[str, list[nn.Module]]]) -> None:
-        """Initialise this rank's units on the CPU; the others stay on the meta device."""
+        """Give this rank's units their weights, on the CPU; the others stay on the meta device."""
         for number, (name, modules) in enumerate(units):
-            if self._is_random and number % _world() == _rank():
+            if not self._is_empty or number % _world() != _rank():
+                continue
+            if self._weights:
+                self._read(self._weights, name, modules)
+            else:
                 _allocate(modules, torch.device("cpu"))
                 torch.manual_seed(derived_seed("init", self._seed, name))
                 _initialise(self.model, modules)
 
+    def _read(self, weights: PretrainedWeights, unit: str, modules: list[nn.Module]) -> None:
+        """Fill these modules from the files; draw what the files lack, each module from (seed, its name)."""
+        places = {}
+        for module in modules:
+            prefix = self._names.get(id(module))
+            if prefix is not None:
+                for leaf in (*module._parameters, *module._buffers):
+                    places[f"{prefix}.{leaf}" if prefix else leaf] = (module, leaf)
+        for name, value in weights.read(set(places)).items():
+            _put(*places[name], value)
+        self._tie()
+        _allocate(modules, torch.device("cpu"))
+        new = {name.rpartition(".")[0] for name in weights.missing if name in places}
+        for name in sorted(new):
+            torch.manual_seed(derived_seed("init", self._seed, name))
+            _initialise(self.model, [m for m in modules if self._names.get(id(m)) == name])
+        torch.manual_seed(derived_seed("init", self._seed, unit))
+        _initialise(self.model, modules)  # what no file holds: buffers that follow from the config
+
+    def _tie(self) -> None:
+        if self._weights:
+            self._weights.tie(self.model)
+        elif self._is_empty:
+            self.model.tie_weights()
+
     def _hand_out(self, modules: list[nn.Module], source: int) -> None:
         """Move modules to the device in their dtype, and broadcast the weights that `source` initialised."""
-        if self._is_random and source != _rank():
+        if self._is_empty and source != _rank():
             _allocate(modules, self._device)
             with _without_draws():
                 _initialise(self.model, modules)
@@ -136,7 +156,7 @@ class ModelBuilder:
                 for name, tensor in store.items():
                     if tensor is not None and not isinstance(tensor, DTensor):
                         self._place(store, name, tensor)
-        if self._is_random and _world() > 1:
+        if self._is_empty and _world() > 1:
             for module in modules:
                 for tensor in own_tensors(module):
                     if not isinstance(tensor, DTensor):  # tied to a weight that is already sharded
@@ -154,8 +174,24 @@ class ModelBuilder:
 def _allocate(modules: list[nn.Module], device: torch.device) -> None:
     """Replace meta tensors by uninitialised ones on `device`."""
     for module in modules:
-        if any(tensor.is_meta for tensor in own_tensors(module)):
-            module.to_empty(device=device, recurse=False)
+        for store in (module._parameters, module._buffers):
+            for leaf, tensor in store.items():
+                if tensor is not None and tensor.is_meta:
+                    _put(
+                        module, leaf, torch.empty_like(tensor, device=device), is_initialised=False
+                    )
+
+
+def _put(module: nn.Module, leaf: str, value: Tensor, is_initialised: bool = True) -> None:
+    """Replace a module's tensor by one of these values; rules of initialisation leave it alone then."""
+    held = module._parameters.get(leaf)
+    if held is None:
+        module._buffers[leaf] = value
+        return
+    parameter = nn.Parameter(value, requires_grad=held.requires_grad)
+    if is_initialised:
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    module._parameters[leaf] = parameter
 
 
 @torch.no_grad()

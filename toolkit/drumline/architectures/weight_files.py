@@ -1,4 +1,4 @@
-"""Reads what a pretrained model's safetensors files hold, from their headers alone; without torch."""
+"""Finds a pretrained model's safetensors files, and reads what their headers say; without torch."""
 
 import json
 from pathlib import Path
@@ -18,11 +18,20 @@ def weights_in(folder: Path) -> dict[str, tuple[int, ...]] | None:
 
     PlanError names the file that is missing, damaged or of another format.
     """
+    found = headers_in(folder)
+    return None if found is None else {k: v for held in found.values() for k, v in held.items()}
+
+
+def headers_in(folder: Path) -> dict[Path, dict[str, tuple[int, ...]]] | None:
+    """Shapes of the tensors in each of the folder's files of weights; None where it has none.
+
+    Raises as `weights_in` does.
+    """
     index = folder / _INDEX
     if index.is_file():
         return _of_index(folder, index)
     if (folder / _SINGLE).is_file():
-        return _header(folder / _SINGLE)
+        return {folder / _SINGLE: _header(folder / _SINGLE)}
     pickled = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
     if pickled:
         raise PlanError(
@@ -32,19 +41,19 @@ def weights_in(folder: Path) -> dict[str, tuple[int, ...]] | None:
     return None
 
 
-def _of_index(folder: Path, index: Path) -> dict[str, tuple[int, ...]]:
+def _of_index(folder: Path, index: Path) -> dict[Path, dict[str, tuple[int, ...]]]:
     try:
         shards: dict[str, str] = dict(parse_json(index.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError):
         raise PlanError(f"model.path: {index}: not an index of weights") from None
-    found: dict[str, tuple[int, ...]] = {}
+    found: dict[Path, dict[str, tuple[int, ...]]] = {}
     for name in sorted(set(shards.values())):
         file = folder / name
         if not file.is_file():
             lost = next(key for key, shard in shards.items() if shard == name)
             raise PlanError(f"model.path: {file} is missing, which {index.name} names for {lost}")
-        found |= _header(file)
-    absent = next((key for key in shards if key not in found), None)
+        found[file] = _header(file)
+    absent = next((key for key in shards if key not in found[folder / shards[key]]), None)
     if absent is not None:
         raise PlanError(
             f"model.path: {folder / shards[absent]} has no {absent}, which {index.name} says it has"
