@@ -216,7 +216,7 @@ def test_a_killed_prepare_leaves_no_half_cache(tmp_path: Path) -> None:
     program = (
         "import sys, time; from pathlib import Path; from drumline.recipe.schema import Data\n"
         "from drumline.data import prepare\n"
-        "def slow(documents, tokens): print('at', flush=True); time.sleep(60)\n"
+        "def slow(documents, tokens, share): print('at', flush=True); time.sleep(60)\n"
         f"data = Data(source='files', path={str(tmp_path / 't.txt')!r}, task='causal_lm', sequence_length=16)\n"
         "prepare.prepare(data, None, slow)\n"
     )

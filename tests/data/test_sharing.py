@@ -73,7 +73,9 @@ def test_what_a_killed_prepare_leaves_is_deleted_by_the_next(shared: Path, tmp_p
     pid = os.fork()
     if pid == 0:
         prepare(
-            validate(tiny_recipe(**RECIPE), "r").data, None, lambda documents, rows: time.sleep(60)
+            validate(tiny_recipe(**RECIPE), "r").data,
+            None,
+            lambda documents, rows, share: time.sleep(60),
         )
         os._exit(0)
     deadline = time.monotonic() + 30

@@ -7,6 +7,7 @@ import pytest
 from arena import STEPS, Arena
 from whole_tensors import whole_tensors
 
+from drumline.metrics_file import read_metrics
 from drumline.plan.model import Plan
 from pretrained_folders import saved
 
@@ -18,6 +19,8 @@ REFERENCE = "ddp-6x1x2"
 LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 257, "pad_token_id": 0, "tie_word_embeddings": True}  # fmt: skip
 CLASSES = 3
+SETS = {"short": 5, "long": 11}
+"""Rows of each evaluation set."""
 
 
 def name_of(engine: str, split: tuple[int, int, int]) -> str:
@@ -31,13 +34,25 @@ def plan_of(arena: Arena, engine: str, split: tuple[int, int, int]) -> Plan:
     if not labelled.exists():
         rows = [{"text": "abc"[n % 3] * (1 + n * 7 % 40), "label": n % CLASSES} for n in range(41)]
         labelled.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for name, size in SETS.items():
+            its = "".join(json.dumps(row) + "\n" for row in rows[-size:])
+            (arena.folder / f"{name}.jsonl").write_text(its)
         saved(folder, "AutoModelForCausalLM", "llama", LLAMA, shard="40KB")
     return arena.plan(
         engine,
         split,
         model={"source": "folder", "path": str(folder)},
-        data={"path": str(labelled), "task": "classification"},
+        data={
+            "path": str(labelled),
+            "task": "classification",
+            "evaluation": {
+                name: {"source": "files", "path": str(arena.folder / f"{name}.jsonl")}
+                for name in SETS
+            },
+        },
         batch={"weighting": "sample"},
+        evaluation={"every_steps": 4, "per_device": 3},
+        early_stopping={"metric": "eval/short/accuracy", "patience": 9},
     )
 
 
@@ -86,6 +101,32 @@ def test_a_resume_goes_on_bitwise(arena: Arena, engine: str) -> None:
     ]
     ours, theirs = weights(arena, stopped), weights(arena, straight)
     assert all((ours[key] == theirs[key]).all() for key in theirs)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_set_has_its_own_metrics(arena: Arena, engine: str) -> None:
+    """The same under every engine and at two ranks; without a name they are of all rows together."""
+    name = name_of(engine, (2, 2, 3))
+    ours, theirs = (evaluations(arena, run) for run in (name, REFERENCE))
+    assert [line["step"] for line in ours] == [4, 8]
+    for mine, same in zip(ours, theirs, strict=True):
+        keys = {key for key in same if key.startswith("eval/")}
+        assert keys == {
+            f"eval/{part}{what}"
+            for part in ("", "short/", "long/")
+            for what in ("loss", "accuracy")
+        }
+        for key in keys:
+            assert mine[key] == pytest.approx(same[key], rel=1e-5)
+        rows = sum(SETS.values())
+        whole = sum(size * mine[f"eval/{part}/loss"] for part, size in SETS.items()) / rows
+        assert mine["eval/loss"] == pytest.approx(whole, rel=1e-9)
+        assert mine["eval/short/loss"] != mine["eval/long/loss"]
+
+
+def evaluations(arena: Arena, name: str) -> list[dict[str, Any]]:
+    lines = read_metrics(arena.folder / name / "metrics.jsonl")
+    return [line for line in lines if "eval/loss" in line]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -46,6 +46,8 @@ CHANGES: dict[str, Any] = {
              {"completion_field": "c"}, {"split": "test"}, {"sequence_length": 9},
              {"source": "files", "name": None, "path": "/x.csv"}, {"task": "sft", "sequence_length": 9},
              {"task": "sft", "sequence_length": 9, "bos": True}, {"on_bad_row": "skip"},
+             {"validation_split": "periodic"}, {"validation_seed": 1},
+             {"validation": 0.0, "evaluation": {"clean": {"source": "files", "path": "/e.jsonl"}}},
              {"source": "factory", "name": None, "factory": "m:f"},
              {"task": "custom", "task_factory": "m:f"},
              {"task": "custom", "task_factory": "m:f", "task_options": {"a": 1}}],

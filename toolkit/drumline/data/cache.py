@@ -4,16 +4,19 @@ The key is cheap: it uses names, sizes and times of data files, not their conten
 dataset manifest identifies the content.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from drumline.data.factory import factory_files
 from drumline.data.files import matching_files
-from drumline.recipe.schema import Data
+from drumline.errors import DataError
+from drumline.recipe.schema import ALONE, Data
 
 FORMAT_VERSION = 2
 
@@ -29,15 +32,38 @@ def cache_root() -> Path:
 
 def cache_folder(data: Data, project: str | None) -> Path:
     """The folder for these data; it exists once they are prepared."""
-    plain = data.model_dump(exclude={"samples"})
+    plain = data.model_dump()
     plain["format"] = FORMAT_VERSION
     plain["stamps"] = _stamps(data, project)
     text = json.dumps(plain, sort_keys=True)
     return cache_root() / "data" / hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+@contextlib.contextmanager
+def told_of(name: str) -> Iterator[None]:
+    """Context whose DataErrors tell the key of this evaluation set."""
+    key = "data.evaluation" if name == ALONE else f"data.evaluation.{name}"
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{key}{str(error).removeprefix('data')}") from None
+
+
 def _stamps(data: Data, project: str | None) -> Any:
-    """Values that change with the source: file sizes and times, hashes of factory code, Python's version."""
+    """Values that change with the sources: file sizes and times, hashes of factory code, Python's version."""
+    stamps = _stamps_of_source(data, project)
+    for name, own in data.evaluation_sets().items():
+        with told_of(name):
+            stamps += _stamps_of_source(own, project)
+    if data.task_factory:
+        stamps += _hashes(data.task_factory, project)
+    if data.tokenizer.startswith("/"):
+        folder = Path(data.tokenizer)
+        stamps += [_stamp(path) for path in sorted(folder.glob("*")) if path.is_file()]
+    return stamps
+
+
+def _stamps_of_source(data: Data, project: str | None) -> list[Any]:
     stamps: list[Any] = []
     if data.source == "builtin":
         stamps.append(platform.python_version())
@@ -46,11 +72,6 @@ def _stamps(data: Data, project: str | None) -> Any:
     elif data.source == "factory":
         assert data.factory
         stamps += _hashes(data.factory, project)
-    if data.task_factory:
-        stamps += _hashes(data.task_factory, project)
-    if data.tokenizer.startswith("/"):
-        folder = Path(data.tokenizer)
-        stamps += [_stamp(path) for path in sorted(folder.glob("*")) if path.is_file()]
     return stamps
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from drumline.errors import DataError
 from drumline.files import read_json
+from drumline.recipe.schema import ALONE
 
 MANIFEST_VERSION = 3
 _FILE = "card.json"
@@ -20,7 +21,8 @@ class DatasetManifest:
 
     `arrays`: the dtype of each extra array that a custom task stores. `files`: bytes of each file. `longest`:
     input tokens of the longest row, which no padded micro-batch is wider than; None if rows are packed, or
-    collated by a custom task.
+    collated by a custom task. `evaluation`: rows of each evaluation set by its name; `validation_samples` is
+    their sum.
     """
 
     task: str
@@ -41,7 +43,15 @@ class DatasetManifest:
     first_problem: str = ""
     files: dict[str, int] = field(default_factory=dict)
     arrays: dict[str, str] = field(default_factory=dict)
+    evaluation: dict[str, int] = field(default_factory=dict)
     version: int = MANIFEST_VERSION
+
+    @property
+    def evaluation_parts(self) -> dict[str, str]:
+        """The parts that are evaluated, by the names of their sets."""
+        if not self.evaluation:
+            return {ALONE: "validation"} if self.validation_samples else {}
+        return {name: part_of_set(name) for name in self.evaluation}
 
     @property
     def row_tokens(self) -> int | None:
@@ -77,6 +87,21 @@ def read_dataset_manifest(folder: Path) -> DatasetManifest | None:
     return manifest if manifest.files == sizes(folder) else None
 
 
+def _parts_in(folder: Path) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir())
+    except PermissionError:
+        raise DataError(not_ours(folder)) from None
+    except OSError:
+        return []
+
+
+def part_of_set(name: str) -> str:
+    """The part of an evaluation set."""
+    return f"evaluation-{name}"
+
+
 def not_ours(folder: Path) -> str:
     """Say that prepared data belong to somebody else, and what to do."""
     status = folder.stat()
@@ -93,7 +118,7 @@ def not_ours(folder: Path) -> str:
 def sizes(folder: Path) -> dict[str, int]:
     """Bytes of each array file in a prepared folder; detects missing and truncated files."""
     found: dict[str, int] = {}
-    for part in ("train", "validation"):
+    for part in _parts_in(folder):
         try:
             with os.scandir(folder / part) as entries:
                 found |= {

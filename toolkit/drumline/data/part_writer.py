@@ -93,11 +93,12 @@ class PartWriter:
 class Packer:
     """Packs documents end to end into one stream, cut into rows of `length` tokens plus the last target.
 
-    Every token but the first is a target exactly once; the last row may be shorter.
+    Every token but the first is a target exactly once; the last row may be shorter. `most`: rows at most, then
+    tokens are left over; None for no limit.
     """
 
-    def __init__(self, writer: PartWriter, length: int) -> None:
-        self._writer, self._length = writer, length
+    def __init__(self, writer: PartWriter, length: int, most: int | None = None) -> None:
+        self._writer, self._length, self._most = writer, length, most
 
     def add(self, tokens: Tokens) -> None:
         """Append a document's tokens."""
@@ -107,6 +108,8 @@ class Packer:
     def finish(self) -> None:
         """Cut the stream into rows."""
         targets = self._writer.tokens - 1
+        if self._most is not None:
+            targets = min(targets, self._most * self._length)
         rows = -(-max(0, targets) // self._length)
         for first in range(0, rows, _ROWS_AT_ONCE):
             starts = np.arange(first, min(rows, first + _ROWS_AT_ONCE)) * self._length

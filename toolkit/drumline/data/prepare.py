@@ -16,18 +16,26 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
 from drumline.data import cache, sources
-from drumline.data.dataset_manifest import DatasetManifest, not_ours, read_dataset_manifest, sizes
+from drumline.data.dataset_manifest import (
+    DatasetManifest,
+    not_ours,
+    part_of_set,
+    read_dataset_manifest,
+    sizes,
+)
 from drumline.data.part_writer import Packer, PartWriter
+from drumline.data.readers import Reading
 from drumline.data.rows import array_columns
 from drumline.data.source_row import SourceRow
 from drumline.data.tasks import Encoded, Task, find_task
-from drumline.data.tokenizers import Tokenizer, find_tokenizer
+from drumline.data.tokenize_ahead import TokenizeAhead
+from drumline.data.tokenizers import HubTokenizer, Tokenizer, find_tokenizer
+from drumline.data.validation_split import TRAIN, VALIDATION, Placed, split_of
 from drumline.errors import DataError
 from drumline.files import apply_umask
 from drumline.recipe.schema import Data
@@ -40,8 +48,8 @@ _JUST_MADE_S = 2.0
 """A process may have made its lock file and not taken the lock yet."""
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
 
-Progress = Callable[[int, int], None]
-"""Called with documents read and tokens (or rows) written so far."""
+Progress = Callable[[int, int, float], None]
+"""Called with documents read, tokens (or rows) written, and the share of the files that is read so far."""
 
 
 def prepare(data: Data, project: str | None, progress: Progress | None = None) -> Path:
@@ -54,7 +62,7 @@ def prepare(data: Data, project: str | None, progress: Progress | None = None) -
     temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     try:
         with _locked(temporary):
-            _write(data, project, temporary, progress or (lambda documents, tokens: None))
+            _write(data, project, temporary, progress or (lambda documents, tokens, share: None))
             apply_umask(temporary, 0o777)
             _publish(temporary, final)
     except OSError as error:
@@ -93,6 +101,13 @@ class _Seen:
                 f"{_MOST_BAD_ROWS:.0%}. The first: {self.first_problem}"
             )
 
+    def add(self, other: "_Seen") -> None:
+        """Add the counts of another source."""
+        self.truncated += other.truncated
+        self.dropped += other.dropped
+        self.skipped += other.skipped
+        self.first_problem = self.first_problem or other.first_problem
+
     def note(self, sample: Encoded) -> None:
         """Count a sample; DataError where its features have another shape than earlier ones."""
         self.truncated += sample.was_truncated
@@ -106,35 +121,56 @@ class _Seen:
 
 
 Writers = dict[str, PartWriter]
+Show = Callable[[int, int], None]
 
 
-def _write(data: Data, project: str | None, folder: Path, progress: Progress) -> None:
-    task = find_task(data, project)
-    rows = sources.read(data, project)
+@dataclass
+class _Source:
+    """The rows of one source, and the task that encodes them."""
+
+    data: Data
+    task: Task
+    rows: Iterator[SourceRow]
+    reading: Reading
+
+
+def _open(data: Data, project: str | None) -> _Source:
+    reading = Reading(0)
+    task, rows = find_task(data, project), sources.read(data, project, reading)
     first = next(rows, None)
     if first is None:
         raise DataError("data: the source has no rows")
     task.begin(first.fields)
-    tokenizer = (
-        find_tokenizer(data.tokenizer, data.bos, task.needs_end) if task.needs_tokenizer else None
-    )
+    return _Source(data, task, itertools.chain([first], rows), reading)
+
+
+def _write(data: Data, project: str | None, folder: Path, progress: Progress) -> None:
+    source, seen = _open(data, project), _Seen()
+    task, tokenizer = source.task, None
+    if task.needs_tokenizer:
+        tokenizer = find_tokenizer(data.tokenizer, data.bos, task.needs_end)
     dtype = None
     if tokenizer:
         dtype = "<u2" if tokenizer.vocabulary <= 1 << 16 else "<u4"
-    writers = {part: PartWriter(folder / part, dtype) for part in ("train", "validation")}
-    write = _write_stream if task.is_stream else _write_samples
-    seen = write(task, tokenizer, itertools.chain([first], rows), writers, progress)
+    writers = {part: PartWriter(folder / part, dtype) for part in (TRAIN, VALIDATION)}
+    _write_rows(source, tokenizer, writers, seen, progress)
     _refuse_empty(data, seen, writers)
-    train, validation = writers["train"], writers["validation"]
-    arrays = train.arrays | validation.arrays
-    own = [column for name in arrays for column in array_columns(name)]
+    for name, own in data.evaluation_sets().items():
+        part = part_of_set(name)
+        writers[part] = PartWriter(folder / part, dtype)
+        with cache.told_of(name):
+            its = _write_set(_open(own, project), tokenizer, writers[part], seen, progress)
+        seen.add(its)
+    arrays = {name: kind for writer in writers.values() for name, kind in writer.arrays.items()}
+    own_columns = [column for name in arrays for column in array_columns(name)]
     for writer in writers.values():
-        writer.close([*task.columns, *own])
+        writer.close([*task.columns, *own_columns])
+    train = writers[TRAIN]
     DatasetManifest(
         task=data.task,
         fingerprint=_fingerprint(data, tokenizer, writers, seen.feature_shape),
         samples=train.rows,
-        validation_samples=validation.rows,
+        validation_samples=sum(writer.rows for writer in writers.values()) - train.rows,
         sequence_length=data.sequence_length,
         tokenizer=tokenizer.fingerprint if tokenizer else None,
         token_dtype=dtype,
@@ -149,7 +185,47 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
         longest=_longest(data, writers.values()),
         files=sizes(folder),
         arrays=arrays,
+        evaluation={name: writers[part_of_set(name)].rows for name in data.evaluation or ()},
     ).write(folder)
+
+
+def _write_rows(
+    source: _Source,
+    tokenizer: Tokenizer | None,
+    writers: Writers,
+    seen: _Seen,
+    progress: Progress,
+) -> None:
+    write = _write_stream if source.task.is_stream else _write_samples
+
+    def show(documents: int, written: int) -> None:
+        progress(documents, written, source.reading.share())
+
+    if not isinstance(tokenizer, HubTokenizer):
+        write(source.task, tokenizer, source.rows, writers, seen, show)
+        return
+    ahead = TokenizeAhead(tokenizer)
+    with contextlib.closing(ahead.rows(source.task, source.rows)) as rows:
+        write(source.task, ahead, rows, writers, seen, show)
+
+
+def _write_set(
+    source: _Source,
+    tokenizer: Tokenizer | None,
+    writer: PartWriter,
+    trained: _Seen,
+    progress: Progress,
+) -> _Seen:
+    """Write all rows of an evaluation set; DataError where they do not go with those that are trained."""
+    its = _Seen(feature_shape=trained.feature_shape)
+    _write_rows(source, tokenizer, {TRAIN: writer}, its, progress)
+    if not writer.rows:
+        raise DataError(f"data: {its.documents} documents gave no rows")
+    if its.classes > trained.classes:
+        raise DataError(
+            f"data: class {its.classes - 1}, and the training rows have classes 0 to {trained.classes - 1}"
+        )
+    return its
 
 
 def _longest(data: Data, writers: Iterable[PartWriter]) -> int | None:
@@ -157,19 +233,14 @@ def _longest(data: Data, writers: Iterable[PartWriter]) -> int | None:
     return None if data.task_factory else max(writer.longest for writer in writers) or None
 
 
-def _part_of(document: int, validation: Fraction) -> str:
-    """The part of a document: of the first n documents, floor(n × validation) are for validation."""
-    before, after = int(document * validation), int((document + 1) * validation)
-    return "validation" if after > before else "train"
-
-
 def _write_stream(
     task: Task,
     tokenizer: Tokenizer | None,
     rows: Iterable[SourceRow],
     writers: Writers,
-    progress: Progress,
-) -> _Seen:
+    seen: _Seen,
+    show: Show,
+) -> None:
     """Pack documents into rows, each with the begin token, if there is one, and the end token.
 
     A document may span several source rows.
@@ -179,8 +250,11 @@ def _write_stream(
     begins = True
     length = task.data.sequence_length
     assert length
-    share, seen, written = Fraction(str(task.data.validation)), _Seen(), 0
-    packers = {part: Packer(writer, length) for part, writer in writers.items()}
+    split, written, most = split_of(task.data), 0, task.data.samples
+    packers = {
+        part: Packer(writer, length, most if part == TRAIN else None)
+        for part, writer in writers.items()
+    }
     for row in rows:
         piece = _encoded(task, row, tokenizer, seen)
         if piece is None or piece.tokens is None:
@@ -189,13 +263,14 @@ def _write_stream(
         if begins and begin.size:
             tokens = np.concatenate([begin, tokens])
         begins = row.ends
-        packers[_part_of(seen.documents, share)].add(tokens)
+        packers[split.part_of(seen.documents)].add(tokens)
         seen.documents += row.ends
         written += len(tokens)
-        progress(seen.documents, written)
+        show(seen.documents, written)
+        if most is not None and writers[TRAIN].tokens > most * length:
+            break
     for packer in packers.values():
         packer.finish()
-    return seen
 
 
 def _write_samples(
@@ -203,12 +278,18 @@ def _write_samples(
     tokenizer: Tokenizer | None,
     rows: Iterable[SourceRow],
     writers: Writers,
-    progress: Progress,
-) -> _Seen:
+    seen: _Seen,
+    show: Show,
+) -> None:
     """Write one sample per source row; rows without a target are dropped and counted."""
-    share, seen = Fraction(str(task.data.validation)), _Seen()
+    split, most = split_of(task.data), task.data.samples
+
+    def append(placed: Placed) -> None:
+        for part, sample in placed:
+            if part != TRAIN or writers[part].rows != most:
+                writers[part].append_sample(sample)
+
     for row in rows:
-        writer = writers[_part_of(seen.documents, share)]
         skipped = seen.skipped
         sample = _encoded(task, row, tokenizer, seen)
         if seen.skipped > skipped:
@@ -216,10 +297,12 @@ def _write_samples(
         if sample is None or sample.count <= 0:
             seen.dropped += 1
         else:
-            writer.append_sample(sample)
+            append(split.place(seen.documents, sample))
         seen.documents += 1
-        progress(seen.documents, seen.documents)
-    return seen
+        show(seen.documents, seen.documents)
+        if writers[TRAIN].rows == most:
+            return
+    append(split.finish())
 
 
 def _encoded(
@@ -247,12 +330,12 @@ def _encoded(
 
 def _refuse_empty(data: Data, seen: _Seen, writers: Writers) -> None:
     documents = seen.documents
-    if documents == 0 or writers["train"].rows == 0:
+    if documents == 0 or writers[TRAIN].rows == 0:
         why = ""
         if seen.dropped:
             why = f": {seen.dropped} have no target within sequence_length {data.sequence_length}"
         raise DataError(f"data: {documents} documents gave no training rows{why}")
-    if data.validation and writers["validation"].rows == 0:
+    if data.validation and writers[VALIDATION].rows == 0:
         scale = 10 ** (len(str(documents)) + 1)
         enough = math.ceil(scale / documents) / scale  # rounded up
         fix = f"validation {enough:g} (one document)" if documents > 1 else "validation 0"

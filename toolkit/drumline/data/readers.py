@@ -6,10 +6,12 @@ Every error names the file and the line or row. Nothing guesses types: what a CS
 import bz2
 import csv
 import gzip
+import io
 import json
 import lzma
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,7 +27,21 @@ _ROWS_AT_ONCE = 1024
 _TABS = {"csv": ",", "tsv": "\t"}
 
 
-def read_file(path: Path) -> Iterator[SourceRow]:
+@dataclass
+class Reading:
+    """How far the files of a source have been read: `total` bytes of all, `done` of those that are read."""
+
+    total: int
+    done: int = 0
+    raw: IO[bytes] | None = None
+
+    def share(self) -> float:
+        """The share of the bytes that are read, from 0 to 1."""
+        now = 0 if self.raw is None or self.raw.closed else self.raw.tell()
+        return min(1.0, (self.done + now) / max(1, self.total))
+
+
+def read_file(path: Path, reading: Reading | None = None) -> Iterator[SourceRow]:
     """The rows of one file; a text file is one document.
 
     A row that cannot be read has a `problem`. DataError for a file that is not what it says.
@@ -33,36 +49,36 @@ def read_file(path: Path) -> Iterator[SourceRow]:
     kind = format_of(path)
     assert kind
     try:
-        yield from _READERS[kind](path)
+        yield from _READERS[kind](path, reading or Reading(1))
     except UnicodeDecodeError as error:
         raise DataError(f"data.path: {path} is not UTF-8 text (near byte {error.start})") from None
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise DataError(f"data.path: {path} cannot be read: {error}") from None
 
 
-def _text(path: Path) -> Iterator[SourceRow]:
+def _text(path: Path, reading: Reading) -> Iterator[SourceRow]:
     """One document."""
-    with _opened(path) as file:
+    with _opened(path, reading) as file:
         yield from text_blocks(file, str(path))
 
 
-def _json_lines(path: Path) -> Iterator[SourceRow]:
-    with _opened(path) as file:
+def _json_lines(path: Path, reading: Reading) -> Iterator[SourceRow]:
+    with _opened(path, reading) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield _json_row(line, f"{path}, line {number:,}")
 
 
-def _json(path: Path) -> Iterator[SourceRow]:
+def _json(path: Path, reading: Reading) -> Iterator[SourceRow]:
     """A list of objects, or an object a line."""
-    with _opened(path) as file:
+    with _opened(path, reading) as file:
         first = file.read(1)
         while first.isspace():
             first = file.read(1)
     if first != "[":
-        yield from _json_lines(path)
+        yield from _json_lines(path, reading)
         return
-    with _opened(path) as file:
+    with _opened(path, reading) as file:
         try:
             rows = _parsed(file.read())
         except ValueError as error:
@@ -103,11 +119,11 @@ def _mapping(row: Any, where: str) -> SourceRow:
     return SourceRow({}, where, problem=problem)
 
 
-def _table(path: Path) -> Iterator[SourceRow]:
+def _table(path: Path, reading: Reading) -> Iterator[SourceRow]:
     csv.field_size_limit(_LARGEST_FIELD)
     kind = format_of(path)
     assert kind
-    with _opened(path) as file:
+    with _opened(path, reading) as file:
         lines = csv.reader(file, delimiter=_TABS[kind], strict=True)
         try:
             header = next(lines, [])
@@ -129,7 +145,7 @@ def _table(path: Path) -> Iterator[SourceRow]:
             raise DataError(f"data.path: {path}, line {lines.line_num:,}: {error}") from None
 
 
-def _parquet(path: Path) -> Iterator[SourceRow]:
+def _parquet(path: Path, reading: Reading) -> Iterator[SourceRow]:
     try:
         import pyarrow as arrow
         from pyarrow import parquet
@@ -155,7 +171,7 @@ def _refuse_twins(names: list[str], where: str) -> None:
         )
 
 
-_READERS: dict[str, Callable[[Path], Iterator[SourceRow]]] = {
+_READERS: dict[str, Callable[[Path, Reading], Iterator[SourceRow]]] = {
     "text": _text,
     "jsonl": _json_lines,
     "json": _json,
@@ -165,19 +181,26 @@ _READERS: dict[str, Callable[[Path], Iterator[SourceRow]]] = {
 }
 
 
-def _opened(path: Path) -> IO[str]:
+def _opened(path: Path, reading: Reading) -> IO[str]:
     """The file as text, decompressed if its last suffix says that it is compressed."""
     if path.suffix == ".zst":
         return _zstandard(path)
-    opener: Callable[..., IO[str]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(
-        path.suffix, open
-    )  # type: ignore[assignment]
-    return opener(path, "rt", encoding=_ENCODING, newline="")
+    raw = reading.raw = path.open("rb")
+    opener: Callable[..., IO[str]] | None = {
+        ".gz": gzip.open,
+        ".bz2": bz2.open,
+        ".xz": lzma.open,
+    }.get(path.suffix)  # type: ignore[assignment]
+    try:
+        if opener:
+            return opener(raw, "rt", encoding=_ENCODING, newline="")
+        return io.TextIOWrapper(raw, encoding=_ENCODING, newline="")
+    except BaseException:
+        raw.close()
+        raise
 
 
 def _zstandard(path: Path) -> IO[str]:
-    import io
-
     try:
         import pyarrow as arrow
     except ImportError:

@@ -9,19 +9,19 @@ from typing import Any
 from drumline.data import builtin
 from drumline.data.factory import load_factory
 from drumline.data.files import matching_files
-from drumline.data.readers import read_file
+from drumline.data.readers import Reading, read_file
 from drumline.data.source_row import SourceRow
 from drumline.errors import DataError
 from drumline.recipe.schema import Data
 
 
-def read(data: Data, project: str | None) -> Iterator[SourceRow]:
-    """Iterate over the rows of the recipe's data source."""
+def read(data: Data, project: str | None, reading: Reading | None = None) -> Iterator[SourceRow]:
+    """Iterate over the rows of the recipe's data source; `reading` is told how far its files are read."""
     if data.source == "builtin":
         assert data.name
         return builtin.documents(data.name, data.options)
     if data.source == "files":
-        return _from_files(data)
+        return _from_files(data, reading or Reading(0))
     rows = _from_hub(data) if data.source == "hub" else _from_factory(data, project)
     return (SourceRow(fields, f"row {number:,}") for number, fields in enumerate(rows, 1))
 
@@ -47,13 +47,15 @@ def source_label(data: Data) -> str:
     return "sha256"
 
 
-def _from_files(data: Data) -> Iterator[SourceRow]:
-    files = matching_files(data)
-    for path in files:
-        if path.stat().st_size == 0:
+def _from_files(data: Data, reading: Reading) -> Iterator[SourceRow]:
+    sizes = {path: path.stat().st_size for path in matching_files(data)}
+    for path, size in sizes.items():
+        if size == 0:
             raise DataError(f"data.path: {path} is empty (0 bytes)")
-    for path in files:
-        yield from read_file(path)
+    reading.total = sum(sizes.values())
+    for path, size in sizes.items():
+        yield from read_file(path, reading)
+        reading.done, reading.raw = reading.done + size, None
 
 
 def _from_hub(data: Data) -> Iterator[dict[str, Any]]:

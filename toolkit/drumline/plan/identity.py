@@ -60,32 +60,32 @@ def _training(plain: dict[str, Any]) -> dict[str, Any]:
 
 def _identity(recipe: dict[str, Any]) -> dict[str, Any]:
     plain = {k: v for k, v in recipe.items() if k not in ("logging", "description")}
-    for section, key, default in _later_keys():
-        if section is None and plain.get(key) == default:
+    for section, key, absent in _later_keys():
+        if section is None and plain.get(key) in absent:
             plain.pop(key, None)
         elif section is not None and isinstance(plain.get(section), dict):
             values = plain[section]
-            if key in values and values[key] == default:
+            if key in values and values[key] in absent:
                 plain[section] = {k: v for k, v in values.items() if k != key}
     return _without_absolute_paths(plain)  # type: ignore[no-any-return]
 
 
 @cache
-def _later_keys() -> list[tuple[str | None, str, Any]]:
-    """(section or None, key, default) of every key added after the first release.
+def _later_keys() -> list[tuple[str | None, str, list[Any]]]:
+    """(section or None, key, values) of every key added after the first release.
 
-    Such a key is left out of the hash at its default, so that recipes written before it existed keep their
+    Such a key is left out of the hash at these values, so that recipes written before it existed keep their
     hash.
     """
-    found: list[tuple[str | None, str, Any]] = []
+    found: list[tuple[str | None, str, list[Any]]] = []
     for name, field in Recipe.model_fields.items():
         if _came_later(field):
-            found.append((None, name, _plain(field.default)))
+            found.append((None, name, _absent(field)))
         candidates = (field.annotation, *getattr(field.annotation, "__args__", ()))
         for section in candidates:
             if isinstance(section, type) and issubclass(section, Section):
                 found += [
-                    (name, key, _plain(inner.default))
+                    (name, key, _absent(inner))
                     for key, inner in section.model_fields.items()
                     if _came_later(inner)
                 ]
@@ -94,6 +94,12 @@ def _later_keys() -> list[tuple[str | None, str, Any]]:
 
 def _came_later(field: Any) -> bool:
     return any(isinstance(mark, AddedLater) for mark in field.metadata)
+
+
+def _absent(field: Any) -> list[Any]:
+    """The default, and what recipes of before the key meant."""
+    (mark,) = (mark for mark in field.metadata if isinstance(mark, AddedLater))
+    return [_plain(field.default), *([] if mark.before is None else [mark.before])]
 
 
 def _plain(default: Any) -> Any:

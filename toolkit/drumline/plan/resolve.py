@@ -150,7 +150,7 @@ def _fill(recipe: Recipe, split: Split) -> Recipe:
         update["evaluation"] = recipe.evaluation.model_copy(update={"per_device": split.per_device})
     update["optimizer"] = resolved_optimizer(recipe)
     if recipe.early_stopping and recipe.early_stopping.mode is None:
-        mode = {"mode": "max" if recipe.early_stopping.metric == "eval/accuracy" else "min"}
+        mode = {"mode": "max" if recipe.early_stopping.metric.endswith("accuracy") else "min"}
         update["early_stopping"] = recipe.early_stopping.model_copy(update=mode)
     return recipe.model_copy(update=update)
 

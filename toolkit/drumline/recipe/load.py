@@ -158,6 +158,7 @@ def _read_base(path: Path, base_name: Any) -> dict[str, Any]:
 def _names_a_factory(raw: dict[str, Any]) -> bool:
     """Whether any section names a factory, which is code of the recipe's project."""
     sections = [section for section in raw.values() if isinstance(section, dict)]
+    sections += _evaluation_sets(raw)
     return any(section.get(key) for section in sections for key in _FACTORY_KEYS)
 
 
@@ -168,9 +169,34 @@ def _absolute_paths(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
         values = result.get(section)
         if isinstance(values, dict) and key in values:
             result[section] = {**values, key: _absolute((section, key), values[key], folder)}
+    if _evaluation_sets(raw):
+        data = result["data"]
+        sets = data["evaluation"]
+        moved = (
+            _with_absolute_path(sets, folder)
+            if "source" in sets
+            else {name: _with_absolute_path(own, folder) for name, own in sets.items()}
+        )
+        result["data"] = {**data, "evaluation": moved}
     if isinstance(result.get("project"), str):
         result["project"] = _expanded(result["project"], folder)
     return result
+
+
+def _evaluation_sets(raw: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sets of `data.evaluation`, one or several by name; none where it is not well formed."""
+    data = raw.get("data")
+    sets = data.get("evaluation") if isinstance(data, dict) else None
+    if not isinstance(sets, dict):
+        return []
+    found = [sets] if "source" in sets else list(sets.values())
+    return found if all(isinstance(own, dict) for own in found) else []
+
+
+def _with_absolute_path(own: dict[str, Any], folder: Path) -> dict[str, Any]:
+    if "path" not in own:
+        return own
+    return {**own, "path": _absolute(("data", "path"), own["path"], folder)}
 
 
 def _absolute(key: tuple[str, str], value: Any, folder: Path) -> Any:

@@ -15,17 +15,24 @@ Name = Annotated[str, Field(min_length=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+ALONE = "evaluation"
+"""The name of an evaluation set that is not given one; its metrics have none in theirs."""
+
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)]
 FactoryName = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*:[A-Za-z_]\w*$")]
 
 
+@dataclass(frozen=True)
 class AddedLater:
     """Marks a key that came after the first release.
 
     `plan/identity.py` leaves the key out of a recipe's hash while it has its default, so that a run logged
-    before the key existed keeps its hash.
+    before the key existed keeps its hash. `before`: what a recipe of before the key meant, if not the
+    default; it is left out as well.
     """
+
+    before: Any = None
 
 
 @dataclass(frozen=True)
@@ -100,8 +107,48 @@ class Model(Section):
         return self
 
 
+_SOURCES = {"builtin": "name", "files": "path", "hub": "name", "factory": "factory"}
+"""The key that names the data, by `data.source`."""
+
+
+_RECORDED = {
+    "name",
+    "path",
+    "factory",
+    "options",
+    "split",
+    "text_field",
+    "prompt_field",
+    "label_field",
+}
+"""Keys that every resolved recipe states together, whatever its version."""
+
+
+class EvaluationSet(Section):
+    """Data that are evaluated and never trained; what is not stated here is as in `data`."""
+
+    source: Literal["builtin", "files", "hub", "factory"]
+    name: Name | None = None
+    path: str | list[str] | None = None
+    factory: FactoryName | None = None
+    options: dict[str, Any] = {}
+    split: str | None = None
+    text_field: str | None = None
+    prompt_field: str | None = None
+    completion_field: str | None = None
+    label_field: str | None = None
+
+    @model_validator(mode="after")
+    def _source_has_its_key(self) -> Self:
+        _require_only(self, "source", self.source, _SOURCES)
+        return self
+
+
 class Data(Section):
-    """Where the samples come from and how they become rows."""
+    """Where the samples come from and how they become rows.
+
+    `evaluation`: sets by name, or one without a name, instead of a share of these data (`validation`).
+    """
 
     source: Literal["builtin", "files", "hub", "factory"]
     name: Name | None = None
@@ -122,15 +169,38 @@ class Data(Section):
     sequence_length: Samples | None = None
     samples: Count | None = None
     validation: Fraction = 0.0
+    validation_split: Annotated[
+        Literal["drawn", "periodic"] | None, AddedLater(before="periodic")
+    ] = None
+    validation_seed: Annotated[int, Field(ge=0, lt=2**63), AddedLater()] = 0
+    evaluation: Annotated[dict[Slug, EvaluationSet] | None, AddedLater()] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        """A set without a name is called ALONE; a recorded recipe of before the draw keeps its own split."""
+        if not isinstance(values, dict):
+            return values
+        filled = dict(values)
+        sets = filled.get("evaluation")
+        if isinstance(sets, dict) and any(not isinstance(own, dict) for own in sets.values()):
+            filled["evaluation"] = {ALONE: sets}
+        if filled.get("validation") and filled.get("validation_split") is None:
+            # A resolved recipe states every key that there was, those with null too; a person does not.
+            is_older = "validation_split" not in filled and set(filled) >= _RECORDED
+            filled["validation_split"] = "periodic" if is_older else "drawn"
+        return filled
 
     @model_validator(mode="after")
     def _source_has_its_key(self) -> Self:
-        _require_only(
-            self,
-            "source",
-            self.source,
-            {"builtin": "name", "files": "path", "hub": "name", "factory": "factory"},
-        )
+        _require_only(self, "source", self.source, _SOURCES)
+        if self.evaluation and self.validation:
+            raise ValueError(
+                f"evaluation names data of their own, and validation {self.validation:g} takes a share of "
+                "these. Nearest: validation 0, or no evaluation"
+            )
+        if self.evaluation is not None and not self.evaluation:
+            raise ValueError("evaluation names no data. Nearest: leave it out")
         if (self.task == "custom") != (self.task_factory is not None):
             takes = "needs" if self.task == "custom" else "takes no"
             raise ValueError(f"task {self.task} {takes} task_factory, a module:function")
@@ -145,6 +215,15 @@ class Data(Section):
     def facts(self) -> TaskFacts:
         """Properties of this task."""
         return TASKS[self.task]
+
+    def evaluation_sets(self) -> dict[str, "Data"]:
+        """The data section of every evaluation set by its name: these data, but for what the set states."""
+        found = {}
+        for name, own in (self.evaluation or {}).items():
+            stated = {k: v for k, v in own if v is not None or k in ("name", "path", "factory")}
+            update = {**stated, "evaluation": None, "samples": None}
+            found[name] = self.model_copy(update=update)
+        return found
 
 
 class Batch(Section):
@@ -350,7 +429,7 @@ class Duration(Section):
 
 
 class Evaluation(Section):
-    """Evaluation on the validation rows, every `every_steps` optimizer steps and after the last one."""
+    """Evaluation on the rows for it, every `every_steps` optimizer steps and after the last one."""
 
     every_steps: Count
     per_device: Count | None = None
@@ -359,7 +438,9 @@ class Evaluation(Section):
 class EarlyStopping(Section):
     """Stop when the metric has not improved by `min_delta` for `patience` evaluations."""
 
-    metric: Literal["eval/loss", "eval/accuracy"] = "eval/loss"
+    metric: Annotated[str, Field(pattern=r"^eval/([a-z0-9][a-z0-9._-]*/)?(loss|accuracy)$")] = (
+        "eval/loss"
+    )
     mode: Literal["min", "max"] | None = None
     patience: Count = 5
     min_delta: NonNegative = 0.0
@@ -458,13 +539,23 @@ class Recipe(Section):
     def _sections_agree(self) -> Self:
         if self.early_stopping and not self.evaluation:
             raise ValueError("early_stopping needs an evaluation section")
-        if self.evaluation and self.data.validation == 0:
-            raise ValueError("evaluation needs data.validation above 0, such as 0.01")
-        by_accuracy = self.early_stopping and self.early_stopping.metric == "eval/accuracy"
-        if by_accuracy and self.data.facts.is_per_token:
+        if self.evaluation and self.data.validation == 0 and not self.data.evaluation:
             raise ValueError(
-                f"early_stopping.metric eval/accuracy needs task classification, "
-                f"not {self.data.task}"
+                "evaluation needs data.validation above 0, such as 0.01, or data.evaluation"
+            )
+        if self.data.evaluation and not self.evaluation:
+            raise ValueError(
+                "data.evaluation is never evaluated. Nearest: evaluation.every_steps=100"
+            )
+        metric = self.early_stopping.metric if self.early_stopping else ""
+        named = [name for name in self.data.evaluation or () if name != ALONE]
+        if metric.count("/") == 2 and metric.split("/")[1] not in named:
+            raise ValueError(
+                f"early_stopping.metric: {metric}: data.evaluation has {', '.join(named) or 'no names'}"
+            )
+        if metric.endswith("accuracy") and self.data.facts.is_per_token:
+            raise ValueError(
+                f"early_stopping.metric {metric} needs task classification, not {self.data.task}"
             )
         if self.duration.tokens and not self.data.facts.counts_tokens:
             raise ValueError(f"duration.tokens needs task causal_lm, not {self.data.task}")
@@ -479,6 +570,7 @@ def factories_of(recipe: Recipe) -> list[str]:
         recipe.model.factory,
         *recipe.model.edits,
         recipe.data.factory,
+        *(own.factory for own in (recipe.data.evaluation or {}).values()),
         recipe.data.task_factory,
         recipe.objective.factory,
         recipe.optimizer.factory,

@@ -1,9 +1,12 @@
 """Prepares a recipe's data and fetches its model of the hub, with progress bars on a terminal."""
 
 import sys
+import time
 from pathlib import Path
 
 from drumline.recipe.schema import Recipe
+
+_SHOW_EVERY_S = 0.2
 
 
 def prepare_data(recipe: Recipe) -> Path:
@@ -20,13 +23,28 @@ def prepare_data(recipe: Recipe) -> Path:
     if not sys.stderr.isatty():
         return prepare(recipe.data, recipe.project)
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("preparing")
+    columns = (TextColumn("preparing"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(),
+               TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+        started, shown = time.monotonic(), 0.0
 
-        def show(documents: int, written: int) -> None:
-            progress.update(task, description=f"preparing: {documents:,} documents, {written:,}")
+        def show(documents: int, written: int, share: float) -> None:
+            nonlocal shown
+            now = time.monotonic()
+            if now - shown < _SHOW_EVERY_S:
+                return
+            shown = now
+            speed = written / max(now - started, 1e-9)
+            words = f"{documents:,} documents, {written:,} ({speed:,.0f} a second)"
+            bar.update(task, description=words, completed=share)
 
         return prepare(recipe.data, recipe.project, show)

@@ -32,7 +32,8 @@ def longest_row(plan: Plan) -> int | None:
 
     assert plan.data.cache
     folder = Path(plan.data.cache)
-    train, validation = (lengths_of(folder, part) for part in ("train", "validation"))
+    train = lengths_of(folder, "train")
+    evaluated = [lengths_of(folder, part) for part in manifest.evaluation_parts.values()]
     read = 0
     for first in range(0, end, _AT_ONCE):
         places = order.slot_indices(
@@ -40,9 +41,9 @@ def longest_row(plan: Plan) -> int | None:
         )
         read = max(read, int(train[places].max()))
     longest = int(train.max())
-    if len(validation):
-        longest = max(longest, int(validation.max()))
+    for lengths in evaluated:
+        longest = max(longest, int(lengths.max()))
         if plan.recipe.evaluation:
-            read = max(read, int(validation.max()))
+            read = max(read, int(lengths.max()))
     # A row's last token can be a target only, which is no input: the same for all rows.
     return manifest.longest - (longest - read)

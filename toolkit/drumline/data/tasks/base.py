@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drumline.data.dataset_manifest import DatasetManifest
-from drumline.data.tokenizers import Tokenizer, Tokens
+from drumline.data.tokenizers import Request, Tokenizer, Tokens
 from drumline.errors import DataError, PlanError
 from drumline.recipe.schema import Data
 
@@ -70,6 +70,13 @@ class Task:
     def __init__(self, data: Data | None = None) -> None:
         if data is not None:
             self.data = data
+
+    def requests(self, row: Row) -> list[Request]:
+        """What `encode` will ask the tokenizer for this row, so that many rows can be tokenised together.
+
+        The default asks for nothing, which is always right: the tokenizer then answers when it is called.
+        """
+        return []
 
     def begin(self, first: Row) -> None:
         """Inspect the first row, for a task whose stored columns depend on it."""

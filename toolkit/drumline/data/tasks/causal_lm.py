@@ -14,7 +14,7 @@ from drumline.data.tasks.base import (
     language_rows,
     text_field,
 )
-from drumline.data.tokenizers import Tokenizer
+from drumline.data.tokenizers import Request, Tokenizer
 from drumline.recipe.schema import Data
 
 
@@ -28,6 +28,10 @@ class CausalLm(Task):
 
     is_stream = True
     columns = ("tokens", "starts", "lengths", "skipped", "counts")
+
+    def requests(self, row: Row) -> list[Request]:
+        """The text."""
+        return [("encode", text_field(row, self.data.text_field, "text_field"))]
 
     def encode(self, row: Row, tokenizer: Tokenizer | None) -> Encoded:
         """The tokens of a document or a block of it, without an end token."""

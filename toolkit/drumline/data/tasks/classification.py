@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.data.tasks.base import Arrays, Encoded, Row, StoredRows, Task, field_of, text_field
-from drumline.data.tokenizers import Tokenizer
+from drumline.data.tokenizers import Request, Tokenizer
 from drumline.errors import DataError, PlanError
 from drumline.recipe.schema import Data
 
@@ -28,6 +28,13 @@ class Classification(Task):
         self.needs_tokenizer = not self._has_features
         stored = ("features",) if self._has_features else ("tokens", "starts", "lengths")
         self.columns = (*stored, "labels", "counts")
+
+    def requests(self, row: Row) -> list[Request]:
+        """The text, if there is one."""
+        if self._has_features:
+            return []
+        text = text_field(row, self.data.text_field, "text_field")
+        return [("encode_row", text, self.data.sequence_length)]
 
     def encode(self, row: Row, tokenizer: Tokenizer | None) -> Encoded | None:
         """Features or tokens, and the class; `count` is 0 for a text without a token."""

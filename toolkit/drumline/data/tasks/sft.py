@@ -14,7 +14,7 @@ from drumline.data.tasks.base import (
     language_rows,
     text_field,
 )
-from drumline.data.tokenizers import Tokenizer
+from drumline.data.tokenizers import Request, Tokenizer
 from drumline.recipe.schema import Data
 
 
@@ -28,6 +28,10 @@ class Sft(Task):
 
     columns = ("tokens", "starts", "lengths", "skipped", "counts")
 
+    def requests(self, row: Row) -> list[Request]:
+        """Prompt and completion, as one text."""
+        return [("encode_pair", *self._texts(row))]
+
     def encode(self, row: Row, tokenizer: Tokenizer | None) -> Encoded | None:
         """Tokens of prompt, completion and end; targets are the completion's tokens and the end token.
 
@@ -35,10 +39,7 @@ class Sft(Task):
         """
         assert tokenizer and tokenizer.end is not None and self.data.sequence_length
         most = self.data.sequence_length + 1
-        both, of_prompt = tokenizer.encode_pair(
-            text_field(row, self.data.prompt_field, "prompt_field"),
-            text_field(row, self.data.completion_field, "completion_field"),
-        )
+        both, of_prompt = tokenizer.encode_pair(*self._texts(row))
         begin = np.array([] if tokenizer.begin is None else [tokenizer.begin], dtype=np.uint32)
         whole = np.append(np.concatenate([begin, both]), np.uint32(tokenizer.end))
         tokens = whole[:most]
@@ -52,6 +53,12 @@ class Sft(Task):
             tokens=tokens,
             prompt_targets=prompt_targets,
             was_truncated=was_truncated,
+        )
+
+    def _texts(self, row: Row) -> tuple[str, str]:
+        return (
+            text_field(row, self.data.prompt_field, "prompt_field"),
+            text_field(row, self.data.completion_field, "completion_field"),
         )
 
     def collate(self, rows: StoredRows, indices: NDArray[np.int64]) -> Arrays:

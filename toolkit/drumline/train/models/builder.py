@@ -7,6 +7,7 @@ rank, several ranks at the same time, and broadcast to the other ranks from the 
 """
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -93,6 +94,7 @@ class ModelBuilder:
                 yield block
                 for parameter in block.parameters():  # the caller's sharding has replaced them
                     parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+            _give_back_freed_memory()
 
     def finish(self) -> nn.Module:
         """Materialise everything outside the blocks and tie weights; returns the model."""
@@ -100,6 +102,7 @@ class ModelBuilder:
         self._draw([(_OUTSIDE, outside)])
         self._hand_out(outside, source=0)
         self._tie()
+        _give_back_freed_memory()
         return self.model
 
     def whole(self) -> nn.Module:
@@ -226,6 +229,12 @@ def _without_draws() -> Iterator[None]:
 
 def _leave(tensor: Tensor, *arguments: Any, **options: Any) -> Tensor:
     return tensor
+
+
+def _give_back_freed_memory() -> None:
+    """Return freed heap pages, of whole blocks that were sharded, to the system; glibc keeps them."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _world() -> int:
