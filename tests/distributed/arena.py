@@ -68,3 +68,8 @@ class Arena:
         gradients = all(step["relative_error"] <= report["tolerance"] for step in report["steps"])
         rates = all(taken == rate["wanted"] for rate in report["rates"] for taken in rate["taken"])
         return gradients and bool(report["steps"]), rates
+
+    def own_loss(self, name: str) -> bool:
+        """Whether verification found the model's own loss equal to ours."""
+        report = json.loads((self.folder / name / "verify.json").read_text())
+        return bool(report["own_loss"]["relative_error"] <= report["tolerance"])

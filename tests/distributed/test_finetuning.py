@@ -133,3 +133,4 @@ def evaluations(arena: Arena, name: str) -> list[dict[str, Any]]:
 def test_verify_is_green(arena: Arena, engine: str) -> None:
     """The split's gradient is that of the undivided batch, on the loaded weights."""
     assert arena.verdict(f"verify-{engine}") == (True, True)
+    assert arena.own_loss(f"verify-{engine}")

@@ -40,7 +40,7 @@ CHANGES: dict[str, Any] = {
               {"activation_checkpointing": "full"},
               {"activation_checkpointing": "selective", "activation_offload": True}, {"sync_batchnorm": True},
               {"source": "folder", "factory": None, "path": "/m"},
-              {"source": "config", "factory": None, "architecture": "gpt2", "config": None}, {"edits": ["m:f"]}],
+              {"source": "config", "factory": None, "architecture": "bert", "config": None}, {"edits": ["m:f"]}],
     "data": [{"name": "python-stdlib"}, {"options": {"rows": 5}}, {"label_field": "y"}, {"samples": 9999},
              {"validation": 0.3}, {"tokenizer": "gpt2"}, {"text_field": "t"}, {"prompt_field": "p"},
              {"completion_field": "c"}, {"split": "test"}, {"sequence_length": 9},
@@ -203,6 +203,8 @@ def use_everything(folder: Path) -> None:
     prepare_data(recipe)
     plan = make_plan(recipe)
     plan_table(plan)
+    pretrained = dataclasses.replace(plan.cost, weights_bytes=10**9, load_seconds=4.0)
+    plan_table(dataclasses.replace(plan, cost=pretrained))
     job = Job(plan_file=folder / "plan-0.json", run_folder=folder, attempt=0, python=sys.executable,
               node_rank=0, host="127.0.0.1", port=1)  # fmt: skip
     for render in LAUNCHERS.values():

@@ -7,8 +7,8 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from drumline.errors import PlanError
-from drumline.plan.checks import TWO_WAY
-from memory.plans import BERT, GPT2, SMALL, small_plan
+from drumline.plan.checks import TWO_WAY, WITHOUT_PADDING
+from memory.plans import BERT, GPT2, IMAGES, SMALL, small_plan
 
 DECODERS_OF_THEIR_OWN = {"bart", "mbart", "mvp", "reformer"}
 """Their causal language models are causal by themselves, or refuse to be built otherwise."""
@@ -94,3 +94,45 @@ def test_a_chunked_loss_needs_a_head_that_is_known(architecture: str) -> None:
     assert small_plan("llama", {**SMALL["llama"], "pad_token_id": -1}).batch.effective
     with pytest.raises(PlanError, match="pad_token_id: -1 is not one of 2048 tokens. Nearest: 0"):
         small_plan("bert", {**BERT, "vocab_size": 2048, "pad_token_id": -1})
+
+
+def test_every_architecture_without_a_pad_token_is_known() -> None:
+    """Of those with a closed form, by transformers' own defaults; images have none and need none."""
+    texts = set(SMALL) - set(IMAGES)
+    without = {
+        name
+        for name in texts
+        if transformers.AutoConfig.for_model(name).get_text_config().pad_token_id is None
+    }
+    assert without == WITHOUT_PADDING & texts
+
+
+def test_a_classifier_without_a_pad_token_is_refused_by_the_plan() -> None:
+    """Before the start; one row at a time needs none, and the advice works."""
+    classes = {"data": {"task": "classification"}}
+    with pytest.raises(PlanError, match=r"llama has none.*Nearest: model.config.pad_token_id=0"):
+        small_plan("llama", SMALL["llama"], **classes)
+    assert small_plan("llama", {**SMALL["llama"], "pad_token_id": 0}, **classes).batch.effective
+    one = {**classes, "batch": {"per_device": 1}}
+    assert small_plan("llama", SMALL["llama"], **one).batch.effective
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "limit"),
+    [
+        ("gptj", {"n_positions": 64, "vocab_size": 300}, 64),
+        ("albert", {"max_position_embeddings": 64, "vocab_size": 300}, 64),
+        ("camembert", {"max_position_embeddings": 66, "vocab_size": 300}, 64),
+        ("mpt", {"max_seq_len": 64, "vocab_size": 300}, 64),
+    ],
+)
+def test_positions_of_architectures_without_a_closed_form(
+    architecture: str, config: dict[str, Any], limit: int
+) -> None:
+    """Read from whichever field means them, after those that padding takes; the advice works."""
+    task = {"task": "classification"} if architecture in ("albert", "camembert") else {}
+    assert small_plan(architecture, config, data={"sequence_length": limit, **task}).batch.effective
+    with pytest.raises(
+        PlanError, match=f"{limit + 1} > {limit} positions.*sequence_length {limit}"
+    ):
+        small_plan(architecture, config, data={"sequence_length": limit + 1, **task})

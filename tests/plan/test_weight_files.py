@@ -17,6 +17,7 @@ from drumline.errors import PlanError
 from drumline.plan.model import Plan
 from drumline.recipe.load import validate
 from drumline.session.planning import make_plan
+from drumline.session.show import plan_table
 from memory.plans import ENCODERS, IMAGES, SMALL
 from pretrained_folders import changed, prefixed, saved, without
 
@@ -102,8 +103,11 @@ def test_a_config_that_the_recipe_changes_is_held_against_the_files(tmp_path: Pa
 
 def test_another_head_may_be_in_the_files(tmp_path: Path) -> None:
     """A language model's folder becomes a classifier; its base is compared all the same."""
-    folder = saved(tmp_path, "AutoModelForCausalLM", "llama", SMALL["llama"])
-    assert planned(folder, task="classification").cost.parameters
+    folder = saved(tmp_path, "AutoModelForCausalLM", "llama", {**SMALL["llama"], "pad_token_id": 0})
+    plan = planned(folder, task="classification")
+    assert plan.cost.weights_bytes == sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    assert plan.cost.load_seconds
+    assert "of weights, each block read by one rank: about 1 s" in plan_table(plan)
     with pytest.raises(PlanError, match="they lack model.layers.1.mlp"):
         planned(changed(folder, without("layers.1.mlp.up")), task="classification")
 

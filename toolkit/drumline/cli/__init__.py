@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": "plan",
     "prepare": "plan",
     "schema": "plan",
+    "cache": "cache",
     "run": "run",
     "resume": "run",
     "verify": "verify",

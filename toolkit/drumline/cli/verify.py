@@ -63,6 +63,8 @@ def _gradient(plan: Plan) -> dict[str, Any]:
     report = _in_ranks(plan, "verify")
     tolerance = report["tolerance"]
     wrong = [s for s in report["steps"] if not s["relative_error"] <= tolerance]
+    own = report["own_loss"]
+    is_own = own is None or own["relative_error"] <= tolerance
     wrong_rates = [r for r in report["rates"] if any(t != r["wanted"] for t in r["taken"])]
     return {
         "split": str(plan.batch.split),
@@ -70,7 +72,7 @@ def _gradient(plan: Plan) -> dict[str, Any]:
         "strategy": plan.recipe.strategy.name,
         "precision": plan.recipe.precision,
         **report,
-        "equal": not wrong and not wrong_rates,
+        "equal": not wrong and not wrong_rates and is_own,
         "wrong_rates": wrong_rates,
     }
 
@@ -130,6 +132,12 @@ def _words(found: dict[str, Any]) -> list[str]:
             f"step {step['step']:,}, {step['samples']} samples: relative error of the gradient "
             f"{step['relative_error']:.2g} (tolerance {found['tolerance']:g}); worst "
             f"{step['worst_parameter']} {step['worst_relative_error']:.2g}"
+        )
+    own = found["own_loss"]
+    if own:
+        lines.append(
+            f"loss of a row {own['ours']:.6g}, by the model's own code {own['theirs']:.6g}: relative error "
+            f"{own['relative_error']:.2g} (tolerance {found['tolerance']:g})"
         )
     for rate in found["wrong_rates"]:
         lines.append(

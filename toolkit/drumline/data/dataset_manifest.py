@@ -12,7 +12,7 @@ from drumline.files import read_json
 from drumline.recipe.schema import ALONE
 
 MANIFEST_VERSION = 3
-_FILE = "card.json"
+MANIFEST_FILE = "card.json"
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class DatasetManifest:
     `arrays`: the dtype of each extra array that a custom task stores. `files`: bytes of each file. `longest`:
     input tokens of the longest row, which no padded micro-batch is wider than; None if rows are packed, or
     collated by a custom task. `evaluation`: rows of each evaluation set by its name; `validation_samples` is
-    their sum.
+    their sum. `origin`: where the rows came from, for people.
     """
 
     task: str
@@ -44,6 +44,7 @@ class DatasetManifest:
     files: dict[str, int] = field(default_factory=dict)
     arrays: dict[str, str] = field(default_factory=dict)
     evaluation: dict[str, int] = field(default_factory=dict)
+    origin: str = ""
     version: int = MANIFEST_VERSION
 
     @property
@@ -64,7 +65,7 @@ class DatasetManifest:
 
     def write(self, folder: Path) -> None:
         """Write the manifest, the last file of a prepared folder."""
-        (folder / _FILE).write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
+        (folder / MANIFEST_FILE).write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
 
 
 def read_dataset_manifest(folder: Path) -> DatasetManifest | None:
@@ -73,7 +74,7 @@ def read_dataset_manifest(folder: Path) -> DatasetManifest | None:
     DataError if the folder is there and this user may not read it.
     """
     try:
-        raw = read_json(folder / _FILE)
+        raw = read_json(folder / MANIFEST_FILE)
     except PermissionError:
         raise DataError(not_ours(folder)) from None
     except (OSError, ValueError):

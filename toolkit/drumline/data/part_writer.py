@@ -93,8 +93,8 @@ class PartWriter:
 class Packer:
     """Packs documents end to end into one stream, cut into rows of `length` tokens plus the last target.
 
-    Every token but the first is a target exactly once; the last row may be shorter. `most`: rows at most, then
-    tokens are left over; None for no limit.
+    Every token but the first is a target exactly once; the last row may be shorter. `most`: rows at most, or
+    None; tokens after them are left over.
     """
 
     def __init__(self, writer: PartWriter, length: int, most: int | None = None) -> None:

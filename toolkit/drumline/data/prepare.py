@@ -185,8 +185,14 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
         longest=_longest(data, writers.values()),
         files=sizes(folder),
         arrays=arrays,
+        origin=_origin(data),
         evaluation={name: writers[part_of_set(name)].rows for name in data.evaluation or ()},
     ).write(folder)
+
+
+def _origin(data: Data) -> str:
+    paths = data.path if isinstance(data.path, list) else [data.path or ""]
+    return f"{data.source} {data.name or data.factory or ' '.join(paths)}, {data.task}, {data.tokenizer}"
 
 
 def _write_rows(

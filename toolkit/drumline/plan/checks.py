@@ -58,6 +58,19 @@ def check_strategy(recipe: Recipe) -> None:
         )
 
 
+WITHOUT_PADDING = {"llama", "mistral", "qwen2", "qwen3", "mixtral", "granite", "phi", "gpt_neox",
+                   "starcoder2", "gpt2", "deepseek_v2", "deepseek_v3", "qwen3_moe"}  # fmt: skip
+"""Architectures whose config has no `pad_token_id` unless it is stated."""
+
+POSITION_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_seq_length",
+                   "max_sequence_length", "seq_length", "max_target_positions")  # fmt: skip
+"""Fields of transformers' configs that say how many positions a model has."""
+
+AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "mpnet",
+                 "data2vec-text", "ibert", "luke", "esm"}  # fmt: skip
+"""Architectures whose first position is the one after that of `pad_token_id`."""
+
+
 def _check_deepspeed(recipe: Recipe) -> None:
     """Refuse recipes that DeepSpeed would train differently from the other launchers."""
     if recipe.precision == "bf16-pure":
@@ -95,6 +108,34 @@ def check_model(recipe: Recipe, architecture: str, config: Mapping[str, Any]) ->
         raise PlanError(
             f"model.config.pad_token_id: {pad} is not one of {vocabulary} tokens. "
             f"Nearest: {max(0, min(pad, vocabulary - 1))}"
+        )
+    has_none = pad is None and architecture in WITHOUT_PADDING
+    if has_none and not is_language_model and recipe.batch.per_device != 1:
+        raise PlanError(
+            f"model.config.pad_token_id: {architecture} has none, so a classifier cannot tell the last token "
+            "of a row from its padding. Nearest: model.config.pad_token_id=0"
+        )
+
+
+def check_positions(
+    recipe: Recipe, architecture: str, config: Mapping[str, Any], row_tokens: int | None
+) -> None:
+    """Refuse rows that are longer than the positions that the config of an unknown architecture states.
+
+    `row_tokens`: of the longest prepared row, None if that is not known.
+    """
+    stated = {key: config[key] for key in POSITION_FIELDS if isinstance(config.get(key), int)}
+    positive = {key: value for key, value in stated.items() if value > 0}
+    if not positive:
+        return
+    key, whole = min(positive.items(), key=lambda item: item[1])
+    unused = (config.get("pad_token_id") or 1) + 1 if architecture in AFTER_PADDING else 0
+    limit, length = whole - unused, recipe.data.sequence_length or row_tokens
+    if length and length > limit:
+        found = length if recipe.data.sequence_length else f"not set, and a row has {length} tokens"
+        raise PlanError(
+            f"data.sequence_length: {found} > {limit} positions ({key} {whole}). "
+            f"Nearest: sequence_length {limit}, or model.config.{key} {length + unused}"
         )
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from drumline.architectures.gpus import Gpu
-from drumline.architectures.shapes import ModelShape
+from drumline.architectures.shapes import ModelShape, count, layer_tensors, outer_tensors
 from drumline.memory import closed_form
 from drumline.memory.closed_form import Peak
 from drumline.memory.load import Load, zero_sizes
@@ -107,9 +107,10 @@ def host_bytes_of(
 ) -> int | None:
     """Bytes that one rank keeps in host memory: its part of an asynchronous checkpoint, offloaded tensors.
 
-    Each tensor of the weights and the optimizer state is written by one rank, so a rank's part is 1 / gpus
-    of the total (`train/saver.py`). Offload keeps the fp32 weights, their gradients and the optimizer
-    state, also 1 / gpus per rank. None if the optimizer's states are not known.
+    Before that, a pretrained model's weights pass through it: a block that the rank reads, in fp32, and one
+    that it receives. Each tensor of the weights and the optimizer state is written by one rank, so a rank's
+    part is 1 / gpus of the total (`train/saver.py`). Offload keeps the fp32 weights, their gradients and the
+    optimizer state, also 1 / gpus per rank. None if the optimizer's states are not known.
     """
     whole = saved_bytes(recipe, shape)
     if whole is None:
@@ -122,7 +123,12 @@ def host_bytes_of(
     if recipe.model.activation_offload:
         rows = split.per_device * shape.tokens(length)
         inputs = shape.layers * rows * shape.hidden * 4  # at most fp32
-    return copy + inputs + (offloaded if recipe.strategy.offload == "optimizer" else 0)
+    loading = 0
+    if recipe.model.source in ("folder", "hub"):
+        blocks = [count(layer_tensors(one)) for one, _ in shape.layer_shapes]
+        loading = 2 * 4 * max(*blocks, count(outer_tensors(shape)))
+    kept = copy + inputs + (offloaded if recipe.strategy.offload == "optimizer" else 0)
+    return max(kept, loading)
 
 
 def memory_warnings(memory: MemoryFacts, gpu: str) -> list[str]:

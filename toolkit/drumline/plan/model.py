@@ -108,12 +108,15 @@ class MemoryFacts:
 class Cost:
     """Size of the model, of a step and of a checkpoint; None if it cannot be computed from the recipe.
 
-    `flops_per_step` is of one optimizer step on all ranks.
+    `flops_per_step` is of one optimizer step on all ranks. `weights_bytes`: of a pretrained model's files,
+    where they are at hand; `load_seconds`: to read and hand them out.
     """
 
     parameters: int | None
     flops_per_step: int | None
     checkpoint_bytes: int | None
+    weights_bytes: int | None = None  # the defaults are for plans that were written without them
+    load_seconds: float | None = None
 
 
 @dataclass(frozen=True)

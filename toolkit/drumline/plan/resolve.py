@@ -16,7 +16,13 @@ from drumline.memory.ranges import Verdict
 from drumline.plan import batch as batch_equation
 from drumline.plan import identity, schedule
 from drumline.plan.batch import Split
-from drumline.plan.checks import check_model, check_shape, check_strategy, check_weights
+from drumline.plan.checks import (
+    check_model,
+    check_positions,
+    check_shape,
+    check_strategy,
+    check_weights,
+)
 from drumline.plan.footprint import memory_function, memory_warnings, unseen_code
 from drumline.plan.invariance import batchnorm_warnings, split_invariance
 from drumline.plan.mesh import cluster_gpus, is_laid_out, layout, mesh_of
@@ -60,6 +66,7 @@ class World:
 
     model_config: dict[str, Any] | None = None
     weights: Mapping[str, tuple[int, ...]] | None = None
+    weights_bytes: int | None = None
     samples: int | None = None
     validation_samples: int | None = None
     row_tokens: int | None = None
@@ -124,7 +131,7 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
         steps=steps,
         memory=memory,
         schedule=curve,
-        cost=_cost(resolved, split, None if unseen_code(resolved) else shape),
+        cost=_cost(resolved, split, None if unseen_code(resolved) else shape, world.weights_bytes),
         data=DataFacts(
             fingerprint=world.fingerprint,
             cache=world.cache,
@@ -326,7 +333,10 @@ def shape_of(recipe: Recipe, world: World) -> ModelShape | str:
     if recipe.data.facts.head == "classification":
         found = number_of_labels(model.config, world.model_config, world.classes)
         classes = found or DEFAULT_CLASSES
-    return read_shape(architecture, config, classes)
+    shape = read_shape(architecture, config, classes)
+    if isinstance(shape, str):
+        check_positions(recipe, architecture, config, world.row_tokens)
+    return shape
 
 
 def _whole_config(recipe: Recipe, world: World) -> tuple[str, dict[str, Any]]:
@@ -336,10 +346,24 @@ def _whole_config(recipe: Recipe, world: World) -> tuple[str, dict[str, Any]]:
     return architecture, {**saved, **recipe.model.config}
 
 
-def _cost(recipe: Recipe, split: Split, shape: ModelShape | None) -> Cost:
-    """Parameters, FLOPs of one optimizer step on all ranks, bytes of one checkpoint."""
+_LOADED_BYTES_PER_S = 250e6
+"""Bytes of weight files that are read, cast and handed out in a second by two ranks on two shared cores, from
+the page cache (benchmarks/load.py)."""
+
+
+def _cost(
+    recipe: Recipe, split: Split, shape: ModelShape | None, weights_bytes: int | None
+) -> Cost:
+    """Parameters, FLOPs of one optimizer step on all ranks, bytes of one checkpoint and of the weights."""
+    seconds = None if weights_bytes is None else weights_bytes / _LOADED_BYTES_PER_S
     if shape is None:
-        return Cost(parameters=None, flops_per_step=None, checkpoint_bytes=None)
+        return Cost(
+            parameters=None,
+            flops_per_step=None,
+            checkpoint_bytes=None,
+            weights_bytes=weights_bytes,
+            load_seconds=seconds,
+        )
     length = recipe.data.sequence_length
     return Cost(
         parameters=shape.parameters,
@@ -347,4 +371,6 @@ def _cost(recipe: Recipe, split: Split, shape: ModelShape | None) -> Cost:
         if length or shape.patches
         else None,
         checkpoint_bytes=saved_bytes(recipe, shape),
+        weights_bytes=weights_bytes,
+        load_seconds=seconds,
     )

@@ -110,11 +110,17 @@ def _range(name: str, three: ByteRange) -> str:
 def _model(plan: Plan) -> str:
     c, model = plan.cost, plan.recipe.model
     name = model.architecture or model.factory or model.name or model.path or ""
+    loaded = ""
+    if c.weights_bytes and c.load_seconds:
+        loaded = (
+            f"\n{format_bytes(c.weights_bytes)} of weights, each block read by one rank: about "
+        )
+        loaded += f"{max(1, round(c.load_seconds)):,} s"
     if c.parameters is None:
-        return name
+        return name + loaded
     flops = f", {format_flops(c.flops_per_step)} a step" if c.flops_per_step else ""
     saved = f", {format_bytes(c.checkpoint_bytes)} a checkpoint" if c.checkpoint_bytes else ""
-    return f"{name}, {format_count(c.parameters)} parameters{flops}{saved}"
+    return f"{name}, {format_count(c.parameters)} parameters{flops}{saved}{loaded}"
 
 
 def _advice(plan: Plan) -> str:

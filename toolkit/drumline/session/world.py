@@ -21,7 +21,7 @@ def read_world(recipe: Recipe) -> World:
     except DataError as error:
         facts["problems"].append(str(error).replace(f"{Path.cwd()}/", ""))
     facts["model_config"] = model_config(recipe.model, facts["problems"])
-    facts["weights"] = _weights(recipe.model, facts["problems"])
+    facts |= _weights(recipe.model, facts["problems"])
     if recipe.model.factory:
         from drumline.data.batchnorm import batchnorm_of
 
@@ -76,22 +76,30 @@ def _prepared(recipe: Recipe, problems: list[str]) -> dict[str, Any]:
     }
 
 
-def _weights(model: Model, problems: list[str]) -> dict[str, tuple[int, ...]] | None:
-    """Shapes of a pretrained model's tensors; None for other sources, or where no weights are at hand."""
+def _weights(model: Model, problems: list[str]) -> dict[str, Any]:
+    """Shapes of a pretrained model's tensors and bytes of its files; nothing where none are at hand."""
     if not (model.path or model.name):
-        return None
-    from drumline.architectures.weight_files import weights_in
+        return {}
+    from drumline.architectures.weight_files import headers_in
 
     if model.path:
-        found = weights_in(Path(model.path))
+        found = headers_in(Path(model.path))
         if found is None:
             problems.append(f"model.path: {model.path} holds no weights")
-        return found
+        return _facts_of_weights(found or {})
     from drumline.architectures.hub import cached_folder, is_complete
 
     assert model.name
     folder = cached_folder(model.name, model.revision)
-    return weights_in(folder) if folder and is_complete(folder) else None
+    found = headers_in(folder) if folder and is_complete(folder) else None
+    return _facts_of_weights(found or {})
+
+
+def _facts_of_weights(headers: "dict[Path, dict[str, tuple[int, ...]]]") -> dict[str, Any]:
+    if not headers:
+        return {}
+    shapes = {name: shape for held in headers.values() for name, shape in held.items()}
+    return {"weights": shapes, "weights_bytes": sum(file.stat().st_size for file in headers)}
 
 
 def model_config(model: Model, problems: list[str]) -> dict[str, Any] | None:

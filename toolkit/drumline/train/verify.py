@@ -26,6 +26,7 @@ from drumline.train.loop import Outcome, forward_backward
 from drumline.train.models import ModelBuilder
 from drumline.train.objectives import ObjectiveModule, build_objective
 from drumline.train.optimizers import RATE_RATIO, build_optimizer, set_rate
+from drumline.train.own_loss import compare_with_own_loss
 from drumline.train.watch import Watch
 
 REPORT = "verify.json"
@@ -39,7 +40,10 @@ _NEGLIGIBLE = 1e-4
 
 
 def verify(plan: Plan, folder: Path, device: torch.device, watch: Watch) -> Outcome:
-    """Compare the gradients of two steps and the learning rates of three; rank 0 writes verify.json."""
+    """Compare gradients of two steps, rates of three, and the loss of a row with the model's own code.
+
+    Rank 0 writes verify.json.
+    """
     rows = open_rows(plan, "train")
     engine = build_engine(plan, rows.manifest, device)
     silence_dropout(engine.module)
@@ -59,7 +63,12 @@ def verify(plan: Plan, folder: Path, device: torch.device, watch: Watch) -> Outc
         ours = {name: gradient.double() for name, gradient in engine.gradients()}
         engine.skip()
         watch.enter(Phase.REFERENCE)
-        reference = undivided_gradient(plan, rows, step, device)
+        module = _plain_module(plan, rows, device)
+        silence_dropout(module)
+        if "own_loss" not in report:
+            report["own_loss"] = compare_with_own_loss(plan, rows, module, step, device)
+        reference = undivided_gradient(plan, rows, module, step, device)
+        del module
         report["steps"].append(
             {"step": number, "samples": step.samples, **_compare(ours, reference)}
         )
@@ -107,11 +116,9 @@ def verify_bitwise(plan: Plan, folder: Path, device: torch.device, watch: Watch)
 
 
 def undivided_gradient(
-    plan: Plan, rows: Rows, step: Step, device: torch.device
+    plan: Plan, rows: Rows, module: nn.Module, step: Step, device: torch.device
 ) -> dict[str, Tensor]:
     """(1/W) Σ of the gradients of the step's rows, summed in fp64; the rows are divided among the ranks."""
-    module = _plain_module(plan, rows, device)
-    silence_dropout(module)
     names = {name: p for name, p in module.named_parameters() if p.requires_grad}
     sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in names.items()}
     for gradients in _row_gradients(plan, rows, module, names, step, device):
@@ -134,7 +141,7 @@ def silence_dropout(module: nn.Module) -> None:
                 setattr(part, name, 0.0)
 
 
-def _plain_module(plan: Plan, rows: Rows, device: torch.device) -> nn.Module:
+def _plain_module(plan: Plan, rows: Rows, device: torch.device) -> ObjectiveModule:
     """The model and objective with the engine's initial weights, not wrapped by DDP, FSDP or DeepSpeed."""
     model = ModelBuilder(plan.recipe, rows.manifest, device).whole().to(device)
     return ObjectiveModule(model, build_objective(plan.recipe))

@@ -1,0 +1,75 @@
+"""Compares our loss of a row with the one that the model computes itself, by transformers' code alone.
+
+What a model does to its logits, such as scaling or capping them, shows here even where training and its
+reference leave it out alike.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drumline.data.rows import Rows
+from drumline.data.tasks.base import IGNORED
+from drumline.plan.model import Plan
+from drumline.train.batches import Step, micro_batch_tensors
+from drumline.train.engines.base import autocast_dtype
+from drumline.train.objectives import ObjectiveModule
+from drumline.train.objectives.base import model_inputs
+
+
+@torch.no_grad()
+def compare_with_own_loss(
+    plan: Plan, rows: Rows, module: ObjectiveModule, step: Step, device: torch.device
+) -> dict[str, float] | None:
+    """Mean losses over the first row of the step that has two targets, ours and theirs, and their distance.
+
+    None where the model has no loss of its own for these rows: it is no model of transformers, or the
+    objective is the project's own.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(module.model, PreTrainedModel) or plan.recipe.objective.factory:
+        return None
+    dtype = autocast_dtype(plan)
+    for place in range(step.samples):
+        one = micro_batch_tensors(rows, step.indices[place : place + 1], True, dummy=False)
+        batch = {name: tensor.to(device) for name, tensor in one.items()}
+        pair = _as_both_take_it(batch, plan.recipe.data.facts.is_per_token)
+        if pair is None:
+            continue
+        mine, theirs = pair
+        with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            own = model_inputs(module.model, theirs).loss
+            if own is None:
+                return None
+            total = module.objective.sums(module.model, mine).loss
+        count = int((mine["targets"] != IGNORED).sum())
+        found, wanted = float(total) / count, float(own)
+        return {
+            "ours": found,
+            "theirs": wanted,
+            "relative_error": abs(found - wanted) / abs(wanted),
+        }
+    return None
+
+
+def _as_both_take_it(
+    batch: dict[str, Tensor], is_per_token: bool
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The row for our objective with weights of one, and for transformers with its labels; None if too short.
+
+    transformers takes the target of a token from the next one's label, so the row's last target is left out.
+    """
+    ones = torch.ones_like(batch["weights"])
+    inputs = {n: t for n, t in batch.items() if n not in ("targets", "weights")}
+    targets = batch["targets"]
+    if not is_per_token:
+        return {**batch, "weights": ones}, {**inputs, "labels": targets}
+    if set(inputs) != {"input_ids"} or not (targets[:, :-1] != IGNORED).any():
+        return None
+    ids = inputs["input_ids"]
+    labels = torch.full_like(targets, IGNORED)
+    labels[:, 1:] = targets[:, :-1]
+    mine = {"input_ids": ids[:, :-1], "targets": targets[:, :-1], "weights": ones}
+    return mine, {"input_ids": ids, "labels": labels}
