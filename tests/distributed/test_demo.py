@@ -31,9 +31,9 @@ def test_the_demo_learns(tmp_path: Path, fork_server: ForkServer) -> None:
     assert "32 = 8 per_device × 1 gpus × 4 accumulation" in again.stdout
     facts = json.loads(out)
     assert facts["eval"]["eval/loss"] < 2.6
-    words = ("reproduce", "runs/tiny-code-lm-1", "--gpus", "1", "--steps", "20")
+    words = ("reproduce", "runs/tiny-code-lm-1", "--gpus", "1", "--steps", "15")
     again = fork_server.run(tmp_path, *words)
-    assert again.stdout.startswith("equal within 1e-05: 20 steps")
+    assert again.stdout.startswith("equal within 1e-05: 15 steps")
     again = fork_server.run(tmp_path, "report", "runs/tiny-code-lm-1")
     assert again.stdout.strip().endswith("runs/tiny-code-lm-1/report.html")
     first = read_metrics(Path(facts["run"]) / "metrics.jsonl")[0]

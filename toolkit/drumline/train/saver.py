@@ -163,7 +163,8 @@ class Saver:
     def amend(self, state: TrainState) -> None:
         """Add the result of an evaluation made after a resume to the loaded checkpoint, as amendment.json.
 
-        Every rank calls it and rank 0 writes; CheckpointError on all ranks where that fails.
+        Checkpoints that are no longer the best are deleted, as after a save. Every rank calls it and rank 0
+        writes; CheckpointError on all ranks where that fails.
         """
         _keep_score(state)
         error = [""]
@@ -171,6 +172,7 @@ class Saver:
             path = self._folder / checkpoint_name(state.step)
             try:
                 manifest.write_amendment(path, asdict(state))
+                apply_retention(self._folder, self._spec, state)
             except OSError as failure:
                 error = [f"{path}: rank 0 cannot write: {failure.strerror or failure}"]
         dist.broadcast_object_list(error, src=0)
