@@ -109,6 +109,10 @@ def submit_command(
         prepare_data(loaded)
     plan = make_plan(loaded)
     refuse_what_does_not_fit(plan, force, as_json)
+    if not dry_run:
+        from drumline.train.dry_pass import dry_pass
+
+        dry_pass(plan)
     if to == "slurm":
         check_fewest(plan, force, as_json)
     if to == "slurm" and not dry_run:
