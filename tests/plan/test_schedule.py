@@ -116,7 +116,7 @@ def test_warm_up_is_resolved_or_refused() -> None:
     assert resolve_warmup(None, None, "one_cycle", 100) == 30
     assert resolve_warmup(2000, None, "cosine", 2000) == 2000
     with pytest.raises(
-        PlanError, match=r"warmup_steps: 5000 > 2000 steps .* Nearest: warmup_steps 2000"
+        PlanError, match=r"warmup_steps: 5000 > 2000 steps .* Nearest: warmup_steps 200,"
     ):
         resolve_warmup(5000, None, "cosine", 2000)
 

@@ -201,7 +201,7 @@ def resolve_warmup(steps: int | None, ratio: float | None, name: str, total: int
     if steps > total:
         raise PlanError(
             f"schedule.warmup_steps: {steps} > {total} steps of the whole run, so the peak is never "
-            f"reached. Nearest: warmup_steps {total}, or duration.steps above {steps}"
+            f"reached. Nearest: warmup_steps {max(1, total // 10)}, or duration.steps above {steps}"
         )
     return steps
 

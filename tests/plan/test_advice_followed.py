@@ -1,0 +1,227 @@
+"""Every "Nearest" that a plan can print is followed once: the recipe is then accepted, or fails otherwise.
+
+A message without a row here fails the last test, so that advice cannot be added without being tried.
+"""
+
+import ast
+import re
+from typing import Any
+
+import pytest
+
+from conftest import ROOT
+from drumline.errors import DrumlineError
+from drumline.plan.resolve import World, resolve
+from drumline.plan.resplit import on_gpus
+from drumline.recipe.load import merge as merged
+from drumline.recipe.load import override, parse_override, validate
+
+LLAMA = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "vocab_size": 300}  # fmt: skip
+BASE: dict[str, Any] = {
+    "recipe": "advice",
+    "schema": 1,
+    "model": {"source": "config", "architecture": "llama", "config": LLAMA},
+    "data": {"source": "files", "path": "/x.txt", "task": "causal_lm", "sequence_length": 64, "samples": 1000},
+    "batch": {"effective": 16, "per_device": 2, "gpus": 2, "accumulation": 4},
+    "cluster": {"gpu": "h100-80gb"},
+    "optimizer": {"name": "adamw", "lr": 1e-3},
+    "duration": {"steps": 100},
+}  # fmt: skip
+CLASSES = ["data.task=classification"]
+WARMUP = ["schedule.name=cosine"]
+SETS = "data.evaluation={source: files, path: /e.txt}"
+
+FOLLOWED: list[tuple[list[str], str, list[list[str]]]] = [
+    # batch, cluster and GPUs
+    (["batch={effective: null, per_device: null, gpus: null, accumulation: null}"], "effective, per_device and gpus",
+     [["batch={effective: 16, per_device: 2, gpus: 2}"]]),
+    (["batch={effective: 16, per_device: null, gpus: 2, accumulation: null}", "model.architecture=gptj",
+      "!model.config={n_positions: 64}"], "batch.per_device=1", [["batch.per_device=1"]]),
+    (["batch={effective: 16, per_device: 2, gpus: null, accumulation: null}"], "batch.gpus=N", [["batch.gpus=2"]]),
+    (["batch={effective: 16, per_device: 3, gpus: 2, accumulation: null}"], "effective 12 (k=2) or 18 (k=3); or per_device 4 (k=2)",
+     [["batch.effective=12"], ["batch.effective=18"], ["batch.per_device=4"]]),
+    (["cluster.nodes=3", "cluster.gpus_per_node=2"], "gpus 2", [["cluster.nodes=null"]]),
+    (["batch.remainder=drop", "data.samples=9"], "remainder keep (steps of 9), or effective 9",
+     [["batch.remainder=keep"], ["batch={effective: 9, per_device: 1, gpus: 1, accumulation: 9}"]]),
+    (["cluster.gpu=v100-32gb", "precision=bf16"], "precision=fp16", [["precision=fp16"]]),
+    # model
+    (["cluster.gpu=v100-32gb", "model.attention=flash"], "sdpa", [["model.attention=sdpa"]]),
+    (["model.config.num_hidden_layers=2.0"], "Nearest: 2", [["model.config.num_hidden_layers=2"]]),
+    (["model.config.tie_word_embeddings='yes'"], "Nearest: true", [["model.config.tie_word_embeddings=true"]]),
+    (["model.config.rms_norm_eps=1"], "Nearest: 1.0", [["model.config.rms_norm_eps=1.0"]]),
+    (["model.config.torch_dtype=bfloat16"], "the recipe's precision", [["precision=bf16", f"!model.config={LLAMA}"]]),
+    (["model.config.layer_types=[full_attention]", "model.architecture=qwen2", "model.config.num_key_value_heads=4"], "Nearest: state 2",
+     [["model.config.layer_types=[full_attention, full_attention]"]]),
+    (["model.architecture=mixtral", "model.config.num_key_value_heads=4", "model.config.num_experts_per_tok=9", "model.config.num_local_experts=4"],
+     "Nearest: 4", [["model.config.num_experts_per_tok=4"]]),
+    (["model.config.hidden_size=66"], "Nearest: 64 or 68", [["model.config.hidden_size=64"], ["model.config.hidden_size=68"]]),
+    (["model.architecture=bert", "model.config.vocab_size=300"], "model.config.is_decoder=true, or a decoder such as gpt2",
+     [["model.config.is_decoder=true"], ["model.architecture=gpt2", "!model.config={n_embd: 64, n_head: 4}"]]),
+    (["model.architecture=mixtral", "model.config.num_key_value_heads=4", "model.config.output_router_logits=true"], "model.config.output_router_logits=false",
+     [["model.config.output_router_logits=false"]]),
+    (["model.config.pad_token_id=300"], "Nearest: 299", [["model.config.pad_token_id=299"]]),
+    ([*CLASSES], "model.config.pad_token_id=0", [["model.config.pad_token_id=0"]]),
+    (["model.architecture=gptj", "!model.config={n_positions: 32}"], "sequence_length 32, or model.config.n_positions 64",
+     [["data.sequence_length=32"], ["model.config.n_positions=64"]]),
+    (["model.architecture=gpt2", "!model.config={n_positions: 32}"], "sequence_length 32, or model.config.n_positions 64",
+     [["data.sequence_length=32"], ["model.config.n_positions=64"]]),
+    (["model.architecture=gemma2"], "model.attention=eager", [["model.attention=eager"]]),
+    (["model.architecture=granite", "loss.chunked=true"], "chunked loss would not. Nearest: loss.chunked=false", [["loss.chunked=false"]]),
+    (["model.architecture=gptj", "!model.config={n_positions: 64}", "loss.chunked=true"], "missing from the loss. Nearest: loss.chunked=false",
+     [["loss.chunked=false"]]),
+    ([*CLASSES, "model.config.pad_token_id=0", "model.config.num_labels=2"], "num_labels 3", [["model.config.num_labels=3"]]),
+    (["model.activation_offload=true"], "activation_checkpointing full or selective",
+     [["model.activation_checkpointing=full"], ["model.activation_checkpointing=selective"]]),
+    (["model.sync_batchnorm=true", "strategy.name=fsdp"], "strategy.name ddp", [["strategy.name=ddp"]]),
+    (["model.sync_batchnorm=true", "cluster.gpu=cpu"], "sync_batchnorm false", [["model.sync_batchnorm=false"]]),
+    (["model.sync_batchnorm=true", "launch.launcher=deepspeed"], "launcher torchrun", [["launch.launcher=torchrun"]]),
+    # precision, optimizer, logging
+    (["precision=bf16-pure", "launch.launcher=deepspeed"], "bf16, or strategy fsdp with launcher torchrun",
+     [["precision=bf16"], ["strategy.name=fsdp", "launch.launcher=torchrun"]]),
+    (["logging.noise_scale=true", "strategy={name: fsdp, shard: node}", "cluster.gpus_per_node=1"], "strategy.shard=all", [["strategy.shard=all"]]),
+    (["optimizer={name: sgd, lr: 0.1, implementation: fused}", "strategy.name=fsdp"], "Nearest: foreach", [["optimizer.implementation=foreach"]]),
+    (["optimizer={name: custom, factory: 'm:f', lr: 0.1, implementation: foreach}"], "leave it out", [["optimizer.implementation=null"]]),
+    (["optimizer.lr=1e308", "optimizer.lr_scaling={rule: linear, reference_batch: 1}"], "a smaller rate", [["optimizer.lr=1e-3"]]),
+    # data, steps and schedule
+    (["data.samples=900"], "samples 1000, or samples null", [["data.samples=1000"], ["data.samples=null"]]),
+    ([SETS, "data.validation=0.1", "evaluation.every_steps=9"], "validation 0, or no evaluation",
+     [["data.validation=0"], ["data.evaluation=null"]]),
+    (["data.evaluation={}"], "leave it out", [["data.evaluation=null"]]),
+    ([SETS], "evaluation.every_steps=100", [["evaluation.every_steps=100"]]),
+    (["data.samples=null", "duration={steps: null, epochs: 1}"], "state data.samples, or use duration.steps",
+     [["data.samples=1000"], ["duration={steps: 9, epochs: null}"]]),
+    (["data.samples=null", "schedule={name: cosine, unit: epoch}"], "state data.samples, or use unit step",
+     [["data.samples=1000"], ["schedule.unit=step"]]),
+    ([*WARMUP, "schedule.unit=epoch", "schedule.warmup_steps=3"], "warmup_steps 126 (two epochs), or unit step",
+     [["schedule.warmup_steps=126", "duration.steps=500"], ["schedule.unit=step"]]),
+    (["schedule={name: cosine_restarts, cycles: 60}"], "cycles 50", [["schedule.cycles=50"]]),
+    ([*WARMUP, "schedule.warmup_steps=200"], "warmup_steps 10, or duration.steps above 200",
+     [["schedule.warmup_steps=10"], ["duration.steps=201"]]),
+    ([*WARMUP, "schedule.warmup_ratio=0.001"], "warmup_steps 2", [["schedule={warmup_steps: 2, warmup_ratio: null}"]]),
+    ([*WARMUP, "schedule.warmup_steps=100"], "a shorter warm-up", [["schedule.warmup_steps=50"]]),
+    (["schedule={name: wsd, warmup_steps: 60, decay_ratio: 0.5}"], "decay_ratio 0.400", [["schedule.decay_ratio=0.4"]]),
+    (["schedule={name: piecewise, milestones: {'0.001': 0.1}}"], "a larger fraction", [["!schedule.milestones={'0.1': 0.1}"]]),
+    (["schedule={name: piecewise, milestones: {'200': 0.1}}"], "a fraction of the run, such as 0.9", [["!schedule.milestones={'0.9': 0.1}"]]),
+    (["schedule={name: piecewise, milestones: {'20.0': 0.1}}"], "the step '20' in quotes",
+     [["!schedule.milestones={'20': 0.1}"], ["!schedule.milestones={'0.9': 0.1}"]]),
+    # the recipe's form
+    (["strategy.name=tensor_parallel"], "Nearest: fsdp", [["strategy.name=fsdp"]]),
+    (["checkpoint.every_minutes=.inf"], "null, or a large number", [["checkpoint.every_minutes=null"], ["checkpoint.every_minutes=999999"]]),
+    (["batch=null"], "give it a key", [["batch={effective: 16, per_device: 2, gpus: 2}"]]),
+    (["batch.gpus=2.0"], "Nearest: 2", [["batch.gpus=2"]]),
+]  # fmt: skip
+"""Overrides that are wrong, words of the advice, and every way to follow it."""
+
+ELSEWHERE = {
+    "data: every row has class 0": "needs other data",
+    "is a pickle, which can run code": "tests/plan/test_weight_files.py",
+    "the weights of": "tests/plan/test_weight_files.py",
+    "is not in the cache whole": "needs the network; tests/train/test_pretrained.py",
+    "memory is not known": "tests/cli: --trace",
+    "more than one node of": "test_a_resplit_follows_its_advice",
+    "does not go with strategy": "no optimizer of the table lacks a strategy",
+    "secrets do not belong": "names no recipe",
+    "merge keys": "tests/recipe",
+}
+"""Advice that is not about a key of the recipe, and where it is tried, or why it cannot be."""
+TOLD: list[str] = []
+
+
+def _emptied(change: dict[str, Any]) -> dict[str, Any]:
+    """The same key, with nothing in its mapping."""
+    ((key, value),) = change.items()
+    is_inner = (
+        isinstance(value, dict) and len(value) == 1 and isinstance(next(iter(value.values())), dict)
+    )
+    return {key: _emptied(value) if is_inner else None}
+
+
+def told_by(overrides: list[str], is_accepted: bool = False) -> str:
+    """The error of this recipe, which one that `is_accepted` must not have, or its warnings; "" for none."""
+    plain = BASE
+    try:
+        for text in overrides:
+            change = parse_override(text.removeprefix("!"))
+            if text.startswith("!"):  # in place of what stands there, as in an editor
+                plain = merged(plain, merged(change, {}) | _emptied(change))
+            plain = merged(plain, change)
+        recipe = validate(plain, "r")
+        samples = 1000 if recipe.data.samples == 900 else None
+        world = World(samples=samples, classes=3 if recipe.data.task == "classification" else None)
+        return "\n".join(resolve(recipe, world).warnings)
+    except DrumlineError as error:
+        if is_accepted:
+            raise
+        return str(error)
+
+
+@pytest.mark.parametrize(("wrong", "advice", "ways"), FOLLOWED, ids=lambda value: str(value)[:50])
+def test_advice_works_when_followed(wrong: list[str], advice: str, ways: list[list[str]]) -> None:
+    """The words stand in the message; with any of the changes that they name it is not told again."""
+    told = told_by(wrong)
+    assert "Nearest" in told, told
+    assert advice in told, told
+    TOLD.append(told)
+    for way in ways:
+        again = told_by([*wrong, *way], is_accepted=True)
+        assert advice not in again, f"{way}: {again}"
+
+
+def test_a_resplit_follows_its_advice() -> None:
+    """`--gpus` that make no whole nodes: both numbers that it names work."""
+    stated = merged(
+        BASE,
+        {
+            "cluster": {"gpus_per_node": 4},
+            "batch": {"gpus": 4, "effective": 96, "accumulation": 12},
+        },
+    )
+    recipe = validate(stated, "r")
+    with pytest.raises(DrumlineError, match="Nearest: 4 or 8; or cluster.gpus_per_node") as told:
+        on_gpus(recipe, 6, None, World())
+    TOLD.append(str(told.value))
+    for gpus in (4, 8):
+        assert on_gpus(recipe, gpus, None, World())
+    assert on_gpus(override(recipe, ["cluster.gpus_per_node=2"]), 6, None, World())
+
+
+def skeletons() -> list[tuple[str, str]]:
+    """Where each message with advice stands in the layers below the run, and its constant parts as a pattern."""
+    found = []
+    for part in ("recipe", "architectures", "plan"):
+        for path in sorted((ROOT / "toolkit/drumline" / part).glob("*.py")):
+            tree = ast.parse(path.read_text())
+            inner = {
+                id(v) for n in ast.walk(tree) if isinstance(n, ast.JoinedStr) for v in n.values
+            }
+            for node in ast.walk(tree):
+                if isinstance(node, ast.JoinedStr):
+                    parts = [v.value if isinstance(v, ast.Constant) else None for v in node.values]
+                elif (
+                    isinstance(node, ast.Constant)
+                    and isinstance(node.value, str)
+                    and id(node) not in inner
+                ):
+                    parts = [node.value]
+                else:
+                    continue
+                text = "".join(str(part) for part in parts if part)
+                if "Nearest:" in text and '"""' not in text and "\n\n" not in text:
+                    pattern = "".join(
+                        ".*" if part is None else re.escape(str(part)) for part in parts
+                    )
+                    found.append((f"{path.name}:{node.lineno}", pattern))
+    return found
+
+
+def test_no_advice_is_left_out() -> None:
+    """Each message of the plan's layers was told above, or stands among those that are tried elsewhere."""
+    told = [*TOLD, *(told_by(wrong) for wrong, _, _ in FOLLOWED)]
+    left = [
+        (where, pattern)
+        for where, pattern in skeletons()
+        if not any(re.search(pattern, text, flags=re.DOTALL) for text in told)
+        and not any(re.escape(words) in pattern for words in ELSEWHERE)
+    ]
+    assert left == []
