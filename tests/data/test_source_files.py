@@ -249,7 +249,7 @@ def rows_or_message(path: Path) -> tuple[list[SourceRow], str]:
         return [], str(error)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(st.integers(0, 2**31))
 def test_mutated_files_never_lose_rows_in_silence(
     tmp_path_factory: pytest.TempPathFactory, seed: int

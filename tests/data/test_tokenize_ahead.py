@@ -44,6 +44,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HubTokeniz
     ByT5Tokenizer().save_pretrained(folder / "byt5")
     made = {"bert": bert(folder / "bert"), "llama": llama(folder / "llama")}
     found = {name: HubTokenizer(where, needs_end=False) for name, where in made.items()}
+    found["marked"] = HubTokenizer(made["llama"], needs_end=False, is_marked=True)
     found["byt5"] = HubTokenizer(str(folder / "byt5"))
     assert not found["byt5"].is_fast
     return found

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -105,6 +106,22 @@ def test_a_text_never_makes_a_special_token(tmp_path: Path) -> None:
         assert not special & set(tokenizer.encode(text).tolist())
         assert not special & set(tokenizer.encode_pair(text, text)[0].tolist())
         assert len(special & set(tokenizer.encode_row(text, None)[0].tolist())) <= 2
+
+
+def test_a_text_makes_special_tokens_where_it_is_asked_to(tmp_path: Path) -> None:
+    """`special_tokens_in_text`: a rendered chat has its marks; the prepared rows differ, and so does the key."""
+    name = llama(tmp_path / "l", adds_begin=False)
+    rows = [{"prompt": "<s>the cat", "completion": "yes</s>no"}]
+    found = [
+        rows_of(data_of(tmp_path, rows, task="sft", tokenizer=name, special_tokens_in_text=marked))[
+            0
+        ]
+        for marked in (False, True)
+    ]
+    assert (found[0].count(1), found[0].count(2)) == (0, 1)
+    assert (found[1].count(1), found[1].count(2)) == (1, 2)
+    with pytest.raises(ValidationError, match="bytes has no special token"):
+        data_of(tmp_path, rows, task="sft", special_tokens_in_text=True)
 
 
 def test_a_completion_is_tokenised_after_its_prompt(tmp_path: Path) -> None:

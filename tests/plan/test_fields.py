@@ -46,6 +46,7 @@ CHANGES: dict[str, Any] = {
              {"completion_field": "c"}, {"split": "test"}, {"sequence_length": 9},
              {"source": "files", "name": None, "path": "/x.csv"}, {"task": "sft", "sequence_length": 9},
              {"task": "sft", "sequence_length": 9, "bos": True}, {"on_bad_row": "skip"},
+             {"tokenizer": "gpt2", "special_tokens_in_text": True},
              {"validation_split": "periodic"}, {"validation_seed": 1},
              {"validation": 0.0, "evaluation": {"clean": {"source": "files", "path": "/e.jsonl"}}},
              {"source": "factory", "name": None, "factory": "m:f"},

@@ -148,7 +148,9 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
     source, seen = _open(data, project), _Seen()
     task, tokenizer = source.task, None
     if task.needs_tokenizer:
-        tokenizer = find_tokenizer(data.tokenizer, data.bos, task.needs_end)
+        tokenizer = find_tokenizer(
+            data.tokenizer, data.bos, task.needs_end, data.special_tokens_in_text
+        )
     dtype = None
     if tokenizer:
         dtype = "<u2" if tokenizer.vocabulary <= 1 << 16 else "<u4"

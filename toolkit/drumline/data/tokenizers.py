@@ -21,7 +21,7 @@ Request = tuple[Any, ...]
 
 
 class Tokenizer(Protocol):
-    """What `prepare` needs of a tokenizer; a text never makes a special token.
+    """What `prepare` needs of a tokenizer; a text makes no special token unless the recipe says so.
 
     `vocabulary`: the largest id + 1. `end`: the id that ends a document, `begin` the one that texts begin
     with; None without one.
@@ -78,9 +78,14 @@ class ByteTokenizer:
 
 
 class HubTokenizer:
-    """A transformers tokenizer, by hub name or folder; remote code is never trusted."""
+    """A transformers tokenizer, by hub name or folder; remote code is never trusted.
 
-    def __init__(self, name: str, bos: Bos = "auto", needs_end: bool = True) -> None:
+    `is_marked`: the names of special tokens in a text are these tokens; else they are text like any other.
+    """
+
+    def __init__(
+        self, name: str, bos: Bos = "auto", needs_end: bool = True, is_marked: bool = False
+    ) -> None:
         try:
             from transformers import AutoTokenizer
 
@@ -88,7 +93,8 @@ class HubTokenizer:
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise DataError(f"data.tokenizer: {name} cannot be loaded: {first}") from None
-        self.made_of = (name, bos, needs_end)
+        self.made_of = (name, bos, needs_end, is_marked)
+        self._splits = not is_marked
         inner = self._inner
         if needs_end and inner.eos_token_id is None:
             raise DataError(
@@ -131,7 +137,7 @@ class HubTokenizer:
     def _answers_of_a_kind(self, kind: Request, requests: list[Request]) -> list[Any]:
         """The same through the tokenizer's own batches, which do without lists of Python's numbers."""
         inner = self._inner.backend_tokenizer
-        inner.encode_special_tokens = True
+        inner.encode_special_tokens = self._splits
         inner.no_padding()
         inner.no_truncation()
         if kind == ("encode",):
@@ -154,7 +160,11 @@ class HubTokenizer:
 
     def _ids(self, text: str, **options: Any) -> Any:
         return self._inner(
-            text, split_special_tokens=True, return_attention_mask=False, verbose=False, **options
+            text,
+            split_special_tokens=self._splits,
+            return_attention_mask=False,
+            verbose=False,
+            **options,
         )
 
     def encode(self, text: str) -> Tokens:
@@ -192,7 +202,9 @@ def _tokens_until(letter: int, offsets: list[tuple[int, int]]) -> int:
     return next((place for place, (_, end) in enumerate(offsets) if end > letter), len(offsets))
 
 
-def find_tokenizer(name: str, bos: Bos = "auto", needs_end: bool = True) -> Tokenizer:
+def find_tokenizer(
+    name: str, bos: Bos = "auto", needs_end: bool = True, is_marked: bool = False
+) -> Tokenizer:
     """The tokenizer `bytes`, or one from a folder (an absolute path) or from the hub."""
     if name == "bytes":
         if bos is True:
@@ -200,7 +212,7 @@ def find_tokenizer(name: str, bos: Bos = "auto", needs_end: bool = True) -> Toke
         return ByteTokenizer()
     if name.startswith("/") and not Path(name).is_dir():
         raise DataError(f"data.tokenizer: {name} is not a folder")
-    return HubTokenizer(name, bos, needs_end)
+    return HubTokenizer(name, bos, needs_end, is_marked)
 
 
 def save_tokenizer(name: str, target: Path) -> None:

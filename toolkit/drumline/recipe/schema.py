@@ -165,6 +165,7 @@ class Data(Section):
     label_field: str = "label"
     tokenizer: str = "bytes"
     bos: Annotated[Literal["auto"] | bool, AddedLater()] = "auto"
+    special_tokens_in_text: Annotated[bool, AddedLater()] = False
     on_bad_row: Annotated[Literal["stop", "skip"], AddedLater()] = "stop"
     sequence_length: Samples | None = None
     samples: Count | None = None
@@ -206,6 +207,10 @@ class Data(Section):
             raise ValueError(f"task {self.task} {takes} task_factory, a module:function")
         if self.bos != "auto" and self.task not in ("causal_lm", "sft"):
             raise ValueError(f"bos: texts of task {self.task} begin as the tokenizer has them")
+        if self.special_tokens_in_text and self.tokenizer == "bytes":
+            raise ValueError(
+                "special_tokens_in_text: bytes has no special token that a text could hold"
+            )
         needs_length = self.facts.is_per_token and self.task != "custom"
         if needs_length and self.sequence_length is None:
             raise ValueError(f"task {self.task} needs sequence_length, in tokens")
