@@ -19,8 +19,9 @@ from drumline.data.tasks import Encoded, find_task
 from drumline.data.validation_split import VALIDATION, Drawn, Periodic, Stratified
 from drumline.errors import DataError, PlanError, RecipeError
 from drumline.plan.identity import training_sha256
-from drumline.recipe.load import override, validate
-from drumline.recipe.schema import Data
+from drumline.recipe import yaml12
+from drumline.recipe.load import load_recipe, override, validate
+from drumline.recipe.schema import ALONE, Data, EvaluationSet
 from drumline.session.planning import make_plan
 
 
@@ -238,3 +239,82 @@ def test_samples_stop_the_reading(tmp_path: Path, task: str) -> None:
     prepare(recipe.data, None)
     with pytest.raises(PlanError, match="data.samples: 40, but the prepared data hold 18"):
         make_plan(recipe)
+
+
+def test_samples_of_one_long_document(tmp_path: Path) -> None:
+    """A text of many blocks, of which the first rows are enough."""
+    (tmp_path / "long.txt").write_text("some words\n" * 200_000)
+    data = Data(
+        source="files",
+        path=str(tmp_path / "long.txt"),
+        task="causal_lm",
+        sequence_length=64,
+        samples=100,
+    )
+    manifest = read_dataset_manifest(prepare(data, None))
+    assert manifest
+    assert manifest.samples == 100
+
+
+def test_a_recorded_split_reads_all_rows(tmp_path: Path) -> None:
+    """`periodic` with `samples`: as many rows for validation as runs had that read to the end."""
+    path = labelled(tmp_path, [n % 2 for n in range(50)])
+    stated = data_of(path, validation=0.2, validation_split="periodic", samples=40)
+    manifests = [
+        read_dataset_manifest(prepare(stated.model_copy(update={"samples": samples}), None))
+        for samples in (40, None)
+    ]
+    assert manifests[0]
+    assert manifests[1]
+    assert manifests[0].validation_samples == 10
+    assert manifests[0].fingerprint == manifests[1].fingerprint
+
+
+def test_advice_counts_the_rows_that_are_kept(tmp_path: Path) -> None:
+    """Five of ten rows have no target: a tenth of five is none, and the advice says a fifth."""
+    rows = [{"prompt": "p" * (20 if n % 2 else 1), "completion": "c"} for n in range(10)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = data_of(path, task="sft", sequence_length=8)
+    for share in (0.1, 0.2):
+        told = ""
+        try:
+            prepare(
+                data.model_copy(update={"validation": share, "validation_split": "drawn"}), None
+            )
+        except DataError as error:
+            told = str(error)
+        assert ("Nearest: validation 0.2 (one document)" in told) == (share == 0.1)
+
+
+def test_texts_beside_features_are_refused(tmp_path: Path) -> None:
+    """An evaluation set whose rows are of another kind than those that are trained."""
+    own = {"source": "files", "path": str(labelled(tmp_path, [0, 1]))}
+    features = Data(
+        source="builtin", name="synthetic-classification", task="classification", evaluation=own
+    )
+    with pytest.raises(
+        DataError, match=r"data.evaluation: its rows have tokens.*training rows have features"
+    ):
+        prepare(features, None)
+
+
+def test_a_path_of_a_set_is_of_its_file(tmp_path: Path) -> None:
+    """Also where the set is stated in part, or is changed on the command line; named sets too."""
+    (tmp_path / "below").mkdir()
+    base = yaml12.dump({**tiny_recipe(), "data": {"source": "files", "path": "x.jsonl", "task": "classification",
+                        "evaluation": {"source": "files", "path": "e.jsonl"}}, "evaluation": {"every_steps": 5}})  # fmt: skip
+    (tmp_path / "below/base.yaml").write_text(base)
+    child = {"extends": "base.yaml", "data": {"evaluation": {"path": "f.jsonl"}}}
+    (tmp_path / "below/child.yaml").write_text(yaml12.dump(child))
+    recipe = load_recipe(str(tmp_path / "below/child.yaml"))
+    assert recipe.data.evaluation
+    assert recipe.data.evaluation[ALONE].path == str(tmp_path / "below/f.jsonl")
+    changed = override(recipe, ["data.evaluation.path=/g.jsonl"])
+    assert changed.data.evaluation
+    assert changed.data.evaluation[ALONE].path == "/g.jsonl"
+    named = {"source": {"source": "files", "path": "g.jsonl"}}
+    (tmp_path / "below/named.yaml").write_text(base.replace("x.jsonl", "y.jsonl"))
+    assert data_of(tmp_path / "x", evaluation=named).evaluation == {
+        "source": EvaluationSet(source="files", path="g.jsonl")
+    }

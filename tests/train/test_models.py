@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import tiny_recipe
+from conftest import ROOT, tiny_recipe
 from drumline.architectures.labels import number_of_labels
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.errors import PlanError
@@ -126,14 +126,21 @@ def loaded(folder: Path, classes: int | None = None, seed: int = 7, **config: An
     return builder_of(folder, classes, seed, **config).whole()
 
 
-def builder_of(folder: Path, classes: int | None, seed: int, **config: Any) -> ModelBuilder:
+def builder_of(
+    folder: Path,
+    classes: int | None,
+    seed: int,
+    edits: tuple[str, ...] | list[str] = (),
+    project: str | None = None,
+    **config: Any,
+) -> ModelBuilder:
     task = {"task": "classification", "tokenizer": "bytes"} if classes else {"task": "causal_lm"}
     recipe = validate(
         tiny_recipe(
             model={"source": "folder", "path": str(folder), "architecture": None, "factory": None,
-                   "config": config},
+                   "config": config, "edits": list(edits)},
             data={"source": "files", "name": None, "path": "/x.txt", "sequence_length": 16, "samples": None,
-                  "validation": 0.0, **task}, seed=seed,
+                  "validation": 0.0, **task}, seed=seed, project=project or str(ROOT / "recipes"),
         ), "r")  # fmt: skip
     return ModelBuilder(recipe, dataclasses.replace(MANIFEST, classes=classes))
 

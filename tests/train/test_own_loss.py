@@ -15,13 +15,16 @@ from drumline.train.objectives import cross_entropy
 from drumline.train.own_loss import compare_with_own_loss
 from memory.plans import SMALL
 
-FAMILIES = ["llama", "granite", "gemma2", "cohere", "phi", "mixtral"]
+BART = {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 96,
+        "max_position_embeddings": 64}  # fmt: skip
+"""As a decoder it takes a token's own label as its target, unlike the others."""
+FAMILIES = ["llama", "bart", "granite", "gemma2", "cohere", "phi", "mixtral"]
 """Among them logits that are scaled (granite, cohere), capped (gemma2), and a head with a bias (phi)."""
 
 
 def compared(pairs: Path, architecture: str, **changes: Any) -> Any:
     model = {"source": "config", "architecture": architecture,
-             "config": {**SMALL[architecture], "vocab_size": 300}}  # fmt: skip
+             "config": {**SMALL.get(architecture, BART), "vocab_size": 300}}  # fmt: skip
     if architecture == "gemma2":  # caps its attention scores
         model["attention"] = "eager"
     plan = unequal_plan(pairs, (3, 1, 4), **{"model": model, **changes})

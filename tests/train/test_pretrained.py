@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from pydantic import ValidationError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from drumline.architectures.hub import fetch, is_complete
 from drumline.errors import PlanError
@@ -28,6 +28,55 @@ def assert_same(folder: Path, kind: str, model: torch.nn.Module) -> None:
     assert ours.keys() == theirs.keys()
     assert [n for n in ours if not torch.equal(ours[n], theirs[n])] == []
     assert not any(t.is_meta for t in ours.values())
+
+
+def with_random_buffers(folder: Path) -> Path:
+    """The folder with other values in what is no parameter, as after a training."""
+
+    def change(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        marks = ("running_", "correction_bias")
+        return {
+            n: torch.rand_like(w) if any(m in n for m in marks) else w for n, w in weights.items()
+        }
+
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "architecture", "config"), [
+    ("AutoModelForCausalLM", "deepseek_v3", {}),
+    ("AutoModelForImageClassification", "resnet", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1],
+                                                   "layer_type": "basic"}),
+])  # fmt: skip
+def test_trained_buffers_are_read_too(
+    tmp_path: Path, kind: str, architecture: str, config: dict[str, Any]
+) -> None:
+    """Statistics of BatchNorm, and a router's corrections: not those of a new model."""
+    full = config or config_of(architecture)
+    folder = with_random_buffers(saved(tmp_path, kind, architecture, {**full, "num_labels": 3}))
+    model = loaded(folder, None if kind == "AutoModelForCausalLM" else 3)
+    assert_same(folder, kind, model)
+
+
+def test_edits_run_on_loaded_weights(tmp_path: Path) -> None:
+    """What an edit adds or changes is as it leaves it; what it looks at are the files' weights."""
+    folder = saved(tmp_path / "m", "AutoModelForCausalLM", "llama", TINY)
+    (tmp_path / "own.py").write_text(
+        "import torch\n"
+        "def adapt(model):\n"
+        "    model.extra = torch.nn.Linear(4, 4)\n"
+        "    torch.nn.init.zeros_(model.extra.weight)\n"
+        "    with torch.no_grad():\n"
+        "        model.lm_head.weight.mul_(2)\n"
+    )
+    plain: Any = loaded(folder)
+    edited: Any = loaded(folder, edits=["own:adapt"], project=str(tmp_path))
+    assert not edited.extra.weight.any()
+    assert torch.equal(edited.lm_head.weight, 2 * plain.lm_head.weight)
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(edited.state_dict()[name], plain.state_dict()[name])
 
 
 def config_of(architecture: str) -> dict[str, Any]:

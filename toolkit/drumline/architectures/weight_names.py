@@ -24,7 +24,7 @@ WRAPPERS = {
 _SHOWN = 3
 _LAYER = re.compile(r"^(?:(.*?)\.)?(\d+)\.(.+)$")
 """The stem of a layer's name, its number, and the rest."""
-_NOT_WEIGHTS = ("inv_freq", "masked_bias", "position_ids", "e_score_correction_bias",
+NOT_WEIGHTS = ("inv_freq", "masked_bias", "position_ids", "e_score_correction_bias",
                 "EncDecAttention.relative_attention_bias.weight")  # fmt: skip
 """Ends of names of tensors that files have beside weights, and that transformers leaves out."""
 
@@ -62,7 +62,7 @@ def some(names: list[str]) -> str:
 
 
 def _is_weight(shape: ModelShape, name: str, sizes: tuple[int, ...]) -> bool:
-    if name.endswith(_NOT_WEIGHTS) or (name.endswith("bias") and len(sizes) > 2):
+    if name.endswith(NOT_WEIGHTS) or (name.endswith("bias") and len(sizes) > 2):
         return False
     found = _LAYER.match(name)
     if (

@@ -109,7 +109,7 @@ def submit_command(
         prepare_data(loaded)
     plan = make_plan(loaded)
     refuse_what_does_not_fit(plan, force, as_json)
-    if not dry_run:
+    if not (dry_run or force):
         from drumline.train.dry_pass import dry_pass
 
         dry_pass(plan)

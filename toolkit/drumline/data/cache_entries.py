@@ -1,5 +1,6 @@
 """What the cache holds: prepared data and traces, with their sizes and ages; and how to remove them."""
 
+import contextlib
 import os
 import shutil
 import time
@@ -50,6 +51,8 @@ def remove(entry: Entry) -> None:
         entry.path.rename(hidden)
         shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink()
     except OSError as error:
+        with contextlib.suppress(OSError):  # what is left of it is shown, as damaged
+            hidden.rename(entry.path)
         raise DataError(f"{entry.path}: cannot be removed: {error.strerror}") from None
 
 

@@ -88,6 +88,7 @@ class _Seen:
     skipped: int = 0
     first_problem: str = ""
     rows: int = 0
+    is_stream: bool = False
     classes: int = 0
     feature_shape: list[int] | None = None
 
@@ -161,9 +162,15 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
         part = part_of_set(name)
         writers[part] = PartWriter(folder / part, dtype)
         with cache.told_of(name):
-            its = _write_set(_open(own, project), tokenizer, writers[part], seen, progress)
+            opened = _open(own, project)
+            if opened.task.columns != task.columns:
+                raise DataError(
+                    f"data: its rows have {', '.join(opened.task.columns)}, and the training rows have "
+                    f"{', '.join(task.columns)}"
+                )
+            its = _write_set(opened, tokenizer, writers[part], seen, progress)
         seen.add(its)
-    arrays = {name: kind for writer in writers.values() for name, kind in writer.arrays.items()}
+    arrays = _one_dtype_each(writers)
     own_columns = [column for name in arrays for column in array_columns(name)]
     for writer in writers.values():
         writer.close([*task.columns, *own_columns])
@@ -190,6 +197,18 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
         origin=_origin(data),
         evaluation={name: writers[part_of_set(name)].rows for name in data.evaluation or ()},
     ).write(folder)
+
+
+def _one_dtype_each(writers: Writers) -> dict[str, str]:
+    """The dtype of every array of a custom task; DataError where two parts have different ones."""
+    found: dict[str, str] = {}
+    for part, writer in writers.items():
+        for name, kind in writer.arrays.items():
+            if found.setdefault(name, kind) != kind:
+                raise DataError(
+                    f"data.task_factory: array {name!r} is {kind} in {part}, after rows of {found[name]}"
+                )
+    return found
 
 
 def _origin(data: Data) -> str:
@@ -254,11 +273,12 @@ def _write_stream(
     A document may span several source rows.
     """
     assert tokenizer and tokenizer.end is not None
+    seen.is_stream = True
     begin = np.array([] if tokenizer.begin is None else [tokenizer.begin], dtype=np.uint32)
     begins = True
     length = task.data.sequence_length
     assert length
-    split, written, most = split_of(task.data), 0, task.data.samples
+    split, written, most = split_of(task.data), 0, _most(task.data)
     packers = {
         part: Packer(writer, length, most if part == TRAIN else None)
         for part, writer in writers.items()
@@ -276,9 +296,15 @@ def _write_stream(
         written += len(tokens)
         show(seen.documents, written)
         if most is not None and writers[TRAIN].tokens > most * length:
+            seen.documents += not row.ends  # the rest of it is not read
             break
     for packer in packers.values():
         packer.finish()
+
+
+def _most(data: Data) -> int | None:
+    """Training rows after which reading stops; None where recorded runs have always read all rows."""
+    return None if data.validation_split == "periodic" else data.samples
 
 
 def _write_samples(
@@ -290,7 +316,7 @@ def _write_samples(
     show: Show,
 ) -> None:
     """Write one sample per source row; rows without a target are dropped and counted."""
-    split, most = split_of(task.data), task.data.samples
+    split, most = split_of(task.data), _most(task.data)
 
     def append(placed: Placed) -> None:
         for part, sample in placed:
@@ -338,6 +364,8 @@ def _encoded(
 
 def _refuse_empty(data: Data, seen: _Seen, writers: Writers) -> None:
     documents = seen.documents
+    if data.validation_split == "drawn" and writers[TRAIN].rows and not seen.is_stream:
+        documents = writers[TRAIN].rows + writers[VALIDATION].rows
     if documents == 0 or writers[TRAIN].rows == 0:
         why = ""
         if seen.dropped:

@@ -15,7 +15,7 @@ from typing import Any
 
 from drumline.data.source_row import SourceRow
 from drumline.data.tasks import Task
-from drumline.data.tokenizers import HubTokenizer, Request, Tokens
+from drumline.data.tokenizers import HubTokenizer, Request, Tokens, refuse_surrogates
 from drumline.errors import DataError
 
 _MOST_ROWS, _MOST_LETTERS = 1024, 1 << 20
@@ -102,6 +102,8 @@ def _chunks(task: Task, rows: Iterable[SourceRow]) -> Iterator[_Chunk]:
         chunk.rows.append(row)
         with contextlib.suppress(DataError):  # which the task raises again, where it is told
             asked = [] if row.problem else task.requests(row.fields)
+            for one in asked:
+                refuse_surrogates(one)
             chunk.requests.extend(asked)
             letters += sum(len(part) for one in asked for part in one if isinstance(part, str))
         if len(chunk.rows) == _MOST_ROWS or letters >= _MOST_LETTERS:

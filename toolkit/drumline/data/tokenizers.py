@@ -121,7 +121,9 @@ class HubTokenizer:
         return bool(self._inner.is_fast)
 
     def answers(self, requests: list[Request]) -> list[Any]:
-        """What its methods return, for many requests at a time."""
+        """What its methods return, for many requests at a time; DataError for a text that is none."""
+        for request in requests:
+            refuse_surrogates(request)
         if not self.is_fast:
             return [getattr(self, method)(*arguments) for method, *arguments in requests]
         found: dict[int, Any] = {}
@@ -191,6 +193,19 @@ class HubTokenizer:
         )
         of_prompt = _tokens_until(len(prompt), found.offset_mapping)
         return np.asarray(found.input_ids, dtype=np.uint32), of_prompt
+
+
+def refuse_surrogates(request: Request) -> None:
+    """DataError where a text has half of a surrogate pair, which is no character and has no UTF-8."""
+    for part in request:
+        if isinstance(part, str):
+            try:
+                part.encode()
+            except UnicodeEncodeError as error:
+                half, place = part[error.start], error.start + 1
+                raise DataError(
+                    f"half of a surrogate pair, {half!a}, at letter {place:,}"
+                ) from None
 
 
 def _array(encoding: Any) -> Tokens:

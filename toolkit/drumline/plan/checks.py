@@ -109,8 +109,14 @@ def check_model(recipe: Recipe, architecture: str, config: Mapping[str, Any]) ->
             f"model.config.pad_token_id: {pad} is not one of {vocabulary} tokens. "
             f"Nearest: {max(0, min(pad, vocabulary - 1))}"
         )
-    has_none = pad is None and architecture in WITHOUT_PADDING
-    if has_none and not is_language_model and recipe.batch.per_device != 1:
+
+
+def check_padding(
+    recipe: Recipe, architecture: str, config: Mapping[str, Any], per_device: int
+) -> None:
+    """Refuse a classifier that could not tell the last token of a row from its padding."""
+    has_none = config.get("pad_token_id") is None and architecture in WITHOUT_PADDING
+    if has_none and recipe.data.facts.head == "classification" and per_device != 1:
         raise PlanError(
             f"model.config.pad_token_id: {architecture} has none, so a classifier cannot tell the last token "
             "of a row from its padding. Nearest: model.config.pad_token_id=0"
@@ -129,7 +135,8 @@ def check_positions(
     if not positive:
         return
     key, whole = min(positive.items(), key=lambda item: item[1])
-    unused = (config.get("pad_token_id") or 1) + 1 if architecture in AFTER_PADDING else 0
+    padding = config.get("pad_token_id", 1) or 0
+    unused = padding + 1 if architecture in AFTER_PADDING else 0
     limit, length = whole - unused, recipe.data.sequence_length or row_tokens
     if length and length > limit:
         found = length if recipe.data.sequence_length else f"not set, and a row has {length} tokens"

@@ -18,6 +18,7 @@ from drumline.plan import identity, schedule
 from drumline.plan.batch import Split
 from drumline.plan.checks import (
     check_model,
+    check_padding,
     check_positions,
     check_shape,
     check_strategy,
@@ -101,6 +102,7 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
         lambda s: _SURELY_FITS[memory_of(s).verdict],
         partial(is_laid_out, recipe),
     )
+    check_padding(recipe, *_whole_config(recipe, world), split.per_device)
     nodes = layout(recipe, split).nodes
     resolved = _fill(recipe, split)
     steps, clock = _steps(recipe, split, world)

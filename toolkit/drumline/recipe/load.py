@@ -174,7 +174,7 @@ def _absolute_paths(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
         sets = data["evaluation"]
         moved = (
             _with_absolute_path(sets, folder)
-            if "source" in sets
+            if _is_alone(sets)
             else {name: _with_absolute_path(own, folder) for name, own in sets.items()}
         )
         result["data"] = {**data, "evaluation": moved}
@@ -189,8 +189,13 @@ def _evaluation_sets(raw: dict[str, Any]) -> list[dict[str, Any]]:
     sets = data.get("evaluation") if isinstance(data, dict) else None
     if not isinstance(sets, dict):
         return []
-    found = [sets] if "source" in sets else list(sets.values())
+    found = [sets] if _is_alone(sets) else list(sets.values())
     return found if all(isinstance(own, dict) for own in found) else []
+
+
+def _is_alone(sets: dict[str, Any]) -> bool:
+    """Whether these are the keys of one set without a name, and not sets by name."""
+    return any(not isinstance(value, dict) for value in sets.values())
 
 
 def _with_absolute_path(own: dict[str, Any], folder: Path) -> dict[str, Any]:

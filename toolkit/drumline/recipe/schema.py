@@ -185,7 +185,9 @@ class Data(Section):
         filled = dict(values)
         sets = filled.get("evaluation")
         if isinstance(sets, dict) and any(not isinstance(own, dict) for own in sets.values()):
-            filled["evaluation"] = {ALONE: sets}
+            base = sets.get(ALONE, {})  # an override of a set that was filled in before
+            stated = {key: value for key, value in sets.items() if key != ALONE}
+            filled["evaluation"] = {ALONE: {**base, **stated} if isinstance(base, dict) else sets}
         if filled.get("validation") and filled.get("validation_split") is None:
             # A resolved recipe states every key that there was, those with null too; a person does not.
             is_older = "validation_split" not in filled and set(filled) >= _RECORDED

@@ -6,7 +6,6 @@ left out: ranks run the same pass before their first step.
 """
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,15 +29,17 @@ def dry_pass(plan: Plan) -> bool:
     count = min(_LEAST_ROWS, plan.batch.per_device)
     tokens = count * (plan.data.row_tokens or 1)
     is_small = parameters is None or 6.0 * parameters * tokens <= _MOST_FLOPS
-    if not is_small or recipe.model.attention == "flash":
+    is_loaded_whole = recipe.model.edits and recipe.model.source in ("folder", "hub")
+    if not is_small or is_loaded_whole or recipe.model.attention == "flash":
         return False
     rows = open_rows(plan, "train")
     try:
-        model: Any = ModelBuilder(recipe, rows.manifest).whole()
-        if 6.0 * sum(p.numel() for p in model.parameters()) * tokens > _MOST_FLOPS:
+        builder = ModelBuilder(recipe, rows.manifest)  # without storage, but for a factory's model
+        if 6.0 * sum(p.numel() for p in builder.model.parameters()) * tokens > _MOST_FLOPS:
             return False
-        module = ObjectiveModule(model, build_objective(recipe))
-        longest = np.argsort(rows.counts, kind="stable")[-count:].astype(np.int64)
+        module = ObjectiveModule(builder.whole(), build_objective(recipe))
+        sizes = rows.column("lengths") if "lengths" in rows.task.columns else rows.counts
+        longest = np.argsort(sizes, kind="stable")[-count:].astype(np.int64)
         by_sample = recipe.batch.weighting == "sample"
         tensors = micro_batch_tensors(rows, longest, by_sample, dummy=False)
         dtype = autocast_dtype(plan)

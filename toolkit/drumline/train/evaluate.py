@@ -68,7 +68,7 @@ class Evaluator:
             first = first.plus(other)
         result = self._metrics("eval", first)
         for name, sums in found.items():
-            if name != ALONE:
+            if name != ALONE or others:
                 result |= self._metrics(f"eval/{name}", sums)
         return result
 

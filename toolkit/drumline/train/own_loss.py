@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from drumline.data.rows import Rows
 from drumline.data.tasks.base import IGNORED
@@ -16,6 +17,9 @@ from drumline.train.batches import Step, micro_batch_tensors
 from drumline.train.engines.base import autocast_dtype
 from drumline.train.objectives import ObjectiveModule
 from drumline.train.objectives.base import model_inputs
+
+_ROUNDING = 1e-2
+"""Relative distance of two losses of the same logits, in any precision."""
 
 
 @torch.no_grad()
@@ -31,27 +35,34 @@ def compare_with_own_loss(
 
     if not isinstance(module.model, PreTrainedModel) or plan.recipe.objective.factory:
         return None
-    dtype = autocast_dtype(plan)
+    dtype, is_per_token = autocast_dtype(plan), plan.recipe.data.facts.is_per_token
     for place in range(step.samples):
         one = micro_batch_tensors(rows, step.indices[place : place + 1], True, dummy=False)
         batch = {name: tensor.to(device) for name, tensor in one.items()}
-        pair = _as_both_take_it(batch, plan.recipe.data.facts.is_per_token)
+        pair = _as_both_take_it(batch, is_per_token)
         if pair is None:
             continue
         mine, theirs = pair
         with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            own = model_inputs(module.model, theirs).loss
-            if own is None:
+            output = model_inputs(module.model, theirs)
+            if output.loss is None:
                 return None
+            if is_per_token and not _shifts_labels(output, theirs["labels"]):
+                own = {"input_ids": mine["input_ids"], "labels": mine["targets"]}
+                output = model_inputs(module.model, own)
             total = module.objective.sums(module.model, mine).loss
-        count = int((mine["targets"] != IGNORED).sum())
-        found, wanted = float(total) / count, float(own)
-        return {
-            "ours": found,
-            "theirs": wanted,
-            "relative_error": abs(found - wanted) / abs(wanted),
-        }
+        found = float(total) / int((mine["targets"] != IGNORED).sum())
+        wanted = float(output.loss)
+        error = abs(found - wanted) / abs(wanted)
+        return {"ours": found, "theirs": wanted, "relative_error": error}
     return None
+
+
+def _shifts_labels(output: Any, labels: Tensor) -> bool:
+    """Whether this loss is of the next token's label, as of most models; BART takes the token's own."""
+    logits, following = output.logits[:, :-1].float(), labels[:, 1:]
+    loss = functional.cross_entropy(logits.flatten(0, 1), following.flatten(), ignore_index=IGNORED)
+    return abs(float(loss) - float(output.loss)) <= _ROUNDING * abs(float(loss))
 
 
 def _as_both_take_it(
@@ -59,7 +70,7 @@ def _as_both_take_it(
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """The row for our objective with weights of one, and for transformers with its labels; None if too short.
 
-    transformers takes the target of a token from the next one's label, so the row's last target is left out.
+    The next token's label is a token's target, so the row's last target is left out.
     """
     ones = torch.ones_like(batch["weights"])
     inputs = {n: t for n, t in batch.items() if n not in ("targets", "weights")}

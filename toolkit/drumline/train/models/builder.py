@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from drumline.data.dataset_manifest import DatasetManifest
+from drumline.errors import PlanError
 from drumline.recipe.precision import find_precision
 from drumline.recipe.schema import Recipe
 from drumline.train.models.blocks import has_batchnorm, named_blocks, own_tensors
@@ -75,6 +76,11 @@ class ModelBuilder:
             found = "has BatchNorm" if has_batchnorm(self.model) else "has no BatchNorm"
             self.notes.append(f"the model of {recipe.model.factory} {found}")
         check_vocabulary(self.model, manifest)
+        if (
+            self._weights and recipe.model.edits
+        ):  # they may look at weights, so every rank loads all of them
+            self._read(self._weights, _OUTSIDE, list(self.model.modules()))
+            self._weights, self._is_empty = None, False
         apply_edits(self.model, recipe)
         policy = recipe.model.activation_checkpointing
         if policy != "none":
@@ -119,9 +125,10 @@ class ModelBuilder:
             if self._weights:
                 self._read(self._weights, name, modules)
             else:
-                _allocate(modules, torch.device("cpu"))
+                _allocate(modules, torch.device("cpu"), is_poisoned=True)
                 torch.manual_seed(derived_seed("init", self._seed, name))
                 _initialise(self.model, modules)
+                _fill_what_is_left(modules, self._names)
 
     def _read(self, weights: PretrainedWeights, unit: str, modules: list[nn.Module]) -> None:
         """Fill these modules from the files; draw what the files lack, each module from (seed, its name)."""
@@ -134,13 +141,14 @@ class ModelBuilder:
         for name, value in weights.read(set(places)).items():
             _put(*places[name], value)
         self._tie()
-        _allocate(modules, torch.device("cpu"))
+        left = [m for m in modules if any(tensor.is_meta for tensor in own_tensors(m))]
+        _allocate(left, torch.device("cpu"))
         new = {name.rpartition(".")[0] for name in weights.missing if name in places}
         for name in sorted(new):
             torch.manual_seed(derived_seed("init", self._seed, name))
             _initialise(self.model, [m for m in modules if self._names.get(id(m)) == name])
         torch.manual_seed(derived_seed("init", self._seed, unit))
-        _initialise(self.model, modules)  # what no file holds: buffers that follow from the config
+        _initialise(self.model, left)  # what no file holds: buffers that follow from the config
 
     def _tie(self) -> None:
         if self._weights:
@@ -174,27 +182,28 @@ class ModelBuilder:
             store[name] = tensor.to(self._device)
 
 
-def _allocate(modules: list[nn.Module], device: torch.device) -> None:
-    """Replace meta tensors by uninitialised ones on `device`."""
+def _allocate(modules: list[nn.Module], device: torch.device, is_poisoned: bool = False) -> None:
+    """Replace meta tensors by uninitialised ones on `device`; by NaN, to see which of them stay so."""
     for module in modules:
         for store in (module._parameters, module._buffers):
             for leaf, tensor in store.items():
-                if tensor is not None and tensor.is_meta:
-                    _put(
-                        module, leaf, torch.empty_like(tensor, device=device), is_initialised=False
-                    )
+                if tensor is None or not tensor.is_meta:
+                    continue
+                empty = torch.empty_like(tensor, device=device)
+                if is_poisoned and empty.is_floating_point():
+                    empty.fill_(torch.nan)
+                _put(module, leaf, empty, is_initialised=False)
 
 
 def _put(module: nn.Module, leaf: str, value: Tensor, is_initialised: bool = True) -> None:
     """Replace a module's tensor by one of these values; rules of initialisation leave it alone then."""
     held = module._parameters.get(leaf)
     if held is None:
-        module._buffers[leaf] = value
-        return
-    parameter = nn.Parameter(value, requires_grad=held.requires_grad)
+        module._buffers[leaf] = tensor = value
+    else:
+        tensor = module._parameters[leaf] = nn.Parameter(value, requires_grad=held.requires_grad)
     if is_initialised:
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-    module._parameters[leaf] = parameter
+        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
@@ -211,6 +220,41 @@ def _initialise(model: Any, modules: list[nn.Module]) -> None:
     for module in modules:
         for parameter in module.parameters(recurse=False):
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def _fill_what_is_left(modules: list[nn.Module], names: dict[int, str]) -> None:
+    """Give weights that transformers' rules leave out the values that their own module begins with.
+
+    PlanError where it has none: a model that is built with storage keeps what its constructor wrote.
+    """
+    for module in modules:
+        unset = _unset(module)
+        if not unset:
+            continue
+        own = module.named_parameters(recurse=False)
+        kept = {name: value.clone() for name, value in own if name not in unset}
+        reset = getattr(module, "reset_parameters", None)
+        if reset:
+            reset()
+            for name, value in kept.items():
+                module._parameters[name].data.copy_(value)  # type: ignore[union-attr]
+        if left := _unset(module):
+            where = names.get(id(module), type(module).__name__)
+            raise PlanError(
+                f"model: transformers has no rule for the first values of {where}.{left[0]}, so they would "
+                "be what stood in memory. Nearest: model.source=folder, of what from_config makes"
+            )
+
+
+def _unset(module: nn.Module) -> list[str]:
+    """Names of this module's weights and buffers whose first value is NaN, as `_allocate` left them."""
+    own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    return [
+        name
+        for name, tensor in own
+        if tensor.numel() and not isinstance(tensor, DTensor) and bool(tensor.flatten()[0].isnan())
+    ]
 
 
 @contextlib.contextmanager

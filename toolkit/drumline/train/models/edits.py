@@ -1,7 +1,8 @@
 """Applies edits to a model between building and materialising, such as freezing or adapters.
 
 An edit changes the model in place, and in the same way on every rank. Randomly initialised weights are still
-on the meta device when it runs. The recipe's `model.edits` name functions of its project.
+on the meta device when it runs; pretrained ones are loaded before it, all of them on every rank. The recipe's
+`model.edits` name functions of its project.
 """
 
 from torch import nn

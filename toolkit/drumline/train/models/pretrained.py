@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from drumline.architectures.weight_files import headers_in
-from drumline.architectures.weight_names import WRAPPERS, some, wrapper_of
+from drumline.architectures.weight_names import NOT_WEIGHTS, WRAPPERS, some, wrapper_of
 from drumline.errors import PlanError
 
 
@@ -83,6 +83,9 @@ class PretrainedWeights:
         self._absent = set(info.missing_keys)
         form.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
         form._adjust_missing_and_unexpected_keys(info)
+        info.unexpected_keys = {
+            name for name in info.unexpected_keys if not name.endswith(NOT_WEIGHTS)
+        }
 
         def is_of_a_head(name: str) -> bool:
             parts = name.split(".")
