@@ -20,7 +20,7 @@ ELSEWHERE = {
     "make lint": "run beside the tests by .ci/run",
     "drumline run tiny-code-lm": "tests/distributed/test_demo.py",
     "drumline plan runs/tiny-code-lm-1 --gpus 1": "tests/distributed/test_demo.py, on the run above",
-    "drumline reproduce runs/tiny-code-lm-1 --gpus 1 --steps 20": "the same",
+    "drumline reproduce runs/tiny-code-lm-1 --gpus 1 --steps 15": "the same",
     "drumline report runs/tiny-code-lm-1": "the same",
 }
 """Commands that another test runs, or that would run this one."""

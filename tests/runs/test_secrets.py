@@ -4,7 +4,7 @@ import json
 from urllib.parse import quote
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import tiny_recipe
@@ -85,6 +85,7 @@ def test_arguments_lose_their_secrets() -> None:
     ]  # fmt: skip
 
 
+@settings(deadline=None)
 @given(st.text(), st.text(min_size=8), st.text())
 def test_an_environments_secret_never_survives(before: str, value: str, after: str) -> None:
     """Whatever stands around it, in any depth of a value."""
