@@ -1,6 +1,7 @@
 """`drumline plan`, `drumline prepare`, `drumline schema`."""
 
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -93,8 +94,13 @@ def prepare_command(
     from drumline.session.trust import load_to_run
 
     loaded = load_to_run(recipe, overrides, trust_code)
-    folder = prepare_data(loaded)
+    from drumline.data.cache import cache_folder
     from drumline.data.dataset_manifest import read_dataset_manifest
+
+    was_there = cache_folder(loaded.data, loaded.project).is_dir()
+    started = time.monotonic()
+    folder = prepare_data(loaded)
+    seconds = time.monotonic() - started
 
     manifest = read_dataset_manifest(folder)
     assert manifest
@@ -107,6 +113,9 @@ def prepare_command(
             else ""
         )
     )
+    if not was_there:
+        speed = manifest.label_tokens / seconds
+        print(f"{seconds:.1f} s, {speed:,.0f} label tokens a second", file=sys.stderr)
     print(f"fingerprint {manifest.fingerprint}")
     print(f"in {folder}")
 
