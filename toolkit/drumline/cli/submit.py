@@ -22,6 +22,7 @@ from drumline.cli.options import (
 from drumline.cluster.site import on_site
 from drumline.errors import LaunchError
 from drumline.recipe.load import load_recipe
+from drumline.recipe.schema import factories_of
 from drumline.runs import folder as run_folder
 from drumline.secrets import Secrets
 from drumline.session.launch import refuse_secrets, refuse_what_does_not_fit
@@ -109,7 +110,8 @@ def submit_command(
         prepare_data(loaded)
     plan = make_plan(loaded)
     refuse_what_does_not_fit(plan, force, as_json)
-    if not (dry_run or force):
+    # Code of the project's own may wait for other ranks, or read what a launcher sets.
+    if not (dry_run or force or factories_of(loaded)):
         from drumline.train.dry_pass import dry_pass
 
         dry_pass(plan)
