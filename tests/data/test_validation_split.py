@@ -200,7 +200,9 @@ def test_a_set_that_does_not_go_with_the_rows(
 
 
 def test_recipes_that_contradict_themselves() -> None:
-    """A share and a set; a set that nobody evaluates; a metric of a set that is not there."""
+    """A share and a set, a set that nobody evaluates, a metric of a set that is not there, the trained split."""
+    with pytest.raises(ValidationError, match="a set of the hub needs split"):
+        data_of(Path("/x.jsonl"), evaluation={"source": "hub", "name": "a/b"})
     own = {"source": "files", "path": "/e.jsonl"}
     with pytest.raises(ValidationError, match="takes a share of these"):
         data_of(Path("/x.jsonl"), evaluation=own, validation=0.1)

@@ -9,7 +9,7 @@ import transformers
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from drumline.architectures.hub import fetch, is_complete
+from drumline.architectures.hub import fetch, is_cached
 from drumline.errors import PlanError
 from drumline.recipe.schema import Model
 from drumline.runs.inputs import model_fingerprint
@@ -177,6 +177,6 @@ def test_a_hub_model_comes_from_the_cache(hub_cache: Path) -> None:
 def test_a_cache_that_lacks_a_shard_is_not_used(hub_cache: Path) -> None:
     """An interrupted download: it would be fetched again, which this machine cannot."""
     sorted(hub_cache.glob("model-*.safetensors"))[1].unlink()
-    assert not is_complete(hub_cache)
+    assert not is_cached("me/tiny", None)
     with pytest.raises(PlanError, match="not in the cache whole"):
         fetch("me/tiny", None)

@@ -10,6 +10,9 @@ from drumline.recipe import yaml12
 from drumline.recipe.schema import Card, Recipe
 from drumline.units import GIB, format_bytes
 
+_CUBLAS_HANDLES = 2
+"""cuBLAS' handles, each with a workspace: the forward's thread has one, autograd's thread another."""
+
 PUBLISHED_CONTEXT_BYTES = 500e6
 """The CUDA context of a card where it was not measured; 300 to 700 MB were published."""
 
@@ -18,7 +21,8 @@ PUBLISHED_CONTEXT_BYTES = 500e6
 class Gpu:
     """One kind of device; memory in bytes, None for cpu, where it is that of the machine.
 
-    `bf16_flops` and `fp16_flops`: peak of its matrix units, None if it has none for this type.
+    `workspace_bytes`: of all of cuBLAS' handles. `bf16_flops` and `fp16_flops`: peak of its matrix units, None
+    if it has none for this type.
     """
 
     name: str
@@ -71,7 +75,7 @@ def _in_the_table(name: str) -> Gpu:
         found,
         size,
         bf16,
-        row["workspace_mib"] << 20,
+        _CUBLAS_HANDLES * row["workspace_mib"] << 20,
         row.get("flash", True),
         fp16,
         measured << 20 if measured else PUBLISHED_CONTEXT_BYTES,
@@ -93,8 +97,8 @@ def _fix(wanted: str, rows: dict[str, Any]) -> str:
     return f"Known: {', '.join(rows)}. {by_hand}"
 
 
-_WORKSPACE = 32 << 20
-"""cuBLAS' workspace of a card that is stated by hand: the largest of the table's."""
+_WORKSPACE = _CUBLAS_HANDLES * 32 << 20
+"""cuBLAS' workspaces of a card that is stated by hand: the largest of the table's."""
 
 
 def _stated(card: Card) -> Gpu:

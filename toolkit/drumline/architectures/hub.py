@@ -20,10 +20,11 @@ def cached_folder(name: str, revision: str | None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether the folder has weights, every file of its index."""
+def is_cached(name: str, revision: str | None) -> bool:
+    """Whether the cache has this model with all of its weights."""
+    folder = cached_folder(name, revision)
     try:
-        return headers_in(folder) is not None
+        return folder is not None and headers_in(folder) is not None
     except PlanError:
         return False
 
@@ -34,7 +35,7 @@ def fetch(name: str, revision: str | None) -> Path:
     PlanError where it cannot be reached, is not there, or may not be read.
     """
     folder = cached_folder(name, revision)
-    if folder and is_complete(folder):
+    if folder and is_cached(name, revision):
         return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError

@@ -6,14 +6,12 @@ leaves no partial result, and of two concurrent ones the first to finish publish
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import itertools
 import json
 import math
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +21,12 @@ import numpy as np
 from drumline.data import cache, sources
 from drumline.data.dataset_manifest import (
     DatasetManifest,
-    not_ours,
     part_of_set,
     read_dataset_manifest,
     sizes,
 )
 from drumline.data.part_writer import Packer, PartWriter
+from drumline.data.publish import locked, publish, remove_abandoned
 from drumline.data.readers import Reading
 from drumline.data.rows import array_columns
 from drumline.data.source_row import SourceRow
@@ -43,9 +41,6 @@ from drumline.recipe.schema import Data
 _FEW_BAD_ROWS = 10
 _MOST_BAD_ROWS = 0.01
 """With `on_bad_row: skip`, more bad rows than both are refused."""
-_ABANDONED_AFTER_S = 60.0
-_JUST_MADE_S = 2.0
-"""A process may have made its lock file and not taken the lock yet."""
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
 
 Progress = Callable[[int, int, float], None]
@@ -58,13 +53,13 @@ def prepare(data: Data, project: str | None, progress: Progress | None = None) -
     if read_dataset_manifest(final) is not None:
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(final)
+    remove_abandoned(final)
     temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     try:
-        with _locked(temporary):
+        with locked(temporary):
             _write(data, project, temporary, progress or (lambda documents, tokens, share: None))
             apply_umask(temporary, 0o777)
-            _publish(temporary, final)
+            publish(temporary, final)
     except OSError as error:
         elsewhere = error.filename and not str(error.filename).startswith(str(final.parent))
         if elsewhere or error.errno not in _DISK_ERRORS:
@@ -393,37 +388,3 @@ def _fingerprint(
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return f"{sources.source_label(data)}:{digest}"
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Context that holds the temporary folder's lock; it is also released if the process dies."""
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _publish(temporary: Path, final: Path) -> None:
-    """Publish the folder by one rename; rows that another process published first are kept."""
-    (temporary / ".lock").unlink()
-    try:
-        temporary.rename(final)
-    except OSError:
-        if read_dataset_manifest(final) is None:
-            shutil.rmtree(final, ignore_errors=True)
-            try:
-                temporary.rename(final)
-            except OSError:
-                raise DataError(not_ours(final)) from None
-
-
-def _remove_abandoned(final: Path) -> None:
-    """Delete temporary folders whose process has ended: their lock is free, or was never made."""
-    for folder in final.parent.glob(".*.*"):
-        with contextlib.suppress(OSError):
-            age_s = time.time() - folder.stat().st_mtime
-            if age_s < (_JUST_MADE_S if (folder / ".lock").exists() else _ABANDONED_AFTER_S):
-                continue
-            with contextlib.suppress(FileNotFoundError), (folder / ".lock").open("r") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)

@@ -54,8 +54,9 @@ class TokenizeAhead:
     def rows(self, task: Task, rows: Iterable[SourceRow]) -> Generator[SourceRow, None, None]:
         """The same rows; while one is with the caller, the texts of the next chunk are being tokenised."""
         waiting: tuple[_Chunk, Future[list[Any]]] | None = None
-        with ThreadPoolExecutor(1) as thread, contextlib.ExitStack() as stack:
-            stack.callback(self._end)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._end)  # last, when no thread can start processes any more
+            thread = stack.enter_context(ThreadPoolExecutor(1))
             for chunk in _chunks(task, rows):
                 future = thread.submit(self._answer_all, chunk.requests)
                 if waiting:

@@ -90,13 +90,10 @@ class Device:
         """Bytes that the CUDA context and NCCL take: low, expected, high."""
         if self.measured_outside:
             return self.measured_outside
-        low, expected, high = (self.context + more for more in _CONTEXT_RANGE)
-        context = (low, expected, high)
-        if self.ranks == 1:
-            return context
-        times = (1, 1, 2 if self.nodes > 1 else 1)
+        times = (0, 0, 0) if self.ranks == 1 else (1, 1, 2 if self.nodes > 1 else 1)
         low, expected, high = (
-            own + nccl * n for own, nccl, n in zip(context, _NCCL_BYTES, times, strict=True)
+            self.context + more + nccl * n
+            for more, nccl, n in zip(_CONTEXT_RANGE, _NCCL_BYTES, times, strict=True)
         )
         return low, expected, high
 

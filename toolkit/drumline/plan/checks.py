@@ -117,10 +117,15 @@ def check_padding(
     """Refuse a classifier that could not tell the last token of a row from its padding."""
     has_none = config.get("pad_token_id") is None and architecture in WITHOUT_PADDING
     if has_none and recipe.data.facts.head == "classification" and per_device != 1:
-        raise PlanError(
-            f"model.config.pad_token_id: {architecture} has none, so a classifier cannot tell the last token "
-            "of a row from its padding. Nearest: model.config.pad_token_id=0"
-        )
+        raise no_padding(architecture)
+
+
+def no_padding(architecture: str) -> PlanError:
+    """The refusal of a classifier of padded rows whose config has no `pad_token_id`."""
+    return PlanError(
+        f"model.config.pad_token_id: {architecture} has none, so a classifier cannot tell the last token "
+        "of a row from its padding. Nearest: model.config.pad_token_id=0"
+    )
 
 
 def check_positions(

@@ -22,10 +22,6 @@ if TYPE_CHECKING:
     from drumline.memory.calibration import Calibration
 
 
-_CUBLAS_HANDLES = 2
-"""cuBLAS' handles, each with a workspace: the forward's thread has one, autograd's thread another."""
-
-
 def memory_function(
     recipe: Recipe,
     shape: ModelShape | str,
@@ -172,8 +168,9 @@ def unknown(capacity: int | None, why: str) -> MemoryFacts:
 
 def device_of(gpu: Gpu, capacity: int | None, mesh: Mesh) -> Device:
     """The device of one rank, with `capacity` in bytes."""
-    workspaces = _CUBLAS_HANDLES * gpu.workspace_bytes
-    return Device(capacity, workspaces, mesh.ranks, mesh.nodes, gpu.is_cpu, gpu.context_bytes)
+    return Device(
+        capacity, gpu.workspace_bytes, mesh.ranks, mesh.nodes, gpu.is_cpu, gpu.context_bytes
+    )
 
 
 def capacity_of(gpu: Gpu, split: Split, host_bytes: int | None) -> int | None:

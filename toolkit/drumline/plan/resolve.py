@@ -359,13 +359,7 @@ def _cost(
     """Parameters, FLOPs of one optimizer step on all ranks, bytes of one checkpoint and of the weights."""
     seconds = None if weights_bytes is None else weights_bytes / _LOADED_BYTES_PER_S
     if shape is None:
-        return Cost(
-            parameters=None,
-            flops_per_step=None,
-            checkpoint_bytes=None,
-            weights_bytes=weights_bytes,
-            load_seconds=seconds,
-        )
+        return Cost(None, None, None, weights_bytes, seconds)
     length = recipe.data.sequence_length
     return Cost(
         parameters=shape.parameters,

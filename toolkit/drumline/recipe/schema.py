@@ -141,6 +141,10 @@ class EvaluationSet(Section):
     @model_validator(mode="after")
     def _source_has_its_key(self) -> Self:
         _require_only(self, "source", self.source, _SOURCES)
+        if self.source == "hub" and self.split is None:
+            raise ValueError(
+                "a set of the hub needs split, such as validation: data.split is trained"
+            )
         return self
 
 

@@ -87,11 +87,11 @@ def _weights(model: Model, problems: list[str]) -> dict[str, Any]:
         if found is None:
             problems.append(f"model.path: {model.path} holds no weights")
         return _facts_of_weights(found or {})
-    from drumline.architectures.hub import cached_folder, is_complete
+    from drumline.architectures.hub import cached_folder, is_cached
 
     assert model.name
     folder = cached_folder(model.name, model.revision)
-    found = headers_in(folder) if folder and is_complete(folder) else None
+    found = headers_in(folder) if folder and is_cached(model.name, model.revision) else None
     return _facts_of_weights(found or {})
 
 

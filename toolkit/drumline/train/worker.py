@@ -32,6 +32,8 @@ from drumline.train.rank_watchdog import RankWatchdog, keep_collectives
 from drumline.train.watch import Watch
 
 _SUPERVISOR_POLL_S = 0.5
+_FETCH_S = 6 * 3600.0
+"""The longest that a model of the hub may take to be fetched."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,7 +102,7 @@ def _run(
     files.write_device(device_facts(device))
     watch.enter(Phase.JOINING)
     with _process_group(plan, files.rank, device):
-        _have_model(plan)
+        _have_model(plan, watch)
         if arguments.task == "train":
             outcome = train(
                 plan,
@@ -209,19 +211,23 @@ def _process_group(plan: Plan, rank: int, device: Any) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _have_model(plan: Plan) -> None:
-    """Fetch a model of the hub where this node's cache lacks it: one rank of the node, the others wait."""
+def _have_model(plan: Plan, watch: Watch) -> None:
+    """Fetch a model of the hub where this node's cache lacks it: one rank of the node, the others wait.
+
+    They look at the cache, because a collective would time out before a large model is there.
+    """
     spec = plan.recipe.model
     if spec.name is None:
         return
-    from drumline.architectures.hub import fetch
+    from drumline.architectures.hub import fetch, is_cached
 
+    if is_cached(spec.name, spec.revision):
+        return
+    watch.enter(Phase.JOINING, f"fetching {spec.name}", limit_s=_FETCH_S)
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         fetch(spec.name, spec.revision)
-    if plan.mesh.ranks > 1:
-        import torch.distributed as dist
-
-        dist.barrier()
+    while not is_cached(spec.name, spec.revision):
+        time.sleep(_SUPERVISOR_POLL_S)
 
 
 def _failure(error: BaseException, log: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from drumline.architectures.labels import number_of_labels
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.data.factory import load_factory
 from drumline.errors import PlanError
+from drumline.plan.checks import no_padding
 from drumline.recipe.schema import Recipe
 from drumline.train.models.masks import answer_without_looking
 from drumline.train.models.pretrained import PretrainedWeights
@@ -120,10 +121,7 @@ def _check_padding(recipe: Recipe, config: Any) -> None:
     """PlanError where a classifier could not tell the last token of a row from its padding."""
     is_text = recipe.data.facts.head == "classification" and not reads_images(config.model_type)
     if is_text and config.pad_token_id is None and recipe.batch.per_device != 1:
-        raise PlanError(
-            f"model.config.pad_token_id: {config.model_type} has none, so a classifier cannot tell the last "
-            "token of a row from its padding. Nearest: model.config.pad_token_id=0"
-        )
+        raise no_padding(config.model_type)
 
 
 def _fields(
