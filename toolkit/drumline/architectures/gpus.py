@@ -21,8 +21,8 @@ PUBLISHED_CONTEXT_BYTES = 500e6
 class Gpu:
     """One kind of device; memory in bytes, None for cpu, where it is that of the machine.
 
-    `workspace_bytes`: of all of cuBLAS' handles. `bf16_flops` and `fp16_flops`: peak of its matrix units, None
-    if it has none for this type.
+    `workspace_bytes`: of all of cuBLAS' handles. `bf16_flops` and `fp16_flops`: peak of its matrix units,
+    None if it has none for this type.
     """
 
     name: str
