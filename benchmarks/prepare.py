@@ -56,7 +56,7 @@ def ours(folder: Path) -> int:
     """Tokens that drumline prepares."""
     from drumline.data.dataset_manifest import read_dataset_manifest
     from drumline.data.prepare import prepare
-    from drumline.recipe.schema import Data
+    from drumline.recipe.data_section import Data
 
     data = Data(source="files", path=str(folder / "documents.jsonl"), task="causal_lm",
                 tokenizer=str(folder / "tokenizer"), sequence_length=1024)  # fmt: skip

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from drumline.recipe.schema import Count, Name, Section, Slug
+from drumline.recipe.section import Count, Name, Section, Slug
 
 Line = Annotated[str, Field(pattern=r"^[^\x00\n\r]*$")]
 Option = Annotated[str, Field(pattern=r"^--[a-z][a-z0-9-]*(=[^\n\r]*)?$")]

@@ -9,7 +9,7 @@ import pytest
 
 from drumline.data.cache_entries import entries
 from drumline.data.prepare import prepare
-from drumline.recipe.schema import Data
+from drumline.recipe.data_section import Data
 
 
 @pytest.fixture

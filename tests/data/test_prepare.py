@@ -21,7 +21,7 @@ from drumline.data.prepare import prepare
 from drumline.data.rows import Rows
 from drumline.data.tasks import IGNORED, find_task
 from drumline.errors import DataError
-from drumline.recipe.schema import Data
+from drumline.recipe.data_section import Data
 
 
 def files(path: Path | list[Path], **changes: Any) -> Data:
@@ -214,7 +214,7 @@ def test_a_killed_prepare_leaves_no_half_cache(tmp_path: Path) -> None:
     """SIGKILL in the middle: the key does not exist, and the next prepare cleans up and succeeds."""
     (tmp_path / "t.txt").write_text("line of text\n" * 2000)
     program = (
-        "import sys, time; from pathlib import Path; from drumline.recipe.schema import Data\n"
+        "import sys, time; from pathlib import Path; from drumline.recipe.data_section import Data\n"
         "from drumline.data import prepare\n"
         "def slow(documents, tokens, share): print('at', flush=True); time.sleep(60)\n"
         f"data = Data(source='files', path={str(tmp_path / 't.txt')!r}, task='causal_lm', sequence_length=16)\n"
@@ -259,7 +259,7 @@ def test_two_prepares_at_once_agree(tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
     """Preparing 64 MB takes no more memory than 4 MB, give or take 24 MB (peak resident size)."""
     program = (
-        "import re, sys; from drumline.recipe.schema import Data; from drumline.data.prepare import prepare\n"
+        "import re, sys; from drumline.recipe.data_section import Data; from drumline.data.prepare import prepare\n"
         "prepare(Data(source='files', path=sys.argv[1], task='causal_lm', sequence_length=512), None)\n"
         "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
     )

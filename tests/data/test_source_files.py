@@ -25,8 +25,8 @@ from drumline.data.rows import Rows
 from drumline.data.source_row import SourceRow
 from drumline.data.tasks import find_task
 from drumline.errors import DataError
+from drumline.recipe.data_section import Data
 from drumline.recipe.load import validate
-from drumline.recipe.schema import Data
 from drumline.session.planning import make_plan
 
 TEXTS = [

@@ -19,7 +19,7 @@ from drumline.data.tasks import find_task
 from drumline.data.tokenize_ahead import TokenizeAhead
 from drumline.data.tokenizers import HubTokenizer, Request
 from drumline.errors import DataError
-from drumline.recipe.schema import Data
+from drumline.recipe.data_section import Data
 
 TEXTS = st.lists(
     st.sampled_from(

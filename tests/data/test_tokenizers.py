@@ -15,7 +15,7 @@ from drumline.data.rows import Rows
 from drumline.data.tasks import find_task
 from drumline.data.tokenizers import HubTokenizer, find_tokenizer, save_tokenizer
 from drumline.errors import DataError
-from drumline.recipe.schema import Data
+from drumline.recipe.data_section import Data
 
 WORDS = ["the", "cat", "sat", "on", "mat", "yes", "no", "maybe", "dog", "ran", "</s>", "<s>"]
 

@@ -20,8 +20,8 @@ from drumline.data.validation_split import VALIDATION, Drawn, Periodic, Stratifi
 from drumline.errors import DataError, PlanError, RecipeError
 from drumline.plan.identity import training_sha256
 from drumline.recipe import yaml12
+from drumline.recipe.data_section import ALONE, Data, EvaluationSet
 from drumline.recipe.load import load_recipe, override, validate
-from drumline.recipe.schema import ALONE, Data, EvaluationSet
 from drumline.session.planning import make_plan
 
 

@@ -27,7 +27,7 @@ TASKS: dict[str, dict[str, Any]] = {
 
 OWN_TASK = """
 from drumline.data.tasks import sft
-from drumline.recipe.schema import Data
+from drumline.recipe.data_section import Data
 
 
 def build():

@@ -16,7 +16,7 @@ from typing import Any
 from drumline.data.factory import factory_files
 from drumline.data.files import matching_files
 from drumline.errors import DataError
-from drumline.recipe.schema import ALONE, Data
+from drumline.recipe.data_section import ALONE, Data
 
 FORMAT_VERSION = 2
 

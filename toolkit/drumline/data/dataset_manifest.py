@@ -9,7 +9,7 @@ from pathlib import Path
 
 from drumline.errors import DataError
 from drumline.files import read_json
-from drumline.recipe.schema import ALONE
+from drumline.recipe.data_section import ALONE
 
 MANIFEST_VERSION = 3
 MANIFEST_FILE = "card.json"

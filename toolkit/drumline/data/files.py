@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from drumline.errors import DataError
-from drumline.recipe.schema import Data
+from drumline.recipe.data_section import Data
 
 MOST_MATCHES = 200_000
 

@@ -36,7 +36,7 @@ from drumline.data.tokenizers import HubTokenizer, Tokenizer, find_tokenizer
 from drumline.data.validation_split import TRAIN, VALIDATION, Placed, split_of
 from drumline.errors import DataError
 from drumline.files import apply_umask
-from drumline.recipe.schema import Data
+from drumline.recipe.data_section import Data
 
 _FEW_BAD_ROWS = 10
 _MOST_BAD_ROWS = 0.01

@@ -12,7 +12,7 @@ from drumline.data.files import matching_files
 from drumline.data.readers import Reading, read_file
 from drumline.data.source_row import SourceRow
 from drumline.errors import DataError
-from drumline.recipe.schema import Data
+from drumline.recipe.data_section import Data
 
 
 def read(data: Data, project: str | None, reading: Reading | None = None) -> Iterator[SourceRow]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 from drumline.data.tasks import Encoded
-from drumline.recipe.schema import Data
+from drumline.recipe.data_section import Data
 
 TRAIN, VALIDATION = "train", "validation"
 

@@ -6,7 +6,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from drumline.recipe.schema import AddedLater, Recipe, Section
+from drumline.recipe.schema import Recipe
+from drumline.recipe.section import AddedLater, Section
 
 _NOT_TRAINING = {
     "recipe": None,

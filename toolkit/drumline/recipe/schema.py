@@ -4,77 +4,33 @@ Everything is strict and frozen: an unknown key, a float for a count, or a strin
 Rules across sections (the batch equation, the strategy table) are in `drumline.plan`.
 """
 
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Count = Annotated[int, Field(ge=1, le=10**15)]
-Samples = Annotated[int, Field(ge=1, le=10**9)]
-Name = Annotated[str, Field(min_length=1)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-ALONE = "evaluation"
-"""The name of an evaluation set that is not given one; its metrics have none in theirs."""
-
-Ratio = Annotated[float, Field(ge=0, le=1)]
-Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=100)]
-FactoryName = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*:[A-Za-z_]\w*$")]
-
-
-@dataclass(frozen=True)
-class AddedLater:
-    """Marks a key that came after the first release.
-
-    `plan/identity.py` leaves the key out of a recipe's hash while it has its default, so that a run logged
-    before the key existed keeps its hash. `before`: what a recipe of before the key meant, if not the
-    default; it is left out as well.
-    """
-
-    before: Any = None
-
-
-@dataclass(frozen=True)
-class TaskFacts:
-    """Properties of a task, so that other code need not compare task names.
-
-    `is_per_token`: every token has a target (else each row has one class). `head`: which of transformers'
-    classes the model is. `is_masked`: rows are padded, so attention needs a mask. `counts_tokens`: every
-    row has `sequence_length` tokens, so a duration in tokens is defined.
-    """
-
-    is_per_token: bool
-    head: Literal["causal_lm", "classification"]
-    is_masked: bool = False
-    counts_tokens: bool = False
-
-
-TASKS = {
-    "causal_lm": TaskFacts(is_per_token=True, head="causal_lm", counts_tokens=True),
-    "sft": TaskFacts(is_per_token=True, head="causal_lm"),
-    "classification": TaskFacts(is_per_token=False, head="classification", is_masked=True),
-    "custom": TaskFacts(is_per_token=True, head="causal_lm"),
-}
-"""Properties of each value of `data.task`; the code of the tasks is in `data/tasks/`."""
-
-
-class Section(BaseModel):
-    """A part of the recipe: unknown keys refused, values never converted, immutable.
-
-    Validators are built once, for the whole recipe, at its first use. Defaults are made with
-    `model_construct`, which needs no validator.
-    """
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, defer_build=True, validate_default=False
-    )
+from drumline.recipe.data_section import ALONE, Data
+from drumline.recipe.section import (
+    AddedLater,
+    Count,
+    FactoryName,
+    Fraction,
+    Name,
+    NonNegative,
+    Positive,
+    Ratio,
+    Samples,
+    Section,
+    Slug,
+    require_factory,
+    require_only,
+)
 
 
 class Model(Section):
     """The model; `architecture` and the fields of `config` are those of transformers.
 
-    `edits` are functions of the recipe's project, called with the model before its weights are created.
+    `edits` are functions of the recipe's project, called with the model before random weights are drawn,
+    or after pretrained ones are loaded.
     """
 
     source: Literal["config", "hub", "folder", "factory"]
@@ -94,7 +50,7 @@ class Model(Section):
     @model_validator(mode="after")
     def _source_has_its_key(self) -> Self:
         needed = {"config": "architecture", "hub": "name", "folder": "path", "factory": "factory"}
-        _require_only(self, "source", self.source, needed)
+        require_only(self, "source", self.source, needed)
         if self.revision is not None and self.source != "hub":
             raise ValueError(
                 "revision is a commit, branch or tag of the hub, and source is not hub"
@@ -105,136 +61,6 @@ class Model(Section):
                 "activation_checkpointing is none. Nearest: activation_checkpointing full or selective"
             )
         return self
-
-
-_SOURCES = {"builtin": "name", "files": "path", "hub": "name", "factory": "factory"}
-"""The key that names the data, by `data.source`."""
-
-
-_RECORDED = {
-    "name",
-    "path",
-    "factory",
-    "options",
-    "split",
-    "text_field",
-    "prompt_field",
-    "label_field",
-}
-"""Keys that every resolved recipe states together, whatever its version."""
-
-
-class EvaluationSet(Section):
-    """Data that are evaluated and never trained; what is not stated here is as in `data`."""
-
-    source: Literal["builtin", "files", "hub", "factory"]
-    name: Name | None = None
-    path: str | list[str] | None = None
-    factory: FactoryName | None = None
-    options: dict[str, Any] = {}
-    split: str | None = None
-    text_field: str | None = None
-    prompt_field: str | None = None
-    completion_field: str | None = None
-    label_field: str | None = None
-
-    @model_validator(mode="after")
-    def _source_has_its_key(self) -> Self:
-        _require_only(self, "source", self.source, _SOURCES)
-        if self.source == "hub" and self.split is None:
-            raise ValueError(
-                "a set of the hub needs split, such as validation: data.split is trained"
-            )
-        return self
-
-
-class Data(Section):
-    """Where the samples come from and how they become rows.
-
-    `evaluation`: sets by name, or one without a name, instead of a share of these data (`validation`).
-    """
-
-    source: Literal["builtin", "files", "hub", "factory"]
-    name: Name | None = None
-    path: str | list[str] | None = None
-    factory: FactoryName | None = None
-    options: dict[str, Any] = {}
-    split: str = "train"
-    task: Literal["causal_lm", "sft", "classification", "custom"]
-    task_factory: Annotated[FactoryName | None, AddedLater()] = None
-    task_options: Annotated[dict[str, Any], AddedLater()] = {}
-    text_field: str = "text"
-    prompt_field: str = "prompt"
-    completion_field: str = "completion"
-    label_field: str = "label"
-    tokenizer: str = "bytes"
-    bos: Annotated[Literal["auto"] | bool, AddedLater()] = "auto"
-    special_tokens_in_text: Annotated[bool, AddedLater()] = False
-    on_bad_row: Annotated[Literal["stop", "skip"], AddedLater()] = "stop"
-    sequence_length: Samples | None = None
-    samples: Count | None = None
-    validation: Fraction = 0.0
-    validation_split: Annotated[
-        Literal["drawn", "periodic"] | None, AddedLater(before="periodic")
-    ] = None
-    validation_seed: Annotated[int, Field(ge=0, lt=2**63), AddedLater()] = 0
-    evaluation: Annotated[dict[Slug, EvaluationSet] | None, AddedLater()] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_in(cls, values: Any) -> Any:
-        """A set without a name is called ALONE; a recorded recipe of before the draw keeps its own split."""
-        if not isinstance(values, dict):
-            return values
-        filled = dict(values)
-        sets = filled.get("evaluation")
-        if isinstance(sets, dict) and any(not isinstance(own, dict) for own in sets.values()):
-            base = sets.get(ALONE, {})  # an override of a set that was filled in before
-            stated = {key: value for key, value in sets.items() if key != ALONE}
-            filled["evaluation"] = {ALONE: {**base, **stated} if isinstance(base, dict) else sets}
-        if filled.get("validation") and filled.get("validation_split") is None:
-            # A resolved recipe states every key that there was, those with null too; a person does not.
-            is_older = "validation_split" not in filled and set(filled) >= _RECORDED
-            filled["validation_split"] = "periodic" if is_older else "drawn"
-        return filled
-
-    @model_validator(mode="after")
-    def _source_has_its_key(self) -> Self:
-        _require_only(self, "source", self.source, _SOURCES)
-        if self.evaluation and self.validation:
-            raise ValueError(
-                f"evaluation names data of their own, and validation {self.validation:g} takes a share of "
-                "these. Nearest: validation 0, or no evaluation"
-            )
-        if self.evaluation is not None and not self.evaluation:
-            raise ValueError("evaluation names no data. Nearest: leave it out")
-        if (self.task == "custom") != (self.task_factory is not None):
-            takes = "needs" if self.task == "custom" else "takes no"
-            raise ValueError(f"task {self.task} {takes} task_factory, a module:function")
-        if self.bos != "auto" and self.task not in ("causal_lm", "sft"):
-            raise ValueError(f"bos: texts of task {self.task} begin as the tokenizer has them")
-        if self.special_tokens_in_text and self.tokenizer == "bytes":
-            raise ValueError(
-                "special_tokens_in_text: bytes has no special token that a text could hold"
-            )
-        needs_length = self.facts.is_per_token and self.task != "custom"
-        if needs_length and self.sequence_length is None:
-            raise ValueError(f"task {self.task} needs sequence_length, in tokens")
-        return self
-
-    @property
-    def facts(self) -> TaskFacts:
-        """Properties of this task."""
-        return TASKS[self.task]
-
-    def evaluation_sets(self) -> dict[str, "Data"]:
-        """The data section of every evaluation set by its name: these data, but for what the set states."""
-        found = {}
-        for name, own in (self.evaluation or {}).items():
-            stated = {k: v for k, v in own if v is not None or k in ("name", "path", "factory")}
-            update = {**stated, "evaluation": None, "samples": None}
-            found[name] = self.model_copy(update=update)
-        return found
 
 
 class Batch(Section):
@@ -341,7 +167,7 @@ class Optimizer(Section):
 
     @model_validator(mode="after")
     def _keys_belong_to_the_rule(self) -> Self:
-        _require_factory(self, self.name == "custom", ("factory", "options", "states"))
+        require_factory(self, self.name == "custom", ("factory", "options", "states"))
         own = {"adamw": {"betas", "eps"}, "adam": {"betas", "eps"}, "sgd": {"momentum", "nesterov"}}
         foreign = set().union(*own.values()) - own.get(self.name, set())
         foreign &= self.model_fields_set
@@ -364,7 +190,7 @@ class Objective(Section):
 
     @model_validator(mode="after")
     def _keys_belong_to_the_name(self) -> Self:
-        _require_factory(self, self.name == "custom", ("factory", "options"))
+        require_factory(self, self.name == "custom", ("factory", "options"))
         return self
 
 
@@ -587,26 +413,6 @@ def factories_of(recipe: Recipe) -> list[str]:
         recipe.optimizer.factory,
     )
     return [name for name in named if name]
-
-
-def _require_factory(section: Section, is_custom: bool, keys: tuple[str, ...]) -> None:
-    """Check that `custom` has its factory, and that no other name has a key that belongs to `custom`."""
-    if is_custom and getattr(section, keys[0]) is None:
-        raise ValueError(f"name custom needs {keys[0]}, a module:function")
-    defaults = {key: type(section).model_fields[key].default for key in keys}
-    foreign = [key for key in keys if getattr(section, key) != defaults[key]]
-    if not is_custom and foreign:
-        raise ValueError(f"{', '.join(foreign)} belong to name custom")
-
-
-def _require_only(section: Section, key: str, chosen: str, needed: dict[str, str]) -> None:
-    """Check that the field of the chosen source is set, and no field of another source."""
-    if getattr(section, needed[chosen]) is None:
-        raise ValueError(f"{key} {chosen} needs {needed[chosen]}")
-    foreign = {field for field in needed.values() if field != needed[chosen]}
-    extra = sorted(field for field in foreign if getattr(section, field) is not None)
-    if extra:
-        raise ValueError(f"{key} {chosen} does not take {', '.join(extra)}")
 
 
 def _check_milestones(milestones: dict[str, float]) -> None:

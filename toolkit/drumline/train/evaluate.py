@@ -10,7 +10,7 @@ from drumline.data.rows import Rows
 from drumline.phases import Phase
 from drumline.plan.model import Plan
 from drumline.plan.steps import share
-from drumline.recipe.schema import ALONE
+from drumline.recipe.data_section import ALONE
 from drumline.train.batches import micro_batch_tensors, open_rows
 from drumline.train.engines import Engine
 from drumline.train.step_reduce import any_rank, is_shared

@@ -1,7 +1,7 @@
 """Turns rows of a source into samples: one class per task, selected by the recipe's `data.task`.
 
 The task named `x` is what `build(data)` of `data/tasks/x.py` returns. To add one: that file, and its name
-and facts in `recipe/schema.py`.
+and facts in `recipe/data_section.py`.
 """
 
 from importlib import import_module
@@ -10,7 +10,7 @@ from typing import Any
 from drumline.data.factory import load_factory
 from drumline.data.tasks.base import IGNORED, Arrays, Encoded, Task
 from drumline.errors import DataError
-from drumline.recipe.schema import Data
+from drumline.recipe.data_section import Data
 
 __all__ = ["IGNORED", "Arrays", "Encoded", "Task", "find_task"]
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.data.tokenizers import Request, Tokenizer, Tokens
 from drumline.errors import DataError, PlanError
-from drumline.recipe.schema import Data
+from drumline.recipe.data_section import Data
 
 IGNORED = -100
 """Target value of the loss mask: ignored, as by default in torch's cross_entropy."""

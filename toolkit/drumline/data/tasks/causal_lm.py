@@ -15,7 +15,7 @@ from drumline.data.tasks.base import (
     text_field,
 )
 from drumline.data.tokenizers import Request, Tokenizer
-from drumline.recipe.schema import Data
+from drumline.recipe.data_section import Data
 
 
 def build(data: Data) -> Task:

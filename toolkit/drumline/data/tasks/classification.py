@@ -7,7 +7,7 @@ from drumline.data.dataset_manifest import DatasetManifest
 from drumline.data.tasks.base import Arrays, Encoded, Row, StoredRows, Task, field_of, text_field
 from drumline.data.tokenizers import Request, Tokenizer
 from drumline.errors import DataError, PlanError
-from drumline.recipe.schema import Data
+from drumline.recipe.data_section import Data
 
 
 def build(data: Data) -> Task:

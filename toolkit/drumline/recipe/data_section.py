@@ -1,0 +1,175 @@
+"""The recipe's `data` section: sources, tasks, and what is evaluated."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from drumline.recipe.section import (
+    AddedLater,
+    Count,
+    FactoryName,
+    Fraction,
+    Name,
+    Samples,
+    Section,
+    Slug,
+    require_only,
+)
+
+ALONE = "evaluation"
+"""The name of an evaluation set that is not given one; its metrics have none in theirs."""
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """Properties of a task, so that other code need not compare task names.
+
+    `is_per_token`: every token has a target (else each row has one class). `head`: which of transformers'
+    classes the model is. `is_masked`: rows are padded, so attention needs a mask. `counts_tokens`: every
+    row has `sequence_length` tokens, so a duration in tokens is defined.
+    """
+
+    is_per_token: bool
+    head: Literal["causal_lm", "classification"]
+    is_masked: bool = False
+    counts_tokens: bool = False
+
+
+TASKS = {
+    "causal_lm": TaskFacts(is_per_token=True, head="causal_lm", counts_tokens=True),
+    "sft": TaskFacts(is_per_token=True, head="causal_lm"),
+    "classification": TaskFacts(is_per_token=False, head="classification", is_masked=True),
+    "custom": TaskFacts(is_per_token=True, head="causal_lm"),
+}
+"""Properties of each value of `data.task`; the code of the tasks is in `data/tasks/`."""
+
+
+_SOURCES = {"builtin": "name", "files": "path", "hub": "name", "factory": "factory"}
+"""The key that names the data, by `data.source`."""
+
+
+_RECORDED = {
+    "name",
+    "path",
+    "factory",
+    "options",
+    "split",
+    "text_field",
+    "prompt_field",
+    "label_field",
+}
+"""Keys that every resolved recipe states together, whatever its version."""
+
+
+class EvaluationSet(Section):
+    """Data that are evaluated and never trained; what is not stated here is as in `data`."""
+
+    source: Literal["builtin", "files", "hub", "factory"]
+    name: Name | None = None
+    path: str | list[str] | None = None
+    factory: FactoryName | None = None
+    options: dict[str, Any] = {}
+    split: str | None = None
+    text_field: str | None = None
+    prompt_field: str | None = None
+    completion_field: str | None = None
+    label_field: str | None = None
+
+    @model_validator(mode="after")
+    def _source_has_its_key(self) -> Self:
+        require_only(self, "source", self.source, _SOURCES)
+        if self.source == "hub" and self.split is None:
+            raise ValueError(
+                "a set of the hub needs split, such as validation: data.split is trained"
+            )
+        return self
+
+
+class Data(Section):
+    """Where the samples come from and how they become rows.
+
+    `evaluation`: sets by name, or one without a name, instead of a share of these data (`validation`).
+    """
+
+    source: Literal["builtin", "files", "hub", "factory"]
+    name: Name | None = None
+    path: str | list[str] | None = None
+    factory: FactoryName | None = None
+    options: dict[str, Any] = {}
+    split: str = "train"
+    task: Literal["causal_lm", "sft", "classification", "custom"]
+    task_factory: Annotated[FactoryName | None, AddedLater()] = None
+    task_options: Annotated[dict[str, Any], AddedLater()] = {}
+    text_field: str = "text"
+    prompt_field: str = "prompt"
+    completion_field: str = "completion"
+    label_field: str = "label"
+    tokenizer: str = "bytes"
+    bos: Annotated[Literal["auto"] | bool, AddedLater()] = "auto"
+    special_tokens_in_text: Annotated[bool, AddedLater()] = False
+    on_bad_row: Annotated[Literal["stop", "skip"], AddedLater()] = "stop"
+    sequence_length: Samples | None = None
+    samples: Count | None = None
+    validation: Fraction = 0.0
+    validation_split: Annotated[
+        Literal["drawn", "periodic"] | None, AddedLater(before="periodic")
+    ] = None
+    validation_seed: Annotated[int, Field(ge=0, lt=2**63), AddedLater()] = 0
+    evaluation: Annotated[dict[Slug, EvaluationSet] | None, AddedLater()] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        """A set without a name is called ALONE; a recorded recipe of before the draw keeps its own split."""
+        if not isinstance(values, dict):
+            return values
+        filled = dict(values)
+        sets = filled.get("evaluation")
+        if isinstance(sets, dict) and any(not isinstance(own, dict) for own in sets.values()):
+            base = sets.get(ALONE, {})  # an override of a set that was filled in before
+            stated = {key: value for key, value in sets.items() if key != ALONE}
+            filled["evaluation"] = {ALONE: {**base, **stated} if isinstance(base, dict) else sets}
+        if filled.get("validation") and filled.get("validation_split") is None:
+            # A resolved recipe states every key that there was, those with null too; a person does not.
+            is_older = "validation_split" not in filled and set(filled) >= _RECORDED
+            filled["validation_split"] = "periodic" if is_older else "drawn"
+        return filled
+
+    @model_validator(mode="after")
+    def _source_has_its_key(self) -> Self:
+        require_only(self, "source", self.source, _SOURCES)
+        if self.evaluation and self.validation:
+            raise ValueError(
+                f"evaluation names data of their own, and validation {self.validation:g} takes a share of "
+                "these. Nearest: validation 0, or no evaluation"
+            )
+        if self.evaluation is not None and not self.evaluation:
+            raise ValueError("evaluation names no data. Nearest: leave it out")
+        if (self.task == "custom") != (self.task_factory is not None):
+            takes = "needs" if self.task == "custom" else "takes no"
+            raise ValueError(f"task {self.task} {takes} task_factory, a module:function")
+        if self.bos != "auto" and self.task not in ("causal_lm", "sft"):
+            raise ValueError(f"bos: texts of task {self.task} begin as the tokenizer has them")
+        if self.special_tokens_in_text and self.tokenizer == "bytes":
+            raise ValueError(
+                "special_tokens_in_text: bytes has no special token that a text could hold"
+            )
+        needs_length = self.facts.is_per_token and self.task != "custom"
+        if needs_length and self.sequence_length is None:
+            raise ValueError(f"task {self.task} needs sequence_length, in tokens")
+        return self
+
+    @property
+    def facts(self) -> TaskFacts:
+        """Properties of this task."""
+        return TASKS[self.task]
+
+    def evaluation_sets(self) -> dict[str, "Data"]:
+        """The data section of every evaluation set by its name: these data, but for what the set states."""
+        found = {}
+        for name, own in (self.evaluation or {}).items():
+            stated = {k: v for k, v in own if v is not None or k in ("name", "path", "factory")}
+            update = {**stated, "evaluation": None, "samples": None}
+            found[name] = self.model_copy(update=update)
+        return found
