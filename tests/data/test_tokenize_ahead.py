@@ -121,3 +121,30 @@ def test_a_bad_row_in_a_chunk_is_named(tokenizers: dict[str, HubTokenizer], tmp_
     path.write_text("\n".join(lines))
     with pytest.raises(DataError, match=r"causal_lm.jsonl, line 4: .*text"):
         prepare(data, None)
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "sft", "classification"])
+def test_samples_stop_before_a_source_fails(
+    tokenizers: dict[str, HubTokenizer], tmp_path: Path, task: str
+) -> None:
+    """What a project's code raises after the last row that is needed, in the same chunk, is no error."""
+    (tmp_path / "rows.py").write_text(
+        "def rows():\n"
+        "    for n in range(40):\n"
+        "        yield {'text': 'the cat', 'prompt': 'the', 'completion': 'cat', 'label': n % 2}\n"
+        "    raise OSError('the disk is gone')\n"
+    )
+    data = Data(
+        source="factory",
+        factory="rows:rows",
+        task=task,
+        tokenizer=tokenizers["llama"].made_of[0],
+        sequence_length=4,
+        validation_split="drawn",
+        samples=18,
+    )
+    manifest = read_dataset_manifest(prepare(data, str(tmp_path)))
+    assert manifest
+    assert manifest.samples == 18
+    with pytest.raises(DataError, match="the disk is gone"):
+        prepare(data.model_copy(update={"samples": 60}), str(tmp_path))

@@ -5,12 +5,13 @@ in a single thread.
 """
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import threading
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from drumline.data.source_row import SourceRow
@@ -18,14 +19,18 @@ from drumline.data.tasks import Task
 from drumline.data.tokenizers import HubTokenizer, Request, Tokens, refuse_surrogates
 from drumline.errors import DataError
 
-_MOST_ROWS, _MOST_LETTERS = 1024, 1 << 20
-"""Of a chunk. At most three chunks are in memory: one read, one tokenised, one written."""
+_FIRST_ROWS, _MOST_ROWS, _MOST_LETTERS = 16, 1024, 1 << 20
+"""Of a chunk: rows of the first, which doubles with each, rows of the largest, and letters. At most three
+chunks are in memory: one read, one tokenised, one written."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Chunk:
-    rows: list[SourceRow]
-    requests: list[Request]
+    """`failure`: what ended the reading, for the caller once it has taken the rows that were read before."""
+
+    rows: list[SourceRow] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
+    failure: Exception | None = None
 
 
 class TokenizeAhead:
@@ -68,6 +73,8 @@ class TokenizeAhead:
     def _serve(self, chunk: _Chunk, future: "Future[list[Any]]") -> Iterator[SourceRow]:
         self._answers = dict(zip(chunk.requests, future.result(), strict=True))
         yield from chunk.rows
+        if chunk.failure:
+            raise chunk.failure
 
     def _answer(self, request: Request) -> Any:
         if request not in self._answers:  # a task of the project's own
@@ -98,20 +105,32 @@ class TokenizeAhead:
 
 
 def _chunks(task: Task, rows: Iterable[SourceRow]) -> Iterator[_Chunk]:
-    chunk, letters = _Chunk([], []), 0
-    for row in rows:
-        chunk.rows.append(row)
-        with contextlib.suppress(DataError):  # which the task raises again, where it is told
-            asked = [] if row.problem else task.requests(row.fields)
-            for one in asked:
-                refuse_surrogates(one)
-            chunk.requests.extend(asked)
-            letters += sum(len(part) for one in asked for part in one if isinstance(part, str))
-        if len(chunk.rows) == _MOST_ROWS or letters >= _MOST_LETTERS:
-            yield chunk
-            chunk, letters = _Chunk([], []), 0
-    if chunk.rows:
+    """The rows in chunks that grow, so that a run of few rows reads few; the last one may be empty."""
+    source, most, is_read = iter(rows), min(_FIRST_ROWS, _MOST_ROWS), False
+    while not is_read:
+        chunk, letters = _Chunk(), 0
+        try:
+            for row in itertools.islice(source, most):
+                chunk.rows.append(row)
+                letters += _ask(task, row, chunk.requests)
+                if letters >= _MOST_LETTERS:
+                    break
+            is_read = len(chunk.rows) < most and letters < _MOST_LETTERS
+        except Exception as error:  # the task may be done before it comes to this row
+            chunk.failure, is_read = error, True
         yield chunk
+        most = min(2 * most, _MOST_ROWS)
+
+
+def _ask(task: Task, row: SourceRow, requests: list[Request]) -> int:
+    """Add what the task will ask for this row; returns the letters of its texts."""
+    asked: list[Request] = []
+    with contextlib.suppress(DataError):  # which the task raises again, where it is told
+        asked = [] if row.problem else task.requests(row.fields)
+        for one in asked:
+            refuse_surrogates(one)
+        requests.extend(asked)
+    return sum(len(part) for one in asked for part in one if isinstance(part, str))
 
 
 _own: list[HubTokenizer] = []
