@@ -76,6 +76,8 @@ FOLLOWED: list[tuple[list[str], str, list[list[str]]]] = [
     (["model.sync_batchnorm=true", "strategy.name=fsdp"], "strategy.name ddp", [["strategy.name=ddp"]]),
     (["model.sync_batchnorm=true", "cluster.gpu=cpu"], "sync_batchnorm false", [["model.sync_batchnorm=false"]]),
     (["model.sync_batchnorm=true", "launch.launcher=deepspeed"], "launcher torchrun", [["launch.launcher=torchrun"]]),
+    (["model.frozen=[a.*]", "model.adapter={rank: 4}"], "Nearest: frozen []", [["model.frozen=[]"]]),
+    (["model.adapter={targets: []}"], "targets all-linear", [["model.adapter.targets=all-linear"]]),
     # precision, optimizer, logging
     (["precision=bf16-pure", "launch.launcher=deepspeed"], "bf16, or strategy fsdp with launcher torchrun",
      [["precision=bf16"], ["strategy.name=fsdp", "launch.launcher=torchrun"]]),

@@ -40,7 +40,10 @@ CHANGES: dict[str, Any] = {
               {"activation_checkpointing": "full"},
               {"activation_checkpointing": "selective", "activation_offload": True}, {"sync_batchnorm": True},
               {"source": "folder", "factory": None, "path": "/m"},
-              {"source": "config", "factory": None, "architecture": "bert", "config": None}, {"edits": ["m:f"]}],
+              {"source": "config", "factory": None, "architecture": "bert", "config": None}, {"edits": ["m:f"]},
+              {"frozen": ["a.*"]}, {"adapter": {"rank": 4}}, {"adapter": {"alpha": 8.0}},
+              {"adapter": {"dropout": 0.1}}, {"adapter": {"targets": ["q_proj"]}}, {"adapter": {"dora": True}},
+              {"adapter": {"rslora": True}}, {"adapter": {"train_also": ["a"]}}, {"adapter": {"type": "lora"}}],
     "data": [{"name": "python-stdlib"}, {"options": {"rows": 5}}, {"label_field": "y"}, {"samples": 9999},
              {"validation": 0.3}, {"tokenizer": "gpt2"}, {"text_field": "t"}, {"prompt_field": "p"},
              {"completion_field": "c"}, {"split": "test"}, {"sequence_length": 9},
@@ -115,9 +118,9 @@ def test_every_field_matters() -> None:
                 covered |= {"optimizer.lr_scaling.rule", "optimizer.lr_scaling.reference_batch"}
             if isinstance(change, dict) and change.get("wandb"):
                 covered |= {"logging.wandb.project", "logging.wandb.mode", "logging.wandb.entity"}
-            if section == "cluster":
+            if section in ("cluster", "model"):
                 covered |= {
-                    f"cluster.{key}.{name}"
+                    f"{section}.{key}.{name}"
                     for key, value in change.items()
                     if isinstance(value, dict)
                     for name in value

@@ -12,7 +12,8 @@ class TrainState:
 
     `scores`: step -> metric of the `MOST_SCORES` best saved steps. `recent_losses`: the losses against which
     a spike is measured. `noise`: the noise-scale pairs of the last steps (`plan/noise.py`). `evaluation`:
-    the last result. `evaluation_due`: this step's evaluation has not been made yet.
+    the last result. `evaluation_due`: this step's evaluation has not been made yet. `base`: fingerprint of
+    the pretrained weights under an adapter.
     """
 
     step: int = 0
@@ -35,6 +36,7 @@ class TrainState:
     recent_losses: list[float] = field(default_factory=list)
     noise: list[tuple[float, float]] = field(default_factory=list)
     loss_scale: dict[str, Any] | None = None
+    base: str = ""
 
     def advance(self, step: int, samples: int, tokens: int, loss: float) -> None:
         """Advance to `step`; `samples`: consumed in total, `tokens`: label tokens of this step."""

@@ -13,6 +13,7 @@ from drumline.cli.options import SiteOfRun, TrustCode
 from drumline.errors import CheckpointError, LaunchError, RunFolderError
 from drumline.files import new_folder
 from drumline.recipe.load import validate
+from drumline.recipe.schema import Recipe
 from drumline.runs.folder import RunFolder, open_run
 from drumline.session.trust import refuse_foreign_code
 
@@ -21,6 +22,9 @@ def export_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     target: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty.")],
     best: Annotated[bool, typer.Option("--best", help="The best evaluated one instead.")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="The whole model, with its adapter added to it.")
+    ] = False,
     to: Annotated[
         str, typer.Option("--to", help="local, or slurm: as a job, after those of the run.")
     ] = "local",
@@ -39,7 +43,8 @@ def export_command(
 
         site = site_of_run(folder, site_file, to, trust_code)
         refuse_without(to, recipe)
-        print(f"job {submit_export(folder, target, best, site)}")
+        _check_merge(merge, recipe, folder)
+        print(f"job {submit_export(folder, target, best, merge, site)}")
         return
     if to != "local":
         raise LaunchError(f"--to {to}: choose from local, slurm")
@@ -47,6 +52,7 @@ def export_command(
         raise LaunchError("--site: an export here uses none. Nearest: --to slurm, or without it")
     plan = folder.latest_plan()
     refuse_foreign_code(plan.recipe, str(run), trust_code)
+    _check_merge(merge, plan.recipe, folder)
     path = _best(folder) if best else _newest(folder)
     from drumline.checkpoint.weights import refuse_other_weights
     from drumline.data.cache import cache_folder
@@ -62,11 +68,22 @@ def export_command(
             f"{plan.data.cache}: the prepared data are gone. Nearest: drumline prepare {run}"
         )
     with new_folder(target) as written:
-        count = export(plan, manifest, path, written)
+        count = export(plan, manifest, path, written, merge)
         bad = check_finite(written)
     for name in bad:
         print(f"warning: {name} holds values that are not finite", file=sys.stderr)
     print(f"{count:,} parameters of {path.name} in {target}")
+
+
+def _check_merge(merge: bool, recipe: Recipe, folder: RunFolder) -> None:
+    """LaunchError where there is no adapter to merge, or no base that another program could load."""
+    if merge and recipe.model.adapter is None:
+        raise LaunchError(f"--merge: {folder.path} trained no adapter. Nearest: without --merge")
+    if recipe.model.adapter and not merge and recipe.model.source not in ("folder", "hub"):
+        raise LaunchError(
+            f"{folder.path}: the adapter's base is not a folder or a model of the hub, so nobody could load "
+            "it. Nearest: --merge"
+        )
 
 
 def _newest(folder: RunFolder) -> Path:

@@ -17,6 +17,16 @@ class Precision:
     model: str = "float32"
 
     @property
+    def frozen(self) -> str:
+        """The dtype of weights that are not trained, which need no more than a matrix product takes."""
+        return self.autocast or self.model
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Bytes of a number in weights that are not trained."""
+        return self.computed
+
+    @property
     def has_masters(self) -> bool:
         """Whether the optimizer keeps fp32 weights beside the model's 16-bit ones."""
         return self.stored > self.model_bytes

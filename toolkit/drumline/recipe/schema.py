@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from drumline.recipe.data_section import ALONE, Data
+from drumline.recipe.model_section import Model
 from drumline.recipe.section import (
     AddedLater,
     Count,
@@ -22,45 +23,7 @@ from drumline.recipe.section import (
     Section,
     Slug,
     require_factory,
-    require_only,
 )
-
-
-class Model(Section):
-    """The model; `architecture` and the fields of `config` are those of transformers.
-
-    `edits` are functions of the recipe's project, called with the model before random weights are drawn,
-    or after pretrained ones are loaded.
-    """
-
-    source: Literal["config", "hub", "folder", "factory"]
-    architecture: Name | None = None
-    config: dict[str, Any] = {}
-    name: Name | None = None
-    path: Name | None = None
-    revision: Annotated[Name | None, AddedLater()] = None
-    factory: FactoryName | None = None
-    attention: Literal["sdpa", "eager", "flash"] = "sdpa"
-    activation_checkpointing: Literal["none", "full", "selective"] = "none"
-    activation_offload: Annotated[bool, AddedLater()] = False
-    sync_batchnorm: bool = False
-    compile: bool = False
-    edits: Annotated[list[FactoryName], AddedLater()] = []
-
-    @model_validator(mode="after")
-    def _source_has_its_key(self) -> Self:
-        needed = {"config": "architecture", "hub": "name", "folder": "path", "factory": "factory"}
-        require_only(self, "source", self.source, needed)
-        if self.revision is not None and self.source != "hub":
-            raise ValueError(
-                "revision is a commit, branch or tag of the hub, and source is not hub"
-            )
-        if self.activation_offload and self.activation_checkpointing == "none":
-            raise ValueError(
-                "activation_offload keeps the inputs of checkpointed layers in host memory, and "
-                "activation_checkpointing is none. Nearest: activation_checkpointing full or selective"
-            )
-        return self
 
 
 class Batch(Section):

@@ -8,7 +8,7 @@ from typing import Any
 from drumline.architectures.hub import cached_folder
 from drumline.data.dataset_manifest import read_dataset_manifest
 from drumline.plan.model import Plan
-from drumline.recipe.schema import Model
+from drumline.recipe.model_section import Model
 
 _CHUNK = 1 << 22
 

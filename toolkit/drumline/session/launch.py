@@ -41,6 +41,10 @@ def check_offered(recipe: Recipe) -> None:
             f"launch.launcher: {launcher} is not installed. "
             f"Nearest: pip install 'drumline[{launcher}]', or launch.launcher=torchrun"
         )
+    if recipe.model.adapter and find_spec("peft") is None:
+        raise LaunchError(
+            "model.adapter: peft is not installed. Nearest: pip install 'drumline[adapters]'"
+        )
     for tracker in wanted(recipe):
         if find_spec(tracker) is None:
             raise LaunchError(

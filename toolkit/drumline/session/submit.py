@@ -112,7 +112,7 @@ def submit_again(
     return _submit_one(plan, site, folder, [], options)
 
 
-def submit_export(folder: RunFolder, target: Path, best: bool, site: Site) -> str:
+def submit_export(folder: RunFolder, target: Path, best: bool, merge: bool, site: Site) -> str:
     """Submit a job that exports the run to `target` once its jobs have ended well; return the job's id."""
     record = folder.read_record()
     jobs = [entry["id"] for entry in record.get("jobs") or [] if entry["target"] == "slurm"]
@@ -134,6 +134,7 @@ def submit_export(folder: RunFolder, target: Path, best: bool, site: Site) -> st
         str(folder.path),
         str(target.absolute()),
         *(["--best"] if best else []),
+        *(["--merge"] if merge else []),
         "--trust-code",
     ]
     script = folder.path / "export.sh"

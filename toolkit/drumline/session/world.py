@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from drumline.errors import DataError, PlanError
 from drumline.plan.resolve import World
-from drumline.recipe.schema import Model, Recipe
+from drumline.recipe.model_section import Model
+from drumline.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from drumline.memory.calibration import Calibration

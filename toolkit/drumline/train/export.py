@@ -16,23 +16,30 @@ from drumline.plan.model import Plan
 from drumline.recipe.precision import find_precision
 from drumline.train.loader import copy_overlap
 from drumline.train.models import ModelBuilder
+from drumline.train.models.adapter import export_adapter, merge_adapter
+from drumline.train.models.build import base_dtype
 
 
-def export(plan: Plan, manifest: DatasetManifest, checkpoint: Path, target: Path) -> int:
-    """Write the model of a verified checkpoint into `target`; returns the number of parameters.
+def export(
+    plan: Plan, manifest: DatasetManifest, checkpoint: Path, target: Path, merge: bool = False
+) -> int:
+    """Write the model of a verified checkpoint into `target`; returns the number of parameters written.
 
-    Holds one copy of the whole model in host memory.
+    Of a run with an adapter that is the adapter alone, in peft's format, or with `merge` the whole model with
+    the adapter added to it in fp32. Holds one copy of the whole model in host memory.
     """
-    recipe = plan.recipe
+    recipe, adapter = plan.recipe, plan.recipe.model.adapter
     is_narrow = find_precision(recipe.precision, recipe.strategy.name).stored == 2
-    dtype = torch.bfloat16 if is_narrow else torch.float32
+    dtype = torch.bfloat16 if is_narrow and not merge else torch.float32
     model: Any = ModelBuilder(recipe, manifest, dtype=dtype).whole()
     if not hasattr(model, "save_pretrained"):
         raise CheckpointError(
             f"{plan.recipe.model.factory}: a factory's model is not one of transformers'. Nearest: "
             f"load {checkpoint} yourself; docs/failures.md says what lies in it"
         )
-    wanted = {f"model.{name}": p for name, p in model.named_parameters()}
+    wanted = {
+        f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad or not adapter
+    }
     wanted |= {f"buffer.{name}": b for name, b in model.named_buffers()}
     filled = dict.fromkeys(wanted, 0)
     for rank in range(read_manifest(checkpoint)["ranks"]):
@@ -46,13 +53,21 @@ def export(plan: Plan, manifest: DatasetManifest, checkpoint: Path, target: Path
     short = [n for n, p in wanted.items() if n.startswith("model.") and filled[n] != p.numel()]
     if short:
         raise CheckpointError(f"{checkpoint}: {short[0]} is not whole in it")
-    _restore_config(plan, model)
-    model.save_pretrained(target, safe_serialization=True)
+    if adapter and not merge:
+        export_adapter(model, adapter, recipe.model.name or recipe.model.path or "", target)
+        written = sum(p.numel() for p in wanted.values() if p.requires_grad)
+    else:
+        if adapter:
+            merge_adapter(model)
+            model.to(torch.bfloat16 if is_narrow else base_dtype(recipe))
+        _restore_config(plan, model)
+        model.save_pretrained(target, safe_serialization=True)
+        written = sum(p.numel() for p in model.parameters())
     if tokenizer_counts(plan, manifest):
         save_tokenizer(plan.recipe.data.tokenizer, target)
     for path in target.iterdir():
         apply_umask(path, 0o666)
-    return sum(p.numel() for p in model.parameters())
+    return written
 
 
 def tokenizer_counts(plan: Plan, manifest: DatasetManifest) -> bool:

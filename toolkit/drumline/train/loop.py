@@ -24,6 +24,7 @@ from drumline.train.evaluate import Evaluator
 from drumline.train.forward_timer import ForwardTimer
 from drumline.train.garbage import GarbageControl
 from drumline.train.metrics import Logbook
+from drumline.train.models.build import base_fingerprint
 from drumline.train.noise import NoiseMeter, NoMeter, build_meter
 from drumline.train.saver import SaveCadence, Saver
 from drumline.train.scaler import LossScaler
@@ -299,14 +300,21 @@ def _restore(
     if dist.get_rank() == 0:
         remove_abandoned(folder)
     chosen = loader.choose(folder, run_folder / "metrics.jsonl")
+    base = [base_fingerprint(plan.recipe) if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(base, src=0)
     if chosen.path is None:
-        fresh = TrainState(training_sha256=plan.training_sha256, fingerprint=plan.data.fingerprint)
+        fresh = TrainState(
+            training_sha256=plan.training_sha256,
+            fingerprint=plan.data.fingerprint,
+            base=base[0],
+        )
         return fresh, None
     path, state = chosen.path, chosen.state
     watch.step = watch.done = state.step
     for what, saved, here in (
         ("training_sha256", state.training_sha256, plan.training_sha256),
         ("data fingerprint", state.fingerprint, plan.data.fingerprint),
+        (f"weights of {plan.recipe.model.name or plan.recipe.model.path}", state.base, base[0]),
     ):
         if saved != here:
             raise CheckpointError(

@@ -172,6 +172,13 @@ class Engine:
             for buffer in self.module.buffers():
                 dist.broadcast(buffer, src=0)
 
+    def _saved_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that checkpoints hold: with an adapter those that are trained, else all."""
+        is_adapter = self.plan.recipe.model.adapter is not None
+        for name, parameter in self._parameters.items():
+            if parameter.requires_grad or not is_adapter:
+                yield name, parameter
+
     def _backward(self, loss: Tensor) -> None:
         loss.backward()
 

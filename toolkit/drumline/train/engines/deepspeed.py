@@ -184,7 +184,7 @@ class DeepSpeedEngine(Engine):
 
     def state_shards(self) -> Iterator[tuple[str, TensorShard]]:
         """Views of this rank's part of weights and optimizer state; under ZeRO, of its fp32 partitions."""
-        for number, (name, parameter) in enumerate(self._parameters.items()):
+        for number, (name, parameter) in enumerate(self._saved_parameters()):
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
             part = self._part_of(parameter)
             for key, view in part.views.items():

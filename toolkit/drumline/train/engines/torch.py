@@ -146,7 +146,7 @@ class TorchEngine(Engine):
     def state_shards(self) -> Iterator[tuple[str, TensorShard]]:
         """Weights, then optimizer tensors; ranks take turns in writing the replicated ones."""
         tensors: list[tuple[str, str, Any]] = [
-            (f"model.{name}", name, weight.data) for name, weight in self._parameters.items()
+            (f"model.{name}", name, weight.data) for name, weight in self._saved_parameters()
         ]
         names = {id(parameter): name for name, parameter in self._parameters.items()}
         for parameter, state in self.optimizer.state.items():

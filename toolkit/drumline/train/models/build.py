@@ -10,6 +10,7 @@ from torch import nn
 from drumline.architectures.fields import refuse_near_misses
 from drumline.architectures.hub import cached_folder
 from drumline.architectures.labels import number_of_labels
+from drumline.architectures.weight_files import dtypes_in, fingerprint_of
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.data.factory import load_factory
 from drumline.errors import PlanError
@@ -115,6 +116,23 @@ def _folder_of(recipe: Recipe) -> Path:
     if folder is None:
         raise PlanError(f"model.name: {spec.name} is not in the cache. Nearest: drumline prepare")
     return folder
+
+
+def base_fingerprint(recipe: Recipe) -> str:
+    """Fingerprint of the pretrained weights under an adapter, which its checkpoints do not hold; else ""."""
+    if recipe.model.adapter is None or recipe.model.source not in ("folder", "hub"):
+        return ""
+    return fingerprint_of(_folder_of(recipe))
+
+
+def base_dtype(recipe: Recipe) -> torch.dtype:
+    """The dtype that most of a pretrained model's weights have in its files; float32 for other models."""
+    if recipe.model.source not in ("folder", "hub"):
+        return torch.float32
+    names = dtypes_in(_folder_of(recipe))
+    return getattr(
+        torch, {"BF16": "bfloat16", "F16": "float16"}.get(names[0] if names else "", "float32")
+    )  # type: ignore[no-any-return]
 
 
 def _check_padding(recipe: Recipe, config: Any) -> None:

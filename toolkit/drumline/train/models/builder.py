@@ -20,10 +20,11 @@ from drumline.data.dataset_manifest import DatasetManifest
 from drumline.errors import PlanError
 from drumline.recipe.precision import find_precision
 from drumline.recipe.schema import Recipe
+from drumline.train.models.adapter import adapted_layers, draw_adapter, is_of_adapter
 from drumline.train.models.blocks import has_batchnorm, named_blocks, own_tensors
 from drumline.train.models.build import build_model, check_vocabulary
 from drumline.train.models.checkpointing import enable_checkpointing
-from drumline.train.models.edits import apply_edits
+from drumline.train.models.edits import apply_edits, choose_trained
 from drumline.train.models.pretrained import PretrainedWeights
 from drumline.train.models.seeds import derived_seed
 
@@ -59,8 +60,11 @@ class ModelBuilder:
     ) -> None:
         self._seed, self._device = recipe.seed, device or torch.device("cpu")
         self._is_empty = recipe.model.source != "factory"
-        name = find_precision(recipe.precision, recipe.strategy.name).model
-        self._dtype = dtype or (getattr(torch, name) if name != "float32" else None)
+        numbers = find_precision(recipe.precision, recipe.strategy.name)
+        self._dtype, self._frozen_dtype = (
+            dtype or (getattr(torch, name) if name != "float32" else None)
+            for name in (numbers.model, numbers.frozen)
+        )
         self._progress = progress
         self._inside: set[int] = set()
         built = build_model(recipe, manifest)
@@ -68,7 +72,8 @@ class ModelBuilder:
         self._weights = built.weights
         self._names = {id(module): name for name, module in self.model.named_modules()}
         self.notes: list[str] = []
-        if new := built.weights.missing if built.weights else []:
+        new = built.weights.missing if built.weights else []
+        if new:
             self.notes.append(
                 f"new weights, which the files lack, drawn from seed {self._seed}: {', '.join(new)}"
             )
@@ -76,11 +81,18 @@ class ModelBuilder:
             found = "has BatchNorm" if has_batchnorm(self.model) else "has no BatchNorm"
             self.notes.append(f"the model of {recipe.model.factory} {found}")
         check_vocabulary(self.model, manifest)
+        choose_trained(self.model, recipe, new)
+        self._adapted = adapted_layers(self.model)
+        self._of_adapters = {
+            id(part) for name, part in self.model.named_modules() if is_of_adapter(name)
+        }
         if (
             self._weights and recipe.model.edits
         ):  # they may look at weights, so every rank loads all of them
             self._read(self._weights, _OUTSIDE, list(self.model.modules()))
             self._weights, self._is_empty = None, False
+        if not self._is_empty:
+            self._draw_adapters(list(self.model.modules()))
         apply_edits(self.model, recipe)
         policy = recipe.model.activation_checkpointing
         if policy != "none":
@@ -122,13 +134,23 @@ class ModelBuilder:
         for number, (name, modules) in enumerate(units):
             if not self._is_empty or number % _world() != _rank():
                 continue
+            base = [module for module in modules if id(module) not in self._of_adapters]
             if self._weights:
-                self._read(self._weights, name, modules)
+                self._read(self._weights, name, base)
             else:
-                _allocate(modules, torch.device("cpu"), is_poisoned=True)
+                _allocate(base, torch.device("cpu"), is_poisoned=True)
                 torch.manual_seed(derived_seed("init", self._seed, name))
-                _initialise(self.model, modules)
-                _fill_what_is_left(modules, self._names)
+                _initialise(self.model, base)
+                _fill_what_is_left(base, self._names)
+            self._draw_adapters(modules)
+
+    def _draw_adapters(self, modules: list[nn.Module]) -> None:
+        """Give the adapters of those of these modules that have one their first values, on the CPU."""
+        for layer in modules:
+            if id(layer) in self._adapted:
+                parts = [part for part in layer.modules() if id(part) in self._of_adapters]
+                _allocate(parts, torch.device("cpu"))
+                draw_adapter(layer, self._seed, self._adapted[id(layer)])
 
     def _read(self, weights: PretrainedWeights, unit: str, modules: list[nn.Module]) -> None:
         """Fill these modules from the files; draw what the files lack, each module from (seed, its name)."""
@@ -175,7 +197,8 @@ class ModelBuilder:
 
     def _place(self, store: dict[str, Any], name: str, tensor: Tensor) -> None:
         is_parameter = isinstance(tensor, nn.Parameter)
-        dtype = self._dtype if self._dtype and is_parameter else tensor.dtype
+        wanted = self._dtype if tensor.requires_grad else self._frozen_dtype
+        dtype = wanted if wanted and tensor.is_floating_point() else tensor.dtype
         if is_parameter:
             tensor.data = tensor.data.to(self._device, dtype)
         else:

@@ -1,20 +1,59 @@
-"""Applies edits to a model between building and materialising, such as freezing or adapters.
+"""Applies edits to a model between building and materialising: an adapter, freezing, the project's own.
 
-An edit changes the model in place, and in the same way on every rank. Randomly initialised weights are still
-on the meta device when it runs; pretrained ones are loaded before it, all of them on every rank. The recipe's
-`model.edits` name functions of its project.
+An edit changes the model in place, and in the same way on every rank. Weights are still on the meta device
+when the recipe's `adapter` and `frozen` are applied. `model.edits` name functions of its project; pretrained
+weights are loaded before these, all of them on every rank.
 """
+
+from collections.abc import Collection
 
 from torch import nn
 
+from drumline.architectures.patterns import matching
 from drumline.data.factory import load_factory
 from drumline.errors import PlanError
 from drumline.recipe.schema import Recipe
+from drumline.train.models.adapter import add_adapter
+
+
+def choose_trained(model: nn.Module, recipe: Recipe, new: Collection[str]) -> None:
+    """Insert the recipe's adapter or freeze what it names; `new`: parameters that no file holds."""
+    spec = recipe.model
+    if spec.adapter:
+        add_adapter(model, spec.adapter, {*new, *head_of(model, recipe)})
+    names = {name for name, _ in model.named_parameters()}
+    frozen = matching(spec.frozen, names, "model.frozen")
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+    _refuse_nothing_trainable(model)
 
 
 def apply_edits(model: nn.Module, recipe: Recipe) -> None:
-    """Apply the recipe's edits in order; PlanError where no parameter is trainable afterwards."""
+    """Apply the project's edits in order; PlanError where no parameter is trainable afterwards."""
     for name in recipe.model.edits:
         load_factory(name, recipe.project)(model)
+    _refuse_nothing_trainable(model)
+
+
+def head_of(model: nn.Module, recipe: Recipe) -> list[str]:
+    """Names of a classifier's parameters outside the pretrained model's body; none of other models."""
+    if recipe.data.facts.head != "classification" or not hasattr(model, "base_model_prefix"):
+        return []
+    body = body_of(model)
+    return [name for name, _ in model.named_parameters() if name.partition(".")[0] not in body]
+
+
+def body_of(model: nn.Module) -> set[str]:
+    """How names of the base model's weights begin, with and without its prefix.
+
+    All but the last part of a model that is its own base model, such as SigLIP's classifier.
+    """
+    base = model.base_model
+    parts = list(dict.fromkeys(name.partition(".")[0] for name, _ in base.named_parameters()))  # type: ignore[operator, union-attr]
+    return set(parts[:-1]) if base is model else {str(model.base_model_prefix), *parts}
+
+
+def _refuse_nothing_trainable(model: nn.Module) -> None:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise PlanError("model: no parameter is trainable. Nearest: fewer frozen ones")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from drumline.architectures.weight_files import headers_in
 from drumline.architectures.weight_names import NOT_WEIGHTS, WRAPPERS, some, wrapper_of
 from drumline.errors import PlanError
+from drumline.train.models.edits import body_of
 
 
 class PretrainedWeights:
@@ -77,7 +78,7 @@ class PretrainedWeights:
     def _account(self, has_new_head: bool) -> list[str]:
         """What the files lack, by a load of shapes alone; PlanError for any key that should not be so."""
         form = self._form
-        body = _body(form)
+        body = body_of(form)
         empty = {key: torch.empty(shape, device="meta") for key, shape in self._shapes.items()}
         info = self._load(empty, "meta")
         self._absent = set(info.missing_keys)
@@ -167,16 +168,6 @@ def _load_options(form: Any) -> Any:
         )
 
     return make
-
-
-def _body(model: Any) -> set[str]:
-    """How names of the base model's weights begin, with and without its prefix.
-
-    All but the last part of a model that is its own base model, such as SigLIP's classifier.
-    """
-    base = model.base_model
-    parts = list(dict.fromkeys(name.partition(".")[0] for name, _ in base.named_parameters()))
-    return set(parts[:-1]) if base is model else {model.base_model_prefix, *parts}
 
 
 def _hint(unexpected: set[str]) -> str:
