@@ -28,12 +28,23 @@ GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 257, "n_positions
         "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # fmt: skip
 BERT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
         "vocab_size": 257, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
+DEEPSEEK = {**LLAMA, "num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 4,
+            "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "q_lora_rank": 16, "n_group": 2,
+            "topk_group": 1}  # fmt: skip
 LM, CLASSIFIER = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 KINDS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     "lora": ("llama", LLAMA, LM, {"rank": 4, "alpha": 8.0}),
     "dora": ("llama", LLAMA, LM, {"rank": 4, "dora": True, "targets": ["q_proj", "up_proj"]}),
     "rslora and norms": ("llama", LLAMA, LM, {"rank": 8, "rslora": True, "train_also": ["*norm*"]}),
     "conv1d": ("gpt2", GPT2, LM, {"rank": 4, "targets": ["c_attn", "mlp.c_proj"]}),
+    "experts": (
+        "mixtral",
+        {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
+        LM,
+        {"rank": 4},
+    ),
+    "latent": ("deepseek_v3", DEEPSEEK, LM, {"rank": 4}),
     "classifier": ("bert", BERT, CLASSIFIER, {"rank": 4, "targets": ["query", "value"]}),
     "new head": ("bert", BERT, "AutoModelForMaskedLM", {"rank": 4}),
 }

@@ -49,6 +49,28 @@ class Latent:
     value_dim: int
 
 
+@dataclass(frozen=True)
+class LoraShape:
+    """Adapters of `rank` on the matrices of a layer that `targets` names."""
+
+    rank: int
+    targets: frozenset[str]
+    is_dora: bool = False
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What of a model is not trained, by the names in `outer_tensors` and `layer_tensors`, and its adapter.
+
+    `layers`: the frozen names of each layer, first to last.
+    """
+
+    outer: frozenset[str]
+    layers: tuple[frozenset[str], ...]
+    lora: LoraShape | None = None
+
+
 _MOST_PADDING = 1 / 64
 """Share of a weight that FSDP2 may pad before the weight is folded."""
 
@@ -72,7 +94,8 @@ class ModelShape:
     shapes, each with the number of those in a row. `window`: sliding window in tokens; attention over
     longer rows is given a mask. `activation`: as in the config. `structure`: of a decoder's layers.
     `rotary_share`: share of a head's features with rotary positions. `windowed` and `rotated`: of each
-    layer, whether it has the window and rotary positions; empty if all are alike.
+    layer, whether it has the window and rotary positions; empty if all are alike. `trained`: what of it is
+    trained, None for all.
     """
 
     family: str
@@ -117,6 +140,7 @@ class ModelShape:
     rotary_share: float = 1.0
     windowed: tuple[bool, ...] = ()
     rotated: tuple[bool, ...] = ()
+    trained: Trained | None = None
 
     @property
     def query_width(self) -> int:

@@ -5,13 +5,15 @@ code; hence the `del` statements.
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from drumline.architectures.shapes import ModelShape, layer_tensors
+from drumline.architectures.shapes import LoraShape, ModelShape, layer_tensors
+from drumline.architectures.trained import low_rank
 from drumline.memory.attention import Kernel
 from drumline.memory.disentangled import disentangled_attention
 from drumline.memory.latent import latent_projections
-from drumline.memory.ledger import Parameter, Value
+from drumline.memory.ledger import AdapterWeights, Parameter, Value
 from drumline.memory.mixtures import experts, route
 from drumline.memory.norms import layer_norm, layer_norm_unfused, rms_norm, times_weight
 from drumline.memory.operators import FP32, Operators
@@ -44,16 +46,50 @@ class Rows:
 class Layer:
     """One transformer layer: its weights and its forward."""
 
-    def __init__(self, shape: ModelShape, width: int) -> None:
-        self.shape = shape
+    def __init__(
+        self,
+        shape: ModelShape,
+        width: int,
+        frozen_width: int,
+        frozen: Collection[str] = (),
+        lora: LoraShape | None = None,
+    ) -> None:
+        """`width` and `frozen_width`: bytes per element in the forward; `frozen`: what is not trained."""
+        self.shape, self.frozen, self._width, self._lora = shape, frozen, width, lora
         tensors = layer_tensors(shape)
         self.weights = {
-            name: Parameter(math.prod(sizes), width)
+            name: Parameter(
+                math.prod(sizes),
+                frozen_width if name in frozen else width,
+                name in frozen,
+                self._adapter(name, sizes),
+            )
             for name, sizes in tensors.items()
             if len(sizes) > 1
         }
-        vectors = sum(sizes[0] for sizes in tensors.values() if len(sizes) == 1)
-        self.rest = Parameter(vectors, width)  # norms and biases
+        vectors = {name: sizes[0] for name, sizes in tensors.items() if len(sizes) == 1}
+        trained = sum(size for name, size in vectors.items() if name not in frozen)
+        if trained or not vectors:
+            self.rest = Parameter(trained, width)  # norms and biases
+        else:
+            self.rest = Parameter(sum(vectors.values()), frozen_width, is_frozen=True)
+
+    def _adapter(self, name: str, sizes: tuple[int, ...]) -> AdapterWeights | None:
+        if self._lora is None or name not in self._lora.targets or len(sizes) != 2:
+            return None
+        inputs, rank, outputs = low_rank(self.shape, sizes, self._lora.rank)
+        return AdapterWeights(
+            Parameter(inputs * rank, self._width),
+            Parameter(rank * outputs, self._width),
+            rank,
+            self._lora.dropout,
+            Parameter(outputs, self._width) if self._lora.is_dora else None,
+        )
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether any of its weights is."""
+        return any(not weight.is_frozen for weight in self.all_weights())
 
     def forward(self, run: Operators, rows: Rows, stream: Value, dropout: float) -> Value:
         """Run the layer's forward on the ledger: [T, h] -> [T, h]."""
@@ -62,8 +98,9 @@ class Layer:
         return out
 
     def all_weights(self) -> list[Parameter]:
-        """Every parameter of the layer."""
-        return [*self.weights.values(), self.rest]
+        """Every parameter of the layer, those of its adapter among them."""
+        adapters = [w.adapter.all_weights() for w in self.weights.values() if w.adapter]
+        return [*self.weights.values(), self.rest, *(part for own in adapters for part in own)]
 
 
 def _gpt2(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: float) -> Value:
@@ -128,8 +165,8 @@ def norm(layer: Layer, run: Operators, value: Value, features: int = 0) -> Value
     if kind in ("layer", "layer_without_shift"):
         return layer_norm(run, value, features)
     if kind == "cohere":
-        return layer_norm_unfused(run, value, features)
-    return rms_norm(run, value, features, layer.rest.width, is_wide=kind == "rms_wide")
+        return layer_norm_unfused(run, value, features, layer.rest)
+    return rms_norm(run, value, features, layer.rest, is_wide=kind == "rms_wide")
 
 
 def _scaled(layer: Layer, run: Operators, value: Value) -> Value:
@@ -145,7 +182,7 @@ def _attention(layer: Layer, run: Operators, rows: Rows, hidden: Value, cosines:
         query_features, key_features = q, kv
     if shape.latent:
         query, key, value = latent_projections(
-            run, shape, shape.latent, w, layer.rest.width, hidden, cosines
+            run, shape, shape.latent, w, layer.rest, hidden, cosines
         )
         out = _attend(layer, run, rows, query, key, value)
         return run.linear(out, w["out"], shape.hidden)
@@ -234,7 +271,7 @@ def _bert(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: floa
 
 def _t5(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: float) -> Value:
     assert rows.sources
-    return t5_layer(run, layer.shape, layer.weights, layer.rest.width, stream, (rows.samples, rows.length),
+    return t5_layer(run, layer.shape, layer.weights, layer.rest, stream, (rows.samples, rows.length),
                     rows.sources, rows.kernel == "eager", dropout)  # fmt: skip
 
 
@@ -278,7 +315,7 @@ def _vit(layer: Layer, run: Operators, rows: Rows, stream: Value, dropout: float
 
 def _layer_scaled(layer: Layer, run: Operators, value: Value) -> Value:
     """DINOv2's LayerScale: times a vector."""
-    return times_weight(run, value, layer.rest.width) if layer.shape.has_layer_scale else value
+    return times_weight(run, value, layer.rest) if layer.shape.has_layer_scale else value
 
 
 def _vit_attention(layer: Layer, run: Operators, rows: Rows, hidden: Value) -> Value:

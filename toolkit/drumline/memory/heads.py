@@ -71,7 +71,7 @@ def _unused_pooler(
 ) -> Value:
     """SigLIP's attention of one probe over all patches; a classifier drops its result, but it is computed."""
     ledger, h, rows = run.ledger, shape.hidden, samples * shape.hidden
-    probe = ledger.make(rows, weights["probe"].width, [Value(None, h, FP32, weights["probe"])],
+    probe = ledger.make(rows, weights["probe"].width, [Value(None, h, FP32, weights["probe"].source)],
                         lambda g: [ledger.block(h, FP32)])  # fmt: skip
     packed = run.linear(hidden, weights["pool_qkv"], 2 * h)
     pooled = run.linear(probe, weights["pool_out"], h)

@@ -16,17 +16,17 @@ def latent_projections(
     shape: ModelShape,
     latent: Latent,
     weights: Mapping[str, Parameter],
-    norm_width: int,
+    norm_weight: Parameter,
     hidden: Value,
     cosines: int,
 ) -> tuple[Value, Value, Value]:
-    """Queries and keys [T, H × D], and values; `norm_width` and `cosines`: bytes per element of the two."""
+    """Queries and keys [T, H × D], and values; `cosines`: their bytes per element."""
     tokens = hidden.elements / shape.hidden
     rotated, plain = latent.rotated, shape.head_dim - latent.rotated
     query = hidden
     if latent.query_rank:
         query = run.linear(query, weights["q_down"], latent.query_rank)
-        query = rms_norm(run, query, latent.query_rank, norm_width)
+        query = rms_norm(run, query, latent.query_rank, norm_weight)
     query = run.linear(query, weights["q"], shape.query_width)
     per_head = tokens * shape.heads
     query_plain, query_rotated = run.parts(
@@ -36,7 +36,7 @@ def latent_projections(
     keys, key_rotated = run.parts(
         compressed, [tokens * latent.kv_rank, tokens * rotated], is_chunked=True
     )
-    keys = rms_norm(run, keys, latent.kv_rank, norm_width)
+    keys = rms_norm(run, keys, latent.kv_rank, norm_weight)
     turn = _turn_complex if shape.structure.rotary == "complex" else _turn_pairs
     query_rotated, key_rotated = (turn(run, v, cosines) for v in (query_rotated, key_rotated))
     query = _joined(run, query_plain, query_rotated)

@@ -7,6 +7,7 @@ sums the live bytes after every operation; the largest sum is the peak.
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from drumline.memory.events import FREE, ROUND, Event
@@ -50,16 +51,53 @@ class Parameter:
 
     `uses` counts the gradients still expected in this backward. As in autograd, they are summed in
     `waiting` first, and the sum is then added to `gradient`. `on_ready` is called when it has been.
+    `is_frozen`: it is not trained and gets no gradient. `adapter`: the low-rank matrices beside it.
     """
 
-    __slots__ = ("elements", "gradient", "on_ready", "uses", "waiting", "width")
+    __slots__ = (
+        "adapter",
+        "elements",
+        "gradient",
+        "is_frozen",
+        "on_ready",
+        "uses",
+        "waiting",
+        "width",
+    )
 
-    def __init__(self, elements: float, width: int) -> None:
+    def __init__(
+        self,
+        elements: float,
+        width: int,
+        is_frozen: bool = False,
+        adapter: "AdapterWeights | None" = None,
+    ) -> None:
         self.elements, self.width = elements, width
+        self.is_frozen, self.adapter = is_frozen, adapter
         self.gradient: Block | None = None
         self.waiting: Block | None = None
         self.on_ready: Callable[[], None] | None = None
         self.uses = 0
+
+    @property
+    def source(self) -> "Parameter | None":
+        """What the gradient of an operation on it is for: itself, or nothing."""
+        return None if self.is_frozen else self
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """LoRA's two matrices beside a frozen one, [in, rank] and [rank, out]; DoRA's magnitudes [out]."""
+
+    first: Parameter
+    second: Parameter
+    rank: int
+    dropout: float
+    magnitude: Parameter | None = None
+
+    def all_weights(self) -> list[Parameter]:
+        """Every parameter of the adapter."""
+        return [self.first, self.second, *([self.magnitude] if self.magnitude else [])]
 
 
 class Node:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from drumline.architectures.shapes import ModelShape
+from drumline.architectures.trained import layers_of
 from drumline.memory.attention import Kernel, choose_kernel
 from drumline.recipe.precision import Precision, find_precision
 
@@ -38,11 +39,15 @@ Checkpointing = Literal["none", "full", "selective"]
 
 
 class LayerKind(NamedTuple):
-    """What differs between the layers of a model; `segment`: the number of its shape in `layer_shapes`."""
+    """What differs between the layers of a model; `segment`: the number of its shape in `layer_shapes`.
+
+    `frozen`: names of its weights that are not trained.
+    """
 
     is_masked: bool
     is_rotated: bool
     segment: int
+    frozen: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,11 @@ class Load:
         return self.numbers.autocast_bytes
 
     @property
+    def frozen_width(self) -> int:
+        """Bytes per element of weights that are not trained."""
+        return self.numbers.frozen_bytes
+
+    @property
     def forward_width(self) -> int:
         """Bytes per element of weights in the forward; in mixed precision FSDP2 gathers 16-bit copies."""
         return 2 if self.strategy == "fsdp" and self.low else self.numbers.model_bytes
@@ -132,9 +142,12 @@ class Load:
         segments = [
             place for place, (_, count) in enumerate(shape.layer_shapes) for _ in range(count)
         ]
+        frozen = [names for _, names in layers_of(shape)]
         return [
-            LayerKind(self.is_masked or (is_long and has_window), has_rotary, segment)
-            for has_window, has_rotary, segment in zip(windowed, rotated, segments, strict=True)
+            LayerKind(self.is_masked or (is_long and has_window), has_rotary, segment, names)
+            for has_window, has_rotary, segment, names in zip(
+                windowed, rotated, segments, frozen, strict=True
+            )
         ]
 
     @property

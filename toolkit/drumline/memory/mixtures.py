@@ -72,10 +72,15 @@ def _grouped(run: Operators, rows: Value, weight: Parameter, elements: float) ->
     """A grouped matrix product; not on autocast's list, so rows are cast to the weight's dtype."""
     ledger, width = run.ledger, weight.width
     rows = run.cast(rows, width)
-    table = Value(None, weight.elements, width, weight)
+    table = Value(None, weight.elements, width, weight.source)
     before, weights = rows.elements, weight.elements
+    for_input, for_weight = rows.source is not None, not weight.is_frozen
 
     def rule(gradient: list[Gradient]) -> list[Gradient]:
-        return [ledger.block(before, width), ledger.block(weights, width)]
+        return [
+            ledger.block(before, width) if for_input else None,
+            ledger.block(weights, width) if for_weight else None,
+        ]
 
-    return run.product(elements, width, [rows, table], rule, (rows.block,))
+    keeps = (rows.block,)
+    return run.product(elements, width, [rows, table], rule, keeps)

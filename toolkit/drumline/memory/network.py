@@ -9,9 +9,11 @@ For the allocator model, which depends on the order of all allocations, every la
 
 import math
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 
-from drumline.architectures.shapes import Tensors, layer_tensors, outer_tensors
+from drumline.architectures.shapes import Tensors, count, layer_tensors, outer_tensors
+from drumline.architectures.trained import adapter_tensors, trained_parameters
 from drumline.memory.families import Layer, Rows, norm
 from drumline.memory.heads import class_loss
 from drumline.memory.ledger import Block, Gradient, Ledger, Parameter, Value
@@ -34,16 +36,24 @@ class Network:
         are_linear = load.shape.family != "gpt2"  # GPT-2's Conv1D is not an nn.Linear
         self.run = Operators(ledger, load.low, not (load.strategy == "zero3" and are_linear))
         width, shape = load.forward_width, load.shape
+        trained = shape.trained
+        frozen = trained.outer if trained else frozenset()
+        narrow = load.frozen_width
         self.outer = {
-            name: Parameter(math.prod(sizes), width) for name, sizes in outer_tensors(shape).items()
+            name: Parameter(math.prod(sizes), narrow if name in frozen else width, name in frozen)
+            for name, sizes in outer_tensors(shape).items()
         }
         self.head = self.outer.get("head") or self.outer["embedding"]
         self._first, self._last = _played(load, is_whole)
         self.kinds = self._first + self._last
-        self.layers = [Layer(shape.layer_shapes[kind.segment][0], width) for kind in self.kinds]
-        played = sum(layer.shape.layer_parameters for layer in self.layers)
-        everywhere = sum(one.layer_parameters * number for one, number in shape.layer_shapes)
-        self.unplayed = Parameter(everywhere - played, width)
+        lora = trained.lora if trained else None
+        self.layers = [
+            Layer(shape.layer_shapes[kind.segment][0], width, narrow, kind.frozen, lora)
+            for kind in self.kinds
+        ]
+        played = sum(w.elements for layer in self.layers for w in _trained(layer))
+        outside = count({n: s for n, s in outer_tensors(shape).items() if n not in frozen})
+        self.unplayed = Parameter(trained_parameters(shape) - outside - played, width)
         self.stage = Stage()
         self.root: Group | None = None
         self.embedded: Group | None = None
@@ -54,20 +64,22 @@ class Network:
             outer = outer_tensors(shape)
             first = {name: outer.pop(name) for name in list(outer) if self._is_embedded(name)}
             self.embedded = (
-                self._group(first, [self.outer[name] for name in first]) if first else None
+                self._group(first, [self.outer[name] for name in first], frozen) if first else None
             )
-            self.root = self._group(outer, [self.outer[name] for name in outer])
-            self.groups = [
-                self._group(layer_tensors(layer.shape), layer.all_weights())
-                for layer in self.layers
-            ]
+            self.root = self._group(outer, [self.outer[name] for name in outer], frozen)
+            self.groups = [self._group_of(layer) for layer in self.layers]
 
     def _is_embedded(self, name: str) -> bool:
         """Whether FSDP2 gathers this weight in a group of its own, with the other embeddings."""
         return self.shape.has_embedding_block and name in _EMBEDDINGS
 
-    def _group(self, tensors: Tensors, weights: list[Parameter]) -> Group:
-        return Group(self.ledger, self.load, self.stage, tensors, weights)
+    def _group(self, tensors: Tensors, weights: list[Parameter], frozen: Collection[str]) -> Group:
+        return Group(self.ledger, self.load, self.stage, tensors, weights, frozen)
+
+    def _group_of(self, layer: Layer) -> Group:
+        own = layer_tensors(layer.shape)
+        tensors = own | adapter_tensors(self.shape, own)
+        return self._group(tensors, layer.all_weights(), layer.frozen)
 
     def parameters(self) -> list[Parameter]:
         """All parameters; those of the layers that are not simulated are one Parameter."""
@@ -167,7 +179,7 @@ class Network:
         if not relative:
             return None
         weight = self.outer["distances"]
-        table = Value(None, weight.elements, weight.width, weight)
+        table = Value(None, weight.elements, weight.width, weight.source)
         return layer_norm(self.run, table, self.shape.hidden) if relative.is_normed else table
 
     def _embed(self, rows: Rows) -> Value:
@@ -209,7 +221,8 @@ class Network:
         with_class = ledger.make(
             elements, width, [patches], lambda g: [ledger.block(before, narrow)]
         )
-        places = Value(None, self.outer["positions"].elements, width, self.outer["positions"])
+        table = self.outer["positions"]
+        places = Value(None, table.elements, width, table.source)
         del patches
         return run.dropout(run.add_broadcast(with_class, places), shape.dropout)
 
@@ -217,8 +230,8 @@ class Network:
         if self.shape.family in ("bert", "deberta"):
             return stream
         if self.shape.family == "t5":
-            width = self.load.forward_width
-            return rms_norm(self.run, stream, self.shape.hidden, width, multiplies_input=True)
+            weight = self.layers[-1].rest
+            return rms_norm(self.run, stream, self.shape.hidden, weight, multiplies_input=True)
         if self.shape.family == "decoder":
             return norm(self.layers[-1], self.run, stream)
         return layer_norm(self.run, stream, self.shape.hidden)
@@ -296,7 +309,11 @@ class Network:
         if self.load.checkpointing != "none" and self.ledger.is_recording:
             is_selective = self.load.checkpointing == "selective"
             stream = self.run.checkpoint(
-                stream, forward, is_selective, offloads=self.load.offloads_inputs
+                stream,
+                forward,
+                is_selective,
+                offloads=self.load.offloads_inputs,
+                is_trained=layer.is_trained,
             )
         else:
             stream = forward(stream)
@@ -308,6 +325,8 @@ class Network:
 
     def _touch(self, value: Value, rest: Parameter) -> Value:
         """A no-op whose backward allocates the gradients of the layer's norms and biases."""
+        if rest.is_frozen:
+            return value
         ledger, elements, width = self.ledger, rest.elements, rest.width
         weights = Value(None, elements, width, rest)
         return ledger.wrap(value.block, value.elements, value.width, [value, weights],
@@ -317,7 +336,7 @@ class Network:
         """Elements of this rank's shards of the layers that are not simulated."""
         kinds = Counter(self.load.layer_kinds)
         kinds.subtract(self.kinds)
-        shards = {kind: group.shard for kind, group in zip(self.kinds, self.groups, strict=True)}
+        shards = {kind: group.trained for kind, group in zip(self.kinds, self.groups, strict=True)}
         return sum(shards[kind] * number for kind, number in kinds.items())
 
     def _lump(self, stream: Value, grown: int, copied: int) -> Value:
@@ -378,10 +397,14 @@ class Network:
             run.share(self.head)
         for _ in range(min(number, PLAYED_CHUNKS)):
             piece = ledger.wrap(hidden.block, tokens * shape.hidden, width, [hidden], spread)
-            loss = run.checkpoint(piece, chunk)
+            loss = run.checkpoint(piece, chunk, is_trained=not self.head.is_frozen)
             total = loss if total is None else run.add(total, loss)
         assert total
         return total
+
+
+def _trained(layer: Layer) -> list[Parameter]:
+    return [weight for weight in layer.all_weights() if not weight.is_frozen]
 
 
 def _played(load: Load, is_whole: bool) -> tuple[list[LayerKind], list[LayerKind]]:

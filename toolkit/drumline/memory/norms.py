@@ -1,6 +1,6 @@
 """Norms on a ledger, fused or as the single operations that transformers runs. T tokens, h features."""
 
-from drumline.memory.ledger import Gradient, Value
+from drumline.memory.ledger import Gradient, Parameter, Value
 from drumline.memory.operators import FP32, Operators
 
 
@@ -19,14 +19,14 @@ def rms_norm(
     run: Operators,
     value: Value,
     features: int,
-    weight_width: int,
+    weight: Parameter,
     is_wide: bool = False,
     multiplies_input: bool = False,
 ) -> Value:
     """Unfused, as in transformers: cast x to fp32, mean of x², x / rms, cast back, times a weight.
 
-    `is_wide`: multiplied by the weight in fp32, then cast back. `multiplies_input`: x is divided as it is,
-    and the result gets the dtype of the weight (T5).
+    `weight`: tells its width, and whether it is trained. `is_wide`: multiplied by the weight in fp32, then
+    cast back. `multiplies_input`: x is divided as it is, and the result gets the dtype of the weight (T5).
     """
     width = value.width
     wide = run.cast(value, FP32)
@@ -40,13 +40,13 @@ def rms_norm(
     normal = times_row(run, value if multiplies_input else wide, rms)
     del wide, rms
     if multiplies_input:
-        return times_weight(run, run.cast(normal, weight_width), weight_width)
+        return times_weight(run, run.cast(normal, weight.width), weight)
     if is_wide:
-        return run.cast(times_weight(run, normal, FP32), width)
-    return times_weight(run, run.cast(normal, width), weight_width)
+        return run.cast(times_weight(run, normal, weight, FP32), width)
+    return times_weight(run, run.cast(normal, width), weight)
 
 
-def layer_norm_unfused(run: Operators, value: Value, features: int) -> Value:
+def layer_norm_unfused(run: Operators, value: Value, features: int, weight: Parameter) -> Value:
     """A LayerNorm of single operations in fp32: x less its mean, twice, over the root of the variance."""
     wide = run.cast(value, FP32)
     rows, elements, ledger = wide.elements / features, wide.elements, run.ledger
@@ -59,7 +59,7 @@ def layer_norm_unfused(run: Operators, value: Value, features: int) -> Value:
     root = run.pointwise(variance, keeps_input=False, keeps_output=True)
     normal = times_row(run, run.add_broadcast(wide, average), root)
     del wide, average, variance, root
-    return run.cast(times_weight(run, normal, FP32), value.width)
+    return run.cast(times_weight(run, normal, weight, FP32), value.width)
 
 
 def times_row(run: Operators, value: Value, row: Value) -> Value:
@@ -75,13 +75,15 @@ def times_row(run: Operators, value: Value, row: Value) -> Value:
     return ledger.make(elements, width, [value, row], rule, (value.block, row.block))
 
 
-def times_weight(run: Operators, value: Value, weight_width: int) -> Value:
-    """X [T, h] × w [h]; the gradient of w is a sum over a temporary [T, h] product."""
-    ledger, elements, width = run.ledger, value.elements, max(value.width, weight_width)
+def times_weight(run: Operators, value: Value, weight: Parameter, width: int = 0) -> Value:
+    """X [T, h] × w [h], as if w had `width`; the gradient of w is a sum over a temporary [T, h] product."""
+    ledger, elements, width = run.ledger, value.elements, max(value.width, width or weight.width)
+    is_frozen = weight.is_frozen
 
     def rule(gradient: list[Gradient]) -> list[Gradient]:
-        result, product = ledger.block(elements, width), ledger.block(elements, width)
+        result = ledger.block(elements, width)
+        product = None if is_frozen else ledger.block(elements, width)
         del product
         return [result]
 
-    return ledger.make(elements, width, [value], rule, (value.block,))
+    return ledger.make(elements, width, [value], rule, () if is_frozen else (value.block,))

@@ -8,7 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from drumline.architectures.shapes import ACTIVATIONS
-from drumline.memory.ledger import Block, Gradient, Ledger, Node, Parameter, Rule, Value
+from drumline.memory.ledger import (
+    AdapterWeights,
+    Block,
+    Gradient,
+    Ledger,
+    Node,
+    Parameter,
+    Rule,
+    Value,
+)
 
 FP32 = 4
 INDEX = 8
@@ -56,7 +65,7 @@ class Operators:
 
     def weight(self, parameter: Parameter) -> Value:
         """A parameter as a matrix product sees it: under autocast a copy, made once per region."""
-        plain = Value(None, parameter.elements, parameter.width, parameter)
+        plain = Value(None, parameter.elements, parameter.width, parameter.source)
         if self.low is None or parameter.width == self.low:
             return plain
         if not self._keeps_copies:
@@ -96,10 +105,15 @@ class Operators:
     def linear(
         self, value: Value, weight: Parameter, outputs: float, is_wide: bool = False
     ) -> Value:
-        """X [T, in] · W [in, outputs]: saves X and W; backward allocates both gradients.
+        """X [T, in] · W [in, outputs], with W's adapter if it has one.
 
-        `is_wide`: both are cast to fp32, where autocast does not cast them back.
+        Saves W if X needs a gradient and X if W does; backward allocates those that are needed. `is_wide`:
+        both are cast to fp32, where autocast does not cast them back.
         """
+        out = self._product(value, weight, outputs, is_wide)
+        return self._adapted(value, out, weight.adapter, weight) if weight.adapter else out
+
+    def _product(self, value: Value, weight: Parameter, outputs: float, is_wide: bool) -> Value:
         matrix = self.weight(weight)
         if is_wide and self.low is None:
             matrix, value = self.cast(matrix, FP32), self.cast(value, FP32)
@@ -107,22 +121,75 @@ class Operators:
         ledger, width = self.ledger, matrix.width
         elements, weights = value.elements, matrix.elements
         rows = elements / (weights / outputs)
+        for_weight, for_input = not weight.is_frozen, value.source is not None
 
         is_cast_again = matrix.block is not None and not self._keeps_copies
 
         def rule(gradient: list[Gradient]) -> list[Gradient]:
             again = ledger.block(weights, width) if is_cast_again else None
-            results = [ledger.block(weights, width), ledger.block(elements, width)]
+            results = [
+                ledger.block(weights, width) if for_weight else None,
+                ledger.block(elements, width) if for_input else None,
+            ]
             del again
             return results
 
-        keeps = (value.block,) if is_cast_again else (matrix.block, value.block)
+        kept = matrix.block if for_input and not is_cast_again else None
+        keeps = (kept, value.block if for_weight else None)
         return self.product(rows * outputs, width, [matrix, value], rule, keeps)
+
+    def _adapted(
+        self, value: Value, out: Value, adapter: AdapterWeights, weight: Parameter
+    ) -> Value:
+        """W·x + scale·B·A·x, as peft computes it: x is cast to A's dtype before autocast casts it back."""
+        outputs = adapter.second.elements / adapter.rank
+        value = self.dropout(self.cast(value, adapter.first.width), adapter.dropout)
+        inner = self._product(value, adapter.first, adapter.rank, False)
+        inner = self._product(inner, adapter.second, outputs, False)
+        if adapter.magnitude is None:
+            return self.cast(self.add(out, self.scale(inner)), out.width)
+        return self._magnified(value, out, inner, adapter, weight)
+
+    def _magnified(
+        self, value: Value, out: Value, inner: Value, adapter: AdapterWeights, weight: Parameter
+    ) -> Value:
+        """DoRA: the sum is multiplied with magnitude / norm of each output's whole weights."""
+        assert adapter.magnitude
+        ledger, width = self.ledger, value.width
+        inputs = adapter.first.elements / adapter.rank
+        outputs = adapter.second.elements / adapter.rank
+        eye = ledger.block(inputs * inputs, width)
+        whole = [ledger.block(inputs * outputs, width) for _ in range(2)]
+        del eye, whole
+        wide = adapter.magnitude.width
+        norms = ledger.block(outputs, wide)
+        plain = Value(None, outputs, wide, adapter.magnitude.source)
+        ratio = ledger.make(
+            outputs, wide, [plain], lambda g: [ledger.block(outputs, wide)], (norms,)
+        )
+        # With dropout the base's product is computed again, on what is left of the input.
+        again = self._product(value, weight, outputs, False) if adapter.dropout else out
+        first = self._times_each(again, ratio)
+        second = self.scale(self._times_each(inner, ratio))
+        return self.cast(self.add(out, self.add(first, second)), out.width)
+
+    def _times_each(self, value: Value, row: Value) -> Value:
+        """X [T, out] × r [out]; the gradient of r is a sum over a temporary [T, out] product."""
+        ledger, elements, size = self.ledger, value.elements, row.elements
+        width, needs_input = max(value.width, row.width), value.source is not None
+
+        def rule(gradient: list[Gradient]) -> list[Gradient]:
+            result = ledger.block(elements, width) if needs_input else None
+            product = ledger.block(elements, width)
+            del product
+            return [result, ledger.block(size, width)]
+
+        return ledger.make(elements, width, [value, row], rule, (value.block, row.block))
 
     def embedding(self, tokens: float, weight: Parameter, features: float) -> Value:
         """Embedding lookup; backward allocates a dense gradient of the whole table."""
         ledger, elements, width = self.ledger, weight.elements, weight.width
-        table = Value(None, elements, width, weight)
+        table = Value(None, elements, width, weight.source)
         return ledger.make(
             tokens * features, width, [table], lambda g: [ledger.block(elements, width)]
         )
@@ -345,11 +412,13 @@ class Operators:
         run: Callable[[Value], Value],
         is_selective: bool = False,
         offloads: bool = False,
+        is_trained: bool = False,
     ) -> Value:
         """Activation checkpointing: saves only the input; backward recomputes `run` first.
 
         `is_selective`: the outputs of matrix products and attention are saved, too, and not recomputed.
-        `offloads`: the input is saved in host memory.
+        `offloads`: the input is saved in host memory. `is_trained`: `run` uses weights that need gradients,
+        so that it has a backward even if its input needs none.
         """
         ledger = self.ledger
         recording, ledger.is_recording = ledger.is_recording, False
@@ -371,9 +440,10 @@ class Operators:
             ledger.frees_early = True
             ledger.backward(root, gradient.pop(), since)
             ledger.frees_early = False
-            return [None]  # the inner backward already gave the input's gradient to its source
+            return [None, None]  # the inner backward already gave the gradients to their sources
 
-        return ledger.wrap(out.block, out.elements, out.width, [value], rule, (kept,))
+        inside = Value(None, 0, width, Parameter(0, width) if is_trained else None)
+        return ledger.wrap(out.block, out.elements, out.width, [value, inside], rule, (kept,))
 
 
 def token_loss(run: Operators, logits: Value, tokens: float) -> Value:

@@ -2,7 +2,8 @@
 
 from functools import cache, cached_property
 
-from drumline.architectures.shapes import count, layer_tensors, outer_tensors, shard_sizes
+from drumline.architectures.shapes import count, outer_tensors, shard_sizes
+from drumline.architectures.trained import weights_of
 from drumline.memory.events import Event
 from drumline.memory.families import Rows
 from drumline.memory.ledger import Block, Ledger
@@ -55,20 +56,22 @@ class Rank:
         self._held.append(self.ledger.block(elements, width, name))
 
     def _per_tensor(self, name: str) -> list[Block]:
-        """A block for each of this rank's weights, in the stored precision; a single one if not whole."""
+        """A block for each of this rank's trained weights, in the stored precision; one if not whole."""
         sizes = self._own_tensors if self._is_whole else [sum(self._own_tensors)]
         return [self.ledger.block(size, self.load.state_width, name) for size in sizes]
 
     @cached_property
     def _own_tensors(self) -> list[int]:
         """Elements of each weight that this rank's optimizer updates; ZeRO's partition is a flat one."""
-        load = self.load
-        if load.is_zero:
-            return [partition(load)]
+        return [partition(self.load)] if self.load.is_zero else self._shards(is_frozen=False)
+
+    def _shards(self, is_frozen: bool) -> list[int]:
+        """Elements of this rank's part of each weight that is trained, or of each frozen one."""
+        load, shape = self.load, self.shape
         ranks = load.shard_ranks if load.strategy == "fsdp" else 1
-        found = shard_sizes(self.shape, outer_tensors(self.shape), ranks, load.folds)
-        for shape, number in self.shape.layer_shapes:
-            found += number * shard_sizes(self.shape, layer_tensors(shape), ranks, load.folds)
+        found = []
+        for tensors, number in weights_of(shape, is_frozen):
+            found += number * shard_sizes(shape, tensors, ranks, load.folds)
         return found
 
     @property
@@ -83,6 +86,9 @@ class Rank:
             self._zero.hold_state()
         else:
             self._held += self._per_tensor("parameters")
+            frozen = self._shards(is_frozen=True)
+            for size in frozen if self._is_whole else [sum(frozen)] if frozen else []:
+                self._hold(size, load.frozen_width, "parameters")
         if self._has_buckets:
             size = _BUCKET_BYTES // load.state_width if self._is_whole else own
             for start in range(0, own, size):

@@ -6,6 +6,8 @@ group is prefetched. Gradients are copied, in the reduction's dtype, into a buff
 next group starts its own reduce-scatter.
 """
 
+from collections.abc import Collection
+
 from drumline.architectures.shapes import Tensors, shard_sizes
 from drumline.memory.ledger import Block, Gradient, Ledger, Parameter, Value
 from drumline.memory.load import Load
@@ -28,11 +30,20 @@ class Group:
     """Weights that are gathered together: one layer's, an encoder's embeddings, or the rest of the model."""
 
     def __init__(
-        self, ledger: Ledger, load: Load, stage: Stage, tensors: Tensors, weights: list[Parameter]
+        self,
+        ledger: Ledger,
+        load: Load,
+        stage: Stage,
+        tensors: Tensors,
+        weights: list[Parameter],
+        frozen: Collection[str],
     ) -> None:
+        """`tensors`: those of the weights, by name; `frozen`: names of those that are not trained."""
         self._ledger, self._load, self._stage, self.weights = ledger, load, stage, weights
         self.tensors = shard_sizes(load.shape, tensors, load.shard_ranks, load.folds)
         self.shard = sum(self.tensors)
+        pairs = zip(tensors, self.tensors, strict=True)
+        self.trained = sum(size for name, size in pairs if name not in frozen)
         self._whole: list[Block] = []
         self._buffer: Block | None = None
         self.gradient: Block | None = None
@@ -44,7 +55,7 @@ class Group:
             return
         narrow = load.forward_width != load.state_width
         width = load.forward_width
-        sent = ledger.block(self.shard, width, _PART, _GATHERING) if narrow else None
+        sent = ledger.block(self.trained, width, _PART, _GATHERING) if narrow else None
         self._buffer = ledger.block(self.shard * load.shard_ranks, width, _PART, _GATHERING)
         del sent
 
@@ -68,14 +79,16 @@ class Group:
         ledger, load = self._ledger, self._load
         width = 4 if load.low else load.state_width
         self.close()
+        if not self.trained:
+            return
         self._stage.reduced = None
-        self._stage.reduced = ledger.block(self.shard * load.shard_ranks, width, _PART)
+        self._stage.reduced = ledger.block(self.trained * load.shard_ranks, width, _PART)
         for weight in self.weights:
             weight.gradient = None
-        kept = 0 if load.keeps_gradients else self.shard
+        kept = 0 if load.keeps_gradients else self.trained
         self.gradient = ledger.block(kept, width, "gradients", _REDUCING)
         if load.keeps_gradients:
-            self.hold_all_reduced(self.shard)
+            self.hold_all_reduced(self.trained)
 
     def hold_all_reduced(self, elements: float) -> None:
         """Allocate reduced shards of so many elements, which are added to existing gradients.

@@ -29,7 +29,7 @@ def position_biases(run: Operators, table: Parameter, heads: int, length: int) -
     """Biases of all pairs of positions, looked up in a table by their distance."""
     ledger, pairs, width = run.ledger, length * length, table.width
     distances = ledger.block(pairs, INDEX)
-    weight = Value(None, table.elements, width, table)
+    weight = Value(None, table.elements, width, table.source)
     return ledger.make(
         pairs * heads,
         width,
@@ -43,7 +43,7 @@ def t5_layer(
     run: Operators,
     shape: ModelShape,
     weights: Mapping[str, Parameter],
-    norm_width: int,
+    norm_weight: Parameter,
     stream: Value,
     sizes: tuple[int, int],
     sources: Sources,
@@ -53,7 +53,7 @@ def t5_layer(
     """One layer [T, h] -> [T, h]; `sizes`: samples and tokens of a row."""
 
     def normalised(value: Value) -> Value:
-        return rms_norm(run, value, shape.hidden, norm_width, multiplies_input=True)
+        return rms_norm(run, value, shape.hidden, norm_weight, multiplies_input=True)
 
     def attend(hidden: Value, source: Value, name: str, biases: Value, is_padded: bool) -> Value:
         q, k, v = (

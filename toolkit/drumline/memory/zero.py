@@ -11,7 +11,7 @@ rank's part goes to its partition.
 
 import math
 
-from drumline.architectures.shapes import layer_tensors, outer_tensors
+from drumline.architectures.trained import held_parameters, trained_parameters, weights_of
 from drumline.memory.ledger import Block, Ledger, Parameter
 from drumline.memory.load import Load
 
@@ -43,8 +43,11 @@ class Zero:
     def hold_state(self) -> None:
         """Allocate what lives for the whole attempt: weights, masters, optimizer state, stage 3's buffers."""
         ledger, load = self._ledger, self._load
-        weights = self._part if self._stage == 3 else load.shape.parameters
+        weights = self._part if self._stage == 3 else trained_parameters(load.shape)
         self._held.append(ledger.block(weights, self._model, "parameters"))
+        frozen = partition(load, is_frozen=True)
+        if frozen:
+            self._held.append(ledger.block(frozen, load.frozen_width, "parameters"))
         if not load.offload:
             for _ in range(1 + load.optimizer_states):
                 self._held.append(ledger.block(self._part, self._stored, "optimizer"))
@@ -56,6 +59,7 @@ class Zero:
     def start_micro_batch(self, parameters: list[Parameter]) -> list[Block]:
         """Allocate what earlier micro-batches left, and what stage 3 gathers; the latter is returned."""
         ledger, load = self._ledger, self._load
+        parameters = [parameter for parameter in parameters if not parameter.is_frozen]
         for parameter in parameters:
             parameter.on_ready = lambda parameter=parameter: self._take(parameter)
         if load.accumulation > 1 and self._stage == 1:
@@ -168,24 +172,29 @@ def accumulates_in_fp32(stage: int, accumulation: int, offload: bool) -> bool:
     return (stage == 2 and not offload) or (stage == 3 and accumulation > 1)
 
 
-def partition(load: Load) -> int:
-    """Elements of a rank's partition; stage 3 divides each weight by itself."""
+def partition(load: Load, is_frozen: bool = False) -> int:
+    """Elements of a rank's partition of the trained weights, or of what it holds of the frozen ones.
+
+    Stage 3 divides each weight by itself; before, frozen weights are whole on every rank.
+    """
+    shape = load.shape
     if load.strategy != "zero3":
-        return -(-load.shape.parameters // load.shard_ranks)
-    everything = [(outer_tensors(load.shape), 1)]
-    everything += [(layer_tensors(shape), number) for shape, number in load.shape.layer_shapes]
+        trained = trained_parameters(shape)
+        return held_parameters(shape) - trained if is_frozen else -(-trained // load.shard_ranks)
     return sum(
         number * -(-math.prod(sizes) // load.shard_ranks)
-        for tensors, number in everything
+        for tensors, number in weights_of(shape, is_frozen)
         for sizes in tensors.values()
     )
 
 
 def largest(load: Load) -> int:
-    """Elements of the largest weight."""
-    everything = [outer_tensors(load.shape)]
-    everything += [layer_tensors(shape) for shape, _ in load.shape.layer_shapes]
-    return max(math.prod(sizes) for tensors in everything for sizes in tensors.values())
+    """Elements of the largest trained weight."""
+    return max(
+        math.prod(sizes)
+        for tensors, _ in weights_of(load.shape, is_frozen=False)
+        for sizes in tensors.values()
+    )
 
 
 def gathered(load: Load) -> tuple[int, int]:

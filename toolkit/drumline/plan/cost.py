@@ -39,7 +39,10 @@ def _compute_seconds(plan: Plan, shape: ModelShape) -> float:
     layers = shape.active_in_layers
     again = layers * _REPEATED[recipe.model.activation_checkpointing]
     again += head if recipe.loss.chunked else 0
-    total *= 1 + again / (3 * (layers + head))
+    passes = (
+        3 if plan.cost.trained == plan.cost.parameters else 2
+    )  # a frozen weight has no gradient
+    total *= 1 + again / (passes * (layers + head))
     peak = find_gpu(recipe.cluster.gpu).narrow_flops or FALLBACK_FLOPS
     return total / plan.batch.gpus / (peak * UTILISATION)
 
@@ -53,17 +56,18 @@ def _communication_seconds(plan: Plan, shape: ModelShape) -> float:
     precision = find_precision(recipe.precision, recipe.strategy.name)
     narrow, width = precision.computed, precision.stored
     count, k, name = shape.parameters, batch.accumulation, recipe.strategy.name
+    trained = plan.cost.trained or count
     if batch.gpus == 1:
         sent = 0
     elif name in ("fsdp", "zero3"):
         gathers = 2 if name == "fsdp" else 3
-        sent = k * count * (gathers * narrow + width)
+        sent = k * (count * gathers * narrow + trained * width)
     elif name == "zero2":
-        sent = count * (k * width + width)
+        sent = trained * (k * width + width)
     else:
-        sent = 2 * count * width
+        sent = 2 * trained * width
     rate = NODE_BYTES_PER_S if batch.nodes == 1 else CLUSTER_BYTES_PER_S
-    offloaded = 4.0 * count * width / batch.gpus if recipe.strategy.offload != "none" else 0.0
+    offloaded = 4.0 * trained * width / batch.gpus if recipe.strategy.offload != "none" else 0.0
     if recipe.model.activation_offload:
         rows = batch.per_device * shape.tokens(plan.data.row_tokens or recipe.data.sequence_length)
         offloaded += 2 * k * shape.layers * rows * shape.hidden * narrow

@@ -23,7 +23,7 @@ def deepspeed_config(plan: Plan) -> dict[str, Any]:
     Gradients are reduced in bf16; `accumulates_in_fp32` says where they are summed in fp32.
     """
     recipe, batch = plan.recipe, plan.batch
-    stage, sizes = STAGES[recipe.strategy.name], zero_sizes(plan.cost.parameters)
+    stage, sizes = STAGES[recipe.strategy.name], zero_sizes(plan.cost.trained)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": batch.per_device,
         "gradient_accumulation_steps": batch.accumulation,

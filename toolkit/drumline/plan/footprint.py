@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from drumline.architectures.gpus import Gpu
 from drumline.architectures.shapes import ModelShape, count, layer_tensors, outer_tensors
+from drumline.architectures.trained import trained_parameters
 from drumline.memory import closed_form
 from drumline.memory.closed_form import Peak
 from drumline.memory.load import Load, zero_sizes
@@ -113,7 +114,7 @@ def host_bytes_of(
         return None
     copy = whole // split.gpus if recipe.checkpoint.asynchronous else 0
     width = find_precision(recipe.precision, recipe.strategy.name).stored
-    gradients = shape.parameters * width
+    gradients = trained_parameters(shape) * width
     offloaded = (whole + gradients) // split.gpus
     inputs = 0
     if recipe.model.activation_offload:
@@ -208,6 +209,6 @@ def load_of(recipe: Recipe, shape: ModelShape, split: Split, gpu: Gpu, length: i
         is_masked=recipe.data.facts.is_masked and not shape.patches,
         has_flash=gpu.has_flash,
         offload=recipe.strategy.offload == "optimizer",
-        zero=zero_sizes(shape.parameters),
+        zero=zero_sizes(trained_parameters(shape)),
         folds=rule.is_elementwise,
     )

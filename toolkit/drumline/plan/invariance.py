@@ -43,6 +43,10 @@ def split_invariance(
         dropout, key = shape.dropout, "dropout"
     if dropout:
         reasons.append(f"{key} {dropout:g} draws its masks per micro-batch")
+    if recipe.model.adapter and recipe.model.adapter.dropout:
+        reasons.append(
+            f"adapter.dropout {recipe.model.adapter.dropout:g} draws its masks per micro-batch"
+        )
     if recipe.precision == "fp16":
         reasons.append("fp16 loss scaling overflows at places that depend on the split")
     if shape is None and recipe.model.source != "factory" and not dropout:

@@ -109,7 +109,8 @@ class Cost:
     """Size of the model, of a step and of a checkpoint; None if it cannot be computed from the recipe.
 
     `flops_per_step` is of one optimizer step on all ranks. `weights_bytes`: of a pretrained model's files,
-    where they are at hand; `load_seconds`: to read and hand them out.
+    where they are at hand; `load_seconds`: to read and hand them out. `trained`: of the parameters, those of
+    an adapter among both.
     """
 
     parameters: int | None
@@ -117,6 +118,7 @@ class Cost:
     checkpoint_bytes: int | None
     weights_bytes: int | None = None  # the defaults are for plans that were written without them
     load_seconds: float | None = None
+    trained: int | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from drumline.architectures.shapes import ModelShape
+from drumline.architectures.trained import trained_parameters
 from drumline.errors import PlanError
 from drumline.recipe.precision import find_precision
 from drumline.recipe.schema import Optimizer, Recipe
@@ -105,9 +106,14 @@ def resolved_optimizer(recipe: Recipe) -> Optimizer:
 
 
 def saved_bytes(recipe: Recipe, shape: ModelShape) -> int | None:
-    """Bytes of all weights and optimizer state in a checkpoint; None if the optimizer's are not known."""
+    """Bytes of weights and optimizer state in a checkpoint; None if the optimizer's are not known.
+
+    With an adapter it holds what is trained alone.
+    """
     count = rule_of(recipe).state_count(recipe.optimizer)
     if count is None:
         return None
     width = find_precision(recipe.precision, recipe.strategy.name).stored
-    return shape.parameters * width * (1 + count)
+    trained = trained_parameters(shape)
+    weights = trained if recipe.model.adapter else shape.parameters
+    return width * (weights + trained * count)

@@ -11,6 +11,12 @@ from drumline.architectures.configs import read_shape
 from drumline.architectures.gpus import find_gpu, gpu_warnings, with_own_name
 from drumline.architectures.labels import number_of_labels
 from drumline.architectures.shapes import ModelShape
+from drumline.architectures.trained import (
+    flops_per_sample,
+    held_parameters,
+    trained_parameters,
+    with_trained,
+)
 from drumline.errors import PlanError
 from drumline.memory.ranges import Verdict
 from drumline.plan import batch as batch_equation
@@ -90,11 +96,12 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
     check_strategy(recipe)
     found = shape_of(recipe, world)
     shape = None if isinstance(found, str) else found
+    seen = with_trained(shape, recipe.model) if shape else found
     check_shape(recipe, found, world.row_tokens)
     if shape and world.weights is not None:
         check_weights(recipe, shape, world.weights)
     memory_of = memory_function(
-        recipe, found, gpu, world.host_memory_bytes, world.calibration, world.row_tokens
+        recipe, seen, gpu, world.host_memory_bytes, world.calibration, world.row_tokens
     )
     split, warnings = batch_equation.solve(
         recipe.batch,
@@ -133,7 +140,12 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
         steps=steps,
         memory=memory,
         schedule=curve,
-        cost=_cost(resolved, split, None if unseen_code(resolved) else shape, world.weights_bytes),
+        cost=_cost(
+            resolved,
+            split,
+            None if unseen_code(resolved) or isinstance(seen, str) else seen,
+            world.weights_bytes,
+        ),
         data=DataFacts(
             fingerprint=world.fingerprint,
             cache=world.cache,
@@ -362,11 +374,12 @@ def _cost(
         return Cost(None, None, None, weights_bytes, seconds)
     length = recipe.data.sequence_length
     return Cost(
-        parameters=shape.parameters,
-        flops_per_step=split.effective * shape.flops_per_sample(length)
+        parameters=held_parameters(shape),
+        flops_per_step=split.effective * flops_per_sample(shape, length)
         if length or shape.patches
         else None,
         checkpoint_bytes=saved_bytes(recipe, shape),
         weights_bytes=weights_bytes,
         load_seconds=seconds,
+        trained=trained_parameters(shape),
     )

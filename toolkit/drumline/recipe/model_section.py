@@ -20,8 +20,8 @@ class Adapter(Section):
 
     The scale is alpha / rank, with `rslora` alpha / √rank (Kalajdzievski 2023). `dora` also trains the norm
     of every output (Liu et al. 2024). `targets`: names of linear layers, such as q_proj or
-    self_attn.q_proj, or all of those in the model's layers, but for routers. `train_also`: patterns of names
-    of parameters that are trained whole; the head of a classifier always is.
+    self_attn.q_proj, or all of those in the model's layers, but for routers and experts. `train_also`:
+    patterns of names of parameters that are trained whole; the head of a classifier always is.
     """
 
     type: Literal["lora"] = "lora"

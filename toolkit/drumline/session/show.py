@@ -120,7 +120,11 @@ def _model(plan: Plan) -> str:
         return name + loaded
     flops = f", {format_flops(c.flops_per_step)} a step" if c.flops_per_step else ""
     saved = f", {format_bytes(c.checkpoint_bytes)} a checkpoint" if c.checkpoint_bytes else ""
-    return f"{name}, {format_count(c.parameters)} parameters{flops}{saved}{loaded}"
+    trained = ""
+    if c.trained is not None and c.trained != c.parameters:
+        share = c.trained / c.parameters
+        trained = f", {format_count(c.trained)} of them trained ({share:.2%})"
+    return f"{name}, {format_count(c.parameters)} parameters{trained}{flops}{saved}{loaded}"
 
 
 def _advice(plan: Plan) -> str:

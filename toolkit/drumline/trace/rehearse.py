@@ -92,7 +92,8 @@ def _play(plan: Plan, manifest: DatasetManifest, recorder: Recorder, micro_batch
         # From the second micro-batch on, gradients exist.
         recorder.phase(MemoryPhase.BACKWARD)
         for parameter in engine._parameters.values():
-            parameter.grad = torch.zeros_like(parameter)
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
     losses = forward_backward(engine, step, phases)
     total = torch.stack(losses).sum() / step.weight
     _label(engine, recorder)
@@ -136,7 +137,7 @@ class RehearsedEngine(TorchEngine):
             patch.object(build, "PretrainedWeights", _NoWeights),
             patch.object(builder, "build_model", _built),
             patch.object(_fsdp_param, "_chunk_with_empty", _Chunks),
-            patch.object(nn.Module, "to", lambda module, device: module),
+            patch.object(nn.Module, "to", lambda module, *given, **named: module),
         ):
             super().__init__(plan, manifest, torch.device("cpu"))
 
@@ -202,9 +203,10 @@ def _materialise(maker: ModelBuilder, modules: list[nn.Module], source: int) -> 
     for module in modules:
         for parameter_name, parameter in module._parameters.items():
             if parameter is not None:
-                dtype = maker._dtype or parameter.dtype
+                is_trained = parameter.requires_grad
+                dtype = (maker._dtype if is_trained else maker._frozen_dtype) or parameter.dtype
                 zeros = torch.zeros_like(parameter, device="cpu", dtype=dtype)
-                module._parameters[parameter_name] = nn.Parameter(zeros)
+                module._parameters[parameter_name] = nn.Parameter(zeros, is_trained)
         for buffer_name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[buffer_name] = torch.zeros_like(buffer, device="cpu")

@@ -23,6 +23,8 @@ _NAME = "default"
 _MARK = ".lora_"
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 """Last parts of the names of layers that choose experts; `all-linear` leaves them out."""
+_FEED_FORWARD = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+"""Last parts of names that peft takes for those of experts; left out of a model with experts, too."""
 
 
 def add_adapter(model: nn.Module, spec: Adapter, trained: Collection[str]) -> None:
@@ -33,11 +35,18 @@ def add_adapter(model: nn.Module, spec: Adapter, trained: Collection[str]) -> No
     from peft import inject_adapter_in_model
 
     names = {name for name, _ in model.named_parameters()}
+    targets = _targets(model, spec)
     also = matching(spec.train_also, names, "model.adapter.train_also") | set(trained)
     kept = [p for name, p in model.named_parameters() if name in also]
     inject_adapter_in_model(
-        lora_config(spec, sorted(_targets(model, spec))), model, _NAME, low_cpu_mem_usage=True
+        lora_config(spec, sorted(targets)), model, _NAME, low_cpu_mem_usage=True
     )
+    found = set(adapted_layers(model).values())
+    if found != targets:  # peft takes a feed-forward's name for that of experts in some models
+        raise PlanError(
+            f"model.adapter.targets: peft would adapt {_some(found - targets) or 'nothing'} instead of "
+            f"{_some(targets - found)}. Nearest: {', '.join(_names_outside(targets, targets - found))}"
+        )
     for parameter in kept:
         parameter.requires_grad_(True)
 
@@ -131,13 +140,29 @@ def _targets(model: nn.Module, spec: Adapter) -> set[str]:
     if spec.targets != "all-linear":
         return ending_with(spec.targets, linear, "model.adapter.targets")
     inside = tuple(f"{name}." for name, _ in named_blocks(model))
-    found = {n for n in linear if n.startswith(inside) and n.rpartition(".")[2] not in _ROUTERS}
+    left_out = _ROUTERS | (_FEED_FORWARD if _has_experts(model) else set())
+    found = {n for n in linear if n.startswith(inside) and n.rpartition(".")[2] not in left_out}
     if not found:
         raise PlanError(
             "model.adapter.targets: all-linear finds no linear layer in the model's blocks. Nearest: "
             f"{', '.join(sorted(linear)[:3]) or 'a model with linear layers'}"
         )
     return found
+
+
+def _has_experts(model: nn.Module) -> bool:
+    """Whether the model has weights of all experts of a layer in one tensor."""
+    return any(".experts." in name and p.ndim == 3 for name, p in model.named_parameters())
+
+
+def _some(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)[:3])
+
+
+def _names_outside(targets: set[str], wrong: set[str]) -> list[str]:
+    """Last parts of the names of the layers that peft adapts as it should."""
+    bad = {name.rpartition(".")[2] for name in wrong}
+    return sorted({name.rpartition(".")[2] for name in targets} - bad) or ["all-linear"]
 
 
 def _is_linear(module: nn.Module) -> bool:
