@@ -57,6 +57,10 @@ def _stamps(data: Data, project: str | None) -> Any:
             stamps += _stamps_of_source(own, project)
     if data.task_factory:
         stamps += _hashes(data.task_factory, project)
+    if data.chat_template and data.chat_template.startswith("/"):
+        if not Path(data.chat_template).is_file():
+            raise DataError(f"data.chat_template: {data.chat_template} is no file")
+        stamps += [_stamp(Path(data.chat_template))]
     if data.tokenizer.startswith("/"):
         folder = Path(data.tokenizer)
         stamps += [_stamp(path) for path in sorted(folder.glob("*")) if path.is_file()]

@@ -45,6 +45,7 @@ class DatasetManifest:
     arrays: dict[str, str] = field(default_factory=dict)
     evaluation: dict[str, int] = field(default_factory=dict)
     origin: str = ""
+    style: str = ""
     version: int = MANIFEST_VERSION
 
     @property

@@ -158,6 +158,11 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
         writers[part] = PartWriter(folder / part, dtype)
         with cache.told_of(name):
             opened = _open(own, project)
+            if opened.task.style != task.style:
+                raise DataError(
+                    f"data: its rows are {opened.task.style or 'prompts and completions'}, and the training "
+                    f"rows are {task.style or 'prompts and completions'}"
+                )
             if opened.task.columns != task.columns:
                 raise DataError(
                     f"data: its rows have {', '.join(opened.task.columns)}, and the training rows have "
@@ -190,6 +195,7 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
         files=sizes(folder),
         arrays=arrays,
         origin=_origin(data),
+        style=task.style,
         evaluation={name: writers[part_of_set(name)].rows for name in data.evaluation or ()},
     ).write(folder)
 
@@ -219,6 +225,8 @@ def _write_rows(
     progress: Progress,
 ) -> None:
     write = _write_stream if source.task.is_stream else _write_samples
+    if tokenizer:
+        source.task.use(tokenizer)
 
     def show(documents: int, written: int) -> None:
         progress(documents, written, source.reading.share())

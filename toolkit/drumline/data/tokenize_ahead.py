@@ -16,7 +16,14 @@ from typing import Any
 
 from drumline.data.source_row import SourceRow
 from drumline.data.tasks import Task
-from drumline.data.tokenizers import HubTokenizer, Request, Tokens, refuse_surrogates
+from drumline.data.tokenizers import (
+    ChatFacts,
+    HubTokenizer,
+    Offsets,
+    Request,
+    Tokens,
+    refuse_surrogates,
+)
 from drumline.errors import DataError
 
 _FIRST_ROWS, _MOST_ROWS, _MOST_LETTERS = 16, 1024, 1 << 20
@@ -55,6 +62,15 @@ class TokenizeAhead:
     def encode_pair(self, prompt: str, completion: str) -> tuple[Tokens, int]:
         """As the tokenizer's own."""
         return self._answer(("encode_pair", prompt, completion))  # type: ignore[no-any-return]
+
+    def encode_offsets(self, text: str, bounds: tuple[int, ...]) -> tuple[Tokens, Offsets]:
+        """As the tokenizer's own."""
+        return self._answer(("encode_offsets", text, bounds))  # type: ignore[no-any-return]
+
+    @property
+    def chat(self) -> ChatFacts:
+        """As the tokenizer's own."""
+        return self._inner.chat
 
     def rows(self, task: Task, rows: Iterable[SourceRow]) -> Generator[SourceRow, None, None]:
         """The same rows; while one is with the caller, the texts of the next chunk are being tokenised."""

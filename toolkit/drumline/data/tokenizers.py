@@ -1,6 +1,8 @@
 """Text to token ids: UTF-8 bytes, or any transformers tokenizer."""
 
 import hashlib
+import itertools
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -14,6 +16,21 @@ Tokens = NDArray[np.uint32]
 
 Bos = Literal["auto"] | bool
 """Whether texts begin with the tokenizer's begin token: as it does by itself, always, or never."""
+
+
+Offsets = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ChatFacts:
+    """The tokenizer's own chat template, if it has one, and the names of its special tokens.
+
+    `variables`: as templates see them, such as eos_token. `specials`: all of them.
+    """
+
+    template: str | None = None
+    variables: dict[str, Any] = field(default_factory=dict)
+    specials: tuple[str, ...] = ()
 
 
 Request = tuple[Any, ...]
@@ -50,6 +67,18 @@ class Tokenizer(Protocol):
         """Token ids of both as one text, without special tokens, and how many of them are the prompt's."""
         ...
 
+    def encode_offsets(self, text: str, bounds: tuple[int, ...]) -> tuple[Tokens, Offsets]:
+        """Token ids of a text in which names of special tokens are these tokens, and where each stands.
+
+        Offsets: first letter and end, int64 [n, 2]. No token crosses `bounds` where the tokenizer does not
+        say where its tokens stand.
+        """
+        ...
+
+    @property
+    def chat(self) -> ChatFacts:
+        """What a chat template needs to know of the tokenizer."""
+
 
 class ByteTokenizer:
     """One token per UTF-8 byte; token 256 ends a document."""
@@ -75,6 +104,17 @@ class ByteTokenizer:
         """The bytes of both."""
         first = self.encode(prompt)
         return np.concatenate([first, self.encode(completion)]), len(first)
+
+    def encode_offsets(self, text: str, bounds: tuple[int, ...]) -> tuple[Tokens, Offsets]:
+        """The text's bytes, and the letter that each is of."""
+        widths = [len(letter.encode("utf-8", errors="replace")) for letter in text]
+        first = np.repeat(np.arange(len(text), dtype=np.int64), widths)
+        return self.encode(text), np.stack([first, first + 1], axis=1)
+
+    @property
+    def chat(self) -> ChatFacts:
+        """No template and no special token."""
+        return ChatFacts()
 
 
 class HubTokenizer:
@@ -152,6 +192,11 @@ class HubTokenizer:
                 (_array(one), _tokens_until(len(prompt), one.offsets))
                 for one, (_, prompt, _) in zip(whole, requests, strict=True)
             ]
+        if kind == ("encode_offsets",):
+            inner.encode_special_tokens = False
+            texts = [text for _, text, _ in requests]
+            found = inner.encode_batch(texts, add_special_tokens=False)
+            return [(_array(one), np.array(one.offsets, np.int64).reshape(-1, 2)) for one in found]
         (_, most), texts = kind, [text for _, text, _ in requests]
         if most:
             side = self._inner.truncation_side
@@ -193,6 +238,33 @@ class HubTokenizer:
         )
         of_prompt = _tokens_until(len(prompt), found.offset_mapping)
         return np.asarray(found.input_ids, dtype=np.uint32), of_prompt
+
+    def encode_offsets(self, text: str, bounds: tuple[int, ...]) -> tuple[Tokens, Offsets]:
+        """Token ids of a text with special tokens in it, and where each stands."""
+        if self.is_fast:
+            answer: tuple[Tokens, Offsets] = self.answers([("encode_offsets", text, bounds)])[0]
+            return answer
+        ids: list[int] = []
+        places: list[tuple[int, int]] = []
+        edges = sorted({0, *bounds, len(text)})
+        for start, end in itertools.pairwise(edges):
+            piece = self._inner(
+                text[start:end], add_special_tokens=False, return_attention_mask=False
+            )
+            ids += piece.input_ids
+            places += [(start, end)] * len(piece.input_ids)
+        return np.asarray(ids, np.uint32), np.array(places, np.int64).reshape(-1, 2)
+
+    @property
+    def chat(self) -> ChatFacts:
+        """The template in the tokenizer's folder, and its special tokens."""
+        inner = self._inner
+        template = inner.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        tokens = inner.special_tokens_map.items()
+        named = {name: str(token) for name, token in tokens if isinstance(token, str)}
+        return ChatFacts(template, named, tuple(map(str, inner.all_special_tokens)))
 
 
 def refuse_surrogates(request: Request) -> None:

@@ -62,6 +62,9 @@ _RECORDED = {
 """Keys that every resolved recipe states together, whatever its version."""
 
 
+_OF_CHATS = ("messages_field", "train_on", "chat_template", "chat_template_options")
+
+
 class EvaluationSet(Section):
     """Data that are evaluated and never trained; what is not stated here is as in `data`."""
 
@@ -75,6 +78,7 @@ class EvaluationSet(Section):
     prompt_field: str | None = None
     completion_field: str | None = None
     label_field: str | None = None
+    messages_field: str | None = None
 
     @model_validator(mode="after")
     def _source_has_its_key(self) -> Self:
@@ -88,6 +92,10 @@ class EvaluationSet(Section):
 
 class Data(Section):
     """Where the samples come from and how they become rows.
+
+    Of task sft: `messages_field` is a column with a chat; without it the first row tells its style.
+    `train_on` says which messages count in the loss. `chat_template` is a file, or chatml; by default the
+    tokenizer's own. It also sees `chat_template_options`.
 
     `evaluation`: sets by name, or one without a name, instead of a share of these data (`validation`).
     """
@@ -105,6 +113,10 @@ class Data(Section):
     prompt_field: str = "prompt"
     completion_field: str = "completion"
     label_field: str = "label"
+    messages_field: Annotated[Name | None, AddedLater()] = None
+    train_on: Annotated[Literal["assistant", "last_assistant", "all"], AddedLater()] = "assistant"
+    chat_template: Annotated[Name | None, AddedLater()] = None
+    chat_template_options: Annotated[dict[str, Any], AddedLater()] = {}
     tokenizer: str = "bytes"
     bos: Annotated[Literal["auto"] | bool, AddedLater()] = "auto"
     special_tokens_in_text: Annotated[bool, AddedLater()] = False
@@ -155,6 +167,11 @@ class Data(Section):
             raise ValueError(
                 "special_tokens_in_text: bytes has no special token that a text could hold"
             )
+        chat = [
+            key for key in _OF_CHATS if getattr(self, key) != type(self).model_fields[key].default
+        ]
+        if chat and self.task != "sft":
+            raise ValueError(f"{', '.join(chat)}: for task sft, not {self.task}")
         needs_length = self.facts.is_per_token and self.task != "custom"
         if needs_length and self.sequence_length is None:
             raise ValueError(f"task {self.task} needs sequence_length, in tokens")

@@ -17,7 +17,7 @@ from drumline.recipe.schema import Recipe
 from drumline.secrets import secrets_in
 
 _FACTORY_KEYS = ("factory", "edits", "task_factory")
-PATH_KEYS = (("data", "path"), ("data", "tokenizer"), ("model", "path"))
+PATH_KEYS = (("data", "path"), ("data", "tokenizer"), ("data", "chat_template"), ("model", "path"))
 
 
 def load_recipe(where: str, overrides: list[str] | None = None) -> Recipe:
@@ -207,10 +207,16 @@ def _with_absolute_path(own: dict[str, Any], folder: Path) -> dict[str, Any]:
 def _absolute(key: tuple[str, str], value: Any, folder: Path) -> Any:
     if isinstance(value, list):
         return [_absolute(key, item, folder) for item in value]
-    is_name = key == ("data", "tokenizer") and not str(value).startswith((".", "~", "/"))
-    if not isinstance(value, str) or is_name:
+    if not isinstance(value, str) or _is_name(key, value):
         return value
     return _expanded(value, folder, is_pattern=key == ("data", "path"))
+
+
+def _is_name(key: tuple[str, str], value: str) -> bool:
+    """Whether this names a tokenizer of the hub or a chat template of drumline, and no path."""
+    if key == ("data", "chat_template"):
+        return "/" not in value and "." not in value
+    return key == ("data", "tokenizer") and not value.startswith((".", "~", "/"))
 
 
 def _expanded(value: str, folder: Path, is_pattern: bool = False) -> str:

@@ -78,8 +78,14 @@ class Task:
         """
         return []
 
+    style = ""
+    """What the rows were recognised as, to be told, if there are several styles."""
+
     def begin(self, first: Row) -> None:
         """Inspect the first row, for a task whose stored columns depend on it."""
+
+    def use(self, tokenizer: Tokenizer) -> None:
+        """Take what the task needs of the tokenizer before the first row is encoded."""
 
     def encode(self, row: Row, tokenizer: Tokenizer | None) -> Encoded | None:
         """Encode a row as a sample; None (or `count` 0) drops it. DataError for an invalid row."""

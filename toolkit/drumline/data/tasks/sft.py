@@ -1,10 +1,15 @@
-"""Supervised fine-tuning on prompt and completion; the loss mask excludes the prompt."""
+"""Supervised fine-tuning on prompt and completion, or on chats; the loss mask leaves out all else."""
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from drumline.data.chats.messages import ChatFormat, recognise
+from drumline.data.chats.rows import ChatRows, Rendered
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.data.tasks.base import (
+    IGNORED,
     Arrays,
     Encoded,
     Row,
@@ -17,6 +22,9 @@ from drumline.data.tasks.base import (
 from drumline.data.tokenizers import Request, Tokenizer
 from drumline.recipe.data_section import Data
 
+TURNS = "turns"
+"""The array of a chat's row: first token and end of every piece that is trained, one after the other."""
+
 
 def build(data: Data) -> Task:
     """The task of a recipe's data section."""
@@ -24,20 +32,43 @@ def build(data: Data) -> Task:
 
 
 class Sft(Task):
-    """One sample per row, of at most `sequence_length` + 1 tokens; micro-batches are padded."""
+    """One sample per row, of at most `sequence_length` + 1 tokens; micro-batches are padded.
+
+    The first row tells whether rows are chats, and of which style. Chats are also stored with the array
+    `turns`.
+    """
 
     columns = ("tokens", "starts", "lengths", "skipped", "counts")
+    _chats: ChatRows | None = None
+    _form: ChatFormat | None = None
+
+    def begin(self, first: Row) -> None:
+        """Recognise the style of the rows by the first one."""
+        self._form = recognise(first, self.data)
+        self.style = "" if self._form is None else self._form.words
+        self._waiting: dict[int, Rendered] = {}
+
+    def use(self, tokenizer: Tokenizer) -> None:
+        """Take the chat template of this tokenizer, if rows are chats."""
+        if self._form is not None:
+            self._chats = ChatRows(self._form, self.data, tokenizer)
 
     def requests(self, row: Row) -> list[Request]:
-        """Prompt and completion, as one text."""
-        return [("encode_pair", *self._texts(row))]
+        """Prompt and completion, as one text, or the text of the chat."""
+        if self._chats is None:
+            return [("encode_pair", *self._texts(row))]
+        rendered = self._chats.render(row)
+        self._waiting[id(row)] = rendered
+        return [rendered.request] if rendered.request else []
 
     def encode(self, row: Row, tokenizer: Tokenizer | None) -> Encoded | None:
-        """Tokens of prompt, completion and end; targets are the completion's tokens and the end token.
+        """Tokens of prompt, completion and end, or of a chat; targets are what is trained of it.
 
-        `count` is 0 where the prompt leaves no room for a target.
+        `count` is 0 where nothing that is trained fits into the row.
         """
         assert tokenizer and tokenizer.end is not None and self.data.sequence_length
+        if self._chats is not None:
+            return self._encode_chat(self._chats, row, tokenizer)
         most = self.data.sequence_length + 1
         both, of_prompt = tokenizer.encode_pair(*self._texts(row))
         begin = np.array([] if tokenizer.begin is None else [tokenizer.begin], dtype=np.uint32)
@@ -55,6 +86,30 @@ class Sft(Task):
             was_truncated=was_truncated,
         )
 
+    def _encode_chat(self, chats: ChatRows, row: Row, tokenizer: Tokenizer) -> Encoded:
+        assert self.data.sequence_length
+        rendered = self._waiting.pop(id(row), None) or chats.render(row)
+        tokens, trained = chats.tokens(rendered, tokenizer)
+        begin = tokenizer.begin if self.data.bos is True else None
+        if begin is not None and begin not in tokens[:1]:
+            tokens = np.insert(tokens, 0, np.uint32(begin))
+            trained = np.insert(trained, 0, False)
+        most = self.data.sequence_length + 1
+        was_truncated = len(tokens) > most
+        tokens, trained = tokens[:most], trained[:most]
+        trained[:1] = False  # nothing precedes the first token
+        count = int(trained.sum())
+        if count == 0:
+            return Encoded(count=0, was_truncated=was_truncated)
+        edges = np.flatnonzero(np.diff(trained.astype(np.int8), prepend=0, append=0))
+        return Encoded(
+            count=count,
+            tokens=tokens,
+            prompt_targets=int(edges[0]) - 1,
+            arrays={TURNS: edges.astype(np.int32)},
+            was_truncated=was_truncated,
+        )
+
     def _texts(self, row: Row) -> tuple[str, str]:
         return (
             text_field(row, self.data.prompt_field, "prompt_field"),
@@ -63,8 +118,21 @@ class Sft(Task):
 
     def collate(self, rows: StoredRows, indices: NDArray[np.int64]) -> Arrays:
         """input_ids and targets, int64 [n, L]; L: tokens of the longest row minus one."""
-        return language_rows(rows, indices, None)
+        arrays = language_rows(rows, indices, None)
+        if TURNS in rows.manifest.arrays:
+            targets = arrays["targets"]
+            for number, edges in enumerate(rows.array(TURNS, indices)):
+                targets[number, ~trained_targets(edges, targets.shape[1])] = IGNORED
+        return arrays
 
     def blank(self, count: int, manifest: DatasetManifest) -> Arrays:
         """All-zero input_ids and targets, int64 [count, L]; L: of the longest row, if it is known."""
         return blank_language_rows(count, manifest.row_tokens)
+
+
+def trained_targets(edges: NDArray[Any], length: int) -> NDArray[np.bool_]:
+    """Which of `length` targets are trained, bool [length]; `edges`: of the trained tokens."""
+    marks = np.zeros(length + 2, dtype=np.int8)
+    np.add.at(marks, np.minimum(edges[0::2], length + 1), 1)
+    np.add.at(marks, np.minimum(edges[1::2], length + 1), -1)
+    return np.asarray(np.cumsum(marks)[1 : length + 1] > 0)
