@@ -3,6 +3,7 @@
 import json
 import os
 import pwd
+import shlex
 import stat
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -112,7 +113,8 @@ def not_ours(folder: Path) -> str:
         owner = f"user {status.st_uid}"
     return (
         f"{folder}: prepared by {owner} with mode {stat.S_IMODE(status.st_mode):04o}, which this user cannot "
-        f"use. Nearest: {owner} runs chmod -R a+rX {folder}, or another DRUMLINE_CACHE"
+        f"use. Nearest: {owner} runs chmod -R a+rX {shlex.quote(str(folder))}, or another "
+        "DRUMLINE_CACHE"
     )
 
 

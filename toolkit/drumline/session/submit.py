@@ -127,7 +127,8 @@ def submit_export(folder: RunFolder, target: Path, best: bool, site: Site) -> st
     )
     if not record["attempts"] and batch.dependency is None:
         raise LaunchError(
-            f"{folder.path}: this run never started. Nearest: drumline status {folder.path}"
+            f"{folder.path}: this run never started. Nearest: drumline status "
+            f"{shlex.quote(str(folder.path))}"
         )
     arguments = [
         "export",
