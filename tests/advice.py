@@ -6,14 +6,17 @@ found in the tests' source, so that a message which no test follows is noticed w
 
 import ast
 import functools
+import json
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pytest
 import typer
 from typer.testing import CliRunner
 
@@ -127,3 +130,59 @@ def command_in(told: str, **values: str) -> list[str]:
     assert found, told
     words = shlex.split(found[1])
     return [functools.reduce(lambda w, v: w.replace(*v), values.items(), word) for word in words]
+
+
+LM = "finished-lm"
+"""A run of a language model without code of its own; `finished-mlp` has a factory."""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, whose name needs quotes in a shell, with runs of an older version and a cache of its own."""
+    folder = tmp_path / "my work"
+    shutil.copytree(ROOT / "tests/fixtures/format_2", folder)
+    for path in folder.rglob("*"):
+        if path.is_file() and "checkpoints" not in path.parts:
+            path.write_text(path.read_text().replace("@FOLDER@", str(folder)))
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("DRUMLINE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return folder
+
+
+def change_record(run: Path, **changes: Any) -> None:
+    """Replace keys of a run's record."""
+    path = run / "record.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+PARTITIONS = """PartitionName=batch Default=YES MaxTime=02:00:00 MaxNodes=UNLIMITED TotalNodes=8
+PartitionName=long Default=NO MaxTime=7-00:00:00 MaxNodes=2 TotalNodes=8"""
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder at the front of PATH: a Slurm of eight nodes that takes every job, and a kubectl that does too.
+
+    Stands in for Slurm and Kubernetes; tests/cluster asks a real one. A job is in the queue while the file
+    `queued` is there.
+    """
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, body in {
+        "sbatch": "echo 17",
+        "scontrol": f"""case "$2" in
+            partition) echo '{PARTITIONS}';;
+            job) test -e {folder}/queued && echo "JobId=$4 JobState=PENDING Reason=Resources";;
+            *) exit 1;;
+        esac""",
+        "scancel": f"rm -f {folder}/queued",
+        "sacct": "exit 1",
+        "sinfo": "yes '8|16000|gpu:h100:8' | head -8",
+        "sacctmgr": "echo 'lab|high,normal'",
+        "kubectl": "cat > /dev/null",
+    }.items():
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    return folder

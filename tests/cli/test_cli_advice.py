@@ -7,51 +7,14 @@ from typing import Any
 
 import pytest
 
-from advice import ROOT, command_in, heard, refused, worked
+from advice import LM, change_record, command_in, heard, here, programs, refused, worked
 from conftest import tiny_recipe
 from drumline.data.cache import cache_root
 from drumline.recipe import yaml12
 
-LM = "finished-lm"
-"""A run of a language model without code of its own; `finished-mlp` has a factory."""
+__all__ = ["here", "programs"]
+
 SHORT = ["duration.steps=2", "schedule.warmup_steps=0"]
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, whose name needs quotes in a shell, with finished and stopped runs and a cache of its own."""
-    folder = tmp_path / "my work"
-    shutil.copytree(ROOT / "tests/fixtures/format_2", folder)
-    for path in folder.rglob("*"):
-        if path.is_file() and "checkpoints" not in path.parts:
-            path.write_text(path.read_text().replace("@FOLDER@", str(folder)))
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("DRUMLINE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    return folder
-
-
-def change_record(run: Path, **changes: Any) -> None:
-    path = run / "record.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-@pytest.fixture
-def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder at the front of PATH with a Slurm that takes every job, and knows none afterwards."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name, body in (
-        ("sbatch", "echo 17"),
-        ("scontrol", "exit 1"),
-        ("sacct", "exit 1"),
-        ("sinfo", "exit 1"),
-        ("sacctmgr", "exit 1"),
-    ):
-        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
-        (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-    return folder
 
 
 def test_cache_rm_takes_what_it_names(here: Path) -> None:

@@ -107,6 +107,7 @@ def submit_again(
     """Submit another job for an existing run, which goes on from its newest checkpoint; return its id."""
     folder.write_recipe(plan.recipe.model_dump(by_alias=True))
     write_text(folder.path / SITE, yaml12.dump(site.model_dump()))
+    remember_folder(folder.path)
     if to == "kubernetes":
         return apply_again(plan, site, folder)
     return _submit_one(plan, site, folder, [], options)
