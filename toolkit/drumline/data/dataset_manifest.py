@@ -3,7 +3,6 @@
 import json
 import os
 import pwd
-import shlex
 import stat
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -106,6 +105,8 @@ def part_of_set(name: str) -> str:
 
 def not_ours(folder: Path) -> str:
     """Say that prepared data belong to somebody else, and what to do."""
+    import shlex  # here, since a dry run needs few modules
+
     status = folder.stat()
     try:
         owner = pwd.getpwuid(status.st_uid).pw_name
