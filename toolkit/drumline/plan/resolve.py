@@ -133,7 +133,7 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
         steps=steps,
         memory=memory,
         schedule=curve,
-        cost=_cost(resolved, split, None if unseen_code(resolved) else shape, world.weights_bytes),
+        cost=_cost(resolved, split, None if unseen_code(resolved) else shape, world),
         data=DataFacts(
             fingerprint=world.fingerprint,
             cache=world.cache,
@@ -353,14 +353,16 @@ _LOADED_BYTES_PER_S = 250e6
 the page cache (benchmarks/load.py)."""
 
 
-def _cost(
-    recipe: Recipe, split: Split, shape: ModelShape | None, weights_bytes: int | None
-) -> Cost:
-    """Parameters, FLOPs of one optimizer step on all ranks, bytes of one checkpoint and of the weights."""
+def _cost(recipe: Recipe, split: Split, shape: ModelShape | None, world: World) -> Cost:
+    """Parameters, FLOPs of one optimizer step on all ranks, bytes of one checkpoint and of the weights.
+
+    Without a sequence_length every row counts as the longest prepared one.
+    """
+    weights_bytes = world.weights_bytes
     seconds = None if weights_bytes is None else weights_bytes / _LOADED_BYTES_PER_S
     if shape is None:
         return Cost(None, None, None, weights_bytes, seconds)
-    length = recipe.data.sequence_length
+    length = recipe.data.sequence_length or world.row_tokens
     return Cost(
         parameters=shape.parameters,
         flops_per_step=split.effective * shape.flops_per_sample(length)
