@@ -26,15 +26,20 @@ from drumline.errors import DrumlineError
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def skeletons(*places: str) -> list[tuple[str, str]]:
-    """Where each message with advice stands below these folders, and its constant parts as a pattern."""
+Parts = list[str | None]
+"""A message's constant parts in order; None stands for what is filled in."""
+
+
+def skeletons(*places: str) -> list[tuple[str, Parts]]:
+    """Where each message with advice stands below these folders, and its parts."""
     found = []
     for path in sorted(path for place in places for path in (ROOT / place).rglob("*.py")):
         tree = ast.parse(path.read_text())
         inner = {id(v) for n in ast.walk(tree) if isinstance(n, ast.JoinedStr) for v in n.values}
         for node in ast.walk(tree):
+            parts: Parts
             if isinstance(node, ast.JoinedStr):
-                parts = [v.value if isinstance(v, ast.Constant) else None for v in node.values]
+                parts = [str(v.value) if isinstance(v, ast.Constant) else None for v in node.values]
             elif (
                 isinstance(node, ast.Constant)
                 and isinstance(node.value, str)
@@ -43,11 +48,62 @@ def skeletons(*places: str) -> list[tuple[str, str]]:
                 parts = [node.value]
             else:
                 continue
-            text = "".join(str(part) for part in parts if part)
+            text = "".join(part for part in parts if part)
             if "Nearest:" in text and '"""' not in text and "\n\n" not in text:
-                pattern = "".join(".*" if part is None else re.escape(str(part)) for part in parts)
-                found.append((f"{path.name}:{node.lineno}", pattern))
+                found.append((f"{path.name}:{node.lineno}", parts))
     return found
+
+
+def pattern_of(parts: Parts) -> str:
+    """A regular expression that each such message matches."""
+    return "".join(".*" if part is None else re.escape(part) for part in parts)
+
+
+_LEAST = 10
+"""Constant characters that words must share with a message to be of it."""
+
+
+def are_of(words: str, parts: Parts) -> bool:
+    """Whether these can be words of the message: they share constant text with it, in its order.
+
+    Words of the problem, before "Nearest", are compared with the problem alone, since several messages name
+    the same fix.
+    """
+    problem, _, fix = "".join("\0" if part is None else part for part in parts).partition(
+        "Nearest:"
+    )
+    said, named, advised = words.partition("Nearest:")
+    if not named:
+        found = max(_shared(said, text.split("\0")) for text in (problem, fix))
+        return found >= _LEAST
+    if len(said) > _LEAST:
+        return _shared(said, problem.split("\0")) >= _LEAST
+    return _shared(said, problem.split("\0")) + _shared(advised, fix.split("\0")) >= _LEAST
+
+
+def _shared(words: str, constants: list[str]) -> int:
+    """Most characters of `constants` in these words, read as a piece of a text with anything between them."""
+    best = len(words) if any(words in constant for constant in constants) else 0
+    for number, constant in enumerate(constants):
+        best = max(best, _after_gap(words, constants[number:]))
+        for size in range(1, min(len(constant), len(words)) + 1):
+            if words.startswith(constant[-size:]):
+                best = max(best, size + _after_gap(words[size:], constants[number + 1 :]))
+    return best
+
+
+def _after_gap(words: str, constants: list[str]) -> int:
+    """The same where the words begin with what is filled in before the first of `constants`."""
+    if not constants or not words:
+        return 0
+    first, rest = constants[0], constants[1:]
+    ends = (size for size in range(len(first), 0, -1) if words.endswith(first[:size]))
+    best = next(ends, 0)
+    at = words.find(first)
+    while first and at >= 0:
+        best = max(best, len(first) + _after_gap(words[at + len(first) :], rest))
+        at = words.find(first, at + 1)
+    return best
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import pytest
 
 from advice import LM, change_record, command_in, heard, here, programs, refused, worked
 from conftest import tiny_recipe
-from drumline.data.cache import cache_root
 from drumline.recipe import yaml12
 
 __all__ = ["here", "programs"]
@@ -136,11 +135,6 @@ def test_verify_without_layers(here: Path, forked: Any) -> None:
     heard("a factory's model has no known layers", refused("verify", "r.yaml", "--layers", "1"))
     done = forked("verify", str(here / "r.yaml"))
     assert done.returncode == 0, done.stderr
-
-
-def test_prepared_data_are_in_the_cache_of_this_test(here: Path) -> None:
-    """What these tests prepare and remove is no other test's."""
-    assert cache_root().is_relative_to(here.parent)
 
 
 @pytest.mark.parametrize(

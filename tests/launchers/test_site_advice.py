@@ -3,7 +3,6 @@
 Slurm and Kubernetes are stood in for by programs that take every job; tests/cluster asks a real Slurm.
 """
 
-import json
 import shlex
 import shutil
 import subprocess
@@ -62,10 +61,10 @@ SITES: list[Row] = [
     Row("nodes of partition batch have what a node of the job needs", ({"gpu_type": "a100"}, GPU), [({"gpu_type": "h100"}, [])]),
     Row("what a node of the job needs", ({"memory_per_node": "900G"}, []), [({"memory_per_node": "15G"}, [])]),
     Row("this user has lab. Nearest: lab", ({"account": "other"}, []), [({"account": "lab"}, [])]),
-    Row("has high, normal. Nearest: high", ({"qos": "other"}, []), [({"qos": "high"}, [])]),
+    Row("qos: other: account of this user has high, normal. Nearest: high", ({"qos": "other"}, []), [({"qos": "high"}, [])]),
     Row("secrets do not belong in a site. Nearest: name the variable", ({"setup": ["export HF_TOKEN=abc"]}, []),
         [({"setup": [], "environment": ["HF_TOKEN"]}, [])]),
-    Row("(30 s). Nearest: warning_s: 3", ({"time_limit": "00:00:30"}, []), [({"warning_s": 3}, [])]),
+    Row("are not before the end of time_limit 00:00:30 (30 s). Nearest: warning_s: 3", ({"time_limit": "00:00:30"}, []), [({"warning_s": 3}, [])]),
     Row("(2 s). Nearest: warning_s: 1", ({"time_limit": "00:00:02"}, []), [({"warning_s": 1}, [])]),
     Row("(1 s). Nearest: a longer time_limit", ({"time_limit": "00:00:01", "warning_s": 1}, []), [({"time_limit": "00:10:00"}, [])]),
     Row("--mail-… contradicts mail. Nearest: mail alone", ({"mail": {"user": "me"}, "sbatch": ["--mail-type=END"]}, []), [({"sbatch": []}, [])]),
@@ -325,9 +324,3 @@ def test_what_is_not_installed_is_an_extra_or_done_without(
         instead = told.partition(", or ")[2].strip().split()
         worked("submit", "project/lm.yaml", *overrides, *instead)
     monkeypatch.undo()
-
-
-def test_records_of_the_stand_in_jobs(here: Path, programs: Path) -> None:
-    """What these tests submit is in the run's record, so that a message is not missed for want of a job."""
-    worked("submit", "project/lm.yaml", "--run-dir", "a")
-    assert [job["id"] for job in json.loads(Path("a/record.json").read_text())["jobs"]] == ["17"]

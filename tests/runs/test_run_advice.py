@@ -14,8 +14,6 @@ from commands_here import NOBODY
 from advice import (
     LM,
     Row,
-    change_record,
-    command,
     command_in,
     heard,
     here,
@@ -43,32 +41,32 @@ def test_a_run_with_everything_wrong_goes_on_when_each_advice_is_followed(
     run, aside = here / "stopped-lm", here / "aside"
     aside.mkdir()
 
-    def told(words: str, *options: str) -> str:
+    def resumed(*options: str) -> str:
         done = forked("resume", str(run), *options)
         assert done.returncode in (2, 4), done.stderr
-        return heard(words, done.stderr)
+        return str(done.stderr)
 
     (run / "recipe.yaml").rename(aside / "recipe.yaml")
     (run / "recipe.yaml").symlink_to(aside / "recipe.yaml")
-    told("put the file or folder itself in its place")
+    heard("put the file or folder itself in its place", resumed())
     (aside / "recipe.yaml").replace(run / "recipe.yaml")
     (run / "checkpoints").rename(aside / "checkpoints")
     with RunFolder(run).locked():
-        told("another process is running it. Nearest: stop that one first")
-    told("it is gone. Nearest: put it back")
+        heard("another process is running it. Nearest: stop that one first", resumed())
+    heard("it is gone. Nearest: put it back", resumed())
     (run / "checkpoints").mkdir()
-    told("Nearest: put that checkpoint back")
+    heard("Nearest: put that checkpoint back", resumed())
     (sound,) = find_checkpoints(aside / "checkpoints")
     shutil.copytree(sound, run / "checkpoints" / sound.name)
     (run / "checkpoints" / sound.name / "state.json").write_text("{")
-    told("Nearest: put a sound copy in their place")
+    heard("Nearest: put a sound copy in their place", resumed())
     shutil.copytree(sound, run / "checkpoints" / sound.name)
     (run / "metrics.jsonl").rename(aside / "metrics.jsonl")
     (run / "metrics.jsonl").mkdir()
-    told("is not a regular file. Nearest: move it away")
+    heard("is not a regular file. Nearest: move it away", resumed())
     (run / "metrics.jsonl").rmdir()
     (aside / "metrics.jsonl").rename(run / "metrics.jsonl")
-    told("--from-scratch: it has step-", "--from-scratch")
+    heard("--from-scratch: it has step-", resumed("--from-scratch"))
     refusal = refused("run", "project/lm.yaml", "--run-dir", str(run))
     heard("holds a run. Nearest: `drumline resume", refusal)
     done = forked(*command_in(refusal))
@@ -205,9 +203,3 @@ def test_a_commit_that_is_not_here_is_fetched(
     place = way(tmp_path / "clone", source)
     restored = restore_code(code, place, tmp_path / "restored")
     assert "return 2" in (restored / "m.py").read_text()
-
-
-def test_a_stopped_run_s_record_is_of_this_test(here: Path) -> None:
-    """What these tests change is a copy."""
-    change_record(here / "stopped-lm", outcome="stopped")
-    assert command("status", "stopped-lm").code == 0

@@ -30,7 +30,7 @@ def export(plan: Plan, manifest: DatasetManifest, checkpoint: Path, target: Path
     if not hasattr(model, "save_pretrained"):
         raise CheckpointError(
             f"{plan.recipe.model.factory}: a factory's model is not one of transformers'. Nearest: "
-            f"load {checkpoint} yourself; docs/failures.md says what lies in it"
+            f"load {checkpoint} yourself; docs/training.md says what lies in it"
         )
     wanted = {f"model.{name}": p for name, p in model.named_parameters()}
     wanted |= {f"buffer.{name}": b for name, b in model.named_buffers()}

@@ -75,7 +75,7 @@ class ModelBuilder:
         if recipe.model.source == "factory":
             found = "has BatchNorm" if has_batchnorm(self.model) else "has no BatchNorm"
             self.notes.append(f"the model of {recipe.model.factory} {found}")
-        check_vocabulary(self.model, manifest)
+        check_vocabulary(self.model, manifest, built.weights is not None)
         if (
             self._weights and recipe.model.edits
         ):  # they may look at weights, so every rank loads all of them
