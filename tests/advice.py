@@ -7,6 +7,7 @@ found in the tests' source, so that a message which no test follows is noticed w
 import ast
 import functools
 import json
+import os
 import re
 import shlex
 import shutil
@@ -240,5 +241,5 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     }.items():
         (folder / name).write_text(f"#!/bin/sh\n{body}\n")
         (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     return folder
