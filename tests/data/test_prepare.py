@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from advice import heard
 from conftest import SOURCES
 from drumline.data.cache import cache_folder, cache_root
 from drumline.data.dataset_manifest import read_dataset_manifest
@@ -292,11 +293,16 @@ def test_a_factory_of_the_recipe_s_own_project(tmp_path: Path) -> None:
         prepare(data.model_copy(update={"factory": "os:listdir"}), str(tmp_path))
 
 
-def test_the_hub_without_a_network_is_one_message() -> None:
-    """Offline and not in the cache: named, with the way out."""
+def test_the_hub_without_a_network_is_one_message(tmp_path: Path) -> None:
+    """Offline and not in the cache: named, with the way out, which is taken."""
     data = Data(source="hub", name="nobody/nothing", task="causal_lm", sequence_length=8)
-    with pytest.raises(DataError, match=r"nobody/nothing \(split train\) cannot be loaded"):
+    with pytest.raises(
+        DataError, match=r"nobody/nothing \(split train\) cannot be loaded"
+    ) as caught:
         prepare(data, None)
+    heard("or use source files", str(caught.value))
+    (tmp_path / "t.txt").write_text("line of text\n" * 300)
+    prepare(files(tmp_path / "t.txt"), None)
 
 
 def test_a_damaged_cache_is_prepared_again(tmp_path: Path) -> None:

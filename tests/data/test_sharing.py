@@ -1,8 +1,10 @@
 """Prepared rows, checkpoints and exports are files like others: of the umask, cleaned up, and told whose they are."""
 
 import os
+import shlex
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from commands_here import NOBODY, call
 from savers import save
 from test_readers import RUNS, desk
 
+from advice import heard
 from conftest import tiny_recipe
 from drumline.data import cache
 from drumline.data.prepare import prepare
@@ -50,8 +53,10 @@ def test_the_umask_rules(shared: Path, tmp_path: Path, umask: int, mode: int) ->
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
-def test_rows_of_another_user_are_used_or_told_whose_they_are(shared: Path, tmp_path: Path) -> None:
-    """Prepared under umask 022: the second user plans with them. Closed to him: owner and mode are named."""
+def test_rows_of_another_user_are_used_or_told_whose_they_are(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prepared under umask 022: the second user plans with them. Closed to him: owner, mode and two ways out are named."""
     desk = tmp_path / "desk"
     desk.mkdir(mode=0o777)
     desk.chmod(0o777)
@@ -66,6 +71,16 @@ def test_rows_of_another_user_are_used_or_told_whose_they_are(shared: Path, tmp_
         assert "prepared by root with mode 0700" in text, told
         assert "chmod -R a+rX" in text
         assert "Traceback" not in told.err
+    command = heard("which this user cannot use", told.err).partition("root runs ")[2]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o777)
+    elsewhere.chmod(0o777)
+    monkeypatch.setenv("DRUMLINE_CACHE", str(elsewhere))
+    assert call(desk, "prepare", "r.yaml", user=NOBODY).code == 0
+    monkeypatch.setenv("DRUMLINE_CACHE", str(shared))
+    subprocess.run(shlex.split(command.partition(", or")[0]), check=True)
+    planned = call(desk, "plan", "r.yaml", user=NOBODY)
+    assert "500 samples" in planned.out, planned
 
 
 def test_what_a_killed_prepare_leaves_is_deleted_by_the_next(shared: Path, tmp_path: Path) -> None:

@@ -3,13 +3,12 @@
 A message without a row here fails the last test, so that advice cannot be added without being tried.
 """
 
-import ast
 import re
 from typing import Any
 
 import pytest
 
-from conftest import ROOT
+from advice import pattern_of, skeletons
 from drumline.errors import DrumlineError
 from drumline.plan.resolve import World, resolve
 from drumline.plan.resplit import on_gpus
@@ -185,41 +184,13 @@ def test_a_resplit_follows_its_advice() -> None:
     assert on_gpus(override(recipe, ["cluster.gpus_per_node=2"]), 6, None, World())
 
 
-def skeletons() -> list[tuple[str, str]]:
-    """Where each message with advice stands in the layers below the run, and its constant parts as a pattern."""
-    found = []
-    for part in ("recipe", "architectures", "plan"):
-        for path in sorted((ROOT / "toolkit/drumline" / part).glob("*.py")):
-            tree = ast.parse(path.read_text())
-            inner = {
-                id(v) for n in ast.walk(tree) if isinstance(n, ast.JoinedStr) for v in n.values
-            }
-            for node in ast.walk(tree):
-                if isinstance(node, ast.JoinedStr):
-                    parts = [v.value if isinstance(v, ast.Constant) else None for v in node.values]
-                elif (
-                    isinstance(node, ast.Constant)
-                    and isinstance(node.value, str)
-                    and id(node) not in inner
-                ):
-                    parts = [node.value]
-                else:
-                    continue
-                text = "".join(str(part) for part in parts if part)
-                if "Nearest:" in text and '"""' not in text and "\n\n" not in text:
-                    pattern = "".join(
-                        ".*" if part is None else re.escape(str(part)) for part in parts
-                    )
-                    found.append((f"{path.name}:{node.lineno}", pattern))
-    return found
-
-
 def test_no_advice_is_left_out() -> None:
     """Each message of the plan's layers was told above, or stands among those that are tried elsewhere."""
     told = [told_by(wrong) for wrong, _, _ in FOLLOWED]
+    below = [f"toolkit/drumline/{part}" for part in ("recipe", "architectures", "plan")]
     left = [
         (where, pattern)
-        for where, pattern in skeletons()
+        for where, pattern in ((where, pattern_of(parts)) for where, parts in skeletons(*below))
         if not any(re.search(pattern, text, flags=re.DOTALL) for text in told)
         and not any(re.escape(words) in pattern for words in ELSEWHERE)
     ]

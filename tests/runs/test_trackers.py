@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from logged_runs import make_run, step_line, write_lines
 
+from advice import heard
 from drumline.compare import wandb_runs
 from drumline.compare.sources import read_logged
 from drumline.errors import RunFolderError
@@ -139,11 +140,16 @@ def test_a_file_that_was_cut_anywhere_is_read_to_its_last_sound_record(
 
 
 def test_several_runs_in_one_folder_are_told(tracked: RunFolder, tmp_path: Path) -> None:
-    """Which of them is meant is not guessed."""
+    """Which of them is meant is not guessed; each of them can be named."""
     for name in ("run-a.wandb", "run-b.wandb"):
         shutil.copy(next(tracked.path.rglob("*.wandb")), tmp_path / name)
-    with pytest.raises(RunFolderError, match=r"it holds several runs: run-a\.wandb, run-b\.wandb"):
+    with pytest.raises(
+        RunFolderError, match=r"it holds several runs: run-a\.wandb, run-b\.wandb"
+    ) as caught:
         read_logged(str(tmp_path))
+    heard("Nearest: one of these files", str(caught.value))
+    for name in ("run-a.wandb", "run-b.wandb"):
+        assert read_logged(str(tmp_path / name)).steps
 
 
 def test_what_is_no_wandb_file_is_told(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from drumline.cli.options import TrustCode
 from drumline.recipe.load import load_recipe
 from drumline.runs.folder import RunFolder, open_run
 from drumline.session import members
@@ -27,6 +28,7 @@ def attend_command(
         Path | None,
         typer.Option("--from", help="Where to take the run from, if it is not there yet."),
     ] = None,
+    trust_code: TrustCode = False,
 ) -> None:
     """Inside a job: start or resume the run, on the nodes that the job got."""
     folder = RunFolder(run.absolute())
@@ -37,7 +39,7 @@ def attend_command(
         members.adopt(source.expanduser(), folder)
     open_run(run)
     if not source and "SLURM_JOB_ID" not in os.environ:
-        refuse_foreign_code(load_recipe(str(folder.recipe_file)), str(run), trust_code=False)
+        refuse_foreign_code(load_recipe(str(folder.recipe_file)), str(run), trust_code)
     if folder.read_record()["outcome"] == "finished":
         print(f"{run}: this run is finished")
         if nodes:

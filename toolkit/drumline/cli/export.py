@@ -1,5 +1,6 @@
 """`drumline export RUN DIR`: the newest sound checkpoint as a folder that transformers loads."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -65,7 +66,8 @@ def export_command(
     manifest = next(filter(None, map(read_dataset_manifest, places)), None)
     if manifest is None:
         raise RunFolderError(
-            f"{plan.data.cache}: the prepared data are gone. Nearest: drumline prepare {run}"
+            f"{plan.data.cache}: the prepared data are gone. Nearest: drumline prepare "
+            f"{shlex.quote(str(run))}"
         )
     with new_folder(target) as written:
         count = export(plan, manifest, path, written, merge)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -158,7 +159,8 @@ def _complete_record(folder: RunFolder) -> None:
     if folder.read_record().get("weights") is not None:
         raise RunFolderError(
             f"{folder.path}: this run is finished, its schedule has ended, and it cannot be given more "
-            f"steps. Nearest: `drumline run {folder.path} duration.steps=N` trains another one, from step 1"
+            f"steps. Nearest: `drumline run {shlex.quote(str(folder.path))} duration.steps=N` trains "
+            "another one, from step 1"
         )
     with folder.locked():
         close_run(folder, lambda line: print(line, file=sys.stderr))

@@ -104,7 +104,7 @@ def submit_command(
     if run_dir is not None:
         run_folder.check_new(run_dir)
     if not dry_run:
-        refuse_without(to, loaded)
+        refuse_without(to, loaded, prints=True)
         if not needs_data(loaded):
             refuse_what_does_not_fit(make_plan(loaded), force, as_json)
         prepare_data(loaded)

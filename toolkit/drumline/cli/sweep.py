@@ -1,5 +1,6 @@
 """`drumline sweep RECIPE key=a,b other=c,d`: every combination, one by one here or as a Slurm job array."""
 
+import functools
 import itertools
 import json
 import os
@@ -12,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from drumline.cli.options import AsJson, Force, RecipeArgument
+from drumline.cli.options import AsJson, Force, RecipeArgument, TrustCode
 from drumline.cluster import slurm
 from drumline.cluster.site import load_site, on_site, validate_site
 from drumline.compare.report import write_report
@@ -21,7 +22,7 @@ from drumline.errors import LaunchError, PlanError, RecipeError, RunError
 from drumline.files import write_json, write_text
 from drumline.plan.model import Plan
 from drumline.recipe.load import load_recipe
-from drumline.recipe.schema import NodeRange
+from drumline.recipe.schema import NodeRange, Recipe
 from drumline.runs import folder as run_folder
 from drumline.runs.record import now
 from drumline.runs.sweeps import SWEEP
@@ -57,6 +58,7 @@ def sweep_command(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the combinations.")] = False,
     force: Force = False,
+    trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Train every combination of the listed values; each is planned before the first starts."""
@@ -66,7 +68,10 @@ def sweep_command(
     if to not in ("local", "slurm"):
         raise LaunchError(f"--to {to}: choose from local, slurm")
     site = load_site(site_file) if site_file else validate_site({"site": "default"}, "default site")
-    plans = [_planned(recipe, overrides, site, to, dry_run, force) for overrides in combinations]
+    load = functools.partial(load_to_run, trust_code=trust_code) if not dry_run else load_recipe
+    plans = [
+        _planned(load(recipe, overrides), site, to, dry_run, force) for overrides in combinations
+    ]
     if to == "slurm":
         refuse_secrets(site, Secrets(os.environ))
         _check_one_size(plans)
@@ -88,7 +93,8 @@ def sweep_command(
             shutil.rmtree(base, ignore_errors=True)
             raise
     else:
-        facts = _one_after_the_other(base, names, recipe, combinations, force)
+        options = [*(["--force"] if force else []), *(["--trust-code"] if trust_code else [])]
+        facts = _one_after_the_other(base, names, recipe, combinations, options)
     if as_json:
         print(json.dumps({"sweep": str(base), **facts}))
     print(f"next  drumline runs {shlex.quote(str(base))}", file=sys.stderr)
@@ -127,10 +133,7 @@ def split_outside_brackets(text: str) -> list[str]:
     return parts
 
 
-def _planned(
-    recipe: str, overrides: list[str], site: Site, to: str, dry_run: bool, force: bool
-) -> Plan:
-    loaded = load_recipe(recipe, overrides) if dry_run else load_to_run(recipe, overrides, False)
+def _planned(loaded: Recipe, site: Site, to: str, dry_run: bool, force: bool) -> Plan:
     if to == "slurm":
         loaded = on_site(loaded, site)
     refuse_secrets(loaded, Secrets(os.environ))
@@ -144,7 +147,7 @@ def _planned(
 
 
 def _one_after_the_other(
-    base: Path, names: list[str], recipe: str, combinations: list[list[str]], force: bool
+    base: Path, names: list[str], recipe: str, combinations: list[list[str]], options: list[str]
 ) -> dict[str, list[str]]:
     """Call `drumline run` for each, also after one has failed; then write a report of all."""
     failed = []
@@ -160,7 +163,7 @@ def _one_after_the_other(
             *overrides,
             "--run-dir",
             str(base / name),
-            *(["--force"] if force else []),
+            *options,
         ]
         done = subprocess.run(command, check=False)
         if done.returncode:

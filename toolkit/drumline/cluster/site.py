@@ -52,9 +52,10 @@ def validate_site(raw: dict[str, Any], origin: str) -> Site:
     _refuse_contradictions(site, origin)
     limit = limit_seconds(site.time_limit) if site.time_limit else None
     if limit is not None and limit <= site.warning_s:
+        fix = f"warning_s: {max(1, limit // 10)}" if limit > 1 else "a longer time_limit"
         raise RecipeError(
             f"{origin}: warning_s: {site.warning_s} s are not before the end of time_limit {site.time_limit} "
-            f"({limit} s). Nearest: warning_s: {max(1, limit // 10)}"
+            f"({limit} s). Nearest: {fix}"
         )
     at_home = {key: os.path.expanduser(value) for key in ("python", "runs", "cache")
                if (value := getattr(site, key))}  # fmt: skip

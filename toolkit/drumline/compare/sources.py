@@ -1,6 +1,7 @@
 """Reads a logged run from a run folder, a recipe.yaml, a checkpoint or W&B."""
 
 import contextlib
+import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -79,7 +80,8 @@ def _read_recipe_file(path: Path) -> Logged:
     if not record or not isinstance(recipe, dict):
         raise RunFolderError(
             f"{path}: it does not say what came out, so nothing could be compared. Nearest: "
-            f"`drumline run {path}`; a run folder's recipe.yaml says it once the run is finished"
+            f"`drumline run {shlex.quote(str(path))}`; a run folder's recipe.yaml says it once the run "
+            "is finished"
         )
     return Logged(str(path), {"recipe": recipe, **record}, steps)
 

@@ -106,6 +106,8 @@ def part_of_set(name: str) -> str:
 
 def not_ours(folder: Path) -> str:
     """Say that prepared data belong to somebody else, and what to do."""
+    import shlex  # here, since a dry run needs few modules
+
     status = folder.stat()
     try:
         owner = pwd.getpwuid(status.st_uid).pw_name
@@ -113,7 +115,8 @@ def not_ours(folder: Path) -> str:
         owner = f"user {status.st_uid}"
     return (
         f"{folder}: prepared by {owner} with mode {stat.S_IMODE(status.st_mode):04o}, which this user cannot "
-        f"use. Nearest: {owner} runs chmod -R a+rX {folder}, or another DRUMLINE_CACHE"
+        f"use. Nearest: {owner} runs chmod -R a+rX {shlex.quote(str(folder))}, or another "
+        "DRUMLINE_CACHE"
     )
 
 

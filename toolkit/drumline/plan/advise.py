@@ -57,6 +57,18 @@ def with_advice(plan: Plan, world: World) -> Plan:
     return plan
 
 
+def with_torchrun(recipe: Recipe) -> str:
+    """The overrides that take a recipe to torchrun, which has no ZeRO and no offload: FSDP in its place."""
+    strategy = recipe.strategy
+    return " ".join(
+        [
+            "launch.launcher=torchrun",
+            *(["strategy.name=fsdp"] if strategy.name.startswith("zero") else []),
+            *(["strategy.offload=none"] if strategy.offload != "none" else []),
+        ]
+    )
+
+
 def with_change(recipe: Recipe, change: Change) -> Recipe:
     """The recipe with the change applied."""
     update = {

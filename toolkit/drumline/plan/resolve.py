@@ -144,7 +144,7 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
             resolved,
             split,
             None if unseen_code(resolved) or isinstance(seen, str) else seen,
-            world.weights_bytes,
+            world,
         ),
         data=DataFacts(
             fingerprint=world.fingerprint,
@@ -365,14 +365,16 @@ _LOADED_BYTES_PER_S = 250e6
 the page cache (benchmarks/load.py)."""
 
 
-def _cost(
-    recipe: Recipe, split: Split, shape: ModelShape | None, weights_bytes: int | None
-) -> Cost:
-    """Parameters, FLOPs of one optimizer step on all ranks, bytes of one checkpoint and of the weights."""
+def _cost(recipe: Recipe, split: Split, shape: ModelShape | None, world: World) -> Cost:
+    """Parameters, FLOPs of one optimizer step on all ranks, bytes of one checkpoint and of the weights.
+
+    Without a sequence_length every row counts as the longest prepared one.
+    """
+    weights_bytes = world.weights_bytes
     seconds = None if weights_bytes is None else weights_bytes / _LOADED_BYTES_PER_S
     if shape is None:
         return Cost(None, None, None, weights_bytes, seconds)
-    length = recipe.data.sequence_length
+    length = recipe.data.sequence_length or world.row_tokens
     return Cost(
         parameters=held_parameters(shape),
         flops_per_step=split.effective * flops_per_sample(shape, length)

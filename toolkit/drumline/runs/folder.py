@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,7 +121,8 @@ class RunFolder:
         attempts = len(self.read_record()["attempts"])
         if not attempts:
             raise RunFolderError(
-                f"{self.path}: this run never started. Nearest: `drumline run {self.recipe_file}`"
+                f"{self.path}: this run never started. Nearest: `drumline run "
+                f"{shlex.quote(str(self.recipe_file))}`"
             )
         return self.read_plan(attempts - 1)
 
@@ -265,7 +267,7 @@ def check_new(run_dir: Path) -> None:
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         holds_run = (run_dir / "record.json").is_file()
         what = "holds a run" if holds_run else "is not an empty folder"
-        resume = f"`drumline resume {run_dir}` to go on, or " if holds_run else ""
+        resume = f"`drumline resume {shlex.quote(str(run_dir))}` to go on, or " if holds_run else ""
         raise RunFolderError(f"--run-dir {run_dir}: {what}. Nearest: {resume}another --run-dir")
 
 

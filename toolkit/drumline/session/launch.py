@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from drumline.errors import DoesNotFit, LaunchError, RecipeError
+from drumline.plan.advise import with_torchrun
 from drumline.plan.model import Plan
 from drumline.processes import free_port
 from drumline.recipe.schema import Recipe
@@ -39,7 +40,7 @@ def check_offered(recipe: Recipe) -> None:
     if launcher != "torchrun" and find_spec(launcher) is None:
         raise LaunchError(
             f"launch.launcher: {launcher} is not installed. "
-            f"Nearest: pip install 'drumline[{launcher}]', or launch.launcher=torchrun"
+            f"Nearest: pip install 'drumline[{launcher}]', or {with_torchrun(recipe)}"
         )
     if recipe.model.adapter and find_spec("peft") is None:
         raise LaunchError(
@@ -91,9 +92,10 @@ def refuse_what_cannot_start(plan: Plan, force: bool, as_json: bool) -> None:
     """Raise LaunchError (exit 2) for several GPU nodes, DoesNotFit (exit 3) if memory is too small."""
     if plan.batch.nodes > 1 and plan.recipe.cluster.gpu != "cpu":
         per_node = plan.mesh.ranks_per_node
+        also = "" if plan.recipe.cluster.nodes is None else " cluster.nodes=null"
         raise LaunchError(
             f"the plan wants {plan.batch.nodes} nodes, and `run` starts processes on one. "
-            f"Nearest: batch.gpus={per_node} batch.accumulation=null; or --dry-run --node-rank N "
+            f"Nearest: batch.gpus={per_node} batch.accumulation=null{also}; or --dry-run --node-rank N "
             "--rendezvous HOST:PORT, whose output starts one node of them"
         )
     refuse_what_does_not_fit(plan, force, as_json)

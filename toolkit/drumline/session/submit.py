@@ -107,6 +107,7 @@ def submit_again(
     """Submit another job for an existing run, which goes on from its newest checkpoint; return its id."""
     folder.write_recipe(plan.recipe.model_dump(by_alias=True))
     write_text(folder.path / SITE, yaml12.dump(site.model_dump()))
+    remember_folder(folder.path)
     if to == "kubernetes":
         return apply_again(plan, site, folder)
     return _submit_one(plan, site, folder, [], options)
@@ -127,7 +128,8 @@ def submit_export(folder: RunFolder, target: Path, best: bool, merge: bool, site
     )
     if not record["attempts"] and batch.dependency is None:
         raise LaunchError(
-            f"{folder.path}: this run never started. Nearest: drumline status {folder.path}"
+            f"{folder.path}: this run never started. Nearest: drumline status "
+            f"{shlex.quote(str(folder.path))}"
         )
     arguments = [
         "export",

@@ -188,15 +188,17 @@ def check_fewest(plan: Plan, force: bool, as_json: bool) -> None:
         )
 
 
-def refuse_without(to: str, recipe: Recipe) -> None:
+def refuse_without(to: str, recipe: Recipe, prints: bool = False) -> None:
     """Raise LaunchError if a needed package, or the program that submits, is not installed.
 
-    Called before anything is prepared or written.
+    Called before anything is prepared or written. `prints`: the command's --dry-run prints what it would
+    submit.
     """
     check_offered(recipe)
     program = {"slurm": "sbatch", "kubernetes": "kubectl"}[to]
     if shutil.which(program) is None:
+        instead = ", or --dry-run and take what it prints there" if prints else ""
         raise LaunchError(
-            f"{program} is not on this machine's PATH. Nearest: submit from a login node of the cluster, or "
-            "--dry-run and take what it prints there"
+            f"{program} is not on this machine's PATH. Nearest: submit from a login node of the "
+            f"cluster{instead}"
         )

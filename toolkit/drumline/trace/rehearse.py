@@ -32,6 +32,7 @@ from drumline.data.tasks import find_task
 from drumline.errors import PlanError
 from drumline.memory.recording import Recording
 from drumline.phases import MemoryPhase, Phase
+from drumline.plan.advise import with_torchrun
 from drumline.plan.model import Plan
 from drumline.plan.resolve import DEFAULT_CLASSES
 from drumline.recipe.schema import Recipe
@@ -289,7 +290,7 @@ def _refuse_what_cannot_be_rehearsed(plan: Plan) -> None:
     if recipe.strategy.name.startswith("zero") or recipe.launch.launcher == "deepspeed":
         raise PlanError(
             "--trace: DeepSpeed cannot be traced without a GPU. Nearest: the closed form (no --trace), "
-            "or launch.launcher=torchrun strategy.name=fsdp"
+            f"or {with_torchrun(recipe)}"
         )
     if recipe.model.sync_batchnorm:
         raise PlanError("--trace: torch's SyncBatchNorm needs a GPU. Nearest: sync_batchnorm false")

@@ -35,7 +35,7 @@ def export(
     if not hasattr(model, "save_pretrained"):
         raise CheckpointError(
             f"{plan.recipe.model.factory}: a factory's model is not one of transformers'. Nearest: "
-            f"load {checkpoint} yourself; docs/failures.md says what lies in it"
+            f"load {checkpoint} yourself; docs/training.md says what lies in it"
         )
     wanted = {
         f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad or not adapter

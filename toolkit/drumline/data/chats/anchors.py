@@ -64,7 +64,7 @@ def _span(
     following = [one[0] for one in cores[number + 1 :] if one]
     if before > core[0] or any(start < core[1] for start in following):
         raise DataError(_of(number, "changes the text of another message", ""))
-    start = before + _header(render, messages[:number], whole[before : core[0]], number)
+    start = _start(render, messages[:number], whole, (before, core[0]), number)
     after = whole[core[1] : min(following, default=len(whole))]
     place = after.find(end_of_turn) if end_of_turn else -1
     if place < 0:
@@ -103,11 +103,19 @@ def _filled(message: Message, fill: str) -> Message:
     return changed
 
 
-def _header(render: Render, before: list[Message], gap: str, number: int) -> int:
-    """Letters of the gap before a message up to the end of the text that asks for it."""
-    plain, asking = _tokens(render(before)), _tokens(render(before, True))
+def _start(
+    render: Render, before: list[Message], whole: str, gap: tuple[int, int], number: int
+) -> int:
+    """Where a message begins: after the text that asks for it, which stands in the gap before its letters.
+
+    A template that asks in no words has all that is before the message at the beginning of the text.
+    """
+    text = render(before)
+    plain, asking = _tokens(text), _tokens(render(before, True))
+    if plain == asking and whole.startswith(text) and gap[0] <= len(text) <= gap[1]:
+        return len(text)
     prompt = asking[_common(plain, asking) :]
-    found, best = _tokens(gap), (0, 0)
+    found, best = _tokens(whole[slice(*gap)]), (0, 0)
     for place in range(
         len(found)
     ):  # the last place at which the longest beginning of the prompt stands
@@ -116,7 +124,7 @@ def _header(render: Render, before: list[Message], gap: str, number: int) -> int
             best = place, length
     if not best[1] or len("".join(prompt[: best[1]]).strip()) == 0:
         raise DataError(_of(number, "has no header in the template's text", ""))
-    return len("".join(found[: sum(best)]))
+    return gap[0] + len("".join(found[: sum(best)]))
 
 
 def _check_words(message: Message, number: int, said: str) -> None:

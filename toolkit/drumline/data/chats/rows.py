@@ -1,7 +1,8 @@
 """Chats as token ids, with the tokens that are trained: those of what the assistant says.
 
-A text is tokenised as a whole, and a token counts if all of its letters are the assistant's. Words of a
-message that look like a special token, such as <|im_end|>, are tokenised as text.
+A text is tokenised as a whole, and a token counts if all of its letters are the assistant's. Where a token
+would have letters of both sides, the text is tokenised in pieces, as it is when the model answers. Words of
+a message that look like a special token, such as <|im_end|>, are tokenised as text.
 """
 
 import itertools
@@ -68,7 +69,8 @@ class ChatRows:
         """Token ids, and which of them are trained, bool [n]."""
         if not rendered.words:
             ids, places = tokenizer.encode_offsets(rendered.text, rendered.bounds)
-            return ids, _inside(places, rendered.spans)
+            if not _crosses(places, rendered.bounds):
+                return ids, _inside(places, rendered.spans)
         parts = list(_parts(rendered, tokenizer))
         return (
             np.concatenate([ids for ids, _ in parts]).astype(np.uint32),
@@ -111,11 +113,19 @@ def _inside(places: NDArray[np.int64], spans: list[Span]) -> NDArray[np.bool_]:
     return found
 
 
+def _crosses(places: NDArray[np.int64], bounds: tuple[int, ...]) -> bool:
+    """Whether a token has letters on both sides of a bound."""
+    edges = np.asarray(bounds, dtype=np.int64)
+    first = np.searchsorted(edges, places[:, 0], "right")
+    last = np.searchsorted(edges, places[:, 1], "left")
+    return bool((first < last).any())
+
+
 def _parts(rendered: Rendered, tokenizer: Tokenizer) -> Iterator[tuple[Tokens, NDArray[np.bool_]]]:
-    """Token ids of the text between private letters, and of the words that these stand for."""
+    """Token ids of the pieces between bounds and private letters, and of the words that these stand for."""
     text = rendered.text
     cuts = [n for n, letter in enumerate(text) if letter in rendered.words]
-    edges = sorted({0, len(text), *cuts, *(n + 1 for n in cuts)})
+    edges = sorted({0, len(text), *rendered.bounds, *cuts, *(n + 1 for n in cuts)})
     for start, end in itertools.pairwise(edges):
         piece = text[start:end]
         if piece in rendered.words:
@@ -123,6 +133,5 @@ def _parts(rendered: Rendered, tokenizer: Tokenizer) -> Iterator[tuple[Tokens, N
             is_in = any(first <= start and end <= last for first, last in rendered.spans)
             yield ids, np.full(len(ids), is_in)
         else:
-            bounds = tuple(place - start for place in rendered.bounds if start < place < end)
-            ids, places = tokenizer.encode_offsets(piece, bounds)
+            ids, places = tokenizer.encode_offsets(piece, ())
             yield ids, _inside(places + start, rendered.spans)

@@ -63,9 +63,10 @@ class Classification(Task):
             features = np.zeros((count, *manifest.feature_shape), dtype=np.float32)
             return {"features": features, "targets": targets}
         if not manifest.row_tokens:
+            is_text = self.data.source in ("files", "hub")  # other sources may give features
             raise PlanError(
                 "--trace: the shape of a sample is not known until the data are prepared. "
-                "Nearest: `drumline prepare`, or data.sequence_length"
+                f"Nearest: `drumline prepare`{', or data.sequence_length' if is_text else ''}"
             )
         ids = np.zeros((count, manifest.row_tokens), dtype=np.int64)
         mask = np.ones_like(ids)

@@ -179,7 +179,7 @@ def reads_images(model_type: str) -> bool:
     return not reads_text and model_type in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 
-def check_vocabulary(model: Any, manifest: DatasetManifest) -> None:
+def check_vocabulary(model: Any, manifest: DatasetManifest, is_pretrained: bool) -> None:
     """Raise PlanError where the tokenizer's vocabulary is larger than the model's."""
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     if (
@@ -187,7 +187,10 @@ def check_vocabulary(model: Any, manifest: DatasetManifest) -> None:
         and manifest.vocabulary is not None
         and manifest.vocabulary > vocabulary
     ):
+        fix = f"vocab_size {-(-manifest.vocabulary // 64) * 64}"
+        if is_pretrained:  # its files' embeddings have one size only
+            fix = "data.tokenizer, the one that the model was trained with"
         raise PlanError(
             f"model.config.vocab_size: {vocabulary} < {manifest.vocabulary} tokens of the tokenizer. "
-            f"Nearest: vocab_size {-(-manifest.vocabulary // 64) * 64}"
+            f"Nearest: {fix}"
         )

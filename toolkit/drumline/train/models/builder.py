@@ -80,7 +80,7 @@ class ModelBuilder:
         if recipe.model.source == "factory":
             found = "has BatchNorm" if has_batchnorm(self.model) else "has no BatchNorm"
             self.notes.append(f"the model of {recipe.model.factory} {found}")
-        check_vocabulary(self.model, manifest)
+        check_vocabulary(self.model, manifest, built.weights is not None)
         choose_trained(self.model, recipe, new)
         self._adapted = adapted_layers(self.model)
         self._of_adapters = {
