@@ -16,6 +16,7 @@ ELSEWHERE = {
     "the loss does not use ": "memory/test_trace.py",
     "batch.per_device is 1 already": "needs a GPU that is too small; the changes that it lists: plan/test_advise.py",
     " is not in the cache. Nearest: drumline prepare": "needs the network; out of a cache: train/test_pretrained.py",
+    "peft is not installed": "installs a package: test_each_extra_that_is_named_is_one",
     ": wandb is not installed": "installs a package: test_each_extra_that_is_named_is_one",
     ", which is not installed": "installs a package: test_each_extra_that_is_named_is_one",
     "kubeflow-trainer-api is not installed": "installs a package: test_each_extra_that_is_named_is_one",
@@ -88,6 +89,6 @@ def test_each_extra_that_is_named_is_one() -> None:
     for path in (*(ROOT / "toolkit").rglob("*.py"), *(ROOT / "launchers").rglob("*.py")):
         named |= set(re.findall(r"drumline\[(\w+)\]", path.read_text()))
     assert "kubernetes" in named
-    packages = {"kubernetes": "kubeflow-trainer-api"}
+    packages = {"kubernetes": "kubeflow-trainer-api", "adapters": "peft"}
     for name in named:
         assert [p for p in extras[name] if p.startswith(packages.get(name, name))], name

@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from advice import heard
 from data import chat_templates as T
 from drumline.data.dataset_manifest import DatasetManifest, read_dataset_manifest
 from drumline.data.prepare import prepare
@@ -168,6 +169,21 @@ def test_what_cannot_be_told_is_refused(
         prepared(tmp_path, [{"messages": THOUGHTS}], template, bpe)
 
 
+def test_a_template_with_marks_is_the_way_out(bpe: str, tmp_path: Path) -> None:
+    """What a refusal advises: the same template with marks says itself what is trained."""
+    with pytest.raises(DataError) as caught:
+        prepared(tmp_path, [{"messages": THOUGHTS}], T.THINKING, bpe)
+    heard(
+        "so what is trained cannot be told. Nearest: data.chat_template=FILE, a template that marks",
+        str(caught.value),
+    )
+    marked = T.THINKING.replace(
+        "{{ parts[-1] | trim }}", "{% generation %}{{ parts[-1] | trim }}{% endgeneration %}"
+    )
+    told, _, _ = prepared(tmp_path, [{"messages": THOUGHTS}], marked, bpe)
+    assert told == ["2|4"]
+
+
 def test_the_last_answer_alone_may_think(bpe: str, tmp_path: Path) -> None:
     """Where earlier thoughts are left out of the text, the last answer can still be trained."""
     told, _, _ = prepared(tmp_path, [{"messages": THOUGHTS}], T.THINKING, bpe, train_on="last_assistant")  # fmt: skip
@@ -288,8 +304,11 @@ def test_no_template_is_refused_until_one_is_stated(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"messages": TWO_TURNS}) + "\n")
     data = Data(source="files", path=str(file), task="sft", sequence_length=99)
-    with pytest.raises(DataError, match="has no chat template. Nearest: data.chat_template=chatml"):
+    with pytest.raises(DataError) as caught:
         prepare(data, None)
+    heard(
+        "the tokenizer has no chat template. Nearest: data.chat_template=chatml", str(caught.value)
+    )
     assert prepare(data.model_copy(update={"chat_template": "chatml"}), None)
 
 

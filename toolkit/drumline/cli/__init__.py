@@ -22,6 +22,7 @@ COMMANDS = {
     "prepare": "plan",
     "schema": "plan",
     "cache": "cache",
+    "data": "data",
     "run": "run",
     "resume": "run",
     "verify": "verify",

@@ -104,7 +104,8 @@ def prepare_command(
 
     manifest = read_dataset_manifest(folder)
     assert manifest
-    print(f"{manifest.samples:,} samples, {manifest.validation_samples:,} for validation")
+    style = f", {manifest.style}" if manifest.style else ""
+    print(f"{manifest.samples:,} samples, {manifest.validation_samples:,} for validation{style}")
     print(
         f"{manifest.label_tokens:,} label tokens, {manifest.truncated} truncated, {manifest.dropped} dropped"
         + (

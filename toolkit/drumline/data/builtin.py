@@ -1,4 +1,4 @@
-"""Builtin data: the Python standard library's source, and a small synthetic classification set."""
+"""Builtin data: the Python standard library's source, and small synthetic classes and chats."""
 
 import io
 import platform
@@ -82,7 +82,31 @@ def synthetic_classification(
             yield SourceRow({"features": value, "label": int(which)}, f"row {number:,}")
 
 
+_ANIMALS = ("cat", "dog", "owl", "fox", "hen", "cow", "bee", "ant", "elk", "pig")
+_COLOURS = ("red", "blue", "green", "black", "white", "brown", "grey", "pink")
+
+
+def synthetic_chats(rows: int = 400) -> Iterator[SourceRow]:
+    """Conversations of one to three questions about sums, animals and colours: a field messages."""
+    for number in range(rows):
+        rng = np.random.Generator(np.random.Philox([20_26, number]))
+        messages = [{"role": "system", "content": "Answer in one sentence."}] if number % 3 else []
+        for _ in range(1 + number % 3):
+            one, other = (int(n) for n in rng.integers(0, 20, size=2))
+            animal, colour = rng.choice(_ANIMALS), rng.choice(_COLOURS)
+            asked, answer = (
+                (f"What is {one} + {other}?", f"It is {one + other}."),
+                (f"My {animal} is {colour}. What is it?", f"It is a {colour} {animal}."),
+            )[int(rng.integers(0, 2))]
+            messages += [
+                {"role": "user", "content": asked},
+                {"role": "assistant", "content": answer},
+            ]
+        yield SourceRow({"messages": messages}, f"row {number + 1:,}")
+
+
 BUILTIN: dict[str, Callable[..., Iterator[SourceRow]]] = {
     "python-stdlib": python_stdlib,
     "synthetic-classification": synthetic_classification,
+    "synthetic-chats": synthetic_chats,
 }

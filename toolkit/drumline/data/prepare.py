@@ -28,7 +28,7 @@ from drumline.data.dataset_manifest import (
 from drumline.data.part_writer import Packer, PartWriter
 from drumline.data.publish import locked, publish, remove_abandoned
 from drumline.data.readers import Reading
-from drumline.data.rows import array_columns
+from drumline.data.rows import DTYPES, array_columns
 from drumline.data.source_row import SourceRow
 from drumline.data.tasks import Encoded, Task, find_task
 from drumline.data.tokenize_ahead import TokenizeAhead
@@ -192,6 +192,7 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
         skipped=seen.skipped,
         first_problem=seen.first_problem,
         longest=_longest(data, writers.values()),
+        lengths=_lengths(folder / TRAIN, task, train.longest),
         files=sizes(folder),
         arrays=arrays,
         origin=_origin(data),
@@ -261,6 +262,15 @@ def _write_set(
 def _longest(data: Data, writers: Iterable[PartWriter]) -> int | None:
     """Input tokens of the longest row; None if rows are packed, or if only a task's own code knows."""
     return None if data.task_factory else max(writer.longest for writer in writers) or None
+
+
+def _lengths(folder: Path, task: Task, longest: int) -> list[int] | None:
+    """Input tokens of rows at every hundredth of them; None where rows are packed or have no tokens."""
+    if task.is_stream or "lengths" not in task.columns:
+        return None
+    found = np.fromfile(folder / "lengths.bin", dtype=DTYPES["lengths"])
+    inputs = found - (int(found.max()) - longest)  # the last token can be a target only
+    return [int(size) for size in np.quantile(inputs, np.linspace(0, 1, 101), method="nearest")]
 
 
 def _write_stream(

@@ -67,6 +67,10 @@ class TokenizeAhead:
         """As the tokenizer's own."""
         return self._answer(("encode_offsets", text, bounds))  # type: ignore[no-any-return]
 
+    def decode(self, tokens: Tokens) -> str:
+        """As the tokenizer's own."""
+        return self._inner.decode(tokens)
+
     @property
     def chat(self) -> ChatFacts:
         """As the tokenizer's own."""

@@ -75,6 +75,10 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def decode(self, tokens: Tokens) -> str:
+        """The text of these tokens, special ones by name."""
+        ...
+
     @property
     def chat(self) -> ChatFacts:
         """What a chat template needs to know of the tokenizer."""
@@ -110,6 +114,12 @@ class ByteTokenizer:
         widths = [len(letter.encode("utf-8", errors="replace")) for letter in text]
         first = np.repeat(np.arange(len(text), dtype=np.int64), widths)
         return self.encode(text), np.stack([first, first + 1], axis=1)
+
+    def decode(self, tokens: Tokens) -> str:
+        """The bytes as UTF-8; the end token by its name in an export."""
+        parts = np.split(tokens, np.flatnonzero(tokens == self.end))
+        texts = [part[part != self.end].astype(np.uint8).tobytes() for part in parts]
+        return _END.join(text.decode("utf-8", errors="replace") for text in texts)
 
     @property
     def chat(self) -> ChatFacts:
@@ -254,6 +264,10 @@ class HubTokenizer:
             ids += piece.input_ids
             places += [(start, end)] * len(piece.input_ids)
         return np.asarray(ids, np.uint32), np.array(places, np.int64).reshape(-1, 2)
+
+    def decode(self, tokens: Tokens) -> str:
+        """The text of these tokens, special ones by name."""
+        return str(self._inner.decode(tokens.tolist()))
 
     @property
     def chat(self) -> ChatFacts:

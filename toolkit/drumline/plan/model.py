@@ -6,6 +6,7 @@ publish its JSON Schema.
 """
 
 import dataclasses
+import itertools
 import json
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -141,13 +142,31 @@ class Advice:
 class DataFacts:
     """The prepared data: content fingerprint, cache path, number of validation samples.
 
-    `row_tokens`: input tokens of the longest row that the run reads.
+    `row_tokens`: input tokens of the longest row that the run reads. `row_lengths`: of training rows at 0 %,
+    1 %, … 100 % of them, where rows are padded.
     """
 
     fingerprint: str | None
     cache: str | None
     validation_samples: int | None
-    row_tokens: int | None = None  # the default is for plans that were written without it
+    row_tokens: int | None = None  # the defaults are for plans that were written without them
+    row_lengths: list[int] | None = None
+
+    def padding(self, rows: int) -> float | None:
+        """Expected share of padding in micro-batches of so many rows drawn at random; None if not known.
+
+        Of 1 − mean / E[max], where the largest of `rows` lengths has the distribution F to the power `rows`.
+        """
+        if not self.row_lengths:
+            return None
+        last = len(self.row_lengths) - 1
+        pairs = list(itertools.pairwise(self.row_lengths))
+        mean = sum((a + b) / 2 for a, b in pairs) / last
+        most = sum(
+            (a + b) / 2 * (((n + 1) / last) ** rows - (n / last) ** rows)
+            for n, (a, b) in enumerate(pairs)
+        )
+        return 1 - mean / most if most else None
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,7 @@ class World:
 
     `batchnorm`: whether a factory's model has it. `weights`: shapes of the tensors of a pretrained model,
     by name. `row_tokens`: tokens of the longest row that the run reads, or else of all prepared ones.
+    `row_lengths`: as in DataFacts.
     `problems`: warnings found while reading.
     """
 
@@ -77,6 +78,7 @@ class World:
     samples: int | None = None
     validation_samples: int | None = None
     row_tokens: int | None = None
+    row_lengths: list[int] | None = None
     fingerprint: str | None = None
     cache: str | None = None
     classes: int | None = None
@@ -151,6 +153,7 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
             cache=world.cache,
             validation_samples=world.validation_samples,
             row_tokens=world.row_tokens,
+            row_lengths=world.row_lengths,
         ),
         advice=[],
         warnings=warnings

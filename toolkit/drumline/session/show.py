@@ -26,6 +26,8 @@ def plan_table(plan: Plan) -> str:
         ("model", _model(plan)),
         ("split", f"{plan.split_invariance.level}: {plan.split_invariance.why}"),
     ]
+    if plan.data.row_lengths:
+        rows.insert(2, ("rows", _lengths(plan, plan.data.row_lengths)))
     rows += [("advice", _advice(plan))] if plan.advice else []
     rows += [("warning", warning) for warning in plan.warnings]
     return "\n".join([f"{recipe.recipe}", "", *(_row(label, text) for label, text in rows)])
@@ -58,6 +60,16 @@ def _steps(plan: Plan) -> str:
     if s.last_batch != plan.batch.effective and plan.batch.remainder != "drop":
         short = f", the last of {s.last_batch:,}"
     return f"{first}\n{s.samples:,} samples: {s.per_epoch:,} steps an epoch{short}; {s.epochs:g} epochs"
+
+
+def _lengths(plan: Plan, lengths: list[int]) -> str:
+    """How long the training rows are, and what part of the tokens is padding."""
+    size, share = plan.batch.per_device, plan.data.padding(plan.batch.per_device)
+    padded = f"; about {share:.0%} padding at {size:,} per_device" if share is not None else ""
+    return (
+        f"{lengths[0]:,} to {lengths[-1]:,} tokens, half of them at most {lengths[50]:,}, nine tenths at "
+        f"most {lengths[90]:,}{padded}"
+    )
 
 
 def _schedule(plan: Plan) -> str:

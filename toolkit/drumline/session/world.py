@@ -72,6 +72,7 @@ def _prepared(recipe: Recipe, problems: list[str]) -> dict[str, Any]:
         "classes": manifest.classes,
         "validation_samples": manifest.validation_samples,
         "row_tokens": manifest.row_tokens,
+        "row_lengths": manifest.lengths,
         "fingerprint": manifest.fingerprint,
         "cache": str(folder),
     }

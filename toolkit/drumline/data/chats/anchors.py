@@ -21,7 +21,6 @@ Span = tuple[int, int]
 _FILLS = ("Q\ue000", "Z\ue001")
 _TOKEN = re.compile(r"<[^<>\s]{1,60}>|[<\[]\|?[^\s<>\[\]]{1,40}\|?[>\]]|.", re.DOTALL)
 """A special token as templates write them, or a letter."""
-_WAY_OUT = "Nearest: data.chat_template=FILE, a template that marks it with {% generation %}"
 
 
 def assistant_spans(
@@ -140,7 +139,10 @@ def _check_words(message: Message, number: int, said: str) -> None:
 
 
 def _of(number: int, what: str, more: str) -> str:
-    return f"message {number + 1} (assistant) {what}, so what is trained cannot be told. {_WAY_OUT}{more}"
+    return (
+        f"message {number + 1} (assistant) {what}, so what is trained cannot be told. Nearest: "
+        f"data.chat_template=FILE, a template that marks it with {{% generation %}}{more}"
+    )
 
 
 def _first_word(text: str) -> str:
