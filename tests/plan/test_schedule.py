@@ -19,7 +19,7 @@ from drumline.plan.schedule import (
     resolve_warmup,
 )
 from drumline.plan.steps import Clock
-from drumline.recipe.load import validate
+from drumline.recipe.load import merge, validate
 from drumline.recipe.schema import Schedule
 from drumline.session.show import plan_table
 
@@ -171,3 +171,51 @@ def test_a_promise_that_the_run_would_not_keep_is_refused_or_told() -> None:
             planned(10, name="piecewise", milestones=places)
     flat = planned(6, name="cosine", unit="epoch", min_lr_ratio=0.1)
     assert "the rate never comes near the peak 0.001: it is 0.0001 at most" in flat.warnings
+
+
+def curve_of(**changes: Any) -> Curve:
+    """The curve of a recipe with these sections."""
+    return plan_of(**changes).schedule
+
+
+def plan_of(**changes: Any) -> Plan:
+    """The plan of 40 steps with these sections."""
+    base = tiny_recipe(duration={"steps": 40}, optimizer={"lr": 1.0})
+    return resolve(validate(merge(base, changes), "r"))
+
+
+def test_a_run_that_ends_before_its_schedule_has_its_first_rates() -> None:
+    """`horizon_steps`: the rates of a longer run, cut off; a warm-up beyond the run is then no error."""
+    words = {"name": "cosine", "warmup_steps": 5, "min_lr_ratio": 0.1}
+    whole = curve_of(schedule=words, duration={"steps": 400})
+    cut = curve_of(schedule={**words, "horizon_steps": 400})
+    assert [rate_at(cut, step) for step in range(1, 41)] == [
+        rate_at(whole, step) for step in range(1, 41)
+    ]
+    assert cut.last == 40
+    assert cut.total == 400
+    early = plan_of(schedule={**words, "warmup_steps": 100, "horizon_steps": 400})
+    assert rate_at(early.schedule, 40) == pytest.approx(0.4)
+    assert not [line for line in early.warnings if "peak" in line]
+
+
+def test_a_warm_up_begins_where_it_is_said_to() -> None:
+    """A line from warmup_start_ratio before the first step to the peak at the last of the warm-up."""
+    curve = curve_of(schedule={"warmup_steps": 4, "warmup_start_ratio": 0.2})
+    assert [rate_at(curve, step) for step in (1, 2, 4, 5)] == pytest.approx([0.4, 0.6, 1.0, 1.0])
+
+
+def test_a_minimum_is_a_rate_or_a_share_of_the_peak() -> None:
+    """`min_lr` is the rate of the last step, whatever the batch scales the peak to."""
+    scaled = {"lr": 1.0, "lr_scaling": {"rule": "linear", "reference_batch": 6}}
+    for optimizer in ({"lr": 1.0}, scaled):
+        curve = curve_of(schedule={"name": "linear", "min_lr": 0.05}, optimizer=optimizer)
+        assert rate_at(curve, 40) == pytest.approx(0.05)
+
+
+def test_a_warm_up_of_epochs_is_so_many_steps() -> None:
+    """Half an epoch of 100 samples in steps of 12 is 5 steps."""
+    data = {"samples": 100}
+    plan = plan_of(data=data, schedule={"warmup_epochs": 0.5}, batch={"effective": 12, "per_device": 12, "gpus": 1})  # fmt: skip
+    assert plan.steps.per_epoch == 9
+    assert plan.schedule.warmup_steps == 5

@@ -1,11 +1,14 @@
 """Steps and epochs: the worked examples, and brute force over every remainder."""
 
+from fractions import Fraction
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from drumline.errors import PlanError
-from drumline.plan.steps import Clock, share
+from drumline.plan.steps import Clock, is_due, share
 
 remainders = st.sampled_from(["keep", "drop", "carry"])
 
@@ -76,3 +79,36 @@ def test_shares_partition_the_step(count: int, b: int, gpus: int) -> None:
         assert start <= slot < stop
     assert sum(stop - start for s in shares for start, stop in s) == count
     assert all(any(s[m][0] < s[m][1] for s in shares) for m in range(len(shares[0])))
+
+
+@given(samples=st.integers(1, 400), effective=st.integers(1, 60), remainder=st.sampled_from(["keep", "drop", "carry"]),
+       tenths=st.integers(1, 45))  # fmt: skip
+def test_a_part_of_an_epoch_ends_with_the_first_step_that_reaches_it(
+    samples: int, effective: int, remainder: Any, tenths: int
+) -> None:
+    """As many steps as that share of an epoch's; whole epochs are as they were."""
+    if remainder == "drop" and effective > samples:
+        return
+    clock = Clock(samples, effective, remainder)
+    total = clock.total_for_epochs(tenths / 10)
+    done = [clock.epochs_done(step) for step in range(total + 1)]
+    assert done[total] >= Fraction(tenths, 10)
+    assert total == 0 or done[total - 1] < Fraction(tenths, 10)
+    if tenths % 10 == 0:
+        assert total == clock.total_for_epochs(tenths // 10)
+
+
+@given(samples=st.integers(1, 300), effective=st.integers(1, 60), remainder=st.sampled_from(["keep", "carry"]),
+       every=st.sampled_from([0.25, 0.3, 0.5, 1, 1.5, 2]))  # fmt: skip
+def test_a_cadence_of_epochs_is_met_once_for_each(
+    samples: int, effective: int, remainder: Any, every: float
+) -> None:
+    """The steps that are due are those at which the number of complete multiples grows."""
+    clock = Clock(samples, effective, remainder)
+    last = clock.total_for_epochs(6)
+    due = [step for step in range(1, last + 1) if is_due(step, None, every, clock)]
+    reached = {clock.epochs_done(step) // Fraction(str(every)) for step in range(last + 1)} - {0}
+    assert len(due) == len(reached)
+    if every == 1 and remainder == "keep":
+        assert due == [clock.last_step_of_epoch(epoch) for epoch in range(1, 7)]
+    assert [step for step in range(1, 21) if is_due(step, 5, None, None)] == [5, 10, 15, 20]

@@ -17,7 +17,7 @@ from drumline.memory.ranges import ByteRange, Verdict
 from drumline.plan.batch import Split
 from drumline.plan.mesh import Mesh, mesh_of
 from drumline.plan.schedule import Curve
-from drumline.plan.steps import Clock
+from drumline.plan.steps import Clock, whole_samples
 from drumline.recipe.schema import Recipe
 
 PLAN_VERSION = 1
@@ -197,7 +197,7 @@ class Plan:
         if self.steps.samples is None:
             raise PlanError("the number of samples is not known; run `drumline prepare` first")
         epochs = self.recipe.duration.epochs
-        limit = self.steps.samples * epochs if epochs else None
+        limit = whole_samples(self.steps.samples, epochs) if epochs else None
         return Clock(self.steps.samples, self.batch.effective, self.batch.remainder, limit)
 
     def to_dict(self) -> dict[str, Any]:

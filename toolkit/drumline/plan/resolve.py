@@ -44,7 +44,7 @@ from drumline.plan.model import (
 )
 from drumline.plan.noise import is_measurable
 from drumline.plan.optimizers import resolved_optimizer, saved_bytes
-from drumline.plan.steps import Clock
+from drumline.plan.steps import Clock, whole_samples
 from drumline.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -201,7 +201,8 @@ def _steps(recipe: Recipe, split: Split, world: World) -> tuple[StepFacts, Clock
                 f"duration.{key}: the number of steps is unknown until the data are prepared. "
                 "Nearest: run `drumline prepare`, or state data.samples, or use duration.steps"
             )
-        warmup = _warmup(recipe, duration.steps)
+        _need_samples(recipe)
+        warmup = _warmup(recipe, duration.steps, None)
         return StepFacts(
             samples=None,
             per_epoch=None,
@@ -212,7 +213,7 @@ def _steps(recipe: Recipe, split: Split, world: World) -> tuple[StepFacts, Clock
             tokens_per_step=tokens,
             warmup=warmup,
         ), None
-    limit = samples * duration.epochs if duration.epochs else None
+    limit = whole_samples(samples, duration.epochs) if duration.epochs else None
     clock = Clock(samples, split.effective, recipe.batch.remainder, limit)
     if duration.steps:
         total = duration.steps
@@ -234,8 +235,23 @@ def _steps(recipe: Recipe, split: Split, world: World) -> tuple[StepFacts, Clock
         forwards_per_step=math.ceil(widest / row),
         last_batch=stop - start,
         tokens_per_step=tokens,
-        warmup=_warmup(recipe, total),
+        warmup=_warmup(recipe, total, clock),
     ), clock
+
+
+def _need_samples(recipe: Recipe) -> None:
+    """PlanError where something is stated in epochs, and how long one is is not known."""
+    stated = {
+        "evaluation.every_epochs": recipe.evaluation and recipe.evaluation.every_epochs,
+        "checkpoint.every_epochs": recipe.checkpoint.every_epochs,
+        "schedule.warmup_epochs": recipe.schedule.warmup_epochs,
+    }
+    for key, value in stated.items():
+        if value is not None:
+            raise PlanError(
+                f"{key}: {value:g} epochs are so many steps as the data have samples. Nearest: run "
+                "`drumline prepare`, or state data.samples, or use steps"
+            )
 
 
 def _rate_warnings(recipe: Recipe, curve: schedule.Curve, clock: Clock | None) -> list[str]:
@@ -252,7 +268,7 @@ def _rate_warnings(recipe: Recipe, curve: schedule.Curve, clock: Clock | None) -
             f"the warm-up takes all {curve.total:,} steps, so {curve.name} never begins and the minimum is "
             "not reached. Nearest: a shorter warm-up"
         )
-    if facts.highest < _NEAR_THE_PEAK * curve.peak_lr:
+    if facts.highest < _NEAR_THE_PEAK * curve.peak_lr and curve.run is None:
         found.append(
             f"the rate never comes near the peak {curve.peak_lr:g}: it is {facts.highest:g} at most"
         )
@@ -269,9 +285,13 @@ def _noise_warnings(recipe: Recipe, split: Split) -> list[str]:
     return ["logging.noise_scale: a step of one micro-batch has nothing to compare; none is logged"]
 
 
-def _warmup(recipe: Recipe, total: int) -> int:
+def _warmup(recipe: Recipe, total: int, clock: Clock | None) -> int:
     s = recipe.schedule
-    return schedule.resolve_warmup(s.warmup_steps, s.warmup_ratio, s.name, total)
+    steps, key = s.warmup_steps, "warmup_steps"
+    if s.warmup_epochs is not None:
+        assert clock is not None
+        steps, key = clock.total_for_epochs(s.warmup_epochs), "warmup_epochs"
+    return schedule.resolve_warmup(steps, s.warmup_ratio, s.name, s.horizon_steps or total, key)
 
 
 def _step_warnings(split: Split, clock: Clock | None) -> list[str]:
@@ -285,7 +305,13 @@ def _step_warnings(split: Split, clock: Clock | None) -> list[str]:
 
 def _curve(recipe: Recipe, split: Split, steps: StepFacts) -> schedule.Curve:
     """The schedule with its peak learning rate scaled and its durations in optimizer steps."""
-    s, total = recipe.schedule, steps.total
+    s, run = recipe.schedule, steps.total
+    total = s.horizon_steps or run
+    if total < run:
+        raise PlanError(
+            f"schedule.horizon_steps: {total} < {run} steps of the run, which would train beyond the end of "
+            f"its schedule. Nearest: horizon_steps {run}, or duration.steps {total}"
+        )
     warmup = steps.warmup
     decay = max(1, round(s.decay_ratio * total))
     schedule.check_cycles(s.cycles, total, warmup)
@@ -305,11 +331,15 @@ def _curve(recipe: Recipe, split: Split, steps: StepFacts) -> schedule.Curve:
             f"optimizer.lr: {recipe.optimizer.lr:g} × {_lr_factor(recipe, split):g} (lr_scaling) is {peak}. "
             "Nearest: a smaller rate"
         )
+    if s.min_lr is not None and s.min_lr > peak:
+        raise PlanError(
+            f"schedule.min_lr: {s.min_lr:g} > the peak {peak:g}. Nearest: min_lr {peak / 10:g}"
+        )
     return schedule.Curve(
         name=s.name,
         base_lr=recipe.optimizer.lr,
         peak_lr=peak,
-        min_lr_ratio=s.min_lr_ratio,
+        min_lr_ratio=s.min_lr_ratio if s.min_lr is None else s.min_lr / peak,
         total=total,
         warmup_steps=warmup,
         unit=s.unit,
@@ -318,6 +348,8 @@ def _curve(recipe: Recipe, split: Split, steps: StepFacts) -> schedule.Curve:
         decay_steps=decay,
         start_ratio=s.start_ratio,
         milestones=schedule.resolve_milestones(s.milestones, total),
+        warmup_start_ratio=s.warmup_start_ratio,
+        run=None if total == run else run,
     )
 
 

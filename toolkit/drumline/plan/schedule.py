@@ -15,7 +15,10 @@ from drumline.plan.steps import Clock
 
 @dataclass(frozen=True)
 class Curve:
-    """A resolved schedule: every number that the learning rate at a step depends on."""
+    """A resolved schedule: every number that the learning rate at a step depends on.
+
+    `total`: steps that the curve is drawn over, and `run` those that the run takes of them, None for all.
+    """
 
     name: str
     base_lr: float
@@ -29,6 +32,13 @@ class Curve:
     decay_steps: int
     start_ratio: float
     milestones: list[tuple[int, float]]
+    warmup_start_ratio: float = 0.0  # the defaults are for plans that were written without them
+    run: int | None = None
+
+    @property
+    def last(self) -> int:
+        """The last step of the run."""
+        return self.total if self.run is None else self.run
 
     def progress(self, step: int) -> float:
         """Fraction of the steps between warm-up and the last step that are done, in [0, 1]."""
@@ -104,7 +114,8 @@ SCHEDULES: dict[str, Callable[[int, Curve], float]] = {
 
 
 def _linear_rise(step: int, curve: Curve) -> float:
-    return step / curve.warmup_steps
+    start = curve.warmup_start_ratio
+    return start + (1.0 - start) * step / curve.warmup_steps
 
 
 def _cosine_rise(step: int, curve: Curve) -> float:
@@ -118,7 +129,8 @@ WARMUPS: dict[str, Callable[[int, Curve], float]] = {"one_cycle": _cosine_rise}
 def rate_at(curve: Curve, step: int) -> float:
     """The learning rate of one optimizer step, 1 ≤ step ≤ total.
 
-    Warm-up is linear, peak·step/warmup_steps, unless WARMUPS has another function for the schedule.
+    Warm-up is a line from warmup_start_ratio at step 0 to the peak at step warmup_steps, unless WARMUPS has
+    another function for the schedule.
     """
     assert 1 <= step <= curve.total, (step, curve.total)
     if step <= curve.warmup_steps:
@@ -155,13 +167,14 @@ def rate_facts(curve: Curve, clock: Clock | None) -> RateFacts:
     candidates |= {step for step, _ in curve.milestones}
     if curve.unit == "epoch":
         assert clock is not None
-        epochs = {clock.epoch(min(max(step, 1), curve.total)) for step in candidates}
+        epochs = {clock.epoch(min(max(step, 1), curve.last)) for step in candidates}
         epochs |= {epoch + step for epoch in epochs for step in (-1, 1) if epoch + step >= 1}
         candidates |= {clock.last_step_of_epoch(epoch - 1) + 1 for epoch in epochs}
-    steps = sorted(step for step in candidates if 1 <= step <= curve.total)
+    candidates.add(curve.last)
+    steps = sorted(step for step in candidates if 1 <= step <= curve.last)
     rates = {step: rate(curve, step, clock) for step in steps}
     highest = max(steps, key=lambda step: (rates[step], -step))
-    return RateFacts(rates[1], rates[highest], highest, rate(curve, curve.total, clock))
+    return RateFacts(rates[1], rates[highest], highest, rate(curve, curve.last, clock))
 
 
 def check_warmup(curve: Curve, clock: Clock | None) -> None:
@@ -188,10 +201,12 @@ def check_cycles(cycles: int, total: int, warmup: int) -> None:
         )
 
 
-def resolve_warmup(steps: int | None, ratio: float | None, name: str, total: int) -> int:
-    """Warm-up steps of the run; if neither is given, 30 % of the run for one_cycle, else 0.
+def resolve_warmup(
+    steps: int | None, ratio: float | None, name: str, total: int, key: str = "warmup_steps"
+) -> int:
+    """Warm-up steps of a curve of `total` steps; if neither is given, 30 % of it for one_cycle, else 0.
 
-    Raises PlanError if `steps` exceeds the run.
+    Raises PlanError if `steps`, which come from the recipe's `key`, exceed the curve.
     """
     if steps is None and ratio is None:
         return max(1, round(0.3 * total)) if name == "one_cycle" else 0
@@ -200,8 +215,9 @@ def resolve_warmup(steps: int | None, ratio: float | None, name: str, total: int
     assert steps is not None
     if steps > total:
         raise PlanError(
-            f"schedule.warmup_steps: {steps} > {total} steps of the whole run, so the peak is never "
-            f"reached. Nearest: warmup_steps {max(1, total // 10)}, or duration.steps above {steps}"
+            f"schedule.{key}: {steps} > {total} steps of the whole run, so the peak is never reached. "
+            f"Nearest: warmup_steps {max(1, total // 10)}, or duration.steps above {steps}, or horizon_steps "
+            f"{10 * steps} if the run is to end before its schedule"
         )
     return steps
 

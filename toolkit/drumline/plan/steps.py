@@ -4,7 +4,9 @@ A slot is a position in the infinite sequence of samples, one epoch's order afte
 epoch s // N + 1. Slots are counted from 0, steps and epochs from 1.
 """
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 from drumline.errors import PlanError
@@ -40,11 +42,17 @@ class Clock:
         whole, rest = divmod(self.samples, self.effective)
         return whole if self.remainder == "drop" or rest == 0 else whole + 1
 
-    def total_for_epochs(self, epochs: int) -> int:
-        """Steps of a run of `epochs` epochs."""
+    def total_for_epochs(self, epochs: float) -> int:
+        """Steps of a run of `epochs` epochs; a part of an epoch ends with the first step that reaches it."""
         if self.remainder == "carry":
-            return -(-self.samples * epochs // self.effective)
-        return self.steps_per_epoch * epochs
+            return -(-whole_samples(self.samples, epochs) // self.effective)
+        return _reached(self.steps_per_epoch, epochs)
+
+    def epochs_done(self, step: int) -> Fraction:
+        """Epochs that are complete at the end of a step, and the part of the next one."""
+        if self.remainder == "carry":
+            return Fraction(self.consumed(step), self.samples)
+        return Fraction(step, self.steps_per_epoch)
 
     def total_for_samples(self, samples: int) -> int:
         """The first step at whose end at least `samples` samples were consumed."""
@@ -85,6 +93,29 @@ class Clock:
         if self.remainder == "drop":
             return step * self.effective
         return self.slots(step)[1]
+
+
+def whole_samples(samples: int, epochs: float) -> int:
+    """Samples of so many epochs, rounded up."""
+    return _reached(samples, epochs)
+
+
+def _reached(size: int, epochs: float) -> int:
+    """The least whole number that is not below size × epochs, as epochs are written: 0.1 is a tenth."""
+    return math.ceil(size * Fraction(str(epochs)))
+
+
+def is_due(
+    step: int, every_steps: int | None, every_epochs: float | None, clock: Clock | None
+) -> bool:
+    """Whether a step ends a multiple of so many steps, or is the first to reach one of so many epochs."""
+    if every_steps is not None:
+        return step % every_steps == 0
+    if every_epochs is None:
+        return False
+    assert clock is not None
+    every = Fraction(str(every_epochs))
+    return clock.epochs_done(step) // every > clock.epochs_done(step - 1) // every
 
 
 def share(count: int, per_device: int, data_ranks: int, data_rank: int) -> list[tuple[int, int]]:

@@ -13,6 +13,7 @@ from drumline.recipe.model_section import Model
 from drumline.recipe.section import (
     AddedLater,
     Count,
+    Epochs,
     FactoryName,
     Fraction,
     Name,
@@ -164,7 +165,12 @@ class Loss(Section):
 
 
 class Schedule(Section):
-    """The learning rate as a function of the optimizer step; formulas in `plan/schedule.py`."""
+    """The learning rate as a function of the optimizer step; formulas in `plan/schedule.py`.
+
+    `horizon_steps`: the steps that the curve is drawn over, where they are not those of the run.
+    `warmup_start_ratio`: the rate before the first step, as a share of the peak. `min_lr`: the end of the
+    curve, where `min_lr_ratio` states it as a share of the peak.
+    """
 
     name: Literal[
         "constant",
@@ -179,7 +185,11 @@ class Schedule(Section):
     ] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     warmup_ratio: Fraction | None = None
+    warmup_epochs: Annotated[Epochs | None, AddedLater()] = None
+    warmup_start_ratio: Annotated[Ratio, AddedLater()] = 0.0
     min_lr_ratio: Ratio = 0.0
+    min_lr: Annotated[NonNegative | None, AddedLater()] = None
+    horizon_steps: Annotated[Count | None, AddedLater()] = None
     unit: Literal["step", "epoch"] = "step"
     cycles: Count = 1
     power: Positive = 1.0
@@ -200,10 +210,22 @@ class Schedule(Section):
             default = type(self).model_fields[key].default
             if name != self.name and getattr(self, key) != default:
                 raise ValueError(f"{key} belongs to schedule {name}, not {self.name}")
-        if self.warmup_steps is not None and self.warmup_ratio is not None:
+        given = {
+            key: value
+            for key in ("warmup_steps", "warmup_ratio", "warmup_epochs")
+            if (value := getattr(self, key)) is not None
+        }
+        if len(given) > 1:
+            stated = " and ".join(f"{key} {value}" for key, value in given.items())
+            raise ValueError(f"{stated} exclude each other; keep one")
+        if self.min_lr is not None and self.min_lr_ratio:
             raise ValueError(
-                f"warmup_steps {self.warmup_steps} and warmup_ratio {self.warmup_ratio} "
-                "exclude each other; keep one"
+                f"min_lr {self.min_lr:g} and min_lr_ratio {self.min_lr_ratio:g} exclude each other; keep one"
+            )
+        if self.warmup_start_ratio and self.name == "one_cycle":
+            raise ValueError(
+                "warmup_start_ratio: one_cycle begins at its own start_ratio. Nearest: "
+                f"start_ratio {self.warmup_start_ratio:g}"
             )
         if self.name == "piecewise":
             _check_milestones(self.milestones)
@@ -214,7 +236,7 @@ class Duration(Section):
     """How long to train: exactly one of steps, epochs, tokens (ends at the first step that reaches it)."""
 
     steps: Count | None = None
-    epochs: Count | None = None
+    epochs: Epochs | None = None
     tokens: Count | None = None
 
     @model_validator(mode="after")
@@ -229,10 +251,22 @@ class Duration(Section):
 
 
 class Evaluation(Section):
-    """Evaluation on the rows for it, every `every_steps` optimizer steps and after the last one."""
+    """Evaluation on the rows for it, every so many optimizer steps or epochs, and after the last step.
 
-    every_steps: Count
+    `at_start`: also before the first one.
+    """
+
+    every_steps: Count | None = None
+    every_epochs: Annotated[Epochs | None, AddedLater()] = None
+    at_start: Annotated[bool, AddedLater()] = False
     per_device: Count | None = None
+
+    @model_validator(mode="after")
+    def _has_one_cadence(self) -> Self:
+        if (self.every_steps is None) == (self.every_epochs is None):
+            both = "both" if self.every_steps else "neither"
+            raise ValueError(f"exactly one of every_steps and every_epochs; given: {both}")
+        return self
 
 
 class EarlyStopping(Section):
@@ -250,6 +284,7 @@ class Checkpoint(Section):
     """When to save and what to keep: the last n, the best n, and steps divisible by `keep_every`."""
 
     every_steps: Count | None = None
+    every_epochs: Annotated[Epochs | None, AddedLater()] = None
     every_minutes: Annotated[float, Field(gt=0, le=10**6, allow_inf_nan=False)] | None = None
     keep_last: Count = 2
     keep_best: Annotated[int, Field(ge=0)] = 1

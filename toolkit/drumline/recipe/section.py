@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Count = Annotated[int, Field(ge=1, le=10**15)]
 Samples = Annotated[int, Field(ge=1, le=10**9)]
 Name = Annotated[str, Field(min_length=1)]
+Epochs = Annotated[int | float, Field(gt=0, le=10**9, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]

@@ -115,5 +115,12 @@ def fixed(plan: Plan) -> Plan:
 
 def needs_data(recipe: Recipe) -> bool:
     """Whether the number of steps is known only once the data are prepared."""
-    counted = recipe.duration.steps is None or recipe.schedule.unit == "epoch"
+    evaluation = recipe.evaluation
+    counted = (
+        recipe.duration.steps is None
+        or recipe.schedule.unit == "epoch"
+        or recipe.schedule.warmup_epochs is not None
+        or recipe.checkpoint.every_epochs is not None
+        or (evaluation is not None and evaluation.every_epochs is not None)
+    )
     return counted and recipe.data.samples is None

@@ -84,11 +84,12 @@ def _schedule(plan: Plan) -> str:
     facts = rate_facts(c, plan.clock() if c.unit == "epoch" else None)
     warmup = f"warm-up {c.warmup_steps:,} steps, " if c.warmup_steps else ""
     held = ", held within an epoch" if c.unit == "epoch" else ""
+    beyond = f"; the schedule is one of {c.total:,} steps" if c.run is not None else ""
     first = f"{facts.first:g} at step 1, " if facts.highest_step > 1 else ""
     highest = "peak" if math.isclose(facts.highest, c.peak_lr) else "at most"
     return (
         f"{c.name}: {warmup}{first}{highest} {facts.highest:g} at step {facts.highest_step:,}{derived}, "
-        f"{facts.last:g} at step {c.total:,}{held}"
+        f"{facts.last:g} at step {c.last:,}{held}{beyond}"
     )
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from drumline.data.rows import Rows
 from drumline.phases import Phase
 from drumline.plan.model import Plan
-from drumline.plan.steps import share
+from drumline.plan.steps import is_due, share
 from drumline.recipe.data_section import ALONE
 from drumline.train.batches import micro_batch_tensors, open_rows
 from drumline.train.engines import Engine
@@ -35,7 +35,7 @@ class _Sums:
 
 
 class Evaluator:
-    """Evaluates every `evaluation.every_steps` and after the last step; data ranks share the rows."""
+    """Evaluates at the cadence of `evaluation` and after the last step; data ranks share the rows."""
 
     def __init__(self, plan: Plan, engine: Engine) -> None:
         self._plan, self._engine = plan, engine
@@ -48,7 +48,9 @@ class Evaluator:
     def is_due(self, step: int, last: bool) -> bool:
         """Whether this optimizer step ends with an evaluation."""
         spec = self._plan.recipe.evaluation
-        return spec is not None and (last or step % spec.every_steps == 0)
+        return spec is not None and (
+            last or is_due(step, spec.every_steps, spec.every_epochs, self._plan.clock())
+        )
 
     def run(self, watch: Watch) -> dict[str, float] | None:
         """`eval/loss` in nats, and the objective's metrics as `eval/<name>`; equal on every rank.

@@ -68,9 +68,9 @@ def train(
     saver = _saver(plan, run_folder, attempt, state.step, logbook)
     evaluator = Evaluator(plan, engine)
     judge = Judge(recipe.anomalies, state, suspect)
-    cadence = SaveCadence(recipe.checkpoint)
-    meter, timer = build_meter(plan, engine), ForwardTimer(device)
     clock = plan.clock()
+    cadence = SaveCadence(recipe.checkpoint, clock)
+    meter, timer = build_meter(plan, engine), ForwardTimer(device)
     course = _Course(stop=False, reason=_reason_to_stop(state, plan))
 
     watch.enter(Phase.WARMING_UP)
@@ -78,7 +78,7 @@ def train(
     with logbook, saver, GarbageControl() as garbage:
         if state.evaluation_due:
             _evaluate(evaluator, state, plan, watch, logbook, course)
-            if not course.stop:
+            if not course.stop and state.step:
                 saver.amend(state)
         first = plan.steps.total + 1 if course.is_over else state.step + 1
         for step in logbook.timed(read_ahead(reader, first, plan.steps.total)):
@@ -307,6 +307,7 @@ def _restore(
             training_sha256=plan.training_sha256,
             fingerprint=plan.data.fingerprint,
             base=base[0],
+            evaluation_due=bool(plan.recipe.evaluation and plan.recipe.evaluation.at_start),
         )
         return fresh, None
     path, state = chosen.path, chosen.state

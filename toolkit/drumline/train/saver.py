@@ -25,6 +25,7 @@ from drumline.checkpoint.state import MOST_SCORES, TrainState, badness
 from drumline.checkpoint.weights import WEIGHTS, WeightSums, sum_weights
 from drumline.errors import CheckpointError, PeerLost
 from drumline.files import apply_umask, fsync_folder
+from drumline.plan.steps import Clock, is_due
 from drumline.recipe.schema import Checkpoint
 from drumline.train.commit import SaveCommit
 from drumline.train.engines.base import TensorShard
@@ -47,8 +48,8 @@ _UNMEASURED_BYTES_PER_S = 20e6
 class SaveCadence:
     """When a checkpoint is due: by steps, by minutes, at a milestone, or at the best evaluation."""
 
-    def __init__(self, spec: Checkpoint) -> None:
-        self._spec, self._saved_when = spec, time.monotonic()
+    def __init__(self, spec: Checkpoint, clock: Clock | None = None) -> None:
+        self._spec, self._clock, self._saved_when = spec, clock, time.monotonic()
 
     def time_is_up(self) -> bool:
         """Whether `every_minutes` have passed on this rank's clock; the loop uses rank 0's answer only."""
@@ -57,9 +58,11 @@ class SaveCadence:
 
     def is_due(self, state: TrainState) -> bool:
         """Whether a save is due by the step count, or because this evaluation is the best so far."""
-        counts = (self._spec.every_steps, self._spec.keep_every)
-        is_best = self._spec.keep_best > 0 and state.is_best
-        return is_best or any(count and state.step % count == 0 for count in counts)
+        spec = self._spec
+        is_best = spec.keep_best > 0 and state.is_best
+        is_kept = spec.keep_every is not None and state.step % spec.keep_every == 0
+        by_count = is_due(state.step, spec.every_steps, spec.every_epochs, self._clock)
+        return is_best or is_kept or by_count
 
     def saved(self) -> None:
         """Restart the count of minutes."""
