@@ -10,7 +10,7 @@ from drumline.architectures.gpus import find_gpu
 from drumline.architectures.shapes import ModelShape
 from drumline.memory.calibration import Row
 from drumline.memory.closed_form import Peak, estimate
-from drumline.memory.load import Load
+from drumline.memory.load import Load, StateSize
 from drumline.memory.ranges import Device, Totals
 from drumline.units import GIB
 
@@ -19,7 +19,7 @@ LLAMA = read_shape("llama", {"hidden_size": 1024, "intermediate_size": 2816, "nu
 assert isinstance(LLAMA, ModelShape)
 BASE = Load(
     shape=LLAMA, per_device=4, sequence_length=1024, ranks=8, nodes=1, shard_ranks=8, strategy="ddp",
-    precision="bf16", optimizer_states=2, has_scratch=False, has_scratch_in_a_step=False, checkpointing="none",
+    precision="bf16", optimizer_states=(StateSize.uniform(4),) * 2, has_scratch=False, has_scratch_in_a_step=False, checkpointing="none",
     attention="sdpa", chunked_loss=False,
 )  # fmt: skip
 P = LLAMA.parameters
@@ -35,9 +35,14 @@ def peak(**changes: Any) -> Peak:
     ("changes", "parameters", "gradients", "optimizer"),
     [
         ({}, 4 * P, 4 * P, 8 * P),
-        ({"precision": "bf16-pure"}, 2 * P, 2 * P, 4 * P),
-        ({"precision": "fp32", "optimizer_states": 0}, 4 * P, 4 * P, 0),
-        ({"optimizer_states": 1}, 4 * P, 4 * P, 4 * P),
+        (
+            {"precision": "bf16-pure", "optimizer_states": (StateSize.uniform(2),) * 2},
+            2 * P,
+            2 * P,
+            4 * P,
+        ),
+        ({"precision": "fp32", "optimizer_states": ()}, 4 * P, 4 * P, 0),
+        ({"optimizer_states": (StateSize.uniform(4),)}, 4 * P, 4 * P, 4 * P),
         ({"strategy": "fsdp", "accumulation": 2}, P / 2, P / 2, P),
         ({"strategy": "zero1"}, 2 * P, 0, 1.5 * P),
         ({"strategy": "zero1", "accumulation": 2}, 2 * P, 2 * P, 1.5 * P),

@@ -18,7 +18,7 @@ from drumline.architectures.gpus import find_gpu
 from drumline.architectures.known_models import known_config
 from drumline.architectures.shapes import ModelShape
 from drumline.memory.closed_form import estimate
-from drumline.memory.load import Load
+from drumline.memory.load import Load, StateSize
 from drumline.memory.ranges import Device
 from drumline.memory.rank import play
 from drumline.units import MIB
@@ -37,7 +37,7 @@ def shape_of(name: str) -> ModelShape:
 MISTRAL, LLAMA_3B = shape_of("mistralai/Mistral-7B-v0.1"), shape_of("meta-llama/Llama-3.2-3B")
 BASE = Load(
     shape=MISTRAL, per_device=1, sequence_length=4096, ranks=1, nodes=1, shard_ranks=1, strategy="ddp",
-    precision="bf16-pure", optimizer_states=2, has_scratch=True, has_scratch_in_a_step=True, checkpointing="full",
+    precision="bf16-pure", optimizer_states=(StateSize.uniform(2),) * 2, has_scratch=True, has_scratch_in_a_step=True, checkpointing="full",
     attention="flash", chunked_loss=False,
 )  # fmt: skip
 
@@ -70,7 +70,9 @@ def load_of(row: dict[str, str]) -> Load:
     if gpus == 1:  # with one GPU the "mixed flag" leaves the bf16 weights as they are
         return common
     mixed = "mixed" in row["precision"]  # with FSDP it makes the stored shards fp32
-    return replace(common, strategy="fsdp", precision="bf16" if mixed else "bf16-pure")
+    states = (StateSize.uniform(4 if mixed else 2),) * 2
+    precision = "bf16" if mixed else "bf16-pure"
+    return replace(common, strategy="fsdp", precision=precision, optimizer_states=states)
 
 
 EXPRESSIBLE = [row for row in ROWS if row["id"] not in INEXPRESSIBLE]

@@ -84,6 +84,9 @@ FOLLOWED: list[tuple[list[str], str, list[list[str]]]] = [
     (["optimizer={name: sgd, lr: 0.1, implementation: fused}", "strategy.name=fsdp"], "Nearest: foreach", [["optimizer.implementation=foreach"]]),
     (["optimizer={name: custom, factory: 'm:f', lr: 0.1, implementation: foreach}"], "leave it out", [["optimizer.implementation=null"]]),
     (["optimizer.lr=1e308", "optimizer.lr_scaling={rule: linear, reference_batch: 1}"], "a smaller rate", [["optimizer.lr=1e-3"]]),
+    (["optimizer={name: muon, lr: 0.01}", "launch.launcher=deepspeed", "strategy.name=zero2"],
+     "does not go with strategy zero2. Nearest: ddp, fsdp",
+     [["strategy.name=ddp"], ["strategy.name=fsdp", "launch.launcher=torchrun"]]),
     # data, steps and schedule
     (["data.samples=900"], "samples 1000, or samples null", [["data.samples=1000"], ["data.samples=null"]]),
     ([SETS, "data.validation=0.1", "evaluation.every_steps=9"], "validation 0, or no evaluation",
@@ -128,7 +131,6 @@ ELSEWHERE = {
     "is not in the cache whole": "needs the network; tests/train/test_pretrained.py",
     "memory is not known": "tests/cli: --trace",
     "more than one node of": "test_a_resplit_follows_its_advice",
-    "does not go with strategy": "no optimizer of the table lacks a strategy",
     "secrets do not belong": "names no recipe",
     "merge keys": "tests/recipe",
 }

@@ -68,6 +68,8 @@ CHANGES: dict[str, Any] = {
     "precision": "bf16",
     "optimizer": [{"name": "adam"}, {"lr": 2e-3}, {"weight_decay": 0.1}, {"betas": [0.8, 0.9]}, {"eps": 1e-6},
                   {"name": "sgd", "momentum": 0.5}, {"name": "sgd", "momentum": 0.5, "nesterov": True},
+                  {"groups": [{"match": "a", "lr_ratio": 0.5}]},
+                  {"groups": [{"match": "a", "weight_decay": 0.5}]}, {"layer_decay": 0.5},
                   {"max_grad_norm": None}, {"implementation": "foreach"},
                   {"name": "custom", "factory": "m:f"}, {"name": "custom", "factory": "m:f", "states": 1},
                   {"name": "custom", "factory": "m:f", "options": {"a": 1}},
@@ -123,12 +125,13 @@ def test_every_field_matters() -> None:
                 covered |= {"optimizer.lr_scaling.rule", "optimizer.lr_scaling.reference_batch"}
             if isinstance(change, dict) and change.get("wandb"):
                 covered |= {"logging.wandb.project", "logging.wandb.mode", "logging.wandb.entity"}
-            if section in ("cluster", "model"):
+            if section in ("cluster", "model", "optimizer"):
                 covered |= {
                     f"{section}.{key}.{name}"
                     for key, value in change.items()
-                    if isinstance(value, dict)
-                    for name in value
+                    for inner in (value if isinstance(value, list) else [value])
+                    if isinstance(inner, dict)
+                    for name in inner
                 }
     assert not set(_fields(Recipe)) - covered
 

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import replace
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from drumline.architectures.shapes import (
     LoraShape,
@@ -29,21 +29,26 @@ LowRank = tuple[int, int, int]
 """Of an adapter's layer: its inputs, its rank and its outputs."""
 
 
-def weights_of(shape: ModelShape, is_frozen: bool) -> list[tuple[Tensors, int]]:
-    """All weights that are trained, or the frozen ones: outside the layers, then of each run of equal layers.
+class WeightRun(NamedTuple):
+    """Weights outside the layers, or those of each of `number` equal layers in a row."""
 
-    Each with the number of layers. The weights of the adapter are among the trained ones.
-    """
+    tensors: Tensors
+    number: int
+    is_layer: bool
+
+
+def weights_of(shape: ModelShape, is_frozen: bool) -> list[WeightRun]:
+    """All weights that are trained, those of the adapter among them, or all frozen ones."""
     trained = shape.trained
     outside = _chosen(outer_tensors(shape), trained.outer if trained else (), is_frozen)
-    found = [(outside, 1)]
+    found = [WeightRun(outside, 1, is_layer=False)]
     for (one, frozen), run in groupby(layers_of(shape)):
         own = layer_tensors(one)
         tensors = _chosen(own, frozen, is_frozen)
         if not is_frozen:
             tensors |= adapter_tensors(shape, own)
-        found.append((tensors, len(list(run))))
-    return [(tensors, number) for tensors, number in found if tensors]
+        found.append(WeightRun(tensors, len(list(run)), is_layer=True))
+    return [run for run in found if run.tensors]
 
 
 def adapter_tensors(shape: ModelShape, tensors: Tensors) -> Tensors:
@@ -71,7 +76,7 @@ def trained_parameters(shape: ModelShape) -> int:
     """Number of parameters that are trained, those of the adapter among them."""
     if shape.trained is None:
         return shape.parameters
-    return sum(count(tensors) * number for tensors, number in weights_of(shape, is_frozen=False))
+    return sum(count(run.tensors) * run.number for run in weights_of(shape, is_frozen=False))
 
 
 def held_parameters(shape: ModelShape) -> int:
@@ -91,8 +96,9 @@ def flops_per_sample(shape: ModelShape, sequence_length: int | None) -> int:
     tokens = shape.tokens(sequence_length)
     share = shape.active_in_layers / max(1, _matrices(shape))
     frozen = int(share * sum(
-        number * count({name: sizes for name, sizes in tensors.items() if len(sizes) > 1})
-        for tensors, number in weights_of(shape, is_frozen=True)[1:]
+        run.number * count({name: sizes for name, sizes in run.tensors.items() if len(sizes) > 1})
+        for run in weights_of(shape, is_frozen=True)
+        if run.is_layer
     ))  # fmt: skip
     if shape.classes is None and "head" in shape.trained.outer:
         frozen += shape.vocabulary * shape.hidden

@@ -1,5 +1,6 @@
 """The input of the memory estimate: everything that one rank's peak depends on. Pure."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -50,12 +51,46 @@ class LayerKind(NamedTuple):
     frozen: frozenset[str] = frozenset()
 
 
+EIGHT_BIT_AT_ONCE = 1 << 20
+"""Elements that AdamW with moments of 8 bits updates at a time (`train/updates/adamw_8bit.py`)."""
+
+
+@dataclass(frozen=True)
+class StateSize:
+    """Size of one optimizer state tensor: bytes per element of the weight that it belongs to.
+
+    `matrix`: of weights of two or more dimensions in the layers, `outer`: outside them, `vector`: of one
+    dimension. `per_row`, `per_column`: bytes for each row and column of a matrix, anywhere.
+    """
+
+    matrix: float
+    outer: float
+    vector: float
+    per_row: float = 0.0
+    per_column: float = 0.0
+
+    @classmethod
+    def uniform(cls, width: float) -> "StateSize":
+        """So many bytes for every element of any weight."""
+        return cls(width, width, width)
+
+    def bytes_of(self, sizes: tuple[int, ...], is_layer: bool) -> float:
+        """Bytes of the state of a weight of this shape."""
+        elements = math.prod(sizes)
+        if len(sizes) < 2:
+            return elements * self.vector
+        lines = elements // sizes[-1] * self.per_row + elements // sizes[-2] * self.per_column
+        return elements * (self.matrix if is_layer else self.outer) + lines
+
+
 @dataclass(frozen=True)
 class Load:
     """One rank's share of a plan; `shard_ranks` is the number of ranks that a tensor is sharded over.
 
-    `optimizer_states`: tensors of the parameter's size that the optimizer keeps per parameter.
-    `has_scratch`: an optimizer step without weight decay allocates one more such tensor for a moment;
+    `optimizer_states`: sizes of the tensors that the optimizer keeps per parameter. `scratch_of_largest`:
+    fp32 tensors as large as the rank's largest that its step allocates, of `scratch_at_most` elements, if
+    that is not None, or as the largest whole one if the step gathers them (`gathers_to_step`).
+    `has_scratch`: an optimizer step without weight decay allocates one more tensor of each parameter's size;
     `has_scratch_in_a_step`: the same with the recipe's weight decay. `evaluation`: rows of an evaluation
     micro-batch, None without evaluation. `is_masked`: rows are padded, so that attention is given a mask.
     `attention`: the recipe's `model.attention`. `offload`: the optimizer's state is in host memory;
@@ -71,7 +106,7 @@ class Load:
     shard_ranks: int
     strategy: str
     precision: str
-    optimizer_states: int
+    optimizer_states: tuple[StateSize, ...]
     has_scratch: bool
     has_scratch_in_a_step: bool
     checkpointing: Checkpointing
@@ -85,6 +120,9 @@ class Load:
     offloads_inputs: bool = False
     zero: ZeroSizes = ZeroSizes()
     folds: bool = True
+    scratch_of_largest: int = 0
+    scratch_at_most: int | None = None
+    gathers_to_step: bool = False
 
     @property
     def numbers(self) -> Precision:

@@ -1,5 +1,6 @@
 """Simulates one rank's attempt on a ledger: load, one micro-batch, optimizer step, evaluation."""
 
+import math
 from functools import cache, cached_property
 
 from drumline.architectures.shapes import count, outer_tensors, shard_sizes
@@ -7,10 +8,10 @@ from drumline.architectures.trained import weights_of
 from drumline.memory.events import Event
 from drumline.memory.families import Rows
 from drumline.memory.ledger import Block, Ledger
-from drumline.memory.load import Load
+from drumline.memory.load import Load, StateSize
 from drumline.memory.network import Network
 from drumline.memory.operators import FP32, INDEX
-from drumline.memory.zero import Zero, partition
+from drumline.memory.zero import Zero, largest, partition
 from drumline.phases import MemoryPhase
 from drumline.units import MIB
 
@@ -70,9 +71,19 @@ class Rank:
         load, shape = self.load, self.shape
         ranks = load.shard_ranks if load.strategy == "fsdp" else 1
         found = []
-        for tensors, number in weights_of(shape, is_frozen):
-            found += number * shard_sizes(shape, tensors, ranks, load.folds)
+        for run in weights_of(shape, is_frozen):
+            found += run.number * shard_sizes(shape, run.tensors, ranks, load.folds)
         return found
+
+    def _state_tensors(self, state: StateSize) -> list[float]:
+        """Bytes of this rank's part of one optimizer state tensor, of each trained weight."""
+        parts = [
+            state.bytes_of(sizes, run.is_layer) / math.prod(sizes)
+            for run in weights_of(self.shape, is_frozen=False)
+            for _ in range(run.number)
+            for sizes in run.tensors.values()
+        ]
+        return [part * size for part, size in zip(parts, self._own_tensors, strict=True)]
 
     @property
     def _has_buckets(self) -> bool:
@@ -98,8 +109,10 @@ class Rank:
         if load.offload:
             return
         gradients = self._per_tensor("gradients")
-        for _ in range(0 if self._zero else load.optimizer_states):
-            self._held += self._per_tensor("optimizer")
+        for state in () if self._zero else load.optimizer_states:
+            sizes = self._state_tensors(state)
+            for part in sizes if self._is_whole else [sum(sizes)]:
+                self._hold(part, 1, "optimizer")
         self._optimizer_scratch(load.has_scratch)
         del gradients
 
@@ -110,9 +123,13 @@ class Rank:
             self._optimizer_scratch(self.load.has_scratch_in_a_step)
 
     def _optimizer_scratch(self, is_needed: bool) -> None:
-        """The temporaries of a foreach optimizer step, each as large as a parameter, all at once."""
+        """The temporaries of an optimizer step: of all parameters at once, or of one at a time."""
         if is_needed:
             self._per_tensor("optimizer")
+        if self.load.scratch_of_largest:
+            own = largest(self.load) if self.load.gathers_to_step else max(self._own_tensors)
+            size = min(own, self.load.scratch_at_most or own) * self.load.scratch_of_largest
+            self.ledger.block(size, FP32, "optimizer")
 
     def _allocate_gradients(self) -> None:
         """Allocate the gradients that persist between micro-batches; DDP's are in its buckets already."""

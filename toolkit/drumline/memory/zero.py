@@ -49,7 +49,7 @@ class Zero:
         if frozen:
             self._held.append(ledger.block(frozen, load.frozen_width, "parameters"))
         if not load.offload:
-            for _ in range(1 + load.optimizer_states):
+            for _ in range(1 + len(load.optimizer_states)):
                 self._held.append(ledger.block(self._part, self._stored, "optimizer"))
         if self._stage == 3:
             self._held += self._new_buckets()
@@ -182,9 +182,9 @@ def partition(load: Load, is_frozen: bool = False) -> int:
         trained = trained_parameters(shape)
         return held_parameters(shape) - trained if is_frozen else -(-trained // load.shard_ranks)
     return sum(
-        number * -(-math.prod(sizes) // load.shard_ranks)
-        for tensors, number in weights_of(shape, is_frozen)
-        for sizes in tensors.values()
+        run.number * -(-math.prod(sizes) // load.shard_ranks)
+        for run in weights_of(shape, is_frozen)
+        for sizes in run.tensors.values()
     )
 
 
@@ -192,8 +192,8 @@ def largest(load: Load) -> int:
     """Elements of the largest trained weight."""
     return max(
         math.prod(sizes)
-        for tensors, _ in weights_of(load.shape, is_frozen=False)
-        for sizes in tensors.values()
+        for run in weights_of(load.shape, is_frozen=False)
+        for sizes in run.tensors.values()
     )
 
 

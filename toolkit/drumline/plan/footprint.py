@@ -49,7 +49,7 @@ def memory_function(
             return unknown(capacity, f"no closed form for {code}")
         if length is None and not shape.patches:
             return unknown(capacity, "data.sequence_length is not set, and no data are prepared")
-        if rule_of(recipe).state_count(recipe.optimizer) is None:
+        if rule_of(recipe).states(recipe.optimizer, 4) is None:
             return unknown(capacity, "optimizer.states is not set for the custom optimizer")
         device = device_of(gpu, capacity, mesh_of(recipe, split.gpus))
         row = calibration.row(gpu.name, recipe.strategy.name) if calibration else None
@@ -185,7 +185,8 @@ def load_of(recipe: Recipe, shape: ModelShape, split: Split, gpu: Gpu, length: i
     """The closed form's input for one rank of this split; `length`: tokens of a row, None for images."""
     mesh = mesh_of(recipe, split.gpus)
     evaluation, rule = recipe.evaluation, rule_of(recipe)
-    states = rule.state_count(recipe.optimizer)
+    width = find_precision(recipe.precision, recipe.strategy.name).stored
+    states = rule.states(recipe.optimizer, width)
     assert states is not None
     is_foreach = recipe.optimizer.implementation == "foreach"
     return Load(
@@ -211,4 +212,7 @@ def load_of(recipe: Recipe, shape: ModelShape, split: Split, gpu: Gpu, length: i
         offload=recipe.strategy.offload == "optimizer",
         zero=zero_sizes(trained_parameters(shape)),
         folds=rule.is_elementwise,
+        scratch_of_largest=rule.scratch_of_largest,
+        scratch_at_most=rule.scratch_at_most,
+        gathers_to_step=rule.gathers,
     )

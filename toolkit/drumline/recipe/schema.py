@@ -107,15 +107,32 @@ class LrScaling(Section):
         return self
 
 
+class ParameterGroup(Section):
+    """Parameters with a rate or a weight decay of their own; `match` is a pattern of their names.
+
+    `lr_ratio`: of the schedule's rate. `weight_decay`: instead of the optimizer's, also for vectors.
+    """
+
+    match: Name
+    lr_ratio: NonNegative = 1.0
+    weight_decay: NonNegative | None = None
+
+
 class Optimizer(Section):
-    """The update rule. Weight decay acts on tensors of two or more dimensions only.
+    """The update rule. Weight decay acts on tensors of two or more dimensions only, unless `groups` say more.
+
+    The first of `groups` that matches a parameter holds for it. `layer_decay`: the rate of each layer is this
+    times that of the layer above it. `muon` orthogonalises the momentum of matrices in the layers and treats
+    all else as adamw does, at the same rate.
 
     `custom` is a function of the recipe's project (`factory`, with `options`): it gets the parameter groups
     and the peak learning rate, and returns a torch optimizer. `states`: how many tensors of a parameter's
     size it keeps per parameter, for the memory estimate.
     """
 
-    name: Literal["adamw", "adam", "sgd", "custom"] = "adamw"
+    name: Literal["adamw", "adam", "sgd", "adamw_8bit", "adafactor", "lion", "muon", "custom"] = (
+        "adamw"
+    )
     lr: Positive
     weight_decay: NonNegative = 0.0
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.999]
@@ -125,6 +142,8 @@ class Optimizer(Section):
     max_grad_norm: Positive | None = 1.0
     implementation: Literal["fused", "foreach"] | None = None
     lr_scaling: LrScaling = LrScaling.model_construct()
+    groups: Annotated[list[ParameterGroup], AddedLater()] = []
+    layer_decay: Annotated[float, Field(gt=0, le=1), AddedLater()] = 1.0
     factory: Annotated[FactoryName | None, AddedLater()] = None
     options: Annotated[dict[str, Any], AddedLater()] = {}
     states: Annotated[int | None, Field(ge=0, le=16), AddedLater()] = None
@@ -132,7 +151,14 @@ class Optimizer(Section):
     @model_validator(mode="after")
     def _keys_belong_to_the_rule(self) -> Self:
         require_factory(self, self.name == "custom", ("factory", "options", "states"))
-        own = {"adamw": {"betas", "eps"}, "adam": {"betas", "eps"}, "sgd": {"momentum", "nesterov"}}
+        own = {
+            "adamw": {"betas", "eps"},
+            "adam": {"betas", "eps"},
+            "adamw_8bit": {"betas", "eps"},
+            "lion": {"betas"},
+            "muon": {"betas", "eps", "momentum"},
+            "sgd": {"momentum", "nesterov"},
+        }
         foreign = set().union(*own.values()) - own.get(self.name, set())
         foreign &= self.model_fields_set
         changed = sorted(

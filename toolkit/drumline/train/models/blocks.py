@@ -12,7 +12,7 @@ def named_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     A model of transformers names its layers' classes, or has them derive from one class.
     """
     names = set(getattr(model, "_no_split_modules", None) or _checkpointed_layers(model))
-    found = [(n, m) for n, m in model.named_modules() if type(m).__name__ in names]
+    found = [(n, m) for n, m in model.named_modules() if names & _kinds(m)]
     found = [
         (n, m)
         for n, m in found
@@ -21,6 +21,12 @@ def named_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     if names:
         return found
     return [(n, m) for n, m in model.named_children() if any(True for _ in m.parameters())]
+
+
+def _kinds(module: nn.Module) -> set[str]:
+    """The name of its class, also if FSDP2 has replaced it by one that derives from it."""
+    kinds = type(module).__mro__[: 2 if type(module).__name__.startswith("FSDP") else 1]
+    return {kind.__name__ for kind in (*kinds, *(type(module).__bases__ if len(kinds) > 1 else ()))}
 
 
 def _checkpointed_layers(model: nn.Module) -> set[str]:
