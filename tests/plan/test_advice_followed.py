@@ -87,6 +87,12 @@ FOLLOWED: list[tuple[list[str], str, list[list[str]]]] = [
     (["optimizer={name: muon, lr: 0.01}", "launch.launcher=deepspeed", "strategy.name=zero2"],
      "does not go with strategy zero2. Nearest: ddp, fsdp",
      [["strategy.name=ddp"], ["strategy.name=fsdp", "launch.launcher=torchrun"]]),
+    # packing
+    (["data.packing=documents", "model.architecture=bloom", "!model.config={hidden_size: 64, n_head: 4}"],
+     "is not known to keep documents of a row apart. Nearest: data.packing=stream", [["data.packing=stream"]]),
+    (["data.packing=documents", "model.attention=flash"], "Nearest: model.attention=sdpa", [["model.attention=sdpa"]]),
+    (["data.packing=documents", "duration={steps: null, tokens: 9000}"], "duration.epochs or duration.steps",
+     [["duration={tokens: null, epochs: 1}"], ["duration={tokens: null, steps: 9}"]]),
     # data, steps and schedule
     (["data.samples=900"], "samples 1000, or samples null", [["data.samples=1000"], ["data.samples=null"]]),
     ([SETS, "data.validation=0.1", "evaluation.every_steps=9"], "validation 0, or no evaluation",

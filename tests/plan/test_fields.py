@@ -52,6 +52,7 @@ CHANGES: dict[str, Any] = {
              {"task": "sft", "sequence_length": 9, "train_on": "all"},
              {"task": "sft", "sequence_length": 9, "chat_template": "chatml"},
              {"task": "sft", "sequence_length": 9, "chat_template_options": {"a": 1}},
+             {"task": "sft", "sequence_length": 9, "packing": "none"},
              {"task": "sft", "sequence_length": 9, "bos": True}, {"on_bad_row": "skip"},
              {"tokenizer": "gpt2", "special_tokens_in_text": True},
              {"validation_split": "periodic"}, {"validation_seed": 1},

@@ -25,22 +25,20 @@ from drumline.data.dataset_manifest import (
     read_dataset_manifest,
     sizes,
 )
-from drumline.data.part_writer import Packer, PartWriter
+from drumline.data.part_writer import PartWriter
 from drumline.data.publish import locked, publish, remove_abandoned
 from drumline.data.readers import Reading
 from drumline.data.rows import DTYPES, array_columns
 from drumline.data.source_row import SourceRow
-from drumline.data.tasks import Encoded, Task, find_task
+from drumline.data.tasks import Task, find_task
 from drumline.data.tokenize_ahead import TokenizeAhead
 from drumline.data.tokenizers import HubTokenizer, Tokenizer, find_tokenizer
-from drumline.data.validation_split import TRAIN, VALIDATION, Placed, split_of
+from drumline.data.validation_split import TRAIN, VALIDATION
+from drumline.data.write_rows import Seen, Writers, write_documents, write_samples, write_stream
 from drumline.errors import DataError
 from drumline.files import apply_umask
 from drumline.recipe.data_section import Data
 
-_FEW_BAD_ROWS = 10
-_MOST_BAD_ROWS = 0.01
-"""With `on_bad_row: skip`, more bad rows than both are refused."""
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
 
 Progress = Callable[[int, int, float], None]
@@ -74,53 +72,6 @@ def prepare(data: Data, project: str | None, progress: Progress | None = None) -
 
 
 @dataclass
-class _Seen:
-    """Counts and shapes found while writing the rows."""
-
-    documents: int = 0
-    truncated: int = 0
-    dropped: int = 0
-    skipped: int = 0
-    first_problem: str = ""
-    rows: int = 0
-    is_stream: bool = False
-    classes: int = 0
-    feature_shape: list[int] | None = None
-
-    def skip(self, problem: str) -> None:
-        """Count a bad row; DataError where they are more than a few."""
-        self.skipped += 1
-        self.first_problem = self.first_problem or problem
-        if self.skipped > max(_FEW_BAD_ROWS, self.rows * _MOST_BAD_ROWS):
-            raise DataError(
-                f"data.on_bad_row: {self.skipped:,} of {self.rows:,} rows are bad, which is more than "
-                f"{_MOST_BAD_ROWS:.0%}. The first: {self.first_problem}"
-            )
-
-    def add(self, other: "_Seen") -> None:
-        """Add the counts of another source."""
-        self.truncated += other.truncated
-        self.dropped += other.dropped
-        self.skipped += other.skipped
-        self.first_problem = self.first_problem or other.first_problem
-
-    def note(self, sample: Encoded) -> None:
-        """Count a sample; DataError where its features have another shape than earlier ones."""
-        self.truncated += sample.was_truncated
-        if sample.label is not None:
-            self.classes = max(self.classes, sample.label + 1)
-        if sample.features is not None:
-            shape = list(sample.features.shape)
-            self.feature_shape = self.feature_shape or shape
-            if shape != self.feature_shape:
-                raise DataError(f"features of shape {shape}, after rows of {self.feature_shape}")
-
-
-Writers = dict[str, PartWriter]
-Show = Callable[[int, int], None]
-
-
-@dataclass
 class _Source:
     """The rows of one source, and the task that encodes them."""
 
@@ -141,7 +92,7 @@ def _open(data: Data, project: str | None) -> _Source:
 
 
 def _write(data: Data, project: str | None, folder: Path, progress: Progress) -> None:
-    source, seen = _open(data, project), _Seen()
+    source, seen = _open(data, project), Seen()
     task, tokenizer = source.task, None
     if task.needs_tokenizer:
         tokenizer = find_tokenizer(
@@ -222,10 +173,12 @@ def _write_rows(
     source: _Source,
     tokenizer: Tokenizer | None,
     writers: Writers,
-    seen: _Seen,
+    seen: Seen,
     progress: Progress,
 ) -> None:
-    write = _write_stream if source.task.is_stream else _write_samples
+    write = write_stream if source.task.is_stream else write_samples
+    if source.data.packs_documents:
+        write = write_documents
     if tokenizer:
         source.task.use(tokenizer)
 
@@ -244,11 +197,11 @@ def _write_set(
     source: _Source,
     tokenizer: Tokenizer | None,
     writer: PartWriter,
-    trained: _Seen,
+    trained: Seen,
     progress: Progress,
-) -> _Seen:
+) -> Seen:
     """Write all rows of an evaluation set; DataError where they do not go with those that are trained."""
-    its = _Seen(feature_shape=trained.feature_shape)
+    its = Seen(feature_shape=trained.feature_shape)
     _write_rows(source, tokenizer, {TRAIN: writer}, its, progress)
     if not writer.rows:
         raise DataError(f"data: {its.documents} documents gave no rows")
@@ -266,116 +219,14 @@ def _longest(data: Data, writers: Iterable[PartWriter]) -> int | None:
 
 def _lengths(folder: Path, task: Task, longest: int) -> list[int] | None:
     """Input tokens of rows at every hundredth of them; None where rows are packed or have no tokens."""
-    if task.is_stream or "lengths" not in task.columns:
+    if (task.is_stream and not task.data.packs_documents) or "lengths" not in task.columns:
         return None
     found = np.fromfile(folder / "lengths.bin", dtype=DTYPES["lengths"])
     inputs = found - (int(found.max()) - longest)  # the last token can be a target only
     return [int(size) for size in np.quantile(inputs, np.linspace(0, 1, 101), method="nearest")]
 
 
-def _write_stream(
-    task: Task,
-    tokenizer: Tokenizer | None,
-    rows: Iterable[SourceRow],
-    writers: Writers,
-    seen: _Seen,
-    show: Show,
-) -> None:
-    """Pack documents into rows, each with the begin token, if there is one, and the end token.
-
-    A document may span several source rows.
-    """
-    assert tokenizer and tokenizer.end is not None
-    seen.is_stream = True
-    begin = np.array([] if tokenizer.begin is None else [tokenizer.begin], dtype=np.uint32)
-    begins = True
-    length = task.data.sequence_length
-    assert length
-    split, written, most = split_of(task.data), 0, _most(task.data)
-    packers = {
-        part: Packer(writer, length, most if part == TRAIN else None)
-        for part, writer in writers.items()
-    }
-    for row in rows:
-        piece = _encoded(task, row, tokenizer, seen)
-        if piece is None or piece.tokens is None:
-            continue
-        tokens = np.append(piece.tokens, np.uint32(tokenizer.end)) if row.ends else piece.tokens
-        if begins and begin.size:
-            tokens = np.concatenate([begin, tokens])
-        begins = row.ends
-        packers[split.part_of(seen.documents)].add(tokens)
-        seen.documents += row.ends
-        written += len(tokens)
-        show(seen.documents, written)
-        if most is not None and writers[TRAIN].tokens > most * length:
-            seen.documents += not row.ends  # the rest of it is not read
-            break
-    for packer in packers.values():
-        packer.finish()
-
-
-def _most(data: Data) -> int | None:
-    """Training rows after which reading stops; None where recorded runs have always read all rows."""
-    return None if data.validation_split == "periodic" else data.samples
-
-
-def _write_samples(
-    task: Task,
-    tokenizer: Tokenizer | None,
-    rows: Iterable[SourceRow],
-    writers: Writers,
-    seen: _Seen,
-    show: Show,
-) -> None:
-    """Write one sample per source row; rows without a target are dropped and counted."""
-    split, most = split_of(task.data), _most(task.data)
-
-    def append(placed: Placed) -> None:
-        for part, sample in placed:
-            if part != TRAIN or writers[part].rows != most:
-                writers[part].append_sample(sample)
-
-    for row in rows:
-        skipped = seen.skipped
-        sample = _encoded(task, row, tokenizer, seen)
-        if seen.skipped > skipped:
-            continue
-        if sample is None or sample.count <= 0:
-            seen.dropped += 1
-        else:
-            append(split.place(seen.documents, sample))
-        seen.documents += 1
-        show(seen.documents, seen.documents)
-        if writers[TRAIN].rows == most:
-            return
-    append(split.finish())
-
-
-def _encoded(
-    task: Task, row: SourceRow, tokenizer: Tokenizer | None, seen: _Seen
-) -> Encoded | None:
-    """The sample of a row, counted in `seen`.
-
-    A bad row is skipped and counted where `data.on_bad_row` says so; else a DataError says where it stands.
-    """
-    seen.rows += 1
-    try:
-        if row.problem:
-            raise DataError(row.problem)
-        sample = task.encode(row.fields, tokenizer)
-        if sample is not None:
-            seen.note(sample)
-    except DataError as error:
-        problem = f"{row.where}: {error}"
-        if task.data.on_bad_row == "stop":
-            raise DataError(f"data: {problem}") from None
-        seen.skip(problem)
-        return None
-    return sample
-
-
-def _refuse_empty(data: Data, seen: _Seen, writers: Writers) -> None:
+def _refuse_empty(data: Data, seen: Seen, writers: Writers) -> None:
     documents = seen.documents
     if data.validation_split == "drawn" and writers[TRAIN].rows and not seen.is_stream:
         documents = writers[TRAIN].rows + writers[VALIDATION].rows

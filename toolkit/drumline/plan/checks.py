@@ -111,6 +111,30 @@ def check_model(recipe: Recipe, architecture: str, config: Mapping[str, Any]) ->
         )
 
 
+PACKABLE = {"llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "granite", "smollm3",
+            "olmo2", "gemma", "gemma2", "gemma3_text", "cohere", "phi", "phi3", "gpt_neox",
+            "starcoder2", "gpt2"}  # fmt: skip
+"""Architectures whose attention stays within a document if positions begin anew with each
+(`tests/train/test_packed_documents.py`)."""
+
+
+def check_packing(recipe: Recipe, architecture: str) -> None:
+    """Refuse documents side by side in a row where the model would let them see each other."""
+    if not recipe.data.packs_documents:
+        return
+    nearest = "stream" if recipe.data.task == "causal_lm" else "none"
+    if recipe.model.source == "factory" or architecture not in PACKABLE:
+        raise PlanError(
+            f"data.packing: documents: {architecture or recipe.model.factory} is not known to keep documents "
+            f"of a row apart. Nearest: data.packing={nearest}"
+        )
+    if recipe.model.attention == "flash":
+        raise PlanError(
+            "data.packing: documents are kept apart by sdpa and eager attention. Nearest: "
+            "model.attention=sdpa"
+        )
+
+
 def check_padding(
     recipe: Recipe, architecture: str, config: Mapping[str, Any], per_device: int
 ) -> None:

@@ -207,7 +207,8 @@ def load_of(recipe: Recipe, shape: ModelShape, split: Split, gpu: Gpu, length: i
         chunked_loss=recipe.loss.chunked,
         accumulation=split.accumulation,
         evaluation=(evaluation.per_device or split.per_device) if evaluation else None,
-        is_masked=recipe.data.facts.is_masked and not shape.patches,
+        is_masked=(recipe.data.facts.is_masked and not shape.patches)
+        or recipe.data.packs_documents,
         has_flash=gpu.has_flash,
         offload=recipe.strategy.offload == "optimizer",
         zero=zero_sizes(trained_parameters(shape)),

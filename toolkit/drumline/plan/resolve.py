@@ -24,6 +24,7 @@ from drumline.plan import identity, schedule
 from drumline.plan.batch import Split
 from drumline.plan.checks import (
     check_model,
+    check_packing,
     check_padding,
     check_positions,
     check_shape,
@@ -112,6 +113,8 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
         partial(is_laid_out, recipe),
     )
     check_padding(recipe, *_whole_config(recipe, world), split.per_device)
+    if recipe.model.source in ("config", "factory") or world.model_config is not None:
+        check_packing(recipe, _whole_config(recipe, world)[0])
     nodes = layout(recipe, split).nodes
     resolved = _fill(recipe, split)
     steps, clock = _steps(recipe, split, world)

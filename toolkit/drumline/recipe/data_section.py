@@ -97,6 +97,8 @@ class Data(Section):
     `train_on` says which messages count in the loss. `chat_template` is a file, or chatml; by default the
     tokenizer's own. It also sees `chat_template_options`.
 
+    `packing`: causal_lm cuts rows from one `stream` unless it packs whole `documents`; sft pads, which is
+    `none`, unless it packs `documents`, each with positions and attention of its own.
     `evaluation`: sets by name, or one without a name, instead of a share of these data (`validation`).
     """
 
@@ -122,6 +124,7 @@ class Data(Section):
     special_tokens_in_text: Annotated[bool, AddedLater()] = False
     on_bad_row: Annotated[Literal["stop", "skip"], AddedLater()] = "stop"
     sequence_length: Samples | None = None
+    packing: Annotated[Literal["stream", "documents", "none"] | None, AddedLater()] = None
     samples: Count | None = None
     validation: Fraction = 0.0
     validation_split: Annotated[
@@ -172,6 +175,11 @@ class Data(Section):
         ]
         if chat and self.task != "sft":
             raise ValueError(f"{', '.join(chat)}: for task sft, not {self.task}")
+        legal = {"causal_lm": ("stream", "documents"), "sft": ("none", "documents")}.get(
+            self.task, ("none",)
+        )
+        if self.packing not in (None, *legal):
+            raise ValueError(f"packing {self.packing}: task {self.task} has {' or '.join(legal)}")
         needs_length = self.facts.is_per_token and self.task != "custom"
         if needs_length and self.sequence_length is None:
             raise ValueError(f"task {self.task} needs sequence_length, in tokens")
@@ -181,6 +189,11 @@ class Data(Section):
     def facts(self) -> TaskFacts:
         """Properties of this task."""
         return TASKS[self.task]
+
+    @property
+    def packs_documents(self) -> bool:
+        """Whether a row holds several documents, each with positions and attention of its own."""
+        return self.packing == "documents"
 
     def evaluation_sets(self) -> dict[str, "Data"]:
         """The data section of every evaluation set by its name: these data, but for what the set states."""

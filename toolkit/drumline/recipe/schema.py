@@ -420,6 +420,11 @@ class Recipe(Section):
             )
         if self.duration.tokens and not self.data.facts.counts_tokens:
             raise ValueError(f"duration.tokens needs task causal_lm, not {self.data.task}")
+        if self.duration.tokens and self.data.packs_documents:
+            raise ValueError(
+                "duration.tokens counts full rows, and rows of documents are not full. Nearest: "
+                "duration.epochs or duration.steps"
+            )
         if self.loss.chunked and not self.data.facts.is_per_token:
             raise ValueError("loss.chunked is for causal_lm and sft, not classification")
         return self

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from drumline.memory.attention import choose_kernel
-from drumline.train.models import checkpointing
+from drumline.train.models import checkpointing, masks
 
 _FP32_INPUTS = (
     "acos", "asin", "cosh", "erfinv", "exp", "expm1", "layer_norm", "log", "log10", "log1p", "log2",
@@ -230,9 +230,11 @@ def cuda_kernels() -> Iterator[None]:
         stack.enter_context(patch.object(checkpointing, "to_host", _describe))
         stack.enter_context(patch.object(checkpointing, "to_device", _empty_again))
         stack.enter_context(patch.object(transformers.integrations.moe, "_grouped_mm", _grouped_mm))
-        # It reads values, which fake tensors lack, and would then build a mask of S² elements.
+        # transformers' own reads values, which fake tensors lack.
         stack.enter_context(
-            patch.object(transformers.masking_utils, "find_packed_sequence_indices", _nothing)
+            patch.object(
+                transformers.masking_utils, "find_packed_sequence_indices", masks.packed_sequences
+            )
         )
         yield
 
@@ -245,7 +247,3 @@ def _describe(tensor: Tensor) -> Any:
 def _empty_again(described: Any) -> Tensor:
     shape, dtype, device = described
     return torch.empty(shape, dtype=dtype, device=device)
-
-
-def _nothing(*arguments: Any, **options: Any) -> None:
-    return None

@@ -77,10 +77,11 @@ def _as_both_take_it(
     targets = batch["targets"]
     if not is_per_token:
         return {**batch, "weights": ones}, {**inputs, "labels": targets}
-    if set(inputs) != {"input_ids"} or not (targets[:, :-1] != IGNORED).any():
+    is_known = set(inputs) <= {"input_ids", "position_ids"}
+    if not is_known or not (targets[:, :-1] != IGNORED).any():
         return None
-    ids = inputs["input_ids"]
     labels = torch.full_like(targets, IGNORED)
     labels[:, 1:] = targets[:, :-1]
-    mine = {"input_ids": ids[:, :-1], "targets": targets[:, :-1], "weights": ones}
-    return mine, {"input_ids": ids, "labels": labels}
+    cut = {name: value[:, :-1] for name, value in inputs.items()}
+    mine = {**cut, "targets": targets[:, :-1], "weights": ones}
+    return mine, {**inputs, "labels": labels}

@@ -14,6 +14,11 @@ from drumline.recipe.data_section import Data
 IGNORED = -100
 """Target value of the loss mask: ignored, as by default in torch's cross_entropy."""
 
+TURNS = "turns"
+"""The array of a row with the first token and end of every piece that is trained, one after the other."""
+SEGMENTS = "segments"
+"""The array of a row with the first token of every document in it."""
+
 Arrays = dict[str, NDArray[Any]]
 Row = dict[str, Any]
 
@@ -142,19 +147,53 @@ def field_of(row: Row, name: str) -> tuple[bool, Any]:
 
 
 def language_rows(rows: StoredRows, indices: NDArray[np.int64], width: int | None) -> Arrays:
-    """input_ids and targets, int64 [n, L]: each token's target is the next token, or -100 if ignored."""
+    """input_ids and targets, int64 [n, L]: each token's target is the next token, or -100 if ignored.
+
+    Rows of several documents also have position_ids, int64 [n, L], which begin at 0 with every document and
+    with the padding.
+    """
     tokens, inside = rows.tokens(indices, width and width + 1)
-    place = np.arange(tokens.shape[1] - 1)
-    counted = inside[:, 1:] & (place >= rows.column("skipped")[indices][:, None])
-    targets = np.where(counted, tokens[:, 1:], IGNORED)
-    return {"input_ids": np.where(inside[:, 1:], tokens[:, :-1], 0), "targets": targets}
+    length = tokens.shape[1] - 1
+    counted = inside[:, 1:] & (np.arange(length) >= rows.column("skipped")[indices][:, None])
+    arrays = rows.manifest.arrays
+    if TURNS in arrays:
+        for number, edges in enumerate(rows.array(TURNS, indices)):
+            counted[number] &= trained_targets(edges, length)
+    found = {
+        "input_ids": np.where(inside[:, 1:], tokens[:, :-1], 0),
+        "targets": np.where(counted, tokens[:, 1:], IGNORED),
+    }
+    if SEGMENTS in arrays:
+        starts = rows.array(SEGMENTS, indices)
+        sizes = rows.column("lengths")[indices] - 1
+        found["position_ids"] = np.stack(
+            [positions(own, size, length) for own, size in zip(starts, sizes, strict=True)]
+        )
+    return found
 
 
-def blank_language_rows(count: int, length: int | None) -> Arrays:
+def trained_targets(edges: NDArray[Any], length: int) -> NDArray[np.bool_]:
+    """Which of `length` targets are trained, bool [length]; `edges`: of the trained tokens."""
+    marks = np.zeros(length + 2, dtype=np.int8)
+    np.add.at(marks, np.minimum(edges[0::2], length + 1), 1)
+    np.add.at(marks, np.minimum(edges[1::2], length + 1), -1)
+    return np.asarray(np.cumsum(marks)[1 : length + 1] > 0)
+
+
+def positions(starts: NDArray[Any], size: int, length: int) -> NDArray[np.int64]:
+    """Positions of `length` inputs, of which the first `size` are of documents that begin at `starts`."""
+    begins = np.zeros(length, dtype=np.int64)
+    for start in (*starts.tolist(), size):
+        begins[start:] = start
+    return np.arange(length) - begins
+
+
+def blank_language_rows(count: int, length: int | None, has_documents: bool = False) -> Arrays:
     """`language_rows` of `count` samples of `length` tokens, all zero."""
     assert length
     zeros = np.zeros((count, length), dtype=np.int64)
-    return {"input_ids": zeros, "targets": zeros.copy()}
+    more = {"position_ids": np.tile(np.arange(length), (count, 1))} if has_documents else {}
+    return {"input_ids": zeros, "targets": zeros.copy(), **more}
 
 
 def _padded(values: NDArray[Any], length: int) -> NDArray[Any]:

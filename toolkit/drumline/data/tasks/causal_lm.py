@@ -1,4 +1,4 @@
-"""Language modelling: documents packed end to end; every token but the first is a target once."""
+"""Language modelling on a stream of documents, or on whole documents side by side in rows."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,11 @@ def build(data: Data) -> Task:
 
 
 class CausalLm(Task):
-    """Rows of `sequence_length` tokens cut from one stream, plus the next token as the last target."""
+    """Rows of `sequence_length` tokens cut from one stream, plus the next token as the last target.
+
+    Every token but the first of the stream is a target once. With `packing: documents` rows hold whole
+    documents, longer ones in pieces, and every token but the first of a document is a target once.
+    """
 
     is_stream = True
     columns = ("tokens", "starts", "lengths", "skipped", "counts")
@@ -40,9 +44,10 @@ class CausalLm(Task):
         return Encoded(count=len(tokens), tokens=tokens)
 
     def collate(self, rows: StoredRows, indices: NDArray[np.int64]) -> Arrays:
-        """input_ids and targets, int64 [n, sequence_length]."""
-        return language_rows(rows, indices, self.data.sequence_length)
+        """input_ids and targets, int64 [n, sequence_length]; of documents, as long as the longest row."""
+        width = None if self.data.packs_documents else self.data.sequence_length
+        return language_rows(rows, indices, width)
 
     def blank(self, count: int, manifest: DatasetManifest) -> Arrays:
         """All-zero input_ids and targets, int64 [count, sequence_length]."""
-        return blank_language_rows(count, self.data.sequence_length)
+        return blank_language_rows(count, self.data.sequence_length, self.data.packs_documents)

@@ -1,7 +1,5 @@
 """Supervised fine-tuning on prompt and completion, or on chats; the loss mask leaves out all else."""
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,7 +7,7 @@ from drumline.data.chats.messages import ChatFormat, recognise
 from drumline.data.chats.rows import ChatRows, Rendered
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.data.tasks.base import (
-    IGNORED,
+    TURNS,
     Arrays,
     Encoded,
     Row,
@@ -21,9 +19,6 @@ from drumline.data.tasks.base import (
 )
 from drumline.data.tokenizers import Request, Tokenizer
 from drumline.recipe.data_section import Data
-
-TURNS = "turns"
-"""The array of a chat's row: first token and end of every piece that is trained, one after the other."""
 
 
 def build(data: Data) -> Task:
@@ -118,21 +113,8 @@ class Sft(Task):
 
     def collate(self, rows: StoredRows, indices: NDArray[np.int64]) -> Arrays:
         """input_ids and targets, int64 [n, L]; L: tokens of the longest row minus one."""
-        arrays = language_rows(rows, indices, None)
-        if TURNS in rows.manifest.arrays:
-            targets = arrays["targets"]
-            for number, edges in enumerate(rows.array(TURNS, indices)):
-                targets[number, ~trained_targets(edges, targets.shape[1])] = IGNORED
-        return arrays
+        return language_rows(rows, indices, None)
 
     def blank(self, count: int, manifest: DatasetManifest) -> Arrays:
         """All-zero input_ids and targets, int64 [count, L]; L: of the longest row, if it is known."""
-        return blank_language_rows(count, manifest.row_tokens)
-
-
-def trained_targets(edges: NDArray[Any], length: int) -> NDArray[np.bool_]:
-    """Which of `length` targets are trained, bool [length]; `edges`: of the trained tokens."""
-    marks = np.zeros(length + 2, dtype=np.int8)
-    np.add.at(marks, np.minimum(edges[0::2], length + 1), 1)
-    np.add.at(marks, np.minimum(edges[1::2], length + 1), -1)
-    return np.asarray(np.cumsum(marks)[1 : length + 1] > 0)
+        return blank_language_rows(count, manifest.row_tokens, self.data.packs_documents)

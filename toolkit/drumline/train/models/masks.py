@@ -1,8 +1,8 @@
 """Makes transformers build attention masks without device synchronisation.
 
 In every forward transformers reads two facts from tensors: whether the positions show packed sequences, and
-whether the padding mask masks nothing. Both are known on the host: rows without `position_ids` are not
-packed, and a mask that masks nothing is left out of the micro-batch (`train/batches.py`).
+whether the padding mask masks nothing. Both are known on the host: rows are packed if they have
+`position_ids`, and a mask that masks nothing is left out of the micro-batch (`train/batches.py`).
 """
 
 import contextlib
@@ -24,7 +24,7 @@ def answer_without_looking() -> None:
         if hasattr(masking_utils, name):
             _real[name] = getattr(masking_utils, name)
     if "find_packed_sequence_indices" in _real:
-        masking_utils.find_packed_sequence_indices = _packed_sequences
+        masking_utils.find_packed_sequence_indices = packed_sequences
     if "fast_all" in _real:
         masking_utils.fast_all = _hides_nothing  # type: ignore[attr-defined]
 
@@ -40,8 +40,12 @@ def positions_given(are_given: bool) -> Iterator[None]:
         _positions_are_given = before
 
 
-def _packed_sequences(position_ids: Any) -> Any:
-    return _real["find_packed_sequence_indices"](position_ids) if _positions_are_given else None
+def packed_sequences(position_ids: Any) -> Any:
+    """The number of each token's document, int64 [n, L]: a new one where positions do not go on by 1."""
+    if not _positions_are_given:
+        return None
+    steps = position_ids.diff(prepend=position_ids[:, :1] - 1, dim=-1)
+    return (steps != 1).cumsum(-1)
 
 
 def _hides_nothing(mask: Any) -> bool:

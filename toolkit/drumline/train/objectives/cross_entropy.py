@@ -64,7 +64,7 @@ def token_loss_sum(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
 
 def _chunked_sum(model: Any, batch: Batch) -> Tensor:
     """`token_loss_sum` over chunks of tokens, whose logits are recomputed in the backward."""
-    hidden = model.base_model(input_ids=batch["input_ids"]).last_hidden_state
+    hidden = model_inputs(model.base_model, batch).last_hidden_state
     head = model.get_output_embeddings()
     rows = max(1, CHUNK_TOKENS // hidden.shape[0])
     total = batch["weights"].new_zeros(())
