@@ -87,6 +87,8 @@ FOLLOWED: list[tuple[list[str], str, list[list[str]]]] = [
     (["optimizer={name: muon, lr: 0.01}", "launch.launcher=deepspeed", "strategy.name=zero2"],
      "does not go with strategy zero2. Nearest: ddp, fsdp",
      [["strategy.name=ddp"], ["strategy.name=fsdp", "launch.launcher=torchrun"]]),
+    (["data={task: custom, task_factory: 'm:f', sequence_length: null}", "loss.chunked=true"], "state data.sequence_length, or loss.chunked=false",
+     [["data.sequence_length=64"], ["loss.chunked=false"]]),
     # packing
     (["data.packing=documents", "model.architecture=bloom", "!model.config={hidden_size: 64, n_head: 4}"],
      "is not known to keep documents of a row apart. Nearest: data.packing=stream", [["data.packing=stream"]]),

@@ -77,7 +77,7 @@ def gradient(model: Any, rows: Rows, chunked: bool = False, leak: bool = False) 
         tensors = micro_batch_tensors(rows, indices, by_sample=False, dummy=False)
         if leak:
             del tensors["position_ids"]
-        loss = TokenCrossEntropy(chunked).sums(model, tensors).loss
+        loss = TokenCrossEntropy(3 if chunked else 0).sums(model, tensors).loss
         loss.backward()
         total += float(loss)
     return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

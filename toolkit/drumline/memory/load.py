@@ -13,6 +13,11 @@ CHUNK_TOKENS = 1024
 """Tokens whose logits are alive at once with a chunked loss (`train/objectives/cross_entropy.py`)."""
 
 
+def chunks_of(rows: int, length: int) -> int:
+    """Chunks that a micro-batch of so many rows of at most `length` tokens is cut into along its length."""
+    return -(-rows * length // CHUNK_TOKENS)
+
+
 @dataclass(frozen=True)
 class ZeroSizes:
     """DeepSpeed's buffer sizes and limits, in elements, as in its configuration (`plan/deepspeed.py`).
@@ -96,6 +101,7 @@ class Load:
     `attention`: the recipe's `model.attention`. `offload`: the optimizer's state is in host memory;
     `offloads_inputs`: so are the inputs of checkpointed layers. `zero`: DeepSpeed's buffers, of strategies
     zero1 to zero3. `folds`: FSDP2 gets weights in the shape that needs least padding.
+    `longest`: tokens of the longest row that the recipe allows, None if that is `sequence_length`.
     """
 
     shape: ModelShape
@@ -123,6 +129,12 @@ class Load:
     scratch_of_largest: int = 0
     scratch_at_most: int | None = None
     gathers_to_step: bool = False
+    longest: int | None = None
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of a chunked loss, for the longest rows that the recipe allows."""
+        return chunks_of(self.per_device, self.longest or self.sequence_length)
 
     @property
     def numbers(self) -> Precision:

@@ -17,7 +17,7 @@ from drumline.architectures.trained import adapter_tensors, trained_parameters
 from drumline.memory.families import Layer, Rows, norm
 from drumline.memory.heads import class_loss
 from drumline.memory.ledger import Block, Gradient, Ledger, Parameter, Value
-from drumline.memory.load import CHUNK_TOKENS, LayerKind, Load
+from drumline.memory.load import LayerKind, Load
 from drumline.memory.norms import layer_norm, rms_norm
 from drumline.memory.operators import FP32, INDEX, Operators, part, token_loss
 from drumline.memory.sharding import Group, Stage
@@ -382,8 +382,8 @@ class Network:
     def _chunked_loss(self, rows: Rows, hidden: Value) -> Value:
         """A checkpointed loss per chunk of tokens; at most PLAYED_CHUNKS of them are simulated."""
         run, ledger, shape = self.run, self.ledger, self.shape
-        tokens = min(rows.tokens, max(1, CHUNK_TOKENS // rows.samples) * rows.samples)
-        number = -(-rows.tokens // tokens)
+        number = self.load.chunks
+        tokens = -(-rows.length // number) * rows.samples
         total: Value | None = None
         elements, width = hidden.elements, hidden.width
 

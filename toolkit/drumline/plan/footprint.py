@@ -216,4 +216,5 @@ def load_of(recipe: Recipe, shape: ModelShape, split: Split, gpu: Gpu, length: i
         scratch_of_largest=rule.scratch_of_largest,
         scratch_at_most=rule.scratch_at_most,
         gathers_to_step=rule.gathers,
+        longest=recipe.data.sequence_length,
     )

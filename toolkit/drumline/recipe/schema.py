@@ -427,6 +427,11 @@ class Recipe(Section):
             )
         if self.loss.chunked and not self.data.facts.is_per_token:
             raise ValueError("loss.chunked is for causal_lm and sft, not classification")
+        if self.loss.chunked and self.data.sequence_length is None:
+            raise ValueError(
+                "loss.chunked needs the length of the longest row. Nearest: state data.sequence_length, or "
+                "loss.chunked=false"
+            )
         return self
 
 

@@ -7,28 +7,35 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from drumline.data.tasks.base import IGNORED
-from drumline.memory.load import CHUNK_TOKENS
+from drumline.memory.load import chunks_of
 from drumline.recipe.schema import Recipe
 from drumline.train.objectives.base import Batch, Objective, Sums, at_least_fp32, model_inputs
 
 
 def build(recipe: Recipe) -> Objective:
     """Build the cross-entropy of tokens or of classes, by the targets of the recipe's task."""
-    if recipe.data.facts.is_per_token:
-        return TokenCrossEntropy(recipe.loss.chunked)
-    return ClassCrossEntropy()
+    if not recipe.data.facts.is_per_token:
+        return ClassCrossEntropy()
+    if not recipe.loss.chunked:
+        return TokenCrossEntropy()
+    length = recipe.data.sequence_length
+    assert length and recipe.batch.per_device
+    return TokenCrossEntropy(chunks_of(recipe.batch.per_device, length))
 
 
 class TokenCrossEntropy(Objective):
-    """Σ weight × cross-entropy of each counted token; `chunked` never holds all logits at once."""
+    """Σ weight × cross-entropy of each counted token, with the logits of one of so many `chunks` at a time.
 
-    def __init__(self, chunked: bool = False) -> None:
-        self._chunked = chunked
+    The number does not depend on the micro-batch, because under ZeRO-3 all ranks gather the head for each.
+    """
+
+    def __init__(self, chunks: int = 0) -> None:
+        self._chunks = chunks
 
     def sums(self, model: nn.Module, batch: Batch) -> Sums:
         """Sum the losses of `targets`, int64 [n, L], under the model's logits [n, L, V]."""
-        if self._chunked:
-            return Sums(_chunked_sum(model, batch))
+        if self._chunks:
+            return Sums(_chunked_sum(model, batch, self._chunks))
         logits = model_inputs(model, batch).logits
         return Sums(token_loss_sum(logits, batch["targets"], batch["weights"]))
 
@@ -62,18 +69,17 @@ def token_loss_sum(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     return (losses.view_as(targets) * weights.unsqueeze(1)).sum()
 
 
-def _chunked_sum(model: Any, batch: Batch) -> Tensor:
-    """`token_loss_sum` over chunks of tokens, whose logits are recomputed in the backward."""
+def _chunked_sum(model: Any, batch: Batch, chunks: int) -> Tensor:
+    """`token_loss_sum` over chunks of tokens, some of them empty, whose logits the backward recomputes."""
     hidden = model_inputs(model.base_model, batch).last_hidden_state
     head = model.get_output_embeddings()
-    rows = max(1, CHUNK_TOKENS // hidden.shape[0])
     total = batch["weights"].new_zeros(())
-    for start in range(0, hidden.shape[1], rows):
-        part = slice(start, start + rows)
+    pieces = (tensor.tensor_split(chunks, dim=1) for tensor in (hidden, batch["targets"]))
+    for part, targets in zip(*pieces, strict=True):
         total = total + checkpoint(
             lambda h, t, w: token_loss_sum(head(h), t, w),
-            hidden[:, part],
-            batch["targets"][:, part],
+            part,
+            targets,
             batch["weights"],
             use_reentrant=False,
         )
