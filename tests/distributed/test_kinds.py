@@ -16,18 +16,26 @@ pytestmark = [pytest.mark.xdist_group("matrix"), pytest.mark.heavy]
 
 ENGINES = ["ddp", "fsdp", "accelerate", "zero2", "zero3"]
 SPLITS = [(6, 1, 2), (3, 2, 2), (2, 2, 3)]
-LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+LLAMA = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 257}  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
     "chats": {"data": {}},
+    "nf4": {"data": {}, "model": {"adapter": {"rank": 4}, "quantization": "nf4"}},
+    "int8": {"data": {}, "model": {"adapter": {"rank": 4}, "quantization": "int8"}, "precision": "bf16"},
     "packed": {"data": {"packing": "documents"}, "model": {"adapter": {"rank": 4}}, "loss": {"chunked": True}},
 }  # fmt: skip
+
+
+TOLERANCE = {"int8": 2e-3}
+"""Of losses in bf16."""
 
 
 def runs_of(kind: str) -> list[tuple[str, tuple[int, int, int]]]:
     if kind == "packed":
         return [(engine, split) for engine in ENGINES for split in SPLITS]
-    return [("ddp", SPLITS[0]), ("fsdp", SPLITS[1]), ("zero3", SPLITS[2])]
+    if kind == "chats":
+        return [("ddp", SPLITS[0]), ("fsdp", SPLITS[1]), ("zero3", SPLITS[2])]
+    return [("ddp", SPLITS[0]), ("ddp", SPLITS[1]), ("fsdp", SPLITS[1]), ("fsdp", SPLITS[2])]
 
 
 def name_of(kind: str, engine: str, split: tuple[int, int, int]) -> str:
@@ -78,7 +86,7 @@ def test_every_split_is_one_curve(
     assert len(ours) == len(reference) == STEPS
     assert ours[-1]["loss"] < ours[0]["loss"]
     for mine, theirs in zip(ours, reference, strict=True):
-        assert abs(mine["loss"] - theirs["loss"]) < 1e-5 * theirs["loss"]
+        assert abs(mine["loss"] - theirs["loss"]) < TOLERANCE.get(kind, 1e-5) * theirs["loss"]
         assert mine["digest"] == theirs["digest"]
         assert mine["weight"] == theirs["weight"]
 
@@ -89,7 +97,7 @@ def test_verify_is_green_and_a_resume_bitwise(arena: Arena, kind: str) -> None:
     assert arena.verdict(f"verify-{kind}") == (True, True)
     assert arena.own_loss(f"verify-{kind}")
     names = [f"stopped-{kind}", name_of(kind, "fsdp", (3, 2, 2))]
-    if kind == "chats":
+    if kind != "packed":
         assert [line["loss"] for line in arena.lines(names[0])] == [
             line["loss"] for line in arena.lines(names[1])
         ]
@@ -102,7 +110,7 @@ def test_verify_is_green_and_a_resume_bitwise(arena: Arena, kind: str) -> None:
 def test_rows_hold_several_documents(arena: Arena) -> None:
     """Fewer rows than chats, and nothing of them is lost."""
     rows = {}
-    for kind in KINDS:
+    for kind in ("chats", "packed"):
         plan = plan_of(arena, kind, "ddp", SPLITS[0])
         assert plan.steps.samples
         rows[kind] = plan.steps.samples

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from drumline.architectures.known_models import known_config
 from drumline.recipe.load import merge
 from memory.family_grid import PRECISIONS, SHAPES, STRATEGIES, Cell, _trace
-from memory.plans import small_plan
+from memory.plans import SMALL, small_plan
 
 LORA = {"adapter": {"rank": 8}}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -16,6 +17,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "two targets": ("llama", {"adapter": {"rank": 8, "targets": ["q_proj", "v_proj"]}}),
     "norms too": ("qwen3", {"adapter": {"rank": 4, "rslora": True, "train_also": ["*norm*"]}}),
     "dora": ("llama", {"adapter": {"rank": 8, "dora": True}}),
+    "nf4": ("llama", {**LORA, "quantization": "nf4"}),
+    "int8": ("mistral", {**LORA, "quantization": "int8"}),
     "conv1d": ("gpt2", LORA),
     "experts": ("mixtral", LORA),
     "latent": ("deepseek_v3", LORA),
@@ -46,12 +49,30 @@ def test_the_closed_form_is_the_trace(kind: str) -> None:
     for cell in cells(kind):
         assert cell.plan.memory.method == "closed-form"
         errors.append(abs(cell.error))
-        whole = small_plan(cell.architecture, **merge(cell.sections, {"model": {"adapter": None, "frozen": []}}))  # fmt: skip
+        whole = small_plan(cell.architecture, **merge(cell.sections, {"model": {"adapter": None, "frozen": [], "quantization": "none"}}))  # fmt: skip
         mine, theirs = cell.plan.memory.parts, whole.memory.parts
         assert mine["optimizer"] < theirs["optimizer"]
         assert mine["gradients"] <= theirs["gradients"]
     assert statistics.median(errors) <= (0.035 if kind == "classifier" else 0.015)
     assert max(errors) <= 0.05
+
+
+def test_what_people_report_fits() -> None:
+    """LoRA of Llama 3 8B on a card of 24 GB, QLoRA of 70B on one of 80 GB, and neither without."""
+    for name, gpu, model in (
+        ("meta-llama/Meta-Llama-3-8B", "rtx-4090", LORA),
+        ("meta-llama/Meta-Llama-3-70B", "h100-80gb", {**LORA, "quantization": "nf4"}),
+    ):
+        config = known_config(name)
+        assert config
+        fields = {k: v for k, v in config.items() if k in SMALL["llama"]}
+        common = {"cluster": {"gpu": gpu}, "loss": {"chunked": True}}
+        verdicts = []
+        for own in (model, {"adapter": None, "quantization": "none"}):
+            sections = {"model": {"activation_checkpointing": "full", **own}}
+            plan = small_plan("llama", fields, b=1, length=2048, **merge(common, sections))
+            verdicts.append(plan.memory.verdict)
+        assert verdicts == ["fits", "does_not_fit"], name
 
 
 def test_names_that_only_the_built_model_knows_are_traced() -> None:

@@ -77,6 +77,12 @@ FOLLOWED: list[tuple[list[str], str, list[list[str]]]] = [
     (["model.sync_batchnorm=true", "launch.launcher=deepspeed"], "launcher torchrun", [["launch.launcher=torchrun"]]),
     (["model.frozen=[a.*]", "model.adapter={rank: 4}"], "Nearest: frozen []", [["model.frozen=[]"]]),
     (["model.adapter={targets: []}"], "targets all-linear", [["model.adapter.targets=all-linear"]]),
+    (["model.quantization=nf4"], "adapter {rank: 16}, or quantization none",
+     [["model.adapter={rank: 16}"], ["model.quantization=none"]]),
+    (["model.quantization=nf4", "model.adapter={dora: true}"], "dora false, or quantization none",
+     [["model.adapter.dora=false"], ["model.quantization=none"]]),
+    (["model.quantization=nf4", "model.adapter={rank: 4}", "launch.launcher=deepspeed"],
+     "launch.launcher=torchrun strategy.name=fsdp", [["launch.launcher=torchrun", "strategy.name=fsdp"]]),
     # precision, optimizer, logging
     (["precision=bf16-pure", "launch.launcher=deepspeed"], "bf16, or strategy fsdp with launcher torchrun",
      [["precision=bf16"], ["strategy.name=fsdp", "launch.launcher=torchrun"]]),

@@ -43,7 +43,7 @@ CHANGES: dict[str, Any] = {
               {"source": "config", "factory": None, "architecture": "bert", "config": None}, {"edits": ["m:f"]},
               {"frozen": ["a.*"]}, {"adapter": {"rank": 4}}, {"adapter": {"alpha": 8.0}},
               {"adapter": {"dropout": 0.1}}, {"adapter": {"targets": ["q_proj"]}}, {"adapter": {"dora": True}},
-              {"adapter": {"rslora": True}}, {"adapter": {"train_also": ["a"]}}, {"adapter": {"type": "lora"}}],
+              {"adapter": {"rank": 8}, "quantization": "nf4"}, {"adapter": {"rslora": True}}, {"adapter": {"train_also": ["a"]}}, {"adapter": {"type": "lora"}}],
     "data": [{"name": "python-stdlib"}, {"options": {"rows": 5}}, {"label_field": "y"}, {"samples": 9999},
              {"validation": 0.3}, {"tokenizer": "gpt2"}, {"text_field": "t"}, {"prompt_field": "p"},
              {"completion_field": "c"}, {"split": "test"}, {"sequence_length": 9},

@@ -50,7 +50,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
 }
 
 
-def trained(folder: Path, kind: str) -> Plan:
+def trained(folder: Path, kind: str, **model: Any) -> Plan:
     """Eight steps from a pretrained folder."""
     architecture, config, auto, adapter = KINDS[kind]
     rows = [f'{{"text": "{"abc"[n % 3] * (1 + n % 9)}", "label": {n % 2}}}' for n in range(40)]
@@ -58,7 +58,7 @@ def trained(folder: Path, kind: str) -> Plan:
     saved(folder / "base", auto, architecture, config)
     task = "causal_lm" if auto == LM else "classification"
     plain = tiny_recipe(
-        model={"source": "folder", "factory": None, "path": str(folder / "base"), "adapter": adapter},
+        model={"source": "folder", "factory": None, "path": str(folder / "base"), "adapter": adapter, **model},
         data={"source": "files", "name": None, "path": str(folder / "rows.jsonl"), "task": task,
               "sequence_length": 32, "samples": None, "validation": 0.0},
         batch={"effective": 4, "per_device": 4, "gpus": 1}, optimizer={"name": "adamw", "lr": 1e-2},
@@ -76,7 +76,28 @@ def trained(folder: Path, kind: str) -> Plan:
     return plan
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_base_is_merged_as_it_was_trained_on(tmp_path: Path) -> None:
+    """The merged folder has the logits of the model with its quantised base, and the names of the base."""
+    KINDS["nf4"] = ("llama", {**LLAMA, "hidden_size": 64}, LM, {"rank": 4})
+    plan = trained(tmp_path, "nf4", quantization="nf4")
+    manifest = manifest_of_run(plan)
+    assert manifest
+    checkpoint = tmp_path / "checkpoints/step-00000008"
+    export(plan, manifest, checkpoint, tmp_path / "merged", merge=True)
+    ours: Any = ModelBuilder(plan.recipe, manifest).whole().eval()
+    weights = whole_tensors(checkpoint, "model.")
+    ours.load_state_dict({n.removeprefix("model."): w for n, w in weights.items()}, strict=False)
+    ids = torch.tensor([[3, 50, 8, 99, 7, 201]])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    with torch.no_grad():
+        wanted = ours(ids).logits
+        assert (merged(ids).logits - wanted).abs().max() < 1e-5
+        assert (base(ids).logits - wanted).abs().max() > 1e-3
+    assert merged.state_dict().keys() == base.state_dict().keys()
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
 def test_peft_loads_an_export(tmp_path: Path, kind: str) -> None:
     """The same logits from our model, from base and adapter under peft, and from the merged folder."""
     plan = trained(tmp_path, kind)

@@ -63,12 +63,13 @@ class LoraShape:
 class Trained:
     """What of a model is not trained, by the names in `outer_tensors` and `layer_tensors`, and its adapter.
 
-    `layers`: the frozen names of each layer, first to last.
+    `layers`: the frozen names of each layer, first to last. `quantization`: of frozen matrices in them.
     """
 
     outer: frozenset[str]
     layers: tuple[frozenset[str], ...]
     lora: LoraShape | None = None
+    quantization: str = "none"
 
 
 _MOST_PADDING = 1 / 64

@@ -20,6 +20,8 @@ from drumline.recipe.model_section import Adapter, Model
 if TYPE_CHECKING:
     from drumline.architectures.weight_paths import Paths
 
+NF4_BLOCK = 64
+"""Weights of a row that share a scale."""
 _NO_TARGETS = {"router", "distances"}
 """Matrices of a layer that are no linear layers, or that choose experts."""
 _FEED_FORWARD = {"gate", "up", "down", "gate_up", "shared_gate", "shared_up", "shared_down"}
@@ -64,6 +66,25 @@ def adapter_tensors(shape: ModelShape, tensors: Tensors) -> Tensors:
         if lora.is_dora:
             found[f"{name}_magnitude"] = (outputs,)
     return found
+
+
+def packed_bytes(shape: ModelShape, name: str, sizes: tuple[int, ...]) -> float | None:
+    """Bytes per element of a matrix of a layer that is quantised, with its scales; None of another weight."""
+    kind = shape.trained.quantization if shape.trained else "none"
+    is_matrix = (
+        len(sizes) == 2 and name not in _NO_TARGETS and not name.endswith(("_lora_a", "_lora_b"))
+    )
+    if kind == "none" or not is_matrix or shape.family == "gpt2":
+        return None
+    if kind == "int8":
+        return 1 + 4 / sizes[1]
+    return 0.5 + 4 / NF4_BLOCK if sizes[1] % NF4_BLOCK == 0 else None
+
+
+def packed_names(shape: ModelShape, layer: ModelShape) -> set[str]:
+    """Names of the matrices of a layer that are quantised."""
+    tensors = layer_tensors(layer)
+    return {name for name, sizes in tensors.items() if packed_bytes(shape, name, sizes) is not None}
 
 
 def low_rank(shape: ModelShape, sizes: tuple[int, ...], rank: int) -> LowRank:
@@ -141,7 +162,9 @@ def with_trained(shape: ModelShape, model: Model) -> ModelShape | str:
         return f"which weights of {shape.architecture} the recipe names is known once it is built"
     if model.adapter:
         trained = _of_adapter(shape, model.adapter, paths)
-        return trained if isinstance(trained, str) else replace(shape, trained=trained)
+        if isinstance(trained, str):
+            return trained
+        return replace(shape, trained=replace(trained, quantization=model.quantization))
     assert paths
     chosen = _matching(shape, paths, model.frozen, "model.frozen")
     if chosen is None:

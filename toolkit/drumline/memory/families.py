@@ -53,8 +53,12 @@ class Layer:
         frozen_width: int,
         frozen: Collection[str] = (),
         lora: LoraShape | None = None,
+        packed: Collection[str] = (),
     ) -> None:
-        """`width` and `frozen_width`: bytes per element in the forward; `frozen`: what is not trained."""
+        """`width` and `frozen_width`: bytes per element in the forward.
+
+        `frozen`: what is not trained, `packed`: what of it is quantised.
+        """
         self.shape, self.frozen, self._width, self._lora = shape, frozen, width, lora
         tensors = layer_tensors(shape)
         self.weights = {
@@ -63,6 +67,7 @@ class Layer:
                 frozen_width if name in frozen else width,
                 name in frozen,
                 self._adapter(name, sizes),
+                name in frozen and name in packed,
             )
             for name, sizes in tensors.items()
             if len(sizes) > 1

@@ -52,6 +52,7 @@ class Parameter:
     `uses` counts the gradients still expected in this backward. As in autograd, they are summed in
     `waiting` first, and the sum is then added to `gradient`. `on_ready` is called when it has been.
     `is_frozen`: it is not trained and gets no gradient. `adapter`: the low-rank matrices beside it.
+    `is_packed`: it is quantised, and widened for every product.
     """
 
     __slots__ = (
@@ -59,6 +60,7 @@ class Parameter:
         "elements",
         "gradient",
         "is_frozen",
+        "is_packed",
         "on_ready",
         "uses",
         "waiting",
@@ -71,9 +73,10 @@ class Parameter:
         width: int,
         is_frozen: bool = False,
         adapter: "AdapterWeights | None" = None,
+        is_packed: bool = False,
     ) -> None:
         self.elements, self.width = elements, width
-        self.is_frozen, self.adapter = is_frozen, adapter
+        self.is_frozen, self.adapter, self.is_packed = is_frozen, adapter, is_packed
         self.gradient: Block | None = None
         self.waiting: Block | None = None
         self.on_ready: Callable[[], None] | None = None

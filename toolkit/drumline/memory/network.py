@@ -13,7 +13,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from drumline.architectures.shapes import Tensors, count, layer_tensors, outer_tensors
-from drumline.architectures.trained import adapter_tensors, trained_parameters
+from drumline.architectures.trained import adapter_tensors, packed_names, trained_parameters
 from drumline.memory.families import Layer, Rows, norm
 from drumline.memory.heads import class_loss
 from drumline.memory.ledger import Block, Gradient, Ledger, Parameter, Value
@@ -48,7 +48,14 @@ class Network:
         self.kinds = self._first + self._last
         lora = trained.lora if trained else None
         self.layers = [
-            Layer(shape.layer_shapes[kind.segment][0], width, narrow, kind.frozen, lora)
+            Layer(
+                shape.layer_shapes[kind.segment][0],
+                width,
+                narrow,
+                kind.frozen,
+                lora,
+                packed_names(shape, shape.layer_shapes[kind.segment][0]),
+            )
             for kind in self.kinds
         ]
         played = sum(w.elements for layer in self.layers for w in _trained(layer))
@@ -73,13 +80,20 @@ class Network:
         """Whether FSDP2 gathers this weight in a group of its own, with the other embeddings."""
         return self.shape.has_embedding_block and name in _EMBEDDINGS
 
-    def _group(self, tensors: Tensors, weights: list[Parameter], frozen: Collection[str]) -> Group:
-        return Group(self.ledger, self.load, self.stage, tensors, weights, frozen)
+    def _group(
+        self,
+        tensors: Tensors,
+        weights: list[Parameter],
+        frozen: Collection[str],
+        packed: Collection[str] = (),
+    ) -> Group:
+        return Group(self.ledger, self.load, self.stage, tensors, weights, frozen, packed)
 
     def _group_of(self, layer: Layer) -> Group:
         own = layer_tensors(layer.shape)
         tensors = own | adapter_tensors(self.shape, own)
-        return self._group(tensors, layer.all_weights(), layer.frozen)
+        packed = packed_names(self.shape, layer.shape)
+        return self._group(tensors, layer.all_weights(), layer.frozen, packed)
 
     def parameters(self) -> list[Parameter]:
         """All parameters; those of the layers that are not simulated are one Parameter."""

@@ -18,6 +18,7 @@ from drumline.memory.ledger import (
     Rule,
     Value,
 )
+from drumline.memory.load import WIDENED_AT_ONCE
 
 FP32 = 4
 INDEX = 8
@@ -114,6 +115,8 @@ class Operators:
         return self._adapted(value, out, weight.adapter, weight) if weight.adapter else out
 
     def _product(self, value: Value, weight: Parameter, outputs: float, is_wide: bool) -> Value:
+        if weight.is_packed:
+            return self._widened_product(value, weight, outputs)
         matrix = self.weight(weight)
         if is_wide and self.low is None:
             matrix, value = self.cast(matrix, FP32), self.cast(value, FP32)
@@ -137,6 +140,33 @@ class Operators:
         kept = matrix.block if for_input and not is_cast_again else None
         keeps = (kept, value.block if for_weight else None)
         return self.product(rows * outputs, width, [matrix, value], rule, keeps)
+
+    def _widened_product(self, value: Value, weight: Parameter, outputs: float) -> Value:
+        """X · W of a quantised W, which forward and backward widen to X's dtype, and do not keep."""
+        value = self.cast(value, self.low or value.width)
+        ledger, width, elements, weights = self.ledger, value.width, value.elements, weight.elements
+
+        def widen() -> Block:
+            whole = ledger.block(weights, width)
+            some = min(weights, WIDENED_AT_ONCE)
+            held = [
+                ledger.block(some, FP32),
+                ledger.block(some, FP32),
+                ledger.block(some / 2, FP32),
+            ]
+            held.clear()
+            return whole
+
+        def rule(gradient: list[Gradient]) -> list[Gradient]:
+            wide = widen()
+            result = ledger.block(elements, width)
+            del wide
+            return [result]
+
+        wide = widen()
+        out = self.product(elements / (weights / outputs) * outputs, width, [value], rule)
+        del wide
+        return out
 
     def _adapted(
         self, value: Value, out: Value, adapter: AdapterWeights, weight: Parameter

@@ -4,7 +4,7 @@ import math
 from functools import cache, cached_property
 
 from drumline.architectures.shapes import count, outer_tensors, shard_sizes
-from drumline.architectures.trained import weights_of
+from drumline.architectures.trained import packed_bytes, weights_of
 from drumline.memory.events import Event
 from drumline.memory.families import Rows
 from drumline.memory.ledger import Block, Ledger
@@ -75,6 +75,17 @@ class Rank:
             found += run.number * shard_sizes(shape, run.tensors, ranks, load.folds)
         return found
 
+    def _frozen_bytes(self) -> list[float]:
+        """Bytes of this rank's part of each frozen weight."""
+        widths = [
+            packed_bytes(self.shape, name, sizes) if run.is_layer else None
+            for run in weights_of(self.shape, is_frozen=True)
+            for _ in range(run.number)
+            for name, sizes in run.tensors.items()
+        ]
+        pairs = zip(self._shards(is_frozen=True), widths, strict=True)
+        return [size * (width or self.load.frozen_width) for size, width in pairs]
+
     def _state_tensors(self, state: StateSize) -> list[float]:
         """Bytes of this rank's part of one optimizer state tensor, of each trained weight."""
         parts = [
@@ -97,9 +108,9 @@ class Rank:
             self._zero.hold_state()
         else:
             self._held += self._per_tensor("parameters")
-            frozen = self._shards(is_frozen=True)
-            for size in frozen if self._is_whole else [sum(frozen)] if frozen else []:
-                self._hold(size, load.frozen_width, "parameters")
+            frozen = self._frozen_bytes()
+            for part in frozen if self._is_whole else [sum(frozen)] if frozen else []:
+                self._hold(part, 1, "parameters")
         if self._has_buckets:
             size = _BUCKET_BYTES // load.state_width if self._is_whole else own
             for start in range(0, own, size):

@@ -9,6 +9,7 @@ next group starts its own reduce-scatter.
 from collections.abc import Collection
 
 from drumline.architectures.shapes import Tensors, shard_sizes
+from drumline.architectures.trained import packed_bytes
 from drumline.memory.ledger import Block, Gradient, Ledger, Parameter, Value
 from drumline.memory.load import Load
 
@@ -37,16 +38,30 @@ class Group:
         tensors: Tensors,
         weights: list[Parameter],
         frozen: Collection[str],
+        packed: Collection[str] = (),
     ) -> None:
-        """`tensors`: those of the weights, by name; `frozen`: names of those that are not trained."""
+        """`tensors`: those of the weights, by name; `frozen`: names of those that are not trained.
+
+        `packed`: of the frozen ones those that are quantised.
+        """
         self._ledger, self._load, self._stage, self.weights = ledger, load, stage, weights
-        self.tensors = shard_sizes(load.shape, tensors, load.shard_ranks, load.folds)
+        sizes = shard_sizes(load.shape, tensors, load.shard_ranks, load.folds)
+        self.tensors = [
+            size * self._share(name, tensors[name], name in frozen and name in packed)
+            for name, size in zip(tensors, sizes, strict=True)
+        ]
         self.shard = sum(self.tensors)
         pairs = zip(tensors, self.tensors, strict=True)
         self.trained = sum(size for name, size in pairs if name not in frozen)
         self._whole: list[Block] = []
         self._buffer: Block | None = None
         self.gradient: Block | None = None
+
+    def _share(self, name: str, sizes: tuple[int, ...], is_packed: bool) -> float:
+        """Bytes of a quantised weight over those of the forward's dtype; 1 for another one."""
+        load = self._load
+        packed = packed_bytes(load.shape, name, sizes) if is_packed else None
+        return 1.0 if packed is None else packed / load.forward_width
 
     def gather(self) -> None:
         """All-gather into one buffer; the shard is cast to the forward's dtype first if it differs."""

@@ -73,6 +73,11 @@ AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longf
 
 def _check_deepspeed(recipe: Recipe) -> None:
     """Refuse recipes that DeepSpeed would train differently from the other launchers."""
+    if recipe.model.quantization != "none":
+        raise PlanError(
+            "model.quantization does not go with launcher deepspeed. Nearest: launch.launcher=torchrun "
+            "strategy.name=fsdp"
+        )
     if recipe.precision == "bf16-pure":
         raise PlanError(
             "precision: bf16-pure does not go with launcher deepspeed, which keeps an fp32 copy of "

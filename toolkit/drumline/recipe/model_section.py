@@ -43,6 +43,7 @@ class Adapter(Section):
 class Model(Section):
     """The model; `architecture` and the fields of `config` are those of transformers.
 
+    `quantization`: of the linear layers in the frozen layers under an adapter, in 4 or 8 bits.
     `frozen`: patterns of names of parameters that are not trained, such as `model.embed_tokens.*`.
     `edits` are functions of the recipe's project, called with the model before random weights are drawn,
     or after pretrained ones are loaded.
@@ -62,6 +63,7 @@ class Model(Section):
     compile: bool = False
     frozen: Annotated[list[Name], AddedLater()] = []
     adapter: Annotated[Adapter | None, AddedLater()] = None
+    quantization: Annotated[Literal["none", "nf4", "int8"], AddedLater()] = "none"
     edits: Annotated[list[FactoryName], AddedLater()] = []
 
     @model_validator(mode="after")
@@ -76,6 +78,16 @@ class Model(Section):
             raise ValueError(
                 "an adapter freezes all weights of the model but those under adapter.train_also. Nearest: "
                 "frozen []"
+            )
+        if self.quantization != "none" and self.adapter is None:
+            raise ValueError(
+                f"quantization {self.quantization} is of frozen weights, and no adapter is trained beside "
+                "them. Nearest: adapter {rank: 16}, or quantization none"
+            )
+        if self.adapter and self.adapter.dora and self.quantization != "none":
+            raise ValueError(
+                "adapter.dora needs the norms of the base's weights, which are quantized. Nearest: dora "
+                "false, or quantization none"
             )
         if self.activation_offload and self.activation_checkpointing == "none":
             raise ValueError(

@@ -43,6 +43,7 @@ from drumline.train.engines.torch import TorchEngine
 from drumline.train.loop import forward_backward
 from drumline.train.models import ModelBuilder, build, builder
 from drumline.train.models.build import reads_images
+from drumline.train.models.quantized import QuantizedLinear
 from drumline.train.watch import Watch
 
 
@@ -202,10 +203,13 @@ def _answer_at_once(state: object, bucket: dist.GradBucket) -> torch.futures.Fut
 def _materialise(maker: ModelBuilder, modules: list[nn.Module], source: int) -> None:
     """Replace meta tensors by zeros, which saves the time of random initialisation."""
     for module in modules:
+        if isinstance(module, QuantizedLinear):
+            module.pack()
         for parameter_name, parameter in module._parameters.items():
             if parameter is not None:
                 is_trained = parameter.requires_grad
-                dtype = (maker._dtype if is_trained else maker._frozen_dtype) or parameter.dtype
+                wanted = maker._dtype if is_trained else maker._frozen_dtype
+                dtype = wanted if wanted and parameter.is_floating_point() else parameter.dtype
                 zeros = torch.zeros_like(parameter, device="cpu", dtype=dtype)
                 module._parameters[parameter_name] = nn.Parameter(zeros, is_trained)
         for buffer_name, buffer in module._buffers.items():

@@ -17,6 +17,7 @@ from drumline.architectures.patterns import ending_with, matching
 from drumline.errors import PlanError
 from drumline.recipe.model_section import Adapter
 from drumline.train.models.blocks import named_blocks
+from drumline.train.models.quantized import QuantizedLinear
 from drumline.train.models.seeds import derived_seed
 
 _NAME = "default"
@@ -119,12 +120,18 @@ def export_adapter(model: Any, spec: Adapter, base: str, target: Path) -> None:
 
 @torch.no_grad()
 def merge_adapter(model: nn.Module) -> None:
-    """Add every adapter to its base layer, in the dtype that the weights have, and take it out."""
+    """Add every adapter to its base layer, in the dtype that the weights have, and take it out.
+
+    Quantised weights are widened, so that the result is what was trained on.
+    """
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLinear):
+            layer.unpack()
     for name in adapted_layers(model).values():
-        layer: Any = model.get_submodule(name)
-        layer.merge()
+        adapted: Any = model.get_submodule(name)
+        adapted.merge()
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
+        setattr(model.get_submodule(parent), leaf, adapted.get_base_layer())
 
 
 def _name_in_file(name: str) -> str:
@@ -139,9 +146,8 @@ def _targets(model: nn.Module, spec: Adapter) -> set[str]:
     linear = {name for name, module in model.named_modules() if _is_linear(module)}
     if spec.targets != "all-linear":
         return ending_with(spec.targets, linear, "model.adapter.targets")
-    inside = tuple(f"{name}." for name, _ in named_blocks(model))
-    left_out = _ROUTERS | (_FEED_FORWARD if _has_experts(model) else set())
-    found = {n for n in linear if n.startswith(inside) and n.rpartition(".")[2] not in left_out}
+    left_out = _FEED_FORWARD if _has_experts(model) else set()
+    found = {name for name in linear_in_blocks(model) if name.rpartition(".")[2] not in left_out}
     if not found:
         raise PlanError(
             "model.adapter.targets: all-linear finds no linear layer in the model's blocks. Nearest: "
@@ -163,6 +169,18 @@ def _names_outside(targets: set[str], wrong: set[str]) -> list[str]:
     """Last parts of the names of the layers that peft adapts as it should."""
     bad = {name.rpartition(".")[2] for name in wrong}
     return sorted({name.rpartition(".")[2] for name in targets} - bad) or ["all-linear"]
+
+
+def linear_in_blocks(model: nn.Module) -> set[str]:
+    """Full names of the linear layers in the model's blocks, but for routers."""
+    inside = tuple(f"{name}." for name, _ in named_blocks(model))
+    return {
+        name
+        for name, module in model.named_modules()
+        if _is_linear(module)
+        and name.startswith(inside)
+        and name.rpartition(".")[2] not in _ROUTERS
+    }
 
 
 def _is_linear(module: nn.Module) -> bool:

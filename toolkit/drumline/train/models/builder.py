@@ -26,6 +26,7 @@ from drumline.train.models.build import build_model, check_vocabulary
 from drumline.train.models.checkpointing import enable_checkpointing
 from drumline.train.models.edits import apply_edits, choose_trained
 from drumline.train.models.pretrained import PretrainedWeights
+from drumline.train.models.quantized import QuantizedLinear
 from drumline.train.models.seeds import derived_seed
 
 _OUTSIDE = "rest"
@@ -82,6 +83,11 @@ class ModelBuilder:
             self.notes.append(f"the model of {recipe.model.factory} {found}")
         check_vocabulary(self.model, manifest, built.weights is not None)
         choose_trained(self.model, recipe, new)
+        self._names |= {
+            id(module): name.removesuffix(".base_layer")
+            for name, module in self.model.named_modules()
+            if isinstance(module, QuantizedLinear)
+        }
         self._adapted = adapted_layers(self.model)
         self._of_adapters = {
             id(part) for name, part in self.model.named_modules() if is_of_adapter(name)
@@ -180,6 +186,9 @@ class ModelBuilder:
 
     def _hand_out(self, modules: list[nn.Module], source: int) -> None:
         """Move modules to the device in their dtype, and broadcast the weights that `source` initialised."""
+        for module in modules:
+            if isinstance(module, QuantizedLinear) and not module.is_filled:
+                module.pack()
         if self._is_empty and source != _rank():
             _allocate(modules, self._device)
             with _without_draws():

@@ -10,15 +10,19 @@ from collections.abc import Collection
 from torch import nn
 
 from drumline.architectures.patterns import matching
+from drumline.architectures.trained import NF4_BLOCK
 from drumline.data.factory import load_factory
 from drumline.errors import PlanError
 from drumline.recipe.schema import Recipe
-from drumline.train.models.adapter import add_adapter
+from drumline.train.models.adapter import add_adapter, linear_in_blocks
+from drumline.train.models.quantized import quantise
 
 
 def choose_trained(model: nn.Module, recipe: Recipe, new: Collection[str]) -> None:
     """Insert the recipe's adapter or freeze what it names; `new`: parameters that no file holds."""
     spec = recipe.model
+    if spec.quantization != "none":
+        quantise(model, spec.quantization, _to_quantise(model, spec.quantization))
     if spec.adapter:
         add_adapter(model, spec.adapter, {*new, *head_of(model, recipe)})
     names = {name for name, _ in model.named_parameters()}
@@ -27,6 +31,22 @@ def choose_trained(model: nn.Module, recipe: Recipe, new: Collection[str]) -> No
         if name in frozen:
             parameter.requires_grad_(False)
     _refuse_nothing_trainable(model)
+
+
+def _to_quantise(model: nn.Module, kind: str) -> set[str]:
+    """The linear layers of the model's blocks that can be quantised; PlanError if there are none."""
+    found = set()
+    for name in linear_in_blocks(model):
+        layer = model.get_submodule(name)
+        fits = kind == "int8" or getattr(layer, "in_features", 1) % NF4_BLOCK == 0
+        if isinstance(layer, nn.Linear) and fits:
+            found.add(name)
+    if not found:
+        raise PlanError(
+            f"model.quantization: {kind} finds no linear layer in the model's blocks whose inputs are a "
+            f"multiple of {NF4_BLOCK}. Nearest: model.quantization=none"
+        )
+    return found
 
 
 def apply_edits(model: nn.Module, recipe: Recipe) -> None:
