@@ -60,12 +60,20 @@ def test_a_stopped_run_goes_on(forked: Any, runs: Path) -> None:
 
 @pytest.mark.parametrize("name", ["finished-lm", "finished-mlp"])
 def test_a_finished_run_is_reproduced_bit_for_bit(forked: Any, runs: Path, name: str) -> None:
-    """The same initial weights, samples, losses and final weights as the version before."""
+    """The same initial weights, samples, losses and final weights as the version before.
+
+    On the maker's CPUs that the runs were recorded on; another's products round otherwise.
+    """
     done = forked("reproduce", str(runs / name), "--trust-code", "--json", "--run-dir", "again")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["verdict"] == "identical", found["words"]
-    assert found["weights_error"] == 0.0
+    recorded = json.loads((runs / name / "record.json").read_text())["hardware"]["cpu"]
+    if recorded.split()[0] in Path("/proc/cpuinfo").read_text():
+        assert found["verdict"] == "identical", found["words"]
+        assert found["weights_error"] == 0.0
+    else:
+        assert found["verdict"] in ("identical", "equal"), found["words"]
+        assert found["weights_error"] < 1e-6
 
 
 def test_it_is_reported(forked: Any, runs: Path) -> None:

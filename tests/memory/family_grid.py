@@ -64,6 +64,14 @@ class Cell:
         return small_plan(self.architecture, **merge(self.sections, {"cluster": {"gpu": card}}))
 
 
+def diagonal() -> list[dict[str, Any]]:
+    """Three combinations, in which every shape, precision and strategy is there once."""
+    return [
+        {"precision": precision, **STRATEGIES[number], **SHAPES[(2 * number) % len(SHAPES)]}
+        for number, precision in enumerate(PRECISIONS)
+    ]
+
+
 def cells(architecture: str, is_all: bool) -> Iterator[Cell]:
     """All 27 combinations, or 9 in which each two of shape, precision and strategy meet once."""
     for row, precision in enumerate(PRECISIONS):

@@ -7,7 +7,7 @@ import pytest
 
 from drumline.architectures.known_models import known_config
 from drumline.recipe.load import merge
-from memory.family_grid import PRECISIONS, SHAPES, STRATEGIES, Cell, _trace
+from memory.family_grid import Cell, _trace, diagonal
 from memory.plans import SMALL, small_plan
 
 LORA = {"adapter": {"rank": 8}}
@@ -30,15 +30,13 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def cells(kind: str) -> list[Cell]:
-    """Nine combinations in which each two of shape, precision and strategy meet once."""
+    """Three combinations of shape, precision and strategy."""
     architecture, model = KINDS[kind]
     found = []
-    for row, precision in enumerate(PRECISIONS):
-        for column, strategy in enumerate(STRATEGIES):
-            shape = SHAPES[(row + column) % len(SHAPES)]
-            sections = merge({"precision": precision, **strategy, **shape}, {"model": model})
-            plan = small_plan(architecture, **sections)
-            found.append(Cell(architecture, sections, plan, _trace(plan, architecture)))
+    for one in diagonal():
+        sections = merge(one, {"model": model})
+        plan = small_plan(architecture, **sections)
+        found.append(Cell(architecture, sections, plan, _trace(plan, architecture)))
     return found
 
 

@@ -95,6 +95,8 @@ FOLLOWED: list[tuple[list[str], str, list[list[str]]]] = [
      [["strategy.name=ddp"], ["strategy.name=fsdp", "launch.launcher=torchrun"]]),
     (["data={task: custom, task_factory: 'm:f', sequence_length: null}", "loss.chunked=true"], "state data.sequence_length, or loss.chunked=false",
      [["data.sequence_length=64"], ["loss.chunked=false"]]),
+    (["objective={name: custom, factory: 'm:f'}", "loss.label_smoothing=0.1"], "Nearest: loss.label_smoothing=0.0",
+     [["loss.label_smoothing=0.0"]]),
     # packing
     (["data.packing=documents", "model.architecture=bloom", "!model.config={hidden_size: 64, n_head: 4}"],
      "is not known to keep documents of a row apart. Nearest: data.packing=stream", [["data.packing=stream"]]),
@@ -116,8 +118,6 @@ FOLLOWED: list[tuple[list[str], str, list[list[str]]]] = [
     (["schedule={name: cosine_restarts, cycles: 60}"], "cycles 50", [["schedule.cycles=50"]]),
     ([*WARMUP, "schedule.warmup_steps=200"], "warmup_steps 10, or duration.steps above 200, or horizon_steps 2000",
      [["schedule.warmup_steps=10"], ["duration.steps=201"], ["schedule.horizon_steps=2000"]]),
-    (["schedule.horizon_steps=50"], "horizon_steps 100, or duration.steps 50",
-     [["schedule.horizon_steps=100"], ["duration.steps=50"]]),
     ([*WARMUP, "schedule.min_lr=1.0"], "Nearest: min_lr 0.0001", [["schedule.min_lr=0.0001"]]),
     (["schedule={name: one_cycle, warmup_start_ratio: 0.1}"], "Nearest: start_ratio 0.1",
      [["schedule={warmup_start_ratio: 0.0, start_ratio: 0.1}"]]),

@@ -193,6 +193,12 @@ def test_a_run_that_ends_before_its_schedule_has_its_first_rates() -> None:
         rate_at(whole, step) for step in range(1, 41)
     ]
     assert cut.last == 40
+    longer = curve_of(schedule={**words, "horizon_steps": 20})
+    short = curve_of(schedule=words, duration={"steps": 20})
+    assert [rate_at(longer, step) for step in range(1, 21)] == [
+        rate_at(short, step) for step in range(1, 21)
+    ]
+    assert {rate_at(longer, step) for step in range(20, 41)} == {rate_at(short, 20)}
     assert cut.total == 400
     early = plan_of(schedule={**words, "warmup_steps": 100, "horizon_steps": 400})
     assert rate_at(early.schedule, 40) == pytest.approx(0.4)

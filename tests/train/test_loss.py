@@ -83,6 +83,23 @@ def test_chunked_loss_has_the_same_value_and_gradient() -> None:
         assert torch.allclose(whole, parts, rtol=1e-12, atol=1e-12)
 
 
+def test_smoothed_targets_are_spread_evenly_in_training_only() -> None:
+    """(1 - s) of the target's loss and s of the mean over all tokens; chunks and evaluation agree."""
+    torch.manual_seed(0)
+    model = Toy(11).double()
+    b = batch(3, 7)
+    b["weights"] = b["weights"].double()
+    losses = -functional.log_softmax(model(input_ids=b["input_ids"]).logits, dim=-1)
+    counted = b["targets"] != -100
+    own = losses.gather(-1, b["targets"].clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    mixed = (0.9 * own + 0.1 * losses.mean(-1)) * counted * b["weights"].unsqueeze(1)
+    plain = own * counted * b["weights"].unsqueeze(1)
+    for chunks in (0, 3):
+        objective = TokenCrossEntropy(chunks, 0.1)
+        assert float(objective.sums(model.train(), b).loss) == pytest.approx(float(mixed.sum()))
+        assert float(objective.sums(model.eval(), b).loss) == pytest.approx(float(plain.sum()))
+
+
 def test_a_dummy_row_adds_exactly_zero() -> None:
     """No counted token: value and every gradient are zero to the last bit."""
     torch.manual_seed(0)

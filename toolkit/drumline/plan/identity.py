@@ -21,7 +21,7 @@ _NOT_TRAINING = {
     "batch": ("per_device", "gpus", "accumulation"),
     "evaluation": ("per_device",),
     "optimizer": ("implementation",),
-    "loss": None,
+    "loss": ("chunked",),
     "anomalies": ("max_skipped",),
 }
 """Keys that `training_sha256` leaves out (None: the whole section). They affect how a run is computed, but
@@ -56,6 +56,8 @@ def _training(plain: dict[str, Any]) -> dict[str, Any]:
             plain.pop(section, None)
         elif isinstance(plain.get(section), dict):
             plain[section] = {k: v for k, v in plain[section].items() if k not in keys}
+            if not plain[section]:  # as before the section had keys that matter
+                del plain[section]
     return plain
 
 

@@ -310,11 +310,6 @@ def _curve(recipe: Recipe, split: Split, steps: StepFacts) -> schedule.Curve:
     """The schedule with its peak learning rate scaled and its durations in optimizer steps."""
     s, run = recipe.schedule, steps.total
     total = s.horizon_steps or run
-    if total < run:
-        raise PlanError(
-            f"schedule.horizon_steps: {total} < {run} steps of the run, which would train beyond the end of "
-            f"its schedule. Nearest: horizon_steps {run}, or duration.steps {total}"
-        )
     warmup = steps.warmup
     decay = max(1, round(s.decay_ratio * total))
     schedule.check_cycles(s.cycles, total, warmup)

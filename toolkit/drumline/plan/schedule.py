@@ -17,7 +17,8 @@ from drumline.plan.steps import Clock
 class Curve:
     """A resolved schedule: every number that the learning rate at a step depends on.
 
-    `total`: steps that the curve is drawn over, and `run` those that the run takes of them, None for all.
+    `total`: steps that the curve is drawn over. `run`: steps of the run, None if they are the same; a longer
+    one keeps the last rate.
     """
 
     name: str
@@ -132,7 +133,8 @@ def rate_at(curve: Curve, step: int) -> float:
     Warm-up is a line from warmup_start_ratio at step 0 to the peak at step warmup_steps, unless WARMUPS has
     another function for the schedule.
     """
-    assert 1 <= step <= curve.total, (step, curve.total)
+    assert 1 <= step <= curve.last, (step, curve.last)
+    step = min(step, curve.total)
     if step <= curve.warmup_steps:
         return curve.peak_lr * WARMUPS.get(curve.name, _linear_rise)(step, curve)
     share = SCHEDULES[curve.name](step, curve)

@@ -185,15 +185,20 @@ class Objective(Section):
 
 
 class Loss(Section):
-    """How the cross-entropy is computed; `chunked` never keeps all logits in memory at once."""
+    """How the cross-entropy is computed; `chunked` never keeps all logits in memory at once.
+
+    `label_smoothing`: share of each target that is spread evenly over all classes or tokens, in training.
+    """
 
     chunked: bool = False
+    label_smoothing: Annotated[Fraction, AddedLater()] = 0.0
 
 
 class Schedule(Section):
     """The learning rate as a function of the optimizer step; formulas in `plan/schedule.py`.
 
-    `horizon_steps`: the steps that the curve is drawn over, where they are not those of the run.
+    `horizon_steps`: the steps that the curve is drawn over, where they are not those of the run; a longer run
+    keeps the last rate.
     `warmup_start_ratio`: the rate before the first step, as a share of the peak. `min_lr`: the end of the
     curve, where `min_lr_ratio` states it as a share of the peak.
     """
@@ -424,6 +429,11 @@ class Recipe(Section):
             raise ValueError(
                 "duration.tokens counts full rows, and rows of documents are not full. Nearest: "
                 "duration.epochs or duration.steps"
+            )
+        if self.loss.label_smoothing and self.objective.factory:
+            raise ValueError(
+                "loss.label_smoothing is of cross_entropy, not of the project's objective. Nearest: "
+                "loss.label_smoothing=0.0"
             )
         if self.loss.chunked and not self.data.facts.is_per_token:
             raise ValueError("loss.chunked is for causal_lm and sft, not classification")

@@ -28,12 +28,13 @@ def compare_with_own_loss(
 ) -> dict[str, float] | None:
     """Mean losses over the first row of the step that has two targets, ours and theirs, and their distance.
 
-    None where the model has no loss of its own for these rows: it is no model of transformers, or the
-    objective is the project's own.
+    None where the model has no loss of its own for these rows: it is no model of transformers, the objective
+    is the project's own, or targets are smoothed.
     """
     from transformers import PreTrainedModel
 
-    if not isinstance(module.model, PreTrainedModel) or plan.recipe.objective.factory:
+    is_other = plan.recipe.objective.factory or plan.recipe.loss.label_smoothing
+    if not isinstance(module.model, PreTrainedModel) or is_other:
         return None
     dtype, is_per_token = autocast_dtype(plan), plan.recipe.data.facts.is_per_token
     for place in range(step.samples):

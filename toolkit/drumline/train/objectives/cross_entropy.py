@@ -14,30 +14,33 @@ from drumline.train.objectives.base import Batch, Objective, Sums, at_least_fp32
 
 def build(recipe: Recipe) -> Objective:
     """Build the cross-entropy of tokens or of classes, by the targets of the recipe's task."""
+    smoothing = recipe.loss.label_smoothing
     if not recipe.data.facts.is_per_token:
-        return ClassCrossEntropy()
+        return ClassCrossEntropy(smoothing)
     if not recipe.loss.chunked:
-        return TokenCrossEntropy()
+        return TokenCrossEntropy(0, smoothing)
     length = recipe.data.sequence_length
     assert length and recipe.batch.per_device
-    return TokenCrossEntropy(chunks_of(recipe.batch.per_device, length))
+    return TokenCrossEntropy(chunks_of(recipe.batch.per_device, length), smoothing)
 
 
 class TokenCrossEntropy(Objective):
     """Σ weight × cross-entropy of each counted token, with the logits of one of so many `chunks` at a time.
 
     The number does not depend on the micro-batch, because under ZeRO-3 all ranks gather the head for each.
+    `smoothing`: of the targets, while the model trains.
     """
 
-    def __init__(self, chunks: int = 0) -> None:
-        self._chunks = chunks
+    def __init__(self, chunks: int = 0, smoothing: float = 0.0) -> None:
+        self._chunks, self._smoothing = chunks, smoothing
 
     def sums(self, model: nn.Module, batch: Batch) -> Sums:
         """Sum the losses of `targets`, int64 [n, L], under the model's logits [n, L, V]."""
+        smoothing = self._smoothing if model.training else 0.0
         if self._chunks:
-            return Sums(_chunked_sum(model, batch, self._chunks))
+            return Sums(_chunked_sum(model, batch, self._chunks, smoothing))
         logits = model_inputs(model, batch).logits
-        return Sums(token_loss_sum(logits, batch["targets"], batch["weights"]))
+        return Sums(token_loss_sum(logits, batch["targets"], batch["weights"], smoothing))
 
 
 class ClassCrossEntropy(Objective):
@@ -45,17 +48,28 @@ class ClassCrossEntropy(Objective):
 
     metrics = ("accuracy",)
 
+    def __init__(self, smoothing: float = 0.0) -> None:
+        self._smoothing = smoothing
+
     def sums(self, model: nn.Module, batch: Batch) -> Sums:
         """Sum the losses of `targets`, int64 [n], under the model's logits [n, C]."""
         output = model_inputs(model, batch)
         logits = at_least_fp32(output if isinstance(output, Tensor) else output.logits)
         targets, weights = batch["targets"], batch["weights"]
-        losses = functional.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
+        losses = functional.cross_entropy(
+            logits,
+            targets,
+            reduction="none",
+            ignore_index=IGNORED,
+            label_smoothing=self._smoothing if model.training else 0.0,
+        )
         right = (logits.argmax(dim=-1) == targets).sum()
         return Sums((losses * weights).sum(), {"accuracy": (right, (targets != IGNORED).sum())})
 
 
-def token_loss_sum(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+def token_loss_sum(
+    logits: Tensor, targets: Tensor, weights: Tensor, smoothing: float = 0.0
+) -> Tensor:
     """Σ weight × cross-entropy over counted tokens: logits [n, L, V], targets [n, L], weights [n].
 
     A target of -100 adds exactly zero, to the value and to every gradient.
@@ -65,11 +79,12 @@ def token_loss_sum(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         targets.flatten(),
         reduction="none",
         ignore_index=IGNORED,
+        label_smoothing=smoothing,
     )
     return (losses.view_as(targets) * weights.unsqueeze(1)).sum()
 
 
-def _chunked_sum(model: Any, batch: Batch, chunks: int) -> Tensor:
+def _chunked_sum(model: Any, batch: Batch, chunks: int, smoothing: float) -> Tensor:
     """`token_loss_sum` over chunks of tokens, some of them empty, whose logits the backward recomputes."""
     hidden = model_inputs(model.base_model, batch).last_hidden_state
     head = model.get_output_embeddings()
@@ -77,7 +92,7 @@ def _chunked_sum(model: Any, batch: Batch, chunks: int) -> Tensor:
     pieces = (tensor.tensor_split(chunks, dim=1) for tensor in (hidden, batch["targets"]))
     for part, targets in zip(*pieces, strict=True):
         total = total + checkpoint(
-            lambda h, t, w: token_loss_sum(head(h), t, w),
+            lambda h, t, w: token_loss_sum(head(h), t, w, smoothing),
             part,
             targets,
             batch["weights"],
