@@ -97,6 +97,12 @@ FOLLOWED: list[tuple[list[str], str, list[list[str]]]] = [
      [["data.sequence_length=64"], ["loss.chunked=false"]]),
     (["objective={name: custom, factory: 'm:f'}", "loss.label_smoothing=0.1"], "Nearest: loss.label_smoothing=0.0",
      [["loss.label_smoothing=0.0"]]),
+    (["objective={name: custom, factory: 'm:f'}", "loss.z_loss=1e-4"], "Nearest: loss.z_loss=0.0",
+     [["loss.z_loss=0.0"]]),
+    ([*CLASSES, "model.config.pad_token_id=0", "loss.z_loss=1e-4"], "tokens, not classes. Nearest: loss.z_loss=0.0",
+     [["loss.z_loss=0.0"]]),
+    (["loss={label_smoothing: 0.1, z_loss: 1e-4}"], "do not go together. Nearest: loss.label_smoothing=0.0",
+     [["loss.label_smoothing=0.0"]]),
     # packing
     (["data.packing=documents", "model.architecture=bloom", "!model.config={hidden_size: 64, n_head: 4}"],
      "is not known to keep documents of a row apart. Nearest: data.packing=stream", [["data.packing=stream"]]),

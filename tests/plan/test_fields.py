@@ -78,7 +78,7 @@ CHANGES: dict[str, Any] = {
                   {"lr_scaling": {"rule": "sqrt", "reference_batch": 6}}],
     "objective": [{"name": "custom", "factory": "m:f"},
                   {"name": "custom", "factory": "m:f", "options": {"a": 1}}],
-    "loss": [{"chunked": True}, {"label_smoothing": 0.1}],
+    "loss": [{"chunked": True}, {"label_smoothing": 0.1}, {"z_loss": 1e-4}],
     "schedule": [{"name": "cosine"}, {"warmup_steps": 3}, {"warmup_ratio": 0.5}, {"min_lr_ratio": 0.5},
                  {"warmup_epochs": 0.01}, {"warmup_start_ratio": 0.1}, {"min_lr": 1e-5}, {"horizon_steps": 99},
                  {"unit": "epoch"}, {"name": "cosine_restarts", "cycles": 2},
@@ -94,7 +94,7 @@ CHANGES: dict[str, Any] = {
     "logging": [{"every_steps": 3}, {"wandb": {"project": "p"}}, {"wandb": {"project": "p", "mode": "online"}},
                 {"wandb": {"project": "p", "entity": "e"}}, {"tensorboard": True}, {"noise_scale": True}],
 }  # fmt: skip
-NEEDS_TEXT = {"loss.chunked", "duration.tokens"}
+NEEDS_TEXT = {"loss.chunked", "loss.z_loss", "duration.tokens"}
 EXCEPTIONS = {"schema": "one legal value"}
 
 

@@ -100,6 +100,38 @@ def test_smoothed_targets_are_spread_evenly_in_training_only() -> None:
         assert float(objective.sums(model.eval(), b).loss) == pytest.approx(float(plain.sum()))
 
 
+def test_a_z_loss_is_the_square_of_the_denominators_logarithm_in_training_only() -> None:
+    """Value and gradients are those of logsumexp, and exactly zero where no token is counted; chunks agree."""
+    torch.manual_seed(0)
+    model = Toy(11).double()
+    b = batch(3, 7)
+    b["weights"] = b["weights"].double()
+    counted = b["targets"] != -100
+
+    def gradients(loss: torch.Tensor) -> list[torch.Tensor]:
+        return list(torch.autograd.grad(loss, list(model.parameters())))
+
+    def by_hand(coefficient: float) -> torch.Tensor:
+        logits = model(input_ids=b["input_ids"]).logits
+        own = functional.cross_entropy(
+            logits.flatten(0, 1), b["targets"].flatten(), reduction="none"
+        )
+        added = coefficient * logits.logsumexp(-1).square()
+        return ((own.view_as(added) + added) * counted * b["weights"].unsqueeze(1)).sum()
+
+    for chunks in (0, 3):
+        objective = TokenCrossEntropy(chunks, z_loss=0.01)
+        ours, wanted = objective.sums(model.train(), b).loss, by_hand(0.01)
+        assert float(ours) == pytest.approx(float(wanted))
+        for mine, theirs in zip(gradients(ours), gradients(wanted), strict=True):
+            assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-12)
+        assert float(objective.sums(model.eval(), b).loss) == pytest.approx(float(by_hand(0.0)))
+        nothing = {**b, "targets": torch.full_like(b["targets"], -100)}
+        empty = objective.sums(model.train(), nothing).loss
+        assert float(empty) == 0.0
+        assert not any(gradient.any() for gradient in gradients(empty))
+
+
 def test_a_dummy_row_adds_exactly_zero() -> None:
     """No counted token: value and every gradient are zero to the last bit."""
     torch.manual_seed(0)

@@ -121,6 +121,7 @@ class Load:
     checkpointing: Checkpointing
     attention: str
     chunked_loss: bool
+    has_z_loss: bool = False
     accumulation: int = 1
     evaluation: int | None = None
     is_masked: bool = False

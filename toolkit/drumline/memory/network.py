@@ -138,7 +138,9 @@ class Network:
             return class_loss(self.run, self.shape, self.outer, hidden, rows.samples)
         if self.load.chunked_loss:
             return self._chunked_loss(rows, self._model(rows))
-        return token_loss(self.run, self._logits(self._model(rows)), rows.tokens)
+        return token_loss(
+            self.run, self._logits(self._model(rows)), rows.tokens, self.load.has_z_loss
+        )
 
     def _model(self, rows: Rows) -> Value:
         """From tokens to the head's input; `embedded` stays alive until the end, as in transformers."""
@@ -405,7 +407,7 @@ class Network:
             return [ledger.block(elements, width)]  # a slice's gradient is as large as the whole
 
         def chunk(value: Value) -> Value:
-            return token_loss(run, self._logits(value), tokens)
+            return token_loss(run, self._logits(value), tokens, self.load.has_z_loss)
 
         if ledger.is_recording:
             run.share(self.head)

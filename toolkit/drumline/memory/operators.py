@@ -476,16 +476,23 @@ class Operators:
         return ledger.wrap(out.block, out.elements, out.width, [value, inside], rule, (kept,))
 
 
-def token_loss(run: Operators, logits: Value, tokens: float) -> Value:
-    """Cross-entropy of [T, V] logits in fp32: 12·V·T bytes in its backward.
+def token_loss(run: Operators, logits: Value, tokens: float, has_z_loss: bool = False) -> Value:
+    """Cross-entropy of [T, V] logits in fp32: 12·V·T bytes in its backward, 16 with `has_z_loss`.
 
-    These are the saved log-softmax, its gradient and the gradient of the logits, 4 bytes each.
+    These are the saved log-softmax, its gradient and the gradient of the logits, 4 bytes each; a z-loss has a
+    gradient of the logits that is added to theirs.
     """
     ledger, elements = run.ledger, logits.elements
     with part(ledger, "loss"):
-        chances = run.pointwise(run.cast(logits, FP32), keeps_input=False, keeps_output=True)
+        wide = run.cast(logits, FP32)
+        inputs = [run.pointwise(wide, keeps_input=False, keeps_output=True)]
+        inputs += [wide] * has_z_loss
+        number = len(inputs)
         return ledger.make(
-            tokens, FP32, [chances], lambda g: [ledger.block(elements, FP32, "loss")]
+            tokens,
+            FP32,
+            inputs,
+            lambda g: [ledger.block(elements, FP32, "loss") for _ in range(number)],
         )
 
 

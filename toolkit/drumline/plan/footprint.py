@@ -205,6 +205,7 @@ def load_of(recipe: Recipe, shape: ModelShape, split: Split, gpu: Gpu, length: i
         offloads_inputs=recipe.model.activation_offload,
         attention=recipe.model.attention,
         chunked_loss=recipe.loss.chunked,
+        has_z_loss=recipe.loss.z_loss > 0,
         accumulation=split.accumulation,
         evaluation=(evaluation.per_device or split.per_device) if evaluation else None,
         is_masked=(recipe.data.facts.is_masked and not shape.patches)

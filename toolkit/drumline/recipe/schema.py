@@ -188,10 +188,26 @@ class Loss(Section):
     """How the cross-entropy is computed; `chunked` never keeps all logits in memory at once.
 
     `label_smoothing`: share of each target that is spread evenly over all classes or tokens, in training.
+    `z_loss`: this times the squared logarithm of the softmax' denominator is added to each token's loss, in
+            training.
     """
 
     chunked: bool = False
     label_smoothing: Annotated[Fraction, AddedLater()] = 0.0
+    z_loss: Annotated[NonNegative, AddedLater()] = 0.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether training counts the cross-entropy alone."""
+        return not (self.label_smoothing or self.z_loss)
+
+    @model_validator(mode="after")
+    def _one_regulariser(self) -> Self:
+        if self.label_smoothing and self.z_loss:
+            raise ValueError(
+                "loss.label_smoothing and loss.z_loss do not go together. Nearest: loss.label_smoothing=0.0"
+            )
+        return self
 
 
 class Schedule(Section):
@@ -430,11 +446,13 @@ class Recipe(Section):
                 "duration.tokens counts full rows, and rows of documents are not full. Nearest: "
                 "duration.epochs or duration.steps"
             )
-        if self.loss.label_smoothing and self.objective.factory:
+        added = "label_smoothing" if self.loss.label_smoothing else "z_loss"
+        if not self.loss.is_plain and self.objective.factory:
             raise ValueError(
-                "loss.label_smoothing is of cross_entropy, not of the project's objective. Nearest: "
-                "loss.label_smoothing=0.0"
+                f"loss.{added} is of cross_entropy, not of the project's objective. Nearest: loss.{added}=0.0"
             )
+        if self.loss.z_loss and not self.data.facts.is_per_token:
+            raise ValueError("loss.z_loss is for tokens, not classes. Nearest: loss.z_loss=0.0")
         if self.loss.chunked and not self.data.facts.is_per_token:
             raise ValueError("loss.chunked is for causal_lm and sft, not classification")
         if self.loss.chunked and self.data.sequence_length is None:

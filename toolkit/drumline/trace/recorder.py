@@ -141,13 +141,15 @@ class Recorder(TorchDispatchMode):
 def _is_accumulation(one: Any, other: Any) -> bool:
     """Whether this addition is autograd accumulating two gradients of one tensor.
 
-    Autograd does that in place, but not under a dispatch mode (torch/csrc/autograd/input_buffer.cpp).
+    Autograd does that in place, but not under a dispatch mode, and not into an expanded tensor
+    (torch/csrc/autograd/input_buffer.cpp).
     """
     return (
         torch._C._current_graph_task_id() != -1
         and not torch.is_grad_enabled()
         and isinstance(other, Tensor)
         and (one.shape, one.dtype) == (other.shape, other.dtype)
+        and torch.ops.aten.is_non_overlapping_and_dense(one)
     )
 
 

@@ -29,11 +29,11 @@ def compare_with_own_loss(
     """Mean losses over the first row of the step that has two targets, ours and theirs, and their distance.
 
     None where the model has no loss of its own for these rows: it is no model of transformers, the objective
-    is the project's own, or targets are smoothed.
+    is the project's own, or training counts more than the cross-entropy.
     """
     from transformers import PreTrainedModel
 
-    is_other = plan.recipe.objective.factory or plan.recipe.loss.label_smoothing
+    is_other = plan.recipe.objective.factory or not plan.recipe.loss.is_plain
     if not isinstance(module.model, PreTrainedModel) or is_other:
         return None
     dtype, is_per_token = autocast_dtype(plan), plan.recipe.data.facts.is_per_token

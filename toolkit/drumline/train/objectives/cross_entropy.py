@@ -18,29 +18,30 @@ def build(recipe: Recipe) -> Objective:
     if not recipe.data.facts.is_per_token:
         return ClassCrossEntropy(smoothing)
     if not recipe.loss.chunked:
-        return TokenCrossEntropy(0, smoothing)
+        return TokenCrossEntropy(0, smoothing, recipe.loss.z_loss)
     length = recipe.data.sequence_length
     assert length and recipe.batch.per_device
-    return TokenCrossEntropy(chunks_of(recipe.batch.per_device, length), smoothing)
+    chunks = chunks_of(recipe.batch.per_device, length)
+    return TokenCrossEntropy(chunks, smoothing, recipe.loss.z_loss)
 
 
 class TokenCrossEntropy(Objective):
     """Σ weight × cross-entropy of each counted token, with the logits of one of so many `chunks` at a time.
 
     The number does not depend on the micro-batch, because under ZeRO-3 all ranks gather the head for each.
-    `smoothing`: of the targets, while the model trains.
+    `smoothing`: of the targets, and `z_loss`: see `token_loss_sum`; both while the model trains.
     """
 
-    def __init__(self, chunks: int = 0, smoothing: float = 0.0) -> None:
-        self._chunks, self._smoothing = chunks, smoothing
+    def __init__(self, chunks: int = 0, smoothing: float = 0.0, z_loss: float = 0.0) -> None:
+        self._chunks, self._added = chunks, (smoothing, z_loss)
 
     def sums(self, model: nn.Module, batch: Batch) -> Sums:
         """Sum the losses of `targets`, int64 [n, L], under the model's logits [n, L, V]."""
-        smoothing = self._smoothing if model.training else 0.0
+        added = self._added if model.training else (0.0, 0.0)
         if self._chunks:
-            return Sums(_chunked_sum(model, batch, self._chunks, smoothing))
+            return Sums(_chunked_sum(model, batch, self._chunks, added))
         logits = model_inputs(model, batch).logits
-        return Sums(token_loss_sum(logits, batch["targets"], batch["weights"], smoothing))
+        return Sums(token_loss_sum(logits, batch["targets"], batch["weights"], *added))
 
 
 class ClassCrossEntropy(Objective):
@@ -68,23 +69,30 @@ class ClassCrossEntropy(Objective):
 
 
 def token_loss_sum(
-    logits: Tensor, targets: Tensor, weights: Tensor, smoothing: float = 0.0
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Σ weight × cross-entropy over counted tokens: logits [n, L, V], targets [n, L], weights [n].
 
-    A target of -100 adds exactly zero, to the value and to every gradient.
+    A target of -100 adds exactly zero, to the value and to every gradient. `z_loss` × log² Σ exp(logits) is
+    added to each (arXiv 2204.02311); it is not for smoothed targets.
     """
+    wide, chosen = at_least_fp32(logits).flatten(0, 1), targets.flatten()
     losses = functional.cross_entropy(
-        at_least_fp32(logits).flatten(0, 1),
-        targets.flatten(),
-        reduction="none",
-        ignore_index=IGNORED,
-        label_smoothing=smoothing,
+        wide, chosen, reduction="none", ignore_index=IGNORED, label_smoothing=smoothing
     )
+    if z_loss:
+        # log Σ exp is the loss plus the target's logit: without another tensor as large as the logits
+        own = wide.gather(1, chosen.clamp_min(0).unsqueeze(1)).squeeze(1)
+        denominator = (losses + own).masked_fill(chosen == IGNORED, 0.0)
+        losses = losses + z_loss * denominator.square()
     return (losses.view_as(targets) * weights.unsqueeze(1)).sum()
 
 
-def _chunked_sum(model: Any, batch: Batch, chunks: int, smoothing: float) -> Tensor:
+def _chunked_sum(model: Any, batch: Batch, chunks: int, added: tuple[float, float]) -> Tensor:
     """`token_loss_sum` over chunks of tokens, some of them empty, whose logits the backward recomputes."""
     hidden = model_inputs(model.base_model, batch).last_hidden_state
     head = model.get_output_embeddings()
@@ -92,7 +100,7 @@ def _chunked_sum(model: Any, batch: Batch, chunks: int, smoothing: float) -> Ten
     pieces = (tensor.tensor_split(chunks, dim=1) for tensor in (hidden, batch["targets"]))
     for part, targets in zip(*pieces, strict=True):
         total = total + checkpoint(
-            lambda h, t, w: token_loss_sum(head(h), t, w, smoothing),
+            lambda h, t, w: token_loss_sum(head(h), t, w, *added),
             part,
             targets,
             batch["weights"],
