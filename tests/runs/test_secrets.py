@@ -161,6 +161,13 @@ def test_ordinary_text_stays(text: str) -> None:
     assert Secrets({}).hide(text) == text
 
 
+def test_a_long_line_without_a_break_is_read_once() -> None:
+    """200,000 word characters stays, and what stands behind it is found; a pass per character would not end."""
+    line = "a1" * 100_000
+    assert Secrets({}).hide(line) == line
+    assert Secrets({}).hide(f'{line}\npassword = "hunter2x"') == f'{line}\npassword = "{HIDDEN}"'
+
+
 @pytest.mark.parametrize("name", ["PGPASSWORD", "OPENAI_KEY", "MY_PAT", "DB_DSN", "SERVICE_AUTH"])
 @pytest.mark.parametrize("spelling", ["{}", "x?p={q}", '{{"a": "{j}"}}'])
 def test_values_of_secret_variables_are_hidden_in_every_spelling(name: str, spelling: str) -> None:

@@ -118,7 +118,7 @@ _ASSIGNED_LOOSE = re.compile(
 )
 """A line of YAML, INI or shell; a value without a digit may be a variable's name there."""
 _ASSIGNED = re.compile(
-    r"(?P<name>[A-Za-z_][\w.-]*)(?P<between>[\"']?\s*(?::|=>|=)\s*)"
+    r"(?P<name>[A-Za-z_][\w.-]{0,120})(?P<between>[\"']?\s*(?::|=>|=)\s*)"
     r"(?P<quote>[\"'])(?P<value>[^\"'\s]{4,})(?P=quote)"
 )
 _ASSIGNED_BARE = re.compile(r"(?m)(?P<name>\b[A-Z_][A-Z0-9_]*)=(?P<value>[^\s\"'$`;|&<>]{6,})")
