@@ -53,12 +53,12 @@ def test_a_fault_on_both_sides_shows(
     """Planted in the objective, which training and its reference share."""
     original = cross_entropy.token_loss_sum
 
-    def wrong(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def wrong(logits: torch.Tensor, targets: torch.Tensor, *others: Any) -> torch.Tensor:
         if fault == "scaled":
-            return original(logits / 2, targets, weights)
+            return original(logits / 2, targets, *others)
         if fault == "shifted":
-            return original(logits, targets.roll(1, dims=1), weights)
-        return original(logits, targets.clamp(min=0), weights)
+            return original(logits, targets.roll(1, dims=1), *others)
+        return original(logits, targets.clamp(min=0), *others)
 
     monkeypatch.setattr(cross_entropy, "token_loss_sum", wrong)
     assert compared(write_pairs(tmp_path), "llama")["relative_error"] > 1e-4
