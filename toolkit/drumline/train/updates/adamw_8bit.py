@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from drumline.memory.load import EIGHT_BIT_AT_ONCE
 from drumline.train.updates.adamw import adamw_update, apply_adamw
+from drumline.train.updates.by_parameter import ByParameter
 
 BLOCK = 256
 LEAST = 4096
@@ -23,26 +23,21 @@ LEAST = 4096
 _DECADES = 7
 
 
-class AdamW8bit(Optimizer):
+class AdamW8bit(ByParameter):
     """State of a large matrix: `step`, and of each moment `…_code`, uint8 of its shape, and `…_scale`."""
 
     def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self._books: dict[torch.device, tuple[Codebook, Codebook]] = {}
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                if parameter.ndim < 2 or parameter.numel() < LEAST:
-                    adamw_update(parameter, self.state[parameter], group)
-                else:
-                    self._step_blocks(parameter, group)
+    def update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """Update a large matrix in blocks, any other tensor as AdamW does."""
+        if parameter.ndim < 2 or parameter.numel() < LEAST:
+            adamw_update(parameter, self.state[parameter], group)
+        else:
+            self._update_blocks(parameter, gradient, group)
 
-    def _step_blocks(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _update_blocks(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros(())
@@ -51,7 +46,7 @@ class AdamW8bit(Optimizer):
                 blocks = (*parameter.shape[:-1], -(-parameter.shape[-1] // BLOCK))
                 state[f"{name}_scale"] = _like(parameter, torch.Size(blocks), torch.float32)
         state["step"] += 1
-        weights, gradient = _rows(parameter), _rows(parameter.grad)
+        weights, gradient = _rows(parameter), _rows(gradient)
         kept = {name: _rows(value) for name, value in state.items() if name != "step"}
         size = max(1, EIGHT_BIT_AT_ONCE // weights.shape[-1])
         for start in range(0, weights.shape[0], size):

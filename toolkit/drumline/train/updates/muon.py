@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim import Optimizer
 
 from drumline.train.updates.adamw import adamw_update
+from drumline.train.updates.by_parameter import ByParameter
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
@@ -20,7 +20,7 @@ _RMS = 0.2
 """Root mean square of AdamW's usual update."""
 
 
-class Muon(Optimizer):
+class Muon(ByParameter):
     """Groups with `is_matrix` are orthogonalised: state `momentum_buffer`. Others have the states of AdamW.
 
     A tensor of more dimensions is a batch of matrices, such as the experts of a layer.
@@ -39,21 +39,15 @@ class Muon(Optimizer):
         }
         super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                if group["is_matrix"]:
-                    self._step_matrix(parameter, group)
-                else:
-                    adamw_update(parameter, self.state[parameter], group)
+    def update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """Update a matrix of the layers by Muon's rule, any other tensor as AdamW does."""
+        if group["is_matrix"]:
+            self._update_matrix(parameter, gradient, group)
+        else:
+            adamw_update(parameter, self.state[parameter], group)
 
-    def _step_matrix(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        gradient, state = parameter.grad, self.state[parameter]
-        assert gradient is not None
+    def _update_matrix(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         average: Tensor = state["momentum_buffer"]
