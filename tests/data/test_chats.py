@@ -224,6 +224,7 @@ def test_a_long_chat_is_cut_and_one_without_an_answer_left_is_dropped(bpe: str, 
 
 STYLES: list[tuple[str, dict[str, Any]]] = [
     ("openai (messages)", {"messages": WITH_SYSTEM}),
+    ("openai (messages)", {"prompt": "Hi there", "prompt_id": "1", "messages": WITH_SYSTEM}),
     ("openai (conversations)", {"conversations": WITH_SYSTEM}),
     ("sharegpt (conversations)", {"system": "Be brief.", "conversations": [
         {"from": "human", "value": "Hi there"}, {"from": "gpt", "value": "Hello, you."},

@@ -66,7 +66,7 @@ def recognise(first: Row, data: Data) -> ChatFormat | None:
     pair = [field_of(first, name)[1] for name in (data.prompt_field, data.completion_field)]
     if all(_style_of(value) == "openai" for value in pair):
         return ChatFormat("pair")
-    if any(value is not None for value in pair):
+    if all(value is not None for value in pair):
         return None
     for column in _LISTS:
         style = _style_of(first.get(column))
