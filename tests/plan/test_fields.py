@@ -10,9 +10,11 @@ from pydantic import BaseModel
 
 from conftest import tiny_recipe
 from drumline.plan import model
-from drumline.plan.resolve import resolve
+from drumline.plan.resolve import World, resolve
+from drumline.plan.start import Parent
+from drumline.plan.steps import Place
 from drumline.recipe.load import load_recipe, merge, validate
-from drumline.recipe.schema import Recipe
+from drumline.recipe.schema import Duration, Recipe, StartFrom
 from drumline_launchers import LAUNCHERS
 from drumline_launchers.base import Job
 
@@ -60,7 +62,7 @@ CHANGES: dict[str, Any] = {
              {"source": "factory", "name": None, "factory": "m:f"},
              {"task": "custom", "task_factory": "m:f"},
              {"task": "custom", "task_factory": "m:f", "task_options": {"a": 1}}],
-    "batch": [{"effective": 24, "accumulation": 4}, {"per_device": 6, "accumulation": 1},
+    "batch": [{"ramp": [{"until_step": 3, "effective": 6}]}, {"effective": 24, "accumulation": 4}, {"per_device": 6, "accumulation": 1},
               {"gpus": 4, "accumulation": 1}, {"remainder": "carry"}, {"weighting": "token"},
               {"accumulation": 1, "effective": 6}],
     "cluster": [{"gpu": "b200"}, {"gpus_per_node": 1, "nodes": 2},
@@ -93,6 +95,7 @@ CHANGES: dict[str, Any] = {
     "launch": [{"launcher": "accelerate"}, {"max_restarts": 1}, {"hang_timeout_s": 5.0}, {"hang_factor": 5.0}, {"straggler_ratio": None}],
     "logging": [{"every_steps": 3}, {"wandb": {"project": "p"}}, {"wandb": {"project": "p", "mode": "online"}},
                 {"wandb": {"project": "p", "entity": "e"}}, {"tensorboard": True}, {"noise_scale": True}],
+    "start_from": [{"run": "/r/x-1"}, {"run": "/r/x-1", "what": "state", "step": 3}, {"run": "/r/x-1", "training_sha256": "a"}],
 }  # fmt: skip
 NEEDS_TEXT = {"loss.chunked", "loss.z_loss", "duration.tokens"}
 EXCEPTIONS = {"schema": "one legal value"}
@@ -119,14 +122,14 @@ def test_every_field_matters() -> None:
             for one in (start, changed):
                 if one["model"].get("architecture"):
                     one["model"] = {**one["model"], "config": {}}
-            before, after = (resolve(validate(r, "r")) for r in (start, changed))
+            before, after = (planned(validate(r, "r")) for r in (start, changed))
             assert before != after, f"{section}: {change}"
             covered |= set(keys)
             if isinstance(change, dict) and "lr_scaling" in change:
                 covered |= {"optimizer.lr_scaling.rule", "optimizer.lr_scaling.reference_batch"}
             if isinstance(change, dict) and change.get("wandb"):
                 covered |= {"logging.wandb.project", "logging.wandb.mode", "logging.wandb.entity"}
-            if section in ("cluster", "model", "optimizer"):
+            if section in ("batch", "cluster", "model", "optimizer"):
                 covered |= {
                     f"{section}.{key}.{name}"
                     for key, value in change.items()
@@ -135,6 +138,15 @@ def test_every_field_matters() -> None:
                     for name in inner
                 }
     assert not set(_fields(Recipe)) - covered
+
+
+def planned(recipe: Recipe) -> model.Plan:
+    """Its plan; that of a run which begins from another one, from a checkpoint of the same model."""
+    parent = None
+    if recipe.start_from:
+        own = recipe.model_copy(update={"start_from": None})
+        parent = Parent("/r/x-1", "/r/x-1/c", "0", "a", own, None, Place(3, 36, 36))
+    return resolve(recipe, World(parent=parent))
 
 
 def _fields(section: type[BaseModel], prefix: str = "") -> list[str]:
@@ -211,7 +223,7 @@ def use_everything(folder: Path) -> None:
     assert fixed(big).memory.fits
     assert big.memory.fits is False
     plan_table(big)
-    recipe = validate(tiny_recipe(batch={"gpus": 1, "accumulation": 4}, duration={"steps": 4},
+    recipe = validate(tiny_recipe(batch={"gpus": 1, "accumulation": 4, "ramp": [{"until_step": 2, "effective": 4}]}, duration={"steps": 4},
                                   evaluation={"every_steps": 2}), "r")  # fmt: skip
     prepare_data(recipe)
     plan = make_plan(recipe)
@@ -228,5 +240,17 @@ def use_everything(folder: Path) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         train(plan, RunFolder(folder).path, torch.device("cpu"))
+        goes_on = recipe.model_copy(
+            update={
+                "start_from": StartFrom(
+                    run=str(folder / "checkpoints/step-00000004"), what="state"
+                ),
+                "duration": Duration(steps=6),
+            }
+        )
+        after = make_plan(goes_on)
+        plan_table(after)
+        (folder / "after/checkpoints").mkdir(parents=True)
+        train(after, folder / "after", torch.device("cpu"))
     finally:
         dist.destroy_process_group()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drumline.errors import PlanError
-from drumline.plan.steps import Clock, is_due, share
+from drumline.plan.steps import Clock, Place, is_due, share
 
 remainders = st.sampled_from(["keep", "drop", "carry"])
 
@@ -112,3 +112,78 @@ def test_a_cadence_of_epochs_is_met_once_for_each(
     if every == 1 and remainder == "keep":
         assert due == [clock.last_step_of_epoch(epoch) for epoch in range(1, 7)]
     assert [step for step in range(1, 21) if is_due(step, 5, None, None)] == [5, 10, 15, 20]
+
+
+def _walk(clock: Clock, count: int) -> list[tuple[int, int]]:
+    """The slots of the next steps, taken one after the other by the rules as they are written."""
+    n, slot, found = clock.samples, clock.start.slot, []
+    for number in range(count):
+        batch = clock.effective_at(clock.first_step + number)
+        if clock.remainder == "drop" and n - slot % n < batch:
+            slot += n - slot % n
+        end = slot + batch
+        if clock.remainder != "carry":
+            end = min(end, (slot // n + 1) * n)
+        found.append((slot, end))
+        slot = end
+    return found
+
+
+places = st.builds(
+    Place, step=st.integers(0, 50), slot=st.integers(0, 200), consumed=st.integers(0, 300)
+)
+stages = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 30)), max_size=3)
+
+
+@given(st.integers(1, 70), st.integers(1, 40), remainders, places, stages)
+def test_a_ramp_and_a_start_within_an_epoch_against_a_walk(
+    n: int, b: int, remainder: str, start: Place, ramp: list[tuple[int, int]]
+) -> None:
+    """Steps of stages with their own batch, counted on from another run, follow each other without a gap."""
+    steps = sorted({last for last, _ in ramp})
+    stages = tuple(zip(steps, (size for _, size in ramp), strict=False))
+    if remainder == "drop" and max(b, *(size for _, size in stages), 0) > n:
+        return
+    clock = Clock(n, b, remainder, None, start, stages)  # type: ignore[arg-type]
+    for step in range(clock.first_step, 90):
+        inside = [size for last, size in stages if step <= last]
+        assert clock.effective_at(step) == (inside[0] if inside else b)
+    walked = _walk(clock, 90)
+    numbers = range(clock.first_step, clock.first_step + 90)
+    assert [clock.slots(step) for step in numbers] == walked
+    assert [clock.epoch(step) for step in numbers] == [first // n + 1 for first, _ in walked]
+    sums = start.consumed
+    for step, (first, end) in zip(numbers, walked, strict=True):
+        sums += end - first
+        assert clock.consumed(step) == sums
+    done = [clock.epochs_done(step) for step in (clock.start.step, *numbers)]
+    assert done == sorted(done)
+    for epoch in {first // n + 1 for first, _ in walked[:-1]} - {walked[-1][0] // n + 1}:
+        begins = [
+            step
+            for step, (first, _) in zip(numbers, walked, strict=True)
+            if first // n + 1 == epoch
+        ]
+        assert clock.last_step_of_epoch(epoch) == begins[-1]
+    total = clock.total_for_epochs(float(done[-1] // 2 + 1))
+    assert clock.epochs_done(total) >= done[-1] // 2 + 1
+    assert total == clock.start.step or clock.epochs_done(total - 1) < done[-1] // 2 + 1
+
+
+@given(st.integers(1, 70), st.integers(1, 40), remainders, st.integers(1, 40), st.integers(1, 40))
+def test_a_run_that_goes_on_takes_the_samples_of_one_that_never_stopped(
+    n: int, b: int, remainder: str, before: int, more: int
+) -> None:
+    """The steps after another run on the same data are those of one longer run."""
+    if remainder == "drop" and b > n:
+        return
+    whole = Clock(n, b, remainder)  # type: ignore[arg-type]
+    goes_on = Clock(n, b, remainder, start=whole.place(before))  # type: ignore[arg-type]
+    for step in range(before + 1, before + more + 1):
+        assert goes_on.slots(step) == whole.slots(step)
+        assert goes_on.consumed(step) == whole.consumed(step)
+        assert goes_on.epoch(step) == whole.epoch(step)
+    reached = goes_on.consumed(before + more)
+    assert goes_on.total_for_samples(reached) == whole.total_for_samples(reached)
+    if remainder != "carry" and (before * b) // n < 5:
+        assert goes_on.total_for_epochs(20) == whole.total_for_epochs(20)

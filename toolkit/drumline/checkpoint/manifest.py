@@ -192,6 +192,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return found
 
 
+def digest_of(index: dict[str, Any]) -> str:
+    """SHA-256 of a manifest that was read, which covers every bit of its checkpoint but amendments."""
+    return sha256(_encode(index))
+
+
 def read_entries(path: Path, rank: int) -> dict[str, Any]:
     """The entries of a rank's manifest: tensor name -> shape, boxes, dtype, bytes, sha256."""
     where = path / rank_manifest_name(rank)

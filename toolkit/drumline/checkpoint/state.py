@@ -13,7 +13,8 @@ class TrainState:
     `scores`: step -> metric of the `MOST_SCORES` best saved steps. `recent_losses`: the losses against which
     a spike is measured. `noise`: the noise-scale pairs of the last steps (`plan/noise.py`). `evaluation`:
     the last result. `evaluation_due`: this step's evaluation has not been made yet. `base`: fingerprint of
-    the pretrained weights under an adapter.
+    the pretrained weights under an adapter. `slot`: of the next sample; None in checkpoints of before it was
+    kept.
     """
 
     step: int = 0
@@ -37,10 +38,14 @@ class TrainState:
     noise: list[tuple[float, float]] = field(default_factory=list)
     loss_scale: dict[str, Any] | None = None
     base: str = ""
+    slot: int | None = None
 
-    def advance(self, step: int, samples: int, tokens: int, loss: float) -> None:
+    def advance(
+        self, step: int, samples: int, tokens: int, loss: float, slot: int | None = None
+    ) -> None:
         """Advance to `step`; `samples`: consumed in total, `tokens`: label tokens of this step."""
         self.step, self.samples, self.tokens, self.loss = step, samples, self.tokens + tokens, loss
+        self.slot = slot
         self.metric, self.is_best, self.evaluation_due = None, False, False
 
 

@@ -1,5 +1,6 @@
 """Arguments and options that several commands take, each with its help."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,10 @@ Gpus = Annotated[
     int | None, typer.Option("--gpus", min=1, help="Re-split over N GPUs, same batch.")
 ]
 GpuType = Annotated[str | None, typer.Option("--gpu", help="Re-split on this kind of GPU.")]
+FromRun = Annotated[
+    str | None,
+    typer.Option("--from", metavar="RUN[@STEP]", help="Begin from that run's checkpoint."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Train although the plan does not fit.")]
 SlurmTime = Annotated[
@@ -32,3 +37,14 @@ Tolerance = Annotated[
     float, typer.Option("--tolerance", min=0.0, help="On losses, and on the norm of the weights.")
 ]
 RunFolderArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+
+
+def with_from(from_run: str | None, overrides: list[str] | None) -> list[str] | None:
+    """The overrides with those of `--from RUN[@STEP]` before them."""
+    if from_run is None:
+        return overrides
+    run, at, step = from_run.rpartition("@")
+    if not (at and step.isdigit()):
+        run, step = from_run, "null"
+    found = [f"start_from.run={json.dumps(run)}", f"start_from.step={step}"]
+    return [*found, *(overrides or [])]

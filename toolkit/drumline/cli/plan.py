@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from drumline.cli.options import AsJson, Gpus, GpuType, Overrides, RecipeArgument, TrustCode
+from drumline.cli.options import (
+    AsJson,
+    FromRun,
+    Gpus,
+    GpuType,
+    Overrides,
+    RecipeArgument,
+    TrustCode,
+    with_from,
+)
 from drumline.errors import DoesNotFit, PlanError
 from drumline.plan.model import Plan
 from drumline.recipe.load import load_recipe
@@ -52,6 +61,7 @@ def _sweep(plan: Plan, as_json: bool) -> None:
 def plan_command(
     recipe: RecipeArgument,
     overrides: Overrides = None,
+    from_run: FromRun = None,
     gpus: Gpus = None,
     gpu: GpuType = None,
     trace: Trace = False,
@@ -64,6 +74,7 @@ def plan_command(
 
     `--trace` does need torch: it runs the model's real training step on tensors without data.
     """
+    overrides = with_from(from_run, overrides)
     if trace:
         from drumline.session.trust import load_to_run
 

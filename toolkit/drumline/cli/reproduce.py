@@ -31,6 +31,7 @@ from drumline.runs.code import CODE, remove_worktree, restore_code
 from drumline.runs.folder import RunFolder
 from drumline.runs.record import new_record
 from drumline.secrets import Secrets
+from drumline.session.ancestors import with_parent_here
 from drumline.session.ending import report_end
 from drumline.session.launch import check_offered, refuse_what_cannot_start
 from drumline.session.planning import make_plan
@@ -78,6 +79,12 @@ def reproduce_command(
     recipe = _adapted(recipe, overrides)
     _refuse_foreign_code(recipe, trust_code)
     check_offered(recipe)
+    recipe = with_parent_here(
+        recipe,
+        logged.record.get("ancestry") or [],
+        lambda own: _own_code_only(_adapted(own, overrides), trust_code),
+        lambda own: _that_can_start(make_plan(own, gpus, gpu), force, as_json),
+    )
     folder = run_folder.create(recipe, run_dir)
     try:
         if code:
@@ -131,6 +138,16 @@ def _adapted(recipe: Recipe, overrides: list[str] | None) -> Recipe:
             "cluster, strategy and launcher, and where the data lie. Nearest: `drumline run`, then `compare`"
         )
     return adapted
+
+
+def _own_code_only(recipe: Recipe, trust_code: bool) -> Recipe:
+    _refuse_foreign_code(recipe, trust_code)
+    return recipe
+
+
+def _that_can_start(plan: Plan, force: bool, as_json: bool) -> Plan:
+    refuse_what_cannot_start(plan, force, as_json)
+    return plan
 
 
 def _refuse_foreign_code(recipe: Recipe, trust_code: bool) -> None:

@@ -12,6 +12,7 @@ import typer
 from drumline.cli.options import (
     AsJson,
     Force,
+    FromRun,
     Gpus,
     Hold,
     Overrides,
@@ -22,6 +23,7 @@ from drumline.cli.options import (
     SlurmQos,
     SlurmTime,
     TrustCode,
+    with_from,
 )
 from drumline.cluster.site import on_site
 from drumline.errors import LaunchError, RunFolderError
@@ -62,6 +64,7 @@ from drumline_launchers.site import Site
 def run_command(
     recipe: RecipeArgument,
     overrides: Overrides = None,
+    from_run: FromRun = None,
     run_dir: Annotated[Path | None, typer.Option("--run-dir", help="New or empty.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would start.")] = False,
     node_rank: Annotated[
@@ -75,6 +78,7 @@ def run_command(
     as_json: AsJson = False,
 ) -> None:
     """Plan, then train on this machine with the recipe's launcher."""
+    overrides = with_from(from_run, overrides)
     loaded = (
         load_recipe(recipe, overrides) if dry_run else load_to_run(recipe, overrides, trust_code)
     )
@@ -137,7 +141,7 @@ def resume_command(
         recipe = on_site(recipe, site)
         refuse_without(to, recipe)
     prepare_data(recipe)
-    plan = make_plan(recipe, gpus)
+    plan = make_plan(recipe, gpus, start=folder.start_facts())
     _refuse_another_training(folder, plan, overrides)
     if site is None:
         refuse_what_cannot_start(plan, force, as_json)
@@ -157,10 +161,11 @@ def resume_command(
 def _complete_record(folder: RunFolder) -> None:
     """Complete the record of a finished run that was killed before; RunFolderError if it is complete."""
     if folder.read_record().get("weights") is not None:
+        run = shlex.quote(str(folder.path))
         raise RunFolderError(
             f"{folder.path}: this run is finished, its schedule has ended, and it cannot be given more "
-            f"steps. Nearest: `drumline run {shlex.quote(str(folder.path))} duration.steps=N` trains "
-            "another one, from step 1"
+            f"steps. Nearest: `drumline run {run} --from {run} start_from.what=state duration.steps=N` makes "
+            "another run that goes on from it"
         )
     with folder.locked():
         close_run(folder, lambda line: print(line, file=sys.stderr))

@@ -10,6 +10,7 @@ import typer
 from drumline.cli.options import (
     AsJson,
     Force,
+    FromRun,
     Hold,
     Overrides,
     RecipeArgument,
@@ -18,6 +19,7 @@ from drumline.cli.options import (
     SlurmQos,
     SlurmTime,
     TrustCode,
+    with_from,
 )
 from drumline.cluster.site import on_site
 from drumline.errors import LaunchError
@@ -50,6 +52,7 @@ def submit_command(
     site_file: Annotated[
         Path | None, typer.Option("--site", help="A file about the cluster.")
     ] = None,
+    from_run: FromRun = None,
     run_dir: Annotated[Path | None, typer.Option("--run-dir", help="New or empty.")] = None,
     chain: Annotated[
         int, typer.Option("--chain", min=1, help="Slurm: N jobs, each after the one before.")
@@ -84,6 +87,7 @@ def submit_command(
         raise LaunchError(f"--to {to}: choose from slurm, kubernetes, skypilot")
     if to == "skypilot" and not dry_run:
         raise LaunchError("--to skypilot: only with --dry-run; give its output to `sky launch`")
+    overrides = with_from(from_run, overrides)
     options = JobOptions(
         time=time,
         partition=partition,

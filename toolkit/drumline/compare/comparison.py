@@ -13,14 +13,22 @@ from drumline.compare.differences import (
 )
 from drumline.compare.logged import Logged
 from drumline.plan import order
-from drumline.plan.steps import Clock
+from drumline.plan.steps import Clock, Place, whole_samples
 
 TOLERANCE = 1e-5
 _RATE_TOLERANCE = 1e-9
 """Learning rates depend only on the step, but another Python version may round a cosine differently."""
 
 _CAUSES = {
-    "samples": ("seed", "data", "batch.effective", "batch.remainder", "duration"),
+    "samples": (
+        "seed",
+        "data",
+        "batch.effective",
+        "batch.remainder",
+        "batch.ramp",
+        "duration",
+        "start_from",
+    ),
     "learning rate": ("optimizer", "schedule", "duration", "batch.effective"),
     "weight": ("data", "batch.effective", "batch.remainder", "batch.weighting"),
 }
@@ -116,8 +124,16 @@ def step_indices(run: Logged, step: int) -> list[int] | None:
     if not samples:
         return None
     epochs, batch = recipe["duration"].get("epochs"), recipe["batch"]
-    limit = samples * epochs if epochs else None
-    first, end = Clock(samples, batch["effective"], batch["remainder"], limit).slots(step)
+    start = (run.record.get("plan") or {}).get("start") or {}
+    clock = Clock(
+        samples,
+        batch["effective"],
+        batch["remainder"],
+        whole_samples(samples, epochs) if epochs else None,
+        Place(**start.get("place", {})),
+        tuple((stage["until_step"], stage["effective"]) for stage in batch.get("ramp", ())),
+    )
+    first, end = clock.slots(step)
     return order.slot_indices(recipe["seed"], samples, first, end).tolist()  # type: ignore[no-any-return]
 
 

@@ -141,6 +141,36 @@ def resplit(split: Split, gpus: int) -> Split:
     return Split(b, gpus, rest // b)
 
 
+def split_ramp(batch: Batch, split: Split) -> list[tuple[int, Split]]:
+    """(last step, split) of each stage of `ramp`, over the GPUs of `split`; else PlanError.
+
+    A stage's per_device is the largest that divides, up to that of `split`.
+    """
+    found = []
+    for number, stage in enumerate(batch.ramp):
+        if stage.effective % split.gpus:
+            below = stage.effective // split.gpus * split.gpus
+            sides = " or ".join(str(size) for size in (below, below + split.gpus) if size)
+            raise PlanError(
+                f"batch.ramp[{number}].effective: {stage.effective} cannot be split over {split.gpus} gpus "
+                f"({stage.effective} / {split.gpus} = {stage.effective / split.gpus:.2f}). Nearest: {sides}"
+            )
+        rest = stage.effective // split.gpus
+        b = max(b for b in divisors(rest) if b <= split.per_device)
+        found.append((stage.until_step, Split(b, split.gpus, rest // b)))
+    return found
+
+
+def check_ramp(batch: Batch, total: int) -> None:
+    """PlanError where a stage ends after the run does, which would never reach `effective`."""
+    last = batch.ramp[-1].until_step if batch.ramp else 0
+    if last and last >= total:
+        raise PlanError(
+            f"batch.ramp: the last stage ends at step {last}, and the run at {total}, so the whole batch is "
+            f"never reached. Nearest: until_step {max(1, total // 2)}, or a longer duration"
+        )
+
+
 def nearest_to(wanted: int, legal: list[int]) -> int:
     """The legal number closest to the wanted one; the larger of two equally close ones."""
     return min(legal, key=lambda number: (abs(number - wanted), -number))

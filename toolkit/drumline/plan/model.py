@@ -8,7 +8,7 @@ publish its JSON Schema.
 import dataclasses
 import itertools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from drumline.errors import PlanError
@@ -17,7 +17,7 @@ from drumline.memory.ranges import ByteRange, Verdict
 from drumline.plan.batch import Split
 from drumline.plan.mesh import Mesh, mesh_of
 from drumline.plan.schedule import Curve
-from drumline.plan.steps import Clock, whole_samples
+from drumline.plan.steps import Clock, Place, whole_samples
 from drumline.recipe.schema import Recipe
 
 PLAN_VERSION = 1
@@ -32,8 +32,18 @@ class SplitInvariance:
 
 
 @dataclass(frozen=True)
+class RampFacts:
+    """The steps after those of the stage before, up to `until_step`, with a split of their own."""
+
+    until_step: int
+    effective: int
+    per_device: int
+    accumulation: int
+
+
+@dataclass(frozen=True)
 class BatchFacts:
-    """The split; effective = per_device × gpus × accumulation."""
+    """The split; effective = per_device × gpus × accumulation. `ramp`: earlier stages with smaller ones."""
 
     effective: int
     per_device: int
@@ -41,6 +51,12 @@ class BatchFacts:
     accumulation: int
     remainder: Literal["keep", "drop", "carry"]
     nodes: int
+    ramp: list[RampFacts] = field(default_factory=list)
+
+    def per_device_at(self, step: int) -> int:
+        """`per_device` of a step."""
+        stage = next((stage for stage in self.ramp if step <= stage.until_step), None)
+        return stage.per_device if stage else self.per_device
 
     @property
     def split(self) -> Split:
@@ -170,6 +186,27 @@ class DataFacts:
 
 
 @dataclass(frozen=True)
+class StartFacts:
+    """The checkpoint of another run that this one begins from (`start_from`).
+
+    `run`: that run's folder. `checkpoint`: its checkpoint's folder; `sha256`: of its manifest.
+    `training_sha256`: what that run trained. `place`: where this run's steps are counted on from, the very
+    beginning if only weights are taken. `continues_data`: whether the samples go on, since the data and their
+    order are those of that run. `rate`: that run's learning rate at the step, where it is known.
+    """
+
+    run: str
+    checkpoint: str
+    sha256: str
+    step: int
+    what: Literal["weights", "state"]
+    training_sha256: str
+    place: Place
+    continues_data: bool = False
+    rate: float | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """All that a launcher or a worker needs; see `drumline schema --plan` for its JSON Schema."""
 
@@ -186,19 +223,23 @@ class Plan:
     data: DataFacts
     advice: list[Advice]
     warnings: list[str]
+    start: StartFacts | None = None
 
     @property
     def mesh(self) -> Mesh:
         """The layout of ranks over nodes, replicas of the state and samples."""
         return mesh_of(self.recipe, self.batch.gpus, self.batch.nodes)
 
+    @property
+    def first_step(self) -> int:
+        """The run's first step: the one after those of the run that it goes on from, or 1."""
+        return self.start.place.step + 1 if self.start else 1
+
     def clock(self) -> Clock:
         """The Clock that maps steps to slots; raises PlanError if the number of samples is not known."""
         if self.steps.samples is None:
             raise PlanError("the number of samples is not known; run `drumline prepare` first")
-        epochs = self.recipe.duration.epochs
-        limit = whole_samples(self.steps.samples, epochs) if epochs else None
-        return Clock(self.steps.samples, self.batch.effective, self.batch.remainder, limit)
+        return clock_of(self.recipe, self.steps.samples, self.batch.effective, self.start)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object that `drumline plan --json` prints."""
@@ -218,6 +259,31 @@ class Plan:
     def to_json(self) -> str:
         """`to_dict` as indented JSON text."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
+
+def read_start(plain: Any) -> StartFacts:
+    """Read StartFacts from a record; raises PlanError if they are invalid."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(StartFacts).validate_python(plain)
+    except ValidationError as error:
+        raise PlanError(f"start: {str(error).splitlines()[0]}") from None
+
+
+def clock_of(
+    recipe: Recipe, samples: int, effective: int, start: StartFacts | None = None
+) -> Clock:
+    """The Clock of a recipe over so many samples, with this effective batch after its ramp."""
+    epochs = recipe.duration.epochs
+    return Clock(
+        samples,
+        effective,
+        recipe.batch.remainder,
+        whole_samples(samples, epochs) if epochs else None,
+        start.place if start else Place(),
+        tuple((stage.until_step, stage.effective) for stage in recipe.batch.ramp),
+    )
 
 
 def read_plan(text: str) -> Plan:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,11 +41,15 @@ from drumline.plan.model import (
     Cost,
     DataFacts,
     Plan,
+    RampFacts,
+    StartFacts,
     StepFacts,
+    clock_of,
 )
 from drumline.plan.noise import is_measurable
 from drumline.plan.optimizers import resolved_optimizer, saved_bytes
-from drumline.plan.steps import Clock, whole_samples
+from drumline.plan.start import Parent, check_weights_of, rate_warning, start_facts
+from drumline.plan.steps import Clock, Place
 from drumline.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -70,7 +74,8 @@ class World:
     `batchnorm`: whether a factory's model has it. `weights`: shapes of the tensors of a pretrained model,
     by name. `row_tokens`: tokens of the longest row that the run reads, or else of all prepared ones.
     `row_lengths`: as in DataFacts.
-    `problems`: warnings found while reading.
+    `parent`: the checkpoint that `start_from` names; `start`: of a run that has begun, what its plan says of
+    that, instead. `problems`: warnings found while reading.
     """
 
     model_config: dict[str, Any] | None = None
@@ -86,6 +91,8 @@ class World:
     host_memory_bytes: int | None = None
     calibration: "Calibration | None" = None
     batchnorm: Literal["yes", "no", "unknown"] = "no"
+    parent: Parent | None = None
+    start: StartFacts | None = None
     problems: Sequence[str] = ()
 
 
@@ -103,6 +110,9 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
     check_shape(recipe, found, world.row_tokens)
     if shape and world.weights is not None:
         check_weights(recipe, shape, world.weights)
+    start = world.start or start_facts(recipe, world.parent, world.fingerprint)
+    if shape and world.parent:
+        check_weights_of(recipe, world.parent, shape)
     memory_of = memory_function(
         recipe, seen, gpu, world.host_memory_bytes, world.calibration, world.row_tokens
     )
@@ -116,8 +126,10 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
     if recipe.model.source in ("config", "factory") or world.model_config is not None:
         check_packing(recipe, _whole_config(recipe, world)[0])
     nodes = layout(recipe, split).nodes
-    resolved = _fill(recipe, split)
-    steps, clock = _steps(recipe, split, world)
+    resolved = _fill(recipe, split, start)
+    ramp = batch_equation.split_ramp(recipe.batch, split)
+    steps, clock = _steps(recipe, split, world, start)
+    batch_equation.check_ramp(recipe.batch, steps.total)
     curve = _curve(recipe, split, steps)
     schedule.check_warmup(curve, clock)
     memory = memory_of(split)
@@ -141,6 +153,10 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
             accumulation=split.accumulation,
             remainder=recipe.batch.remainder,
             nodes=nodes,
+            ramp=[
+                RampFacts(until, own.effective, own.per_device, own.accumulation)
+                for until, own in ramp
+            ],
         ),
         steps=steps,
         memory=memory,
@@ -163,11 +179,13 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
         + batchnorm_warnings(resolved, split, world.batchnorm == "yes")
         + _step_warnings(split, clock)
         + _rate_warnings(recipe, curve, clock)
+        + _start_warnings(start, curve, clock)
         + _noise_warnings(recipe, split),
+        start=start,
     )
 
 
-def _fill(recipe: Recipe, split: Split) -> Recipe:
+def _fill(recipe: Recipe, split: Split, start: StartFacts | None) -> Recipe:
     """The recipe with derived values filled in, so that planning it again gives the same values.
 
     cluster.nodes is not filled in: it follows from the split, which a resume may change.
@@ -179,10 +197,15 @@ def _fill(recipe: Recipe, split: Split) -> Recipe:
     if recipe.early_stopping and recipe.early_stopping.mode is None:
         mode = {"mode": "max" if recipe.early_stopping.metric.endswith("accuracy") else "min"}
         update["early_stopping"] = recipe.early_stopping.model_copy(update=mode)
+    if recipe.start_from and start:
+        found = {"run": start.run, "step": start.step, "training_sha256": start.training_sha256}
+        update["start_from"] = recipe.start_from.model_copy(update=found)
     return recipe.model_copy(update=update)
 
 
-def _steps(recipe: Recipe, split: Split, world: World) -> tuple[StepFacts, Clock | None]:
+def _steps(
+    recipe: Recipe, split: Split, world: World, start: StartFacts | None
+) -> tuple[StepFacts, Clock | None]:
     """Counts of optimizer steps, and the Clock, which is None if the number of samples is not known.
 
     Raises PlanError if the duration cannot be converted to steps without it.
@@ -193,6 +216,8 @@ def _steps(recipe: Recipe, split: Split, world: World) -> tuple[StepFacts, Clock
             f"data.samples: {recipe.data.samples}, but the prepared data hold {world.samples}. "
             f"Nearest: samples {world.samples}, or samples null"
         )
+    if start and start.what == "state" and world.fingerprint is None:
+        samples = None  # whether the samples go on or begin anew is not known yet
     duration, length = recipe.duration, recipe.data.sequence_length
     tokens = split.effective * length if length else None
     if samples is None:
@@ -216,8 +241,7 @@ def _steps(recipe: Recipe, split: Split, world: World) -> tuple[StepFacts, Clock
             tokens_per_step=tokens,
             warmup=warmup,
         ), None
-    limit = whole_samples(samples, duration.epochs) if duration.epochs else None
-    clock = Clock(samples, split.effective, recipe.batch.remainder, limit)
+    clock = clock_of(recipe, samples, split.effective, start)
     if duration.steps:
         total = duration.steps
     elif duration.epochs:
@@ -225,21 +249,45 @@ def _steps(recipe: Recipe, split: Split, world: World) -> tuple[StepFacts, Clock
     else:
         assert duration.tokens and length
         total = clock.total_for_samples(-(-duration.tokens // length))
-    start, stop = clock.slots(clock.steps_per_epoch)
+    if total < clock.first_step:
+        raise _nothing_left(recipe, clock)
+    regular = replace(clock, start=Place(), ramp=())
+    first, stop = regular.slots(regular.steps_per_epoch)
     row = split.per_device * mesh_of(recipe, split.gpus).data_ranks
     widest = min(split.effective, samples) if recipe.batch.remainder != "carry" else split.effective
     return StepFacts(
         samples=samples,
         per_epoch=clock.steps_per_epoch,
-        epochs=round(clock.consumed(total) / samples, 4)
-        if recipe.batch.remainder == "carry"
-        else round(total / clock.steps_per_epoch, 4),
+        epochs=round(float(clock.epochs_done(total)), 4),
         total=total,
         forwards_per_step=math.ceil(widest / row),
-        last_batch=stop - start,
+        last_batch=stop - first,
         tokens_per_step=tokens,
         warmup=_warmup(recipe, total, clock),
     ), clock
+
+
+def _nothing_left(recipe: Recipe, clock: Clock) -> PlanError:
+    done, duration = clock.start, recipe.duration
+    whole = math.floor(clock.epochs_done(done.step)) + 1
+    length = recipe.data.sequence_length or 1
+    stated, more = (
+        (f"epochs: {duration.epochs:g}", f"epochs={whole}")
+        if duration.epochs
+        else (f"tokens: {duration.tokens:,}", f"tokens={2 * done.slot * length}")
+    )
+    return PlanError(
+        f"duration.{stated} are reached at step {done.step:,}, where start_from begins. Nearest: "
+        f"duration.{more}"
+    )
+
+
+def _start_warnings(
+    start: StartFacts | None, curve: schedule.Curve, clock: Clock | None
+) -> list[str]:
+    if start is None or (clock is None and curve.unit == "epoch"):
+        return []
+    return rate_warning(start, schedule.rate(curve, start.place.step + 1, clock))
 
 
 def _need_samples(recipe: Recipe) -> None:

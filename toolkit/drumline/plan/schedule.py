@@ -151,7 +151,7 @@ def rate(curve: Curve, step: int, clock: Clock | None) -> float:
 
 @dataclass(frozen=True)
 class RateFacts:
-    """The rates that a run trains at: of its first step, the highest with its first step, of its last."""
+    """The rates that a run trains at: of its first step, the highest with its step, of its last."""
 
     first: float
     highest: float
@@ -159,13 +159,16 @@ class RateFacts:
     last: float
 
 
-def rate_facts(curve: Curve, clock: Clock | None) -> RateFacts:
-    """The rates of a run; exact, from the few steps at which a schedule can have its highest rate."""
+def rate_facts(curve: Curve, clock: Clock | None, begin: int = 1) -> RateFacts:
+    """The rates of a run; exact, from the few steps at which a schedule can have its highest rate.
+
+    `begin`: the run's first step.
+    """
     length = curve.total - curve.warmup_steps
     restarts = {
         curve.warmup_steps - (-cycle * length // curve.cycles) for cycle in range(curve.cycles)
     }
-    candidates = {1, curve.warmup_steps, curve.warmup_steps + 1, *restarts}
+    candidates = {begin, begin + 1, curve.warmup_steps, curve.warmup_steps + 1, *restarts}
     candidates |= {step for step, _ in curve.milestones}
     if curve.unit == "epoch":
         assert clock is not None
@@ -173,10 +176,10 @@ def rate_facts(curve: Curve, clock: Clock | None) -> RateFacts:
         epochs |= {epoch + step for epoch in epochs for step in (-1, 1) if epoch + step >= 1}
         candidates |= {clock.last_step_of_epoch(epoch - 1) + 1 for epoch in epochs}
     candidates.add(curve.last)
-    steps = sorted(step for step in candidates if 1 <= step <= curve.last)
+    steps = sorted(step for step in candidates if begin <= step <= curve.last)
     rates = {step: rate(curve, step, clock) for step in steps}
     highest = max(steps, key=lambda step: (rates[step], -step))
-    return RateFacts(rates[1], rates[highest], highest, rate(curve, curve.last, clock))
+    return RateFacts(rates[begin], rates[highest], highest, rate(curve, curve.last, clock))
 
 
 def check_warmup(curve: Curve, clock: Clock | None) -> None:

@@ -5,8 +5,11 @@ epoch s // N + 1. Slots are counted from 0, steps and epochs from 1.
 """
 
 import math
+from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Literal
 
 from drumline.errors import PlanError
@@ -15,66 +18,159 @@ Remainder = Literal["keep", "drop", "carry"]
 
 
 @dataclass(frozen=True)
+class Place:
+    """A place between two steps: steps done, samples consumed by them, and the slot of the next sample."""
+
+    step: int = 0
+    slot: int = 0
+    consumed: int = 0
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Steps of one effective batch B, over N samples, from a place on."""
+
+    samples: int
+    effective: int
+    remainder: Remainder
+    limit: int | None
+    start: Place
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of a whole epoch."""
+        return self._steps_in(self.samples)
+
+    def slots(self, step: int) -> tuple[int, int]:
+        """First slot and end slot of a step of this stage."""
+        start, number = self.start.slot, step - self.start.step - 1
+        if self.remainder == "carry":
+            first = start + number * self.effective
+            stop = first + self.effective
+            return first, stop if self.limit is None else min(stop, self.limit)
+        epoch, within = divmod(start, self.samples)
+        left = self._steps_in(self.samples - within)
+        if number >= left:  # the stage began within an epoch, which is over
+            more, number = divmod(number - left, self.steps_per_epoch)
+            epoch, within = epoch + 1 + more, 0
+        first = epoch * self.samples + within + number * self.effective
+        return first, min(first + self.effective, (epoch + 1) * self.samples)
+
+    def consumed(self, step: int) -> int:
+        """Samples consumed by the end of a step of this stage, and before it."""
+        if self.remainder == "drop":
+            return self.start.consumed + (step - self.start.step) * self.effective
+        return self.start.consumed + self.slots(step)[1] - self.start.slot
+
+    def end(self, step: int) -> Place:
+        """The place after a step of this stage."""
+        return Place(step, self.slots(step)[1], self.consumed(step))
+
+    def _steps_in(self, samples: int) -> int:
+        whole, rest = divmod(samples, self.effective)
+        return whole if self.remainder == "drop" or rest == 0 else whole + 1
+
+
+@dataclass(frozen=True)
 class Clock:
     """Maps steps to slots, for N samples, effective batch B and one remainder rule.
 
     At the end of an epoch, `keep` makes a smaller step of the remaining samples, `drop` leaves them out, and
     `carry` fills the step with samples of the next epoch. `limit` is the number of slots in the whole run if
-    its duration is in epochs; only `carry` uses it.
+    its duration is in epochs; only `carry` uses it. `start`: what another run did before, whose steps are
+    counted on. `ramp`: (last step, effective) of earlier stages with another batch, in order.
     """
 
     samples: int
     effective: int
     remainder: Remainder
     limit: int | None = None
+    start: Place = Place()
+    ramp: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.remainder == "drop" and self.effective > self.samples:
-            raise PlanError(
-                f"batch.remainder: drop leaves no step: effective {self.effective} > "
-                f"{self.samples} samples. Nearest: remainder keep (steps of {self.samples}), "
-                f"or effective {self.samples}"
-            )
+        for effective in (*(size for _, size in self.ramp), self.effective):
+            if self.remainder == "drop" and effective > self.samples:
+                raise PlanError(
+                    f"batch.remainder: drop leaves no step: effective {effective} > "
+                    f"{self.samples} samples. Nearest: remainder keep (steps of {self.samples}), "
+                    f"or effective {self.samples}"
+                )
+
+    @cached_property
+    def _stages(self) -> list[_Stage]:
+        found, place = [], self.start
+        for last, effective in self.ramp:
+            if last > place.step:
+                found.append(self._stage(effective, place))
+                place = found[-1].end(last)
+        return [*found, self._stage(self.effective, place)]
+
+    def _stage(self, effective: int, start: Place) -> _Stage:
+        return _Stage(self.samples, effective, self.remainder, self.limit, start)
+
+    def _of(self, step: int) -> _Stage:
+        """The stage of a step."""
+        return next(stage for stage in reversed(self._stages) if stage.start.step < step)
+
+    @property
+    def _is_regular(self) -> bool:
+        """Whether every epoch has the same steps."""
+        return not self.ramp and self.start.slot == 0
+
+    @property
+    def first_step(self) -> int:
+        """The first step of this run."""
+        return self.start.step + 1
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps per epoch; with `carry`, those that begin in the first epoch."""
-        whole, rest = divmod(self.samples, self.effective)
-        return whole if self.remainder == "drop" or rest == 0 else whole + 1
+        """Optimizer steps of an epoch at the last batch size; with `carry`, those that begin in it."""
+        return self._stages[-1].steps_per_epoch
 
     def total_for_epochs(self, epochs: float) -> int:
-        """Steps of a run of `epochs` epochs; a part of an epoch ends with the first step that reaches it."""
-        if self.remainder == "carry":
-            return -(-whole_samples(self.samples, epochs) // self.effective)
-        return _reached(self.steps_per_epoch, epochs)
+        """The first step that completes `epochs` epochs, or reaches a part of one."""
+        if self._is_regular and self.remainder != "carry":
+            return self.start.step + _reached(self.steps_per_epoch, epochs)
+        return self._first_with(
+            lambda step: self.epochs_done(step) >= Fraction(str(epochs)), self.start.step
+        )
 
     def epochs_done(self, step: int) -> Fraction:
         """Epochs that are complete at the end of a step, and the part of the next one."""
-        if self.remainder == "carry":
-            return Fraction(self.consumed(step), self.samples)
-        return Fraction(step, self.steps_per_epoch)
+        if self._is_regular and self.remainder != "carry":
+            return Fraction(step - self.start.step, self.steps_per_epoch)
+        slot = self.place(step).slot
+        if self.remainder == "drop" and step > self.start.step:
+            following = self.slots(step + 1)[0]
+            slot = following if following % self.samples == 0 else slot
+        return Fraction(slot, self.samples)
 
     def total_for_samples(self, samples: int) -> int:
-        """The first step at whose end at least `samples` samples were consumed."""
+        """The first step at whose end at least `samples` samples of these data were consumed.
+
+        They count from the beginning of the data, also where another run has consumed some of them.
+        """
+        if not self._is_regular:
+            before = self.start.consumed if self.start.slot else 0
+            wanted = samples + self.start.consumed - before
+            return self._first_with(lambda step: self.consumed(step) >= wanted, self.start.step)
         if self.remainder == "carry":
-            return -(-samples // self.effective)
+            return self.start.step + -(-samples // self.effective)
         per_epoch = self.samples
         if self.remainder == "drop":
             per_epoch -= self.samples % self.effective
         epochs, rest = divmod(samples, per_epoch)
-        return epochs * self.steps_per_epoch + -(-rest // self.effective)
+        return self.start.step + epochs * self.steps_per_epoch + -(-rest // self.effective)
 
     def slots(self, step: int) -> tuple[int, int]:
         """First slot and end slot (exclusive) of a step; the difference is its number of samples."""
-        assert step >= 1
-        if self.remainder == "carry":
-            start = (step - 1) * self.effective
-            stop = start + self.effective
-            return start, stop if self.limit is None else min(stop, self.limit)
-        epoch, within = divmod(step - 1, self.steps_per_epoch)
-        start = within * self.effective
-        stop = min(start + self.effective, self.samples)
-        return epoch * self.samples + start, epoch * self.samples + stop
+        assert step >= self.first_step, (step, self.first_step)
+        return self._of(step).slots(step)
+
+    def effective_at(self, step: int) -> int:
+        """The effective batch of a step."""
+        return self._of(step).effective
 
     def epoch(self, step: int) -> int:
         """The epoch, from 1, in which the step begins."""
@@ -82,17 +178,27 @@ class Clock:
 
     def last_step_of_epoch(self, epoch: int) -> int:
         """The last step that begins in the epoch."""
-        if self.remainder == "carry":
-            return -(-epoch * self.samples // self.effective)
-        return epoch * self.steps_per_epoch
+        if self._is_regular:
+            if self.remainder == "carry":
+                return self.start.step + -(-epoch * self.samples // self.effective)
+            return self.start.step + epoch * self.steps_per_epoch
+        return self._first_with(lambda step: self.epoch(step) > epoch, self.first_step) - 1
 
     def consumed(self, step: int) -> int:
-        """Samples consumed by the end of a step (0 for step 0), without dropped ones."""
-        if step == 0:
-            return 0
-        if self.remainder == "drop":
-            return step * self.effective
-        return self.slots(step)[1]
+        """Samples consumed by the end of a step, without dropped ones, also by the run before this one."""
+        return self.place(step).consumed
+
+    def place(self, step: int) -> Place:
+        """The place after a step."""
+        return self.start if step == self.start.step else self._of(step).end(step)
+
+    def _first_with(self, reached: Callable[[int], bool], low: int) -> int:
+        """The first step from `low` on for which a condition holds that then holds for all later ones."""
+        high = low + 1
+        while not reached(high):
+            high = 2 * high
+        steps = range(low, high + 1)
+        return steps[bisect_left(steps, True, key=reached)]
 
 
 def whole_samples(samples: int, epochs: float) -> int:

@@ -17,7 +17,8 @@ from drumline.recipe.schema import Recipe
 from drumline.secrets import secrets_in
 
 _FACTORY_KEYS = ("factory", "edits", "task_factory")
-PATH_KEYS = (("data", "path"), ("data", "tokenizer"), ("data", "chat_template"), ("model", "path"))
+PATH_KEYS = (("data", "path"), ("data", "tokenizer"), ("data", "chat_template"), ("model", "path"),
+             ("start_from", "run"))  # fmt: skip
 
 
 def load_recipe(where: str, overrides: list[str] | None = None) -> Recipe:

@@ -4,6 +4,7 @@ Everything is strict and frozen: an unknown key, a float for a count, or a strin
 Rules across sections (the batch equation, the strategy table) are in `drumline.plan`.
 """
 
+import itertools
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -27,8 +28,18 @@ from drumline.recipe.section import (
 )
 
 
+class RampStage(Section):
+    """The first steps of a run, up to `until_step`, with an effective batch of their own."""
+
+    until_step: Count
+    effective: Samples
+
+
 class Batch(Section):
-    """The batch equation: effective = per_device × gpus × accumulation; missing terms are derived."""
+    """The batch equation: effective = per_device × gpus × accumulation; missing terms are derived.
+
+    `ramp`: stages with smaller batches before it, in order; each is split over the same GPUs.
+    """
 
     effective: Samples | None = None
     per_device: Samples | None = None
@@ -36,6 +47,29 @@ class Batch(Section):
     accumulation: Samples | None = None
     remainder: Literal["keep", "drop", "carry"] = "keep"
     weighting: Literal["token", "sample"] = "token"
+    ramp: Annotated[list[RampStage], AddedLater()] = []
+
+    @model_validator(mode="after")
+    def _stages_follow_each_other(self) -> Self:
+        steps = [stage.until_step for stage in self.ramp]
+        if any(a >= b for a, b in itertools.pairwise(steps)):
+            raise ValueError(f"ramp: until_step {', '.join(map(str, steps))} do not ascend")
+        return self
+
+
+class StartFrom(Section):
+    """Begin from a checkpoint of another run, which may have trained something else.
+
+    `run`: its folder, or that of one of its checkpoints. `step`: which checkpoint; by default the newest.
+    `weights`: what the model has learnt, for a training of its own from step 1. `state`: optimizer, step and
+    place in the data as well, so that the steps are counted on. `training_sha256`: what that run trained; it
+    is filled in, and checked where it is stated.
+    """
+
+    run: Name
+    step: Count | None = None
+    what: Literal["weights", "state"] = "weights"
+    training_sha256: str | None = None
 
 
 class NodeRange(Section):
@@ -416,6 +450,7 @@ class Recipe(Section):
     anomalies: Anomalies = Anomalies.model_construct()
     launch: Launch = Launch.model_construct()
     logging: Logging = Logging.model_construct()
+    start_from: Annotated[StartFrom | None, AddedLater()] = None
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

@@ -21,7 +21,7 @@ from drumline.files import (
 )
 from drumline.metrics_file import last_step_line
 from drumline.output import printable_in
-from drumline.plan.model import Plan, read_plan
+from drumline.plan.model import Plan, StartFacts, read_plan, read_start
 from drumline.processes import Process
 from drumline.recipe import yaml12
 from drumline.recipe.load import validate
@@ -115,6 +115,11 @@ class RunFolder:
     def write_recipe(self, recipe: dict[str, Any], comment: str = "") -> None:
         """Replace recipe.yaml: the resolved recipe, then `comment`, whose lines begin with #."""
         write_text(self.recipe_file, yaml12.dump(recipe) + comment)
+
+    def start_facts(self) -> StartFacts | None:
+        """What the run's first plan says of `start_from`; its checkpoint may be gone by now."""
+        plain = self.read_record()["plan"].get("start")
+        return read_start(plain) if plain else None
 
     def latest_plan(self) -> Plan:
         """The plan of the newest attempt; RunFolderError if the run has no attempt."""

@@ -25,6 +25,7 @@ _FACTS = (
     "container",
     "created",
     "weights",
+    "ancestry",
 )
 _STEP_FACTS = ("step", "digest", "lr", "loss", "grad_norm", "weight")
 _FIRST_STEPS = 3

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from drumline.plan.model import Plan
+from drumline.runs.ancestry import read_ancestry
 from drumline.runs.code import read_code
 from drumline.runs.environment import read_environment
 from drumline.runs.inputs import data_entry, model_fingerprint
@@ -16,7 +17,7 @@ from drumline.secrets import Secrets
 
 RECORD_VERSION = 1
 
-_PLAN_FACTS = ("split_invariance", "batch", "steps", "schedule", "memory", "cost")
+_PLAN_FACTS = ("split_invariance", "batch", "steps", "schedule", "memory", "cost", "start")
 
 
 def new_record(
@@ -40,6 +41,7 @@ def new_record(
         **read_environment(),
         "command": secrets.hide_arguments(command),
         "parent": parent,
+        "ancestry": read_ancestry(plan.start),
         "created": now(),
         "attempts": [],
         "restarts": 0,

@@ -152,6 +152,16 @@ class Parent(_Part):
     run: str | None = None
 
 
+class Ancestor(_Part):
+    """A run before this one, and the step at which this one, or the next ancestor, began from it."""
+
+    run: str
+    step: Count
+    what: Literal["weights", "state"]
+    recipe: dict[str, Any] | None = None
+    training_sha256: str | None = None
+
+
 class Reproduced(_Part):
     """The verdict of `drumline reproduce`."""
 
@@ -186,6 +196,7 @@ class Record(_Part):
     container: str | None = None
     command: list[str] = []
     parent: Parent | None = None
+    ancestry: list[Ancestor] = []
     created: Moment | None = None
     attempts: list[Attempt]
     restarts: Count

@@ -81,7 +81,7 @@ def _preflight(folder: RunFolder, site: Site, allocation: Allocation) -> str:
     Returns text for the attempt's cause, empty if no host is slow.
     """
     recipe = load_recipe(str(folder.recipe_file))
-    plan = make_plan(recipe)
+    plan = make_plan(recipe, start=folder.start_facts())
     per_node = plan.mesh.ranks_per_node
     try:
         report = links_of(allocation.hosts, per_node, folder.path / "preflight.json", site)
@@ -144,7 +144,7 @@ def _supervise(
     """Plan for these hosts, train, report the end; return the exit code."""
     plan = plan_for(folder, len(hosts))
     prepare_data(plan.recipe)
-    plan = make_plan(plan.recipe)
+    plan = make_plan(plan.recipe, start=plan.start)
     _refuse_another_training(folder, plan)
     cause = f"{'resume' if folder.read_record()['attempts'] else 'start'} {where}"
     if len(hosts) > plan.batch.nodes:
@@ -157,7 +157,7 @@ def _supervise(
 
 def plan_for(folder: RunFolder, nodes: int) -> Plan:
     """Plan the run's recipe on as many of `nodes` nodes as its batch can be split over."""
-    return plan_on_nodes(load_recipe(str(folder.recipe_file)), nodes)
+    return plan_on_nodes(load_recipe(str(folder.recipe_file)), nodes, folder.start_facts())
 
 
 def _refuse_another_training(folder: RunFolder, plan: Plan) -> None:

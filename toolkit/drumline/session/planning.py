@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from drumline.errors import DoesNotFit, PlanError
 from drumline.plan.advise import with_advice
 from drumline.plan.footprint import memory_warnings
-from drumline.plan.model import FITS, Plan
+from drumline.plan.model import FITS, Plan, StartFacts
 from drumline.plan.resolve import World, resolve
 from drumline.recipe.schema import Recipe
 from drumline.session.row_lengths import longest_row, manifest_of_run
@@ -18,14 +18,22 @@ if TYPE_CHECKING:
     from drumline.memory.recording import Traced
 
 
-def make_plan(recipe: Recipe, gpus: int | None = None, gpu: str | None = None) -> Plan:
-    """Read this machine, re-split over `gpus` of kind `gpu` if given, resolve, and add advice."""
-    world = read_world(recipe)
+def make_plan(
+    recipe: Recipe,
+    gpus: int | None = None,
+    gpu: str | None = None,
+    start: StartFacts | None = None,
+) -> Plan:
+    """Read this machine, re-split over `gpus` of kind `gpu` if given, resolve, and add advice.
+
+    `start`: see `read_world`.
+    """
+    world = read_world(recipe, start)
     if gpus or gpu:
         from drumline.plan.resplit import on_gpus
 
         recipe = on_gpus(recipe, gpus, gpu, world)
-        world = read_world(recipe)
+        world = read_world(recipe, start)
     plan = resolve(recipe, world)
     read = longest_row(plan)
     if read is not None and read != world.row_tokens:
@@ -42,18 +50,18 @@ def make_plan(recipe: Recipe, gpus: int | None = None, gpu: str | None = None) -
 
 def world_of(plan: Plan) -> World:
     """What the plan was made with, for plans of changed recipes that read the same rows."""
-    return dataclasses.replace(read_world(plan.recipe), row_tokens=plan.data.row_tokens)
+    return dataclasses.replace(read_world(plan.recipe, plan.start), row_tokens=plan.data.row_tokens)
 
 
-def plan_on_nodes(recipe: Recipe, nodes: int) -> Plan:
+def plan_on_nodes(recipe: Recipe, nodes: int, start: StartFacts | None = None) -> Plan:
     """Plan on as many of `nodes` nodes as the batch can be split over; PlanError if it is none."""
-    as_stated = make_plan(recipe)
+    as_stated = make_plan(recipe, start=start)
     per_node = as_stated.mesh.ranks_per_node
     for count in range(nodes, 0, -1):
         if as_stated.batch.nodes == count:
             return as_stated
         try:
-            return make_plan(recipe, count * per_node)
+            return make_plan(recipe, count * per_node, start=start)
         except PlanError:
             continue
     raise PlanError(
@@ -110,11 +118,11 @@ def fixed(plan: Plan) -> Plan:
             "--fix: no change that is known makes the same training fit; see `drumline plan`"
         )
     print(f"--fix: {change_words(best.change)}   {best.why}", file=sys.stderr)
-    return make_plan(with_change(plan.recipe, best.change))
+    return make_plan(with_change(plan.recipe, best.change), start=plan.start)
 
 
 def needs_data(recipe: Recipe) -> bool:
-    """Whether the number of steps is known only once the data are prepared."""
+    """Whether the steps, or their samples, are known only once the data are prepared."""
     evaluation = recipe.evaluation
     counted = (
         recipe.duration.steps is None
@@ -123,4 +131,5 @@ def needs_data(recipe: Recipe) -> bool:
         or recipe.checkpoint.every_epochs is not None
         or (evaluation is not None and evaluation.every_epochs is not None)
     )
-    return counted and recipe.data.samples is None
+    goes_on = recipe.start_from is not None and recipe.start_from.what == "state"
+    return goes_on or (counted and recipe.data.samples is None)

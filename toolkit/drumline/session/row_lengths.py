@@ -24,8 +24,8 @@ def longest_row(plan: Plan) -> int | None:
     if manifest is None or manifest.longest is None:
         return None
     clock = plan.clock()
-    end = clock.slots(plan.steps.total)[1]
-    if end >= clock.samples:
+    begin, end = clock.start.slot, clock.place(plan.steps.total).slot
+    if end - begin >= clock.samples:
         return None
     from drumline.data.rows import lengths_of
     from drumline.plan import order
@@ -35,7 +35,7 @@ def longest_row(plan: Plan) -> int | None:
     train = lengths_of(folder, "train")
     evaluated = [lengths_of(folder, part) for part in manifest.evaluation_parts.values()]
     read = 0
-    for first in range(0, end, _AT_ONCE):
+    for first in range(begin, end, _AT_ONCE):
         places = order.slot_indices(
             plan.recipe.seed, clock.samples, first, min(end, first + _AT_ONCE)
         )

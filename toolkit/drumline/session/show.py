@@ -7,7 +7,7 @@ from typing import Any
 
 from drumline.memory.ranges import ByteRange
 from drumline.plan.advise import change_words
-from drumline.plan.model import VERDICT_WORDS, Plan
+from drumline.plan.model import VERDICT_WORDS, Plan, StartFacts
 from drumline.plan.schedule import rate_facts
 from drumline.units import format_bytes, format_count, format_flops
 
@@ -19,6 +19,7 @@ def plan_table(plan: Plan) -> str:
     """Return the plan as text, one labelled paragraph per topic."""
     recipe = plan.recipe
     rows = [
+        *([("start", _start(plan.start))] if plan.start else []),
         ("batch", _batch(plan)),
         ("steps", _steps(plan)),
         ("schedule", _schedule(plan)),
@@ -41,19 +42,35 @@ def _row(label: str, text: str) -> str:
     return f"  {label:<{_LABEL}}" + f"\n{indent}".join(lines)
 
 
+def _start(start: StartFacts) -> str:
+    """What the run takes over from another one."""
+    if start.what == "weights":
+        return f"the weights of step {start.step:,} of {start.run}"
+    data = "its data go on" if start.continues_data else "the data begin anew"
+    return f"the whole state of step {start.step:,} of {start.run}; {data}"
+
+
 def _batch(plan: Plan) -> str:
     b = plan.batch
     nodes = "" if b.nodes == 1 else f", {b.nodes} nodes"
+    before = "".join(
+        f"\n{stage.effective:,} = {stage.per_device:,} × {b.gpus} × {stage.accumulation} up to step "
+        f"{stage.until_step:,}"
+        for stage in b.ramp
+    )
     return (
         f"{b.effective:,} = {b.per_device:,} per_device × {b.gpus} gpus × {b.accumulation} accumulation"
         f"  ({plan.recipe.cluster.gpu_name}{nodes}, {plan.recipe.strategy.name}, {plan.recipe.precision})"
+        f"{before}"
     )
 
 
 def _steps(plan: Plan) -> str:
     s = plan.steps
     tokens = f", {s.tokens_per_step:,} tokens a step" if s.tokens_per_step else ""
-    first = f"{s.total:,} optimizer steps{tokens}, {s.forwards_per_step} forwards a step"
+    own = s.total - plan.first_step + 1
+    after = f" (steps {plan.first_step:,} to {s.total:,})" if own < s.total else ""
+    first = f"{own:,} optimizer steps{after}{tokens}, {s.forwards_per_step} forwards a step"
     if s.samples is None:
         return f"{first}\nsamples and steps an epoch are unknown until `drumline prepare`"
     short = ""
@@ -81,11 +98,12 @@ def _schedule(plan: Plan) -> str:
             f" (derived: {c.base_lr:g} × {plan.batch.effective}/{scaling.reference_batch}, "
             f"{scaling.rule})"
         )
-    facts = rate_facts(c, plan.clock() if c.unit == "epoch" else None)
+    facts = rate_facts(c, plan.clock() if c.unit == "epoch" else None, plan.first_step)
     warmup = f"warm-up {c.warmup_steps:,} steps, " if c.warmup_steps else ""
     held = ", held within an epoch" if c.unit == "epoch" else ""
     beyond = f"; the schedule is one of {c.total:,} steps" if c.run is not None else ""
-    first = f"{facts.first:g} at step 1, " if facts.highest_step > 1 else ""
+    begin = plan.first_step
+    first = f"{facts.first:g} at step {begin:,}, " if facts.highest_step > begin else ""
     highest = "peak" if math.isclose(facts.highest, c.peak_lr) else "at most"
     return (
         f"{c.name}: {warmup}{first}{highest} {facts.highest:g} at step {facts.highest_step:,}{derived}, "

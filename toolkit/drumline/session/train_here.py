@@ -65,7 +65,7 @@ def train_here(
 def _smaller_plan(plan: Plan) -> Plan | None:
     """Return the plan to try after running out of memory, or None: a smaller per_device, same batch."""
     smaller = with_smaller_per_device(plan.recipe, plan.batch.split)
-    return make_plan(smaller) if smaller else None
+    return make_plan(smaller, start=plan.start) if smaller else None
 
 
 def _advice_words(plan: Plan) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drumline.errors import DataError, PlanError
+from drumline.plan.model import StartFacts
 from drumline.plan.resolve import World
 from drumline.recipe.model_section import Model
 from drumline.recipe.schema import Recipe
@@ -14,8 +15,11 @@ if TYPE_CHECKING:
     from drumline.memory.calibration import Calibration
 
 
-def read_world(recipe: Recipe) -> World:
-    """Read what is cheap to read; nothing is downloaded or tokenised, and no factory is imported."""
+def read_world(recipe: Recipe, start: StartFacts | None = None) -> World:
+    """Read what is cheap to read; nothing is downloaded or tokenised, and no factory is imported.
+
+    `start`: of a run that has begun, what its plan says of `start_from`, whose checkpoint may be gone.
+    """
     facts: dict[str, Any] = {"problems": []}
     try:
         facts.update(_prepared(recipe, facts["problems"]))
@@ -30,6 +34,11 @@ def read_world(recipe: Recipe) -> World:
     if recipe.cluster.gpu == "cpu":
         facts["host_memory_bytes"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     facts["calibration"] = _calibration()
+    facts["start"] = start
+    if recipe.start_from and start is None:
+        from drumline.session.start import read_parent
+
+        facts["parent"] = read_parent(recipe.start_from)
     return World(**facts)
 
 

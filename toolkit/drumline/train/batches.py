@@ -81,11 +81,12 @@ class StepReader:
         """Build one step with this rank's micro-batches."""
         indices = self.step_indices(number)
         counts = self._rows.counts[indices]
-        batch, first_slot = self._plan.batch, self._clock.slots(number)[0]
+        per_device = self._plan.batch.per_device_at(number)
+        first_slot = self._clock.slots(number)[0]
         micro_batches = [
             self._micro_batch(indices, start, stop, first_slot)
             for start, stop in steps.share(
-                len(indices), batch.per_device, self._data_ranks, self._data_rank
+                len(indices), per_device, self._data_ranks, self._data_rank
             )
         ]
         return Step(
@@ -97,7 +98,7 @@ class StepReader:
             digest=order.digest(indices),
             indices=indices,
             micro_batches=micro_batches,
-            first_weight=self._weight(indices[: batch.per_device * self._data_ranks]),
+            first_weight=self._weight(indices[: per_device * self._data_ranks]),
         )
 
     def _weight(self, indices: NDArray[np.int64]) -> float:

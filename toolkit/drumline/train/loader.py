@@ -96,14 +96,31 @@ def choose(folder: Path, metrics: Path) -> Choice:
             print(f"{problem_found}; kept as {aside}, falling back to the one before", flush=True)
 
 
-def load(path: Path, shards: dict[str, TensorShard]) -> None:
-    """Fill this rank's tensor shards from a verified checkpoint; a collective."""
+def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    """Global shape of every tensor in a checkpoint; a collective, in which each manifest is parsed once."""
+    rank, world = _rank(), dist.get_world_size() if dist.is_initialized() else 1
+    own = {
+        name: tuple(entry["shape"])
+        for number in range(rank, read_manifest(path)["ranks"], world)
+        for name, entry in read_entries(path, number).items()
+    }
+    everyone: list[dict[str, tuple[int, ...]]] = [own] * world
+    if world > 1:
+        dist.all_gather_object(everyone, own)
+    return {name: shape for found in everyone for name, shape in found.items()}
+
+
+def load(path: Path, shards: dict[str, TensorShard], is_part: bool = False) -> None:
+    """Fill this rank's tensor shards from a verified checkpoint; a collective.
+
+    `is_part`: the checkpoint holds more tensors than these.
+    """
     own = {
         name: (shard.shape, shard.boxes)
         for name, shard in shards.items()
         if _reader(name, shard) == _rank()
     }
-    sources = _shared_out(path, own, shards)
+    sources = _shared_out(path, own, shards, is_part)
     with contextlib.ExitStack() as stack:
         files: dict[int, Any] = {}
         for name in sorted(shards):
@@ -129,7 +146,9 @@ def _reader(name: str, shard: TensorShard) -> int:
     return members[sum(name.encode()) % len(members)]
 
 
-def _shared_out(path: Path, own: dict[str, Need], shards: dict[str, TensorShard]) -> Sources:
+def _shared_out(
+    path: Path, own: dict[str, Need], shards: dict[str, TensorShard], is_part: bool
+) -> Sources:
     """The sources of each tensor that this rank reads; CheckpointError on all ranks on any mismatch.
 
     Each per-rank manifest is parsed by one rank. Rank 0 gathers their entries and what each rank needs, and
@@ -140,13 +159,13 @@ def _shared_out(path: Path, own: dict[str, Need], shards: dict[str, TensorShard]
     said = {number: read_entries(path, number) for number in range(rank, ranks, world)}
     told = (said, own, sorted(shards) if rank == 0 else None)
     if world == 1:
-        return _answers(path, [told])[0]
+        return _answers(path, [told], is_part)[0]
     everyone: list[Any] | None = [None] * world if rank == 0 else None
     dist.gather_object(told, everyone, dst=0)
     answers: list[Any] = [None] * world
     if everyone is not None:
         try:
-            answers = _answers(path, everyone)
+            answers = _answers(path, everyone, is_part)
         except CheckpointError as error:
             answers = [str(error)] * world
     mine: list[Any] = [None]
@@ -156,7 +175,7 @@ def _shared_out(path: Path, own: dict[str, Need], shards: dict[str, TensorShard]
     return mine[0]  # type: ignore[no-any-return]
 
 
-def _answers(path: Path, everyone: list[Any]) -> list[Sources]:
+def _answers(path: Path, everyone: list[Any], is_part: bool) -> list[Sources]:
     """For each rank, the sources of its tensors; CheckpointError where names or shapes differ."""
     stored: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for said, _, _ in everyone:
@@ -164,7 +183,7 @@ def _answers(path: Path, everyone: list[Any]) -> list[Sources]:
             for name, entry in entries.items():
                 stored.setdefault(name, []).append((number, entry))
     here = set(everyone[0][2])
-    missing = sorted(here ^ set(stored))
+    missing = sorted(here - set(stored) if is_part else here ^ set(stored))
     if missing:
         side = "the checkpoint" if missing[0] in here else "this model"
         raise CheckpointError(f"{path}: {len(missing)} tensors differ; {side} lacks {missing[0]}")

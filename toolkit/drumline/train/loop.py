@@ -28,6 +28,7 @@ from drumline.train.models.build import base_fingerprint
 from drumline.train.noise import NoiseMeter, NoMeter, build_meter
 from drumline.train.saver import SaveCadence, Saver
 from drumline.train.scaler import LossScaler
+from drumline.train.start import begin_from
 from drumline.train.step_reduce import StepReduce, Verdict
 from drumline.train.watch import Watch
 
@@ -78,7 +79,7 @@ def train(
     with logbook, saver, GarbageControl() as garbage:
         if state.evaluation_due:
             _evaluate(evaluator, state, plan, watch, logbook, course)
-            if not course.stop and state.step:
+            if not course.stop and state.step >= plan.first_step:
                 saver.amend(state)
         first = plan.steps.total + 1 if course.is_over else state.step + 1
         for step in logbook.timed(read_ahead(reader, first, plan.steps.total)):
@@ -100,7 +101,8 @@ def train(
             judgement = judge.judge(step.number, verdict, engine.scaler)
             rate = schedule.rate(plan.schedule, step.number, clock)
             engine.skip() if judgement.skip else engine.step(rate)
-            state.advance(step.number, clock.consumed(step.number), step.tokens, verdict.loss)
+            place = clock.place(step.number)
+            state.advance(step.number, place.consumed, step.tokens, verdict.loss, place.slot)
             _add_noise(state, step, verdict)
             odd = judgement.why and judgement.why != "overflow"
             culprits = find_culprits(step, [float(loss) for loss in losses]) if odd else {}
@@ -309,6 +311,9 @@ def _restore(
             base=base[0],
             evaluation_due=bool(plan.recipe.evaluation and plan.recipe.evaluation.at_start),
         )
+        if plan.start:
+            fresh = begin_from(engine, plan, fresh)
+            watch.step = watch.done = fresh.step
         return fresh, None
     path, state = chosen.path, chosen.state
     watch.step = watch.done = state.step

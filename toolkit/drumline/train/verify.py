@@ -55,7 +55,9 @@ def verify(plan: Plan, folder: Path, device: torch.device, watch: Watch) -> Outc
         "steps": [],
         "rates": [],
     }
-    for number in sorted({1, min(clock.last_step_of_epoch(1), plan.steps.total)}):
+    first = clock.first_step
+    end_of_epoch = clock.last_step_of_epoch(clock.epoch(first))
+    for number in sorted({first, min(end_of_epoch, plan.steps.total)}):
         watch.begin(number)
         step = reader.read(number)
         forward_backward(engine, step, watch)
@@ -72,7 +74,7 @@ def verify(plan: Plan, folder: Path, device: torch.device, watch: Watch) -> Outc
         report["steps"].append(
             {"step": number, "samples": step.samples, **_compare(ours, reference)}
         )
-    for number in range(1, min(UPDATES, plan.steps.total) + 1):
+    for number in range(first, min(first + UPDATES - 1, plan.steps.total) + 1):
         wanted = schedule.rate(plan.schedule, number, clock)
         forward_backward(engine, reader.read(number), watch)
         engine.clip(plan.recipe.optimizer.max_grad_norm)
@@ -95,9 +97,10 @@ def verify_bitwise(plan: Plan, folder: Path, device: torch.device, watch: Watch)
     silence_dropout(module)
     optimizer = build_optimizer(module, plan.recipe)
     reader, clock = StepReader(plan, rows, dist.get_rank()), plan.clock()
-    steps = min(BITWISE_STEPS, plan.steps.total)
+    first = clock.first_step
+    last = min(first + BITWISE_STEPS - 1, plan.steps.total)
     parameters = [p for p in module.parameters() if p.requires_grad]
-    for number in range(1, steps + 1):
+    for number in range(first, last + 1):
         watch.begin(number)
         step = reader.read(number)
         _sum_in_slot_order(plan, rows, module, parameters, step, device, watch)
@@ -111,7 +114,7 @@ def verify_bitwise(plan: Plan, folder: Path, device: torch.device, watch: Watch)
         flat = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
         digest.update(name.encode() + flat.numpy().tobytes())
     if dist.get_rank() == 0:
-        write_json(folder / REPORT, {"steps": steps, "sha256": digest.hexdigest()})
+        write_json(folder / REPORT, {"steps": last - first + 1, "sha256": digest.hexdigest()})
     return Outcome(outcome="finished", step=0, loss=None, evaluation=None)
 
 

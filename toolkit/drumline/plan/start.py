@@ -1,0 +1,148 @@
+"""What a run takes over from another one whose checkpoint it begins from (`start_from`). Pure."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from drumline.architectures.shapes import ModelShape
+from drumline.errors import PlanError
+from drumline.plan.model import StartFacts
+from drumline.plan.steps import Place
+from drumline.recipe.schema import Recipe
+
+_JUMP = 1.5
+"""A learning rate that changes by more than this factor from one step to the next is warned of."""
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A checkpoint of another run, as it was read.
+
+    `recipe`: that run's, resolved. `place`: after the checkpoint's step, in that run's order. `samples`: of
+    its data, None if that is not known. `weights`: shapes of its weights by name, None where they were not
+    read. `rate`: see StartFacts.
+    """
+
+    run: str
+    checkpoint: str
+    sha256: str
+    training_sha256: str
+    recipe: Recipe
+    fingerprint: str | None
+    place: Place
+    weights: Mapping[str, tuple[int, ...]] | None = None
+    rate: float | None = None
+
+
+def start_facts(
+    recipe: Recipe, parent: Parent | None, fingerprint: str | None
+) -> StartFacts | None:
+    """What the plan says of `start_from`; PlanError where this run cannot begin from that checkpoint.
+
+    `fingerprint`: of this run's prepared data, None if there are none yet.
+    """
+    spec = recipe.start_from
+    if spec is None:
+        return None
+    assert parent is not None
+    if spec.training_sha256 not in (None, parent.training_sha256):
+        raise PlanError(
+            f"start_from.training_sha256: {spec.training_sha256} stated, and {parent.run} trained "
+            f"{parent.training_sha256}. Nearest: start_from.training_sha256=null, for another training"
+        )
+    _check_adapters(recipe, parent)
+    place, continues = Place(), False
+    if spec.what == "state":
+        _check_state(recipe, parent)
+        continues = _same_order(recipe, parent, fingerprint)
+        place = Place(
+            parent.place.step, parent.place.slot if continues else 0, parent.place.consumed
+        )
+    return StartFacts(
+        run=parent.run,
+        checkpoint=parent.checkpoint,
+        sha256=parent.sha256,
+        step=parent.place.step,
+        what=spec.what,
+        training_sha256=parent.training_sha256,
+        place=place,
+        continues_data=continues,
+        rate=parent.rate if spec.what == "state" else None,
+    )
+
+
+def check_weights_of(recipe: Recipe, parent: Parent, shape: ModelShape) -> None:
+    """PlanError where that run's weights are not those of this model, but for a classifier's head."""
+    from drumline.architectures.weight_names import problem_with
+
+    spec = recipe.start_from
+    if spec is None or parent.weights is None or recipe.model.adapter is not None:
+        return
+    has_new_head = recipe.data.facts.head == "classification" and spec.what == "weights"
+    found = problem_with(shape, parent.weights, has_new_head)
+    if found:
+        raise PlanError(
+            f"start_from.run: the weights of {parent.run} are not those of this model: {found}. Nearest: the "
+            "model section of that run's recipe.yaml"
+        )
+
+
+def rate_warning(start: StartFacts | None, first_rate: float) -> list[str]:
+    """Warn where the learning rate jumps between the last step of the other run and the first of this one."""
+    if start is None or start.rate is None or not start.rate or not first_rate:
+        return []
+    if max(first_rate / start.rate, start.rate / first_rate) <= _JUMP:
+        return []
+    return [
+        f"start_from: the learning rate was {start.rate:g} at step {start.step:,} of {start.run} and is "
+        f"{first_rate:g} at step {start.step + 1:,}"
+    ]
+
+
+def _check_adapters(recipe: Recipe, parent: Parent) -> None:
+    """Checkpoints of a run with an adapter hold what it trained alone, which goes onto the same base only."""
+    ours, theirs = recipe.model.adapter, parent.recipe.model.adapter
+    if ours and not theirs:
+        raise PlanError(
+            f"start_from.run: {parent.run} trained the whole model, and this run an adapter on a frozen one. "
+            "Nearest: `drumline export` that run, then model.source=folder and model.path, its folder"
+        )
+    if theirs and not ours:
+        raise PlanError(
+            f"start_from.run: {parent.run} holds an adapter alone, and this run trains no adapter. Nearest: "
+            "`drumline export --merge` that run, then model.source=folder and model.path, its folder"
+        )
+    if ours and theirs and _shape_of(ours) != _shape_of(theirs):
+        raise PlanError(
+            f"start_from.run: {parent.run} has the adapter {_shape_of(theirs)}, this run {_shape_of(ours)}. "
+            "Nearest: the same model.adapter"
+        )
+
+
+def _shape_of(adapter: Any) -> str:
+    return f"rank {adapter.rank} on {adapter.targets}" + (", dora" if adapter.dora else "")
+
+
+def _check_state(recipe: Recipe, parent: Parent) -> None:
+    done = parent.place.step
+    ours, theirs = recipe.optimizer.name, parent.recipe.optimizer.name
+    if ours != theirs:
+        raise PlanError(
+            f"start_from.what: state: {parent.run} has the state of {theirs}, and this run has {ours}. "
+            "Nearest: start_from.what=weights"
+        )
+    total = recipe.duration.steps
+    if total is not None and total <= done:
+        raise PlanError(
+            f"duration.steps: {total} ≤ step {done} of {parent.run}, whose steps are counted on. Nearest: "
+            f"duration.steps={2 * done}"
+        )
+
+
+def _same_order(recipe: Recipe, parent: Parent, fingerprint: str | None) -> bool:
+    """Whether the samples of this run follow those of the other one in one and the same order."""
+    return (
+        fingerprint is not None
+        and parent.fingerprint == fingerprint
+        and parent.recipe.seed == recipe.seed
+    )

@@ -1,0 +1,78 @@
+"""Trains the runs again that a reproduced run began from, where their checkpoints are not there any more."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from drumline.errors import DataError, PlanError, RunError
+from drumline.plan.model import Plan
+from drumline.recipe.load import validate
+from drumline.recipe.schema import Recipe
+from drumline.runs import folder as run_folder
+from drumline.runs.record import new_record
+from drumline.secrets import Secrets
+from drumline.session.ending import report_end
+from drumline.session.prepare import prepare_data
+from drumline.session.start import read_parent
+from drumline.session.train_here import train_here
+
+Adapt = Callable[[Recipe], Recipe]
+"""Moves a recorded recipe to this machine, and refuses code that may not run here."""
+MakePlan = Callable[[Recipe], Plan]
+
+
+def with_parent_here(
+    recipe: Recipe, ancestry: list[dict[str, Any]], adapt: Adapt, make: MakePlan
+) -> Recipe:
+    """The recipe with a `start_from` that is there: as recorded, or trained again up to its step.
+
+    `ancestry`: of the record, the oldest first. RunError where the record does not hold the recipe of a run
+    that is needed; DataError where its data have changed.
+    """
+    spec = recipe.start_from
+    if spec is None or _is_there(recipe):
+        return recipe
+    parent = ancestry[-1] if ancestry else {}
+    if not parent.get("recipe"):
+        raise RunError(
+            f"start_from.run: {spec.run} is not there, and the record does not hold its recipe. Nearest: put "
+            "that run folder back"
+        )
+    step = spec.step or parent["step"]
+    print(
+        f"\n{spec.run} has no checkpoint of step {step:,} here: it is trained again first",
+        file=sys.stderr,
+    )
+    own = adapt(validate(parent["recipe"], parent["run"]))
+    own = with_parent_here(own, ancestry[:-1], adapt, make)
+    prepare_data(own)
+    plan = make(own)
+    was = (parent.get("data") or {}).get("fingerprint")
+    if was != plan.data.fingerprint:
+        raise DataError(
+            f"start_from.run: the data of {parent['run']} have changed: fingerprint {was} when it was "
+            f"logged, {plan.data.fingerprint} here. Nearest: the old data"
+        )
+    folder = run_folder.create(plan.recipe, None)
+    folder.write_recipe(plan.recipe.model_dump(by_alias=True))
+    origin = {"run": parent["run"], "created": parent.get("created")}
+    folder.write_record(new_record(plan, sys.argv, Secrets(os.environ), origin))
+    until = step if step < plan.steps.total else None
+    result, seconds = train_here(folder, plan, "reproduce", until)
+    report_end(folder, plan, result, seconds)
+    if result.step < step:
+        raise RunError(f"{folder.path}: ended at step {result.step:,}, before step {step:,}")
+    return recipe.model_copy(
+        update={"start_from": spec.model_copy(update={"run": str(folder.path), "step": step})}
+    )
+
+
+def _is_there(recipe: Recipe) -> bool:
+    """Whether the checkpoint is there, and of the training that it was."""
+    assert recipe.start_from
+    try:
+        found = read_parent(recipe.start_from)
+    except PlanError:
+        return False
+    return recipe.start_from.training_sha256 in (None, found.training_sha256)
