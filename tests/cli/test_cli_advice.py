@@ -56,11 +56,15 @@ def test_cancel_names_a_command_that_answers(here: Path) -> None:
 
 
 def test_a_finished_run_is_given_more_steps_by_another_run(here: Path, forked: Any) -> None:
-    """The command that it names trains to the N steps, from step 1, also where the folder's name has a space."""
+    """The command that it names goes on to the N steps, also where the folder's name has a space.
+
+    The run was made by an earlier version, whose checkpoints do not tell the place in the data.
+    """
     told = heard("it cannot be given more steps", refused("resume", str(here / LM)))
-    done = forked(*command_in(told, N="3"), "--run-dir", "more")
+    done = forked(*command_in(told, N="14"), "--run-dir", "more")
     assert done.returncode == 0, done.stderr
-    assert "step 3/3" in worked("status", str(here.parent / "more")).out
+    assert "step 14/14" in worked("status", str(here.parent / "more")).out
+    assert "(steps 13 to 14)" in done.stderr
 
 
 def test_a_run_that_never_started_is_started(here: Path, forked: Any) -> None:

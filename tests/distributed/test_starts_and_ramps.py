@@ -9,6 +9,7 @@ from arena import STEPS, Arena
 from whole_tensors import whole_tensors
 
 from drumline.plan.model import Plan
+from drumline.train.batches import StepReader, open_rows
 
 pytestmark = [pytest.mark.xdist_group("matrix"), pytest.mark.heavy]
 
@@ -181,3 +182,13 @@ def test_a_ramp_resumes_within_a_stage_at_another_split(arena: Arena, engine: st
         )
     losses = values(arena, f"ramp-{engine}-(3, 2, 2)", "loss")
     assert values(arena, f"stopped-ramp-{engine}", "loss") == pytest.approx(losses, abs=1e-5)
+
+
+def test_each_stage_is_shared_out_evenly(arena: Arena) -> None:
+    """A stage of four rows on two ranks of three each: two rows on both, in one micro-batch."""
+    plan = arena.plan("ddp", (3, 2, 2), **RAMP)
+    assert [(s.per_device, s.accumulation) for s in plan.batch.ramp] == [(2, 1), (3, 1)]
+    for rank in range(2):
+        reader = StepReader(plan, open_rows(plan, "train"), rank)
+        for step, sizes in ((1, [2]), (3, [3]), (6, [3, 3])):
+            assert [len(part.indices) for part in reader.read(step).micro_batches] == sizes

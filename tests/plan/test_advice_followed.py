@@ -155,7 +155,7 @@ ELSEWHERE = {
     "is not in the cache whole": "needs the network; tests/train/test_pretrained.py",
     "memory is not known": "tests/cli: --trace",
     "more than one node of": "test_a_resplit_follows_its_advice",
-    "start_from": "tests/plan/test_start_from.py, tests/runs/test_start_of_a_run.py",
+    "start_from": "tests/plan/test_start_from.py",
     "where start_from begins": "tests/plan/test_start_from.py",
     "whose steps are counted on": "tests/plan/test_start_from.py",
     "secrets do not belong": "names no recipe",

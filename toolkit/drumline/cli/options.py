@@ -47,4 +47,5 @@ def with_from(from_run: str | None, overrides: list[str] | None) -> list[str] | 
     if not (at and step.isdigit()):
         run, step = from_run, "null"
     found = [f"start_from.run={json.dumps(run)}", f"start_from.step={step}"]
+    found.append("start_from.training_sha256=null")  # a logged recipe states that of its own parent
     return [*found, *(overrides or [])]

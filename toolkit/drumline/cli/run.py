@@ -195,7 +195,8 @@ def _refuse_another_training(folder: RunFolder, plan: Plan, overrides: list[str]
     if plan.training_sha256 != record["training_sha256"]:
         raise RunFolderError(
             f"{folder.path}: {' '.join(overrides or [])} would make it another training. "
-            "A resumed run may change the split, cluster, strategy and launcher only"
+            "A resumed run may change the split, cluster, strategy and launcher only; `drumline run --from` "
+            "begins another run with its state"
         )
     expected = record["data"]["fingerprint"]
     if plan.data.fingerprint != expected:

@@ -48,12 +48,12 @@ from drumline.plan.model import (
 )
 from drumline.plan.noise import is_measurable
 from drumline.plan.optimizers import resolved_optimizer, saved_bytes
-from drumline.plan.start import Parent, check_weights_of, rate_warning, start_facts
 from drumline.plan.steps import Clock, Place
 from drumline.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from drumline.memory.calibration import Calibration
+    from drumline.plan.start import Parent
 
 DEFAULT_CLASSES = 2
 """Assumed classes of a classifier whose data are not prepared; they hardly affect its memory."""
@@ -91,7 +91,7 @@ class World:
     host_memory_bytes: int | None = None
     calibration: "Calibration | None" = None
     batchnorm: Literal["yes", "no", "unknown"] = "no"
-    parent: Parent | None = None
+    parent: "Parent | None" = None
     start: StartFacts | None = None
     problems: Sequence[str] = ()
 
@@ -110,9 +110,7 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
     check_shape(recipe, found, world.row_tokens)
     if shape and world.weights is not None:
         check_weights(recipe, shape, world.weights)
-    start = world.start or start_facts(recipe, world.parent, world.fingerprint)
-    if shape and world.parent:
-        check_weights_of(recipe, world.parent, shape)
+    start = _start(recipe, shape, world)
     memory_of = memory_function(
         recipe, seen, gpu, world.host_memory_bytes, world.calibration, world.row_tokens
     )
@@ -183,6 +181,18 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
         + _noise_warnings(recipe, split),
         start=start,
     )
+
+
+def _start(recipe: Recipe, shape: ModelShape | None, world: World) -> StartFacts | None:
+    """What is taken over from another run's checkpoint; None where the recipe names none."""
+    if recipe.start_from is None or world.start is not None:
+        return world.start
+    from drumline.plan.start import check_weights_of, start_facts
+
+    assert world.parent is not None
+    if shape:
+        check_weights_of(recipe, world.parent, shape)
+    return start_facts(recipe, world.parent, world.fingerprint)
 
 
 def _fill(recipe: Recipe, split: Split, start: StartFacts | None) -> Recipe:
@@ -287,6 +297,8 @@ def _start_warnings(
 ) -> list[str]:
     if start is None or (clock is None and curve.unit == "epoch"):
         return []
+    from drumline.plan.start import rate_warning
+
     return rate_warning(start, schedule.rate(curve, start.place.step + 1, clock))
 
 

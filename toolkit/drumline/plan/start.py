@@ -34,17 +34,13 @@ class Parent:
     rate: float | None = None
 
 
-def start_facts(
-    recipe: Recipe, parent: Parent | None, fingerprint: str | None
-) -> StartFacts | None:
+def start_facts(recipe: Recipe, parent: Parent, fingerprint: str | None) -> StartFacts:
     """What the plan says of `start_from`; PlanError where this run cannot begin from that checkpoint.
 
     `fingerprint`: of this run's prepared data, None if there are none yet.
     """
     spec = recipe.start_from
-    if spec is None:
-        return None
-    assert parent is not None
+    assert spec
     if spec.training_sha256 not in (None, parent.training_sha256):
         raise PlanError(
             f"start_from.training_sha256: {spec.training_sha256} stated, and {parent.run} trained "
@@ -87,9 +83,9 @@ def check_weights_of(recipe: Recipe, parent: Parent, shape: ModelShape) -> None:
         )
 
 
-def rate_warning(start: StartFacts | None, first_rate: float) -> list[str]:
+def rate_warning(start: StartFacts, first_rate: float) -> list[str]:
     """Warn where the learning rate jumps between the last step of the other run and the first of this one."""
-    if start is None or start.rate is None or not start.rate or not first_rate:
+    if not start.rate or not first_rate:
         return []
     if max(first_rate / start.rate, start.rate / first_rate) <= _JUMP:
         return []
