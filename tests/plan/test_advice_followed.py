@@ -48,6 +48,13 @@ FOLLOWED: list[tuple[list[str], str, list[list[str]]]] = [
     (["batch.remainder=drop", "data.samples=9"], "remainder keep (steps of 9), or effective 9",
      [["batch.remainder=keep"], ["batch={effective: 9, per_device: 1, gpus: 1, accumulation: 9}"]]),
     (["cluster.gpu=v100-32gb", "precision=bf16"], "precision=fp16", [["precision=fp16"]]),
+    (["data={source: mixture, path: null, mixture: [{weight: 1.0, source: files, path: /a.txt}]}"], "Nearest: source and its keys",
+     [["data={source: files, path: /a.txt, mixture: null}"]]),
+    (["data={source: mixture, path: null, samples: 9, mixture: [{weight: 1.0, source: files, path: /a.txt}, {weight: 0.01, source: files, path: /b.txt}]}"],
+     "Nearest: a larger weight, or data.samples, those of an epoch",
+     [["data.mixture=[{weight: 1.0, source: files, path: /a.txt}, {weight: 0.2, source: files, path: /b.txt}]"], ["data.samples=900"]]),
+    (["data={source: mixture, path: null, validation_split: periodic, mixture: [{weight: 1.0, source: files, path: /a.txt}, {weight: 1.0, source: files, path: /b.txt}]}"],
+     "Nearest: drawn", [["data.validation_split=drawn"]]),
     # model
     (["cluster.gpu=v100-32gb", "model.attention=flash"], "sdpa", [["model.attention=sdpa"]]),
     (["model.config.num_hidden_layers=2.0"], "Nearest: 2", [["model.config.num_hidden_layers=2"]]),

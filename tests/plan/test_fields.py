@@ -58,6 +58,8 @@ CHANGES: dict[str, Any] = {
              {"task": "sft", "sequence_length": 9, "bos": True}, {"on_bad_row": "skip"},
              {"tokenizer": "gpt2", "special_tokens_in_text": True},
              {"validation_split": "periodic"}, {"validation_seed": 1},
+             {"source": "mixture", "name": None, "mixture": [{"weight": 1.0, "source": "files", "path": "/a.jsonl"},
+                                                             {"weight": 2.0, "source": "files", "path": "/b.jsonl"}]},
              {"validation": 0.0, "evaluation": {"clean": {"source": "files", "path": "/e.jsonl"}}},
              {"source": "factory", "name": None, "factory": "m:f"},
              {"task": "custom", "task_factory": "m:f"},
@@ -230,6 +232,8 @@ def use_everything(folder: Path) -> None:
     plan_table(plan)
     pretrained = dataclasses.replace(plan.cost, weights_bytes=10**9, load_seconds=4.0)
     plan_table(dataclasses.replace(plan, cost=pretrained))
+    mixed = dataclasses.replace(plan.data, mixture=[model.SourceFacts("a", 3, 2)])
+    plan_table(dataclasses.replace(plan, data=mixed))
     job = Job(plan_file=folder / "plan-0.json", run_folder=folder, attempt=0, python=sys.executable,
               node_rank=0, host="127.0.0.1", port=1)  # fmt: skip
     for render in LAUNCHERS.values():

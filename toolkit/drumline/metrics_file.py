@@ -189,7 +189,10 @@ def _is_line(line: Line) -> bool:
     kind = line.get("kind", Kind.STEP if "lr" in line else None)
     if kind == Kind.STEP and not {"loss", "lr"} <= line.keys():
         return False
-    names = [*_NUMBERS, *(name for name in line if name.startswith(("eval/", "checkpoint/saved")))]
+    names = [
+        *_NUMBERS,
+        *(name for name in line if name.startswith(("eval/", "loss/", "checkpoint/saved"))),
+    ]
     values = [line[name] for name in names if line.get(name) is not None]
     return all(_is_number(value) for value in values)
 

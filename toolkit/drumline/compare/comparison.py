@@ -119,7 +119,8 @@ def compare(a: Logged, b: Logged, tolerance: float = TOLERANCE) -> Comparison:
 
 def step_indices(run: Logged, step: int) -> list[int] | None:
     """Sample indices of a step, in slot order; None if the record lacks the number of samples."""
-    samples = (run.record.get("data") or {}).get("samples")
+    data = run.record.get("data") or {}
+    samples, mixture = data.get("samples"), data.get("mixture") or []
     recipe = run.recipe
     if not samples:
         return None
@@ -134,7 +135,8 @@ def step_indices(run: Logged, step: int) -> list[int] | None:
         tuple((stage["until_step"], stage["effective"]) for stage in batch.get("ramp", ())),
     )
     first, end = clock.slots(step)
-    return order.slot_indices(recipe["seed"], samples, first, end).tolist()  # type: ignore[no-any-return]
+    sources = [(own["rows"], own["share"]) for own in mixture]
+    return order.slot_indices(recipe["seed"], samples, first, end, sources).tolist()  # type: ignore[no-any-return]
 
 
 def _first_difference(a: dict[str, Any], b: dict[str, Any], tolerance: float) -> Difference | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from drumline.data.factory import factory_files
-from drumline.data.files import matching_files
+from drumline.data.files import DataFile, matching_files
 from drumline.errors import DataError
 from drumline.recipe.data_section import ALONE, Data
 
@@ -31,18 +31,36 @@ def cache_root() -> Path:
 
 
 def cache_folder(data: Data, project: str | None) -> Path:
-    """The folder for these data; it exists once they are prepared."""
+    """The folder for these data; it exists once they are prepared.
+
+    The weights of a mixture, and how many samples an epoch of it has, change no row.
+    """
     plain = data.model_dump()
+    if data.mixture is not None:
+        del plain["samples"]
+        for own in plain["mixture"]:
+            del own["weight"]
+    else:
+        del plain["mixture"]  # as before there were mixtures
     plain["format"] = FORMAT_VERSION
     plain["stamps"] = _stamps(data, project)
     text = json.dumps(plain, sort_keys=True)
     return cache_root() / "data" / hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def key_of_set(name: str) -> str:
+    """The recipe's key of an evaluation set."""
+    return "data.evaluation" if name == ALONE else f"data.evaluation.{name}"
+
+
+def key_of_source(data: Data, label: str) -> str:
+    """The recipe's key of a source of a mixture, or of the only source."""
+    return f"data.mixture[{list(data.sources()).index(label)}]" if data.mixture else "data"
+
+
 @contextlib.contextmanager
-def told_of(name: str) -> Iterator[None]:
-    """Context whose DataErrors tell the key of this evaluation set."""
-    key = "data.evaluation" if name == ALONE else f"data.evaluation.{name}"
+def told_of(key: str) -> Iterator[None]:
+    """Context whose DataErrors tell this key."""
     try:
         yield
     except DataError as error:
@@ -51,9 +69,12 @@ def told_of(name: str) -> Iterator[None]:
 
 def _stamps(data: Data, project: str | None) -> Any:
     """Values that change with the sources: file sizes and times, hashes of factory code, Python's version."""
-    stamps = _stamps_of_source(data, project)
+    stamps = []
+    for label, own in data.sources().items():
+        with told_of(key_of_source(data, label)):
+            stamps += _stamps_of_source(own, project)
     for name, own in data.evaluation_sets().items():
-        with told_of(name):
+        with told_of(key_of_set(name)):
             stamps += _stamps_of_source(own, project)
     if data.task_factory:
         stamps += _hashes(data.task_factory, project)
@@ -86,6 +107,8 @@ def _hashes(factory: str, project: str | None) -> list[str]:
     ]
 
 
-def _stamp(path: Path) -> list[Any]:
+def _stamp(path: DataFile) -> list[Any]:
+    if not isinstance(path, Path):
+        return path.stamp
     status = path.stat()
     return [str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns]

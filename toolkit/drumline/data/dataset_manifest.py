@@ -23,7 +23,9 @@ class DatasetManifest:
     input tokens of the longest row, which no padded micro-batch is wider than; None if rows are packed, or
     collated by a custom task. `lengths`: input tokens of training rows at 0 %, 1 %, … 100 % of them, sorted,
     where they are padded. `style`: what the rows were recognised as. `evaluation`: rows of each evaluation
-    set by its name; `validation_samples` is their sum. `origin`: where the rows came from, for people.
+    set by its name; `validation_samples` is their sum. `mixture`: training rows of each source of a mixture
+    by its label, in the order in which they lie; `mixture_lengths`: as `lengths`, of each. `origin`: where
+    the rows came from, for people.
     """
 
     task: str
@@ -48,6 +50,8 @@ class DatasetManifest:
     origin: str = ""
     style: str = ""
     lengths: list[int] | None = None
+    mixture: dict[str, int] = field(default_factory=dict)
+    mixture_lengths: list[list[int]] | None = None
     version: int = MANIFEST_VERSION
 
     @property

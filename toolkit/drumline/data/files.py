@@ -1,13 +1,17 @@
-"""Finds the local files of a recipe and their formats. No numpy, so that planning can import it."""
+"""Finds the files of a recipe and their formats. No numpy, so that planning can import it."""
 
 import glob
 import itertools
 import re
 from collections import Counter
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, TypeAlias
 
 from drumline.errors import DataError
 from drumline.recipe.data_section import Data
+
+if TYPE_CHECKING:
+    from drumline.data.remote import RemoteFile
 
 MOST_MATCHES = 200_000
 
@@ -29,11 +33,19 @@ _ESCAPED = re.compile(r"\[([*?[])\]")
 """What `glob.escape` makes of a character that is not meant as a pattern."""
 
 
-def matching_files(data: Data) -> list[Path]:
+DataFile: TypeAlias = "Path | RemoteFile"
+
+
+def matching_files(data: Data) -> list[DataFile]:
     """The files of `data.path`, each pattern's sorted; DataError for no match or an unknown format."""
     patterns = [data.path] if isinstance(data.path, str) else data.path or []
-    found: list[Path] = []
+    found: list[DataFile] = []
     for pattern in patterns:
+        if "://" in pattern:
+            from drumline.data.remote import find_remote
+
+            found += find_remote(pattern, data.options)
+            continue
         path = Path(pattern)
         literal = Path(_ESCAPED.sub(r"\1", pattern))
         if path.is_dir() or literal.is_dir():
@@ -51,20 +63,25 @@ def matching_files(data: Data) -> list[Path]:
         raise DataError(
             f"data.path: {twice} is matched twice. Nearest: patterns that do not overlap"
         )
-    for path in found:
-        if format_of(path) is None:
+    for file in found:
+        if format_of(file) is None:
             raise DataError(
-                f"data.path: {path}: {path.suffix or 'no suffix'} is not a known format "
+                f"data.path: {file}: {file.suffix or 'no suffix'} is not a known format "
                 f"({', '.join(FORMATS)}; all but .parquet also with {', '.join(COMPRESSIONS)})"
             )
     return found
 
 
-def format_of(path: Path) -> str | None:
+def size_of(path: DataFile) -> int | None:
+    """Bytes of a file; None where its server does not say."""
+    return path.stat().st_size if isinstance(path, Path) else path.size
+
+
+def format_of(path: DataFile) -> str | None:
     """The format of a file by its suffixes; None for an unknown one."""
     if path.suffix not in COMPRESSIONS:
         return FORMATS.get(path.suffix)
-    found = FORMATS.get(path.with_suffix("").suffix)
+    found = FORMATS.get(PurePath(path.with_suffix("")).suffix)
     return None if found == "parquet" else found
 
 

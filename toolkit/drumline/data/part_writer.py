@@ -99,6 +99,7 @@ class Packer:
 
     def __init__(self, writer: PartWriter, length: int, most: int | None = None) -> None:
         self._writer, self._length, self._most = writer, length, most
+        self._begin = writer.tokens  # of another source's stream before it
 
     def add(self, tokens: Tokens) -> None:
         """Append a document's tokens."""
@@ -107,13 +108,14 @@ class Packer:
 
     def finish(self) -> None:
         """Cut the stream into rows."""
-        targets = self._writer.tokens - 1
+        targets = self._writer.tokens - self._begin - 1
         if self._most is not None:
             targets = min(targets, self._most * self._length)
         rows = -(-max(0, targets) // self._length)
         for first in range(0, rows, _ROWS_AT_ONCE):
-            starts = np.arange(first, min(rows, first + _ROWS_AT_ONCE)) * self._length
-            counts = np.minimum(self._length, targets - starts)
+            places = np.arange(first, min(rows, first + _ROWS_AT_ONCE)) * self._length
+            counts = np.minimum(self._length, targets - places)
+            starts = self._begin + places
             self._writer.append(
                 starts=starts, lengths=counts + 1, skipped=np.zeros_like(counts), counts=counts
             )

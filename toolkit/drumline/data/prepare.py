@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,8 +92,11 @@ def _open(data: Data, project: str | None) -> _Source:
 
 
 def _write(data: Data, project: str | None, folder: Path, progress: Progress) -> None:
-    source, seen = _open(data, project), Seen()
-    task, tokenizer = source.task, None
+    seen, opened = Seen(), {}
+    for label, own in data.sources().items():
+        with cache.told_of(cache.key_of_source(data, label)):
+            opened[label] = _open(own, project)
+    task, tokenizer = next(iter(opened.values())).task, None
     if task.needs_tokenizer:
         tokenizer = find_tokenizer(
             data.tokenizer, data.bos, task.needs_end, data.special_tokens_in_text
@@ -101,34 +104,40 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
     dtype = None
     if tokenizer:
         dtype = "<u2" if tokenizer.vocabulary <= 1 << 16 else "<u4"
-    writers = {part: PartWriter(folder / part, dtype) for part in (TRAIN, VALIDATION)}
-    _write_rows(source, tokenizer, writers, seen, progress)
-    _refuse_empty(data, seen, writers)
+    train = PartWriter(folder / TRAIN, dtype)
+    writers = {TRAIN: train}
+    mixture: dict[str, int] = {}
+    validation: dict[str, int] = {}
+    for label, source in opened.items():
+        before, parts = train.rows, {TRAIN: train}
+        if data.validation or not label:
+            part = part_of_set(label) if label else VALIDATION
+            parts[VALIDATION] = writers[part] = PartWriter(folder / part, dtype)
+        with cache.told_of(cache.key_of_source(data, label)):
+            _refuse_others(task, source.task)
+            its = Seen(feature_shape=seen.feature_shape)
+            _write_rows(source, tokenizer, parts, its, progress)
+            held_out = parts[VALIDATION].rows if VALIDATION in parts else 0
+            _refuse_empty(source.data, its, train.rows - before, held_out)
+        seen.join(its)
+        mixture[label], validation[label] = train.rows - before, held_out
     for name, own in data.evaluation_sets().items():
         part = part_of_set(name)
         writers[part] = PartWriter(folder / part, dtype)
-        with cache.told_of(name):
-            opened = _open(own, project)
-            if opened.task.style != task.style:
-                raise DataError(
-                    f"data: its rows are {opened.task.style or 'prompts and completions'}, and the training "
-                    f"rows are {task.style or 'prompts and completions'}"
-                )
-            if opened.task.columns != task.columns:
-                raise DataError(
-                    f"data: its rows have {', '.join(opened.task.columns)}, and the training rows have "
-                    f"{', '.join(task.columns)}"
-                )
-            its = _write_set(opened, tokenizer, writers[part], seen, progress)
-        seen.add(its)
+        with cache.told_of(cache.key_of_set(name)):
+            source = _open(own, project)
+            _refuse_others(task, source.task)
+            seen.add(_write_set(source, tokenizer, writers[part], seen, progress))
+        validation[name] = writers[part].rows
+    validation = {name: rows for name, rows in validation.items() if part_of_set(name) in writers}
+    mixture = mixture if data.mixture else {}
     arrays = _one_dtype_each(writers)
     own_columns = [column for name in arrays for column in array_columns(name)]
     for writer in writers.values():
         writer.close([*task.columns, *own_columns])
-    train = writers[TRAIN]
     DatasetManifest(
         task=data.task,
-        fingerprint=_fingerprint(data, tokenizer, writers, seen.feature_shape),
+        fingerprint=_fingerprint(data, tokenizer, writers, seen.feature_shape, mixture),
         samples=train.rows,
         validation_samples=sum(writer.rows for writer in writers.values()) - train.rows,
         sequence_length=data.sequence_length,
@@ -143,13 +152,29 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
         skipped=seen.skipped,
         first_problem=seen.first_problem,
         longest=_longest(data, writers.values()),
-        lengths=_lengths(folder / TRAIN, task, train.longest),
+        lengths=_lengths(folder / TRAIN, task, train.longest, [train.rows])[0],
         files=sizes(folder),
         arrays=arrays,
         origin=_origin(data),
-        style=task.style,
-        evaluation={name: writers[part_of_set(name)].rows for name in data.evaluation or ()},
+        style=", ".join(dict.fromkeys(filter(None, (s.task.style for s in opened.values())))),
+        evaluation=validation,
+        mixture=mixture,
+        mixture_lengths=_lengths_of_each(folder / TRAIN, task, train.longest, mixture),
     ).write(folder)
+
+
+def _refuse_others(task: Task, other: Task) -> None:
+    """DataError where the rows of two sources cannot lie side by side: chats and pairs, or other columns."""
+    if bool(other.style) != bool(task.style):
+        raise DataError(
+            f"data: its rows are {other.style or 'prompts and completions'}, and the training rows are "
+            f"{task.style or 'prompts and completions'}"
+        )
+    if other.columns != task.columns:
+        raise DataError(
+            f"data: its rows have {', '.join(other.columns)}, and the training rows have "
+            f"{', '.join(task.columns)}"
+        )
 
 
 def _one_dtype_each(writers: Writers) -> dict[str, str]:
@@ -166,7 +191,8 @@ def _one_dtype_each(writers: Writers) -> dict[str, str]:
 
 def _origin(data: Data) -> str:
     paths = data.path if isinstance(data.path, list) else [data.path or ""]
-    return f"{data.source} {data.name or data.factory or ' '.join(paths)}, {data.task}, {data.tokenizer}"
+    named = " ".join(data.sources()) or data.name or data.factory or " ".join(paths)
+    return f"{data.source} {named}, {data.task}, {data.tokenizer}"
 
 
 def _write_rows(
@@ -217,25 +243,43 @@ def _longest(data: Data, writers: Iterable[PartWriter]) -> int | None:
     return None if data.task_factory else max(writer.longest for writer in writers) or None
 
 
-def _lengths(folder: Path, task: Task, longest: int) -> list[int] | None:
-    """Input tokens of rows at every hundredth of them; None where rows are packed or have no tokens."""
+def _lengths(
+    folder: Path, task: Task, longest: int, rows: Sequence[int]
+) -> Sequence[list[int] | None]:
+    """Input tokens at every hundredth of so many rows, of each source in turn.
+
+    None where rows are packed or have no tokens.
+    """
     if (task.is_stream and not task.data.packs_documents) or "lengths" not in task.columns:
-        return None
+        return [None] * len(rows)
     found = np.fromfile(folder / "lengths.bin", dtype=DTYPES["lengths"])
     inputs = found - (int(found.max()) - longest)  # the last token can be a target only
-    return [int(size) for size in np.quantile(inputs, np.linspace(0, 1, 101), method="nearest")]
+    parts = np.split(inputs, np.cumsum(rows)[:-1])
+    return [
+        [int(size) for size in np.quantile(part, np.linspace(0, 1, 101), method="nearest")]
+        for part in parts
+    ]
 
 
-def _refuse_empty(data: Data, seen: Seen, writers: Writers) -> None:
+def _lengths_of_each(
+    folder: Path, task: Task, longest: int, mixture: dict[str, int]
+) -> list[list[int]] | None:
+    """`_lengths` of the sources of a mixture; None where there is none, or rows have no lengths."""
+    found = _lengths(folder, task, longest, list(mixture.values())) if mixture else [None]
+    return [own for own in found if own is not None] or None
+
+
+def _refuse_empty(data: Data, seen: Seen, trained: int, held_out: int) -> None:
+    """DataError where a source gave no training row (`trained`), or none for validation (`held_out`)."""
     documents = seen.documents
-    if data.validation_split == "drawn" and writers[TRAIN].rows and not seen.is_stream:
-        documents = writers[TRAIN].rows + writers[VALIDATION].rows
-    if documents == 0 or writers[TRAIN].rows == 0:
+    if data.validation_split == "drawn" and trained and not seen.is_stream:
+        documents = trained + held_out
+    if documents == 0 or trained == 0:
         why = ""
         if seen.dropped:
             why = f": {seen.dropped} have no target within sequence_length {data.sequence_length}"
         raise DataError(f"data: {documents} documents gave no training rows{why}")
-    if data.validation and writers[VALIDATION].rows == 0:
+    if data.validation and held_out == 0:
         scale = 10 ** (len(str(documents)) + 1)
         enough = math.ceil(scale / documents) / scale  # rounded up
         fix = f"validation {enough:g} (one document)" if documents > 1 else "validation 0"
@@ -246,7 +290,11 @@ def _refuse_empty(data: Data, seen: Seen, writers: Writers) -> None:
 
 
 def _fingerprint(
-    data: Data, tokenizer: Tokenizer | None, writers: Writers, shape: list[int] | None
+    data: Data,
+    tokenizer: Tokenizer | None,
+    writers: Writers,
+    shape: list[int] | None,
+    mixture: dict[str, int],
 ) -> str:
     identity = {
         "task": data.task,
@@ -254,6 +302,7 @@ def _fingerprint(
         "tokenizer": tokenizer.fingerprint if tokenizer else None,
         "feature_shape": shape,
         "parts": {part: writer.hash.hexdigest() for part, writer in writers.items()},
+        **({"mixture": list(mixture.values())} if mixture else {}),
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return f"{sources.source_label(data)}:{digest}"

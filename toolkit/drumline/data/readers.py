@@ -12,11 +12,11 @@ import lzma
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
 from drumline.data.builtin import text_blocks
-from drumline.data.files import format_of
+from drumline.data.files import DataFile, format_of
+from drumline.data.remote import RemoteFile
 from drumline.data.source_row import SourceRow
 from drumline.errors import DataError
 
@@ -41,7 +41,7 @@ class Reading:
         return min(1.0, (self.done + now) / max(1, self.total))
 
 
-def read_file(path: Path, reading: Reading | None = None) -> Iterator[SourceRow]:
+def read_file(path: DataFile, reading: Reading | None = None) -> Iterator[SourceRow]:
     """The rows of one file; a text file is one document.
 
     A row that cannot be read has a `problem`. DataError for a file that is not what it says.
@@ -54,22 +54,28 @@ def read_file(path: Path, reading: Reading | None = None) -> Iterator[SourceRow]
         raise DataError(f"data.path: {path} is not UTF-8 text (near byte {error.start})") from None
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise DataError(f"data.path: {path} cannot be read: {error}") from None
+    except Exception as error:  # each remote file system has its own
+        if isinstance(error, DataError) or not isinstance(path, RemoteFile):
+            raise
+        raise DataError(
+            f"data.path: {path} cannot be read: {type(error).__name__}: {error}"
+        ) from None
 
 
-def _text(path: Path, reading: Reading) -> Iterator[SourceRow]:
+def _text(path: DataFile, reading: Reading) -> Iterator[SourceRow]:
     """One document."""
     with _opened(path, reading) as file:
         yield from text_blocks(file, str(path))
 
 
-def _json_lines(path: Path, reading: Reading) -> Iterator[SourceRow]:
+def _json_lines(path: DataFile, reading: Reading) -> Iterator[SourceRow]:
     with _opened(path, reading) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield _json_row(line, f"{path}, line {number:,}")
 
 
-def _json(path: Path, reading: Reading) -> Iterator[SourceRow]:
+def _json(path: DataFile, reading: Reading) -> Iterator[SourceRow]:
     """A list of objects, or an object a line."""
     with _opened(path, reading) as file:
         first = file.read(1)
@@ -119,7 +125,7 @@ def _mapping(row: Any, where: str) -> SourceRow:
     return SourceRow({}, where, problem=problem)
 
 
-def _table(path: Path, reading: Reading) -> Iterator[SourceRow]:
+def _table(path: DataFile, reading: Reading) -> Iterator[SourceRow]:
     csv.field_size_limit(_LARGEST_FIELD)
     kind = format_of(path)
     assert kind
@@ -145,7 +151,7 @@ def _table(path: Path, reading: Reading) -> Iterator[SourceRow]:
             raise DataError(f"data.path: {path}, line {lines.line_num:,}: {error}") from None
 
 
-def _parquet(path: Path, reading: Reading) -> Iterator[SourceRow]:
+def _parquet(path: DataFile, reading: Reading) -> Iterator[SourceRow]:
     try:
         import pyarrow as arrow
         from pyarrow import parquet
@@ -153,7 +159,8 @@ def _parquet(path: Path, reading: Reading) -> Iterator[SourceRow]:
         raise DataError(f"data.path: {path}: Parquet files need the package `pyarrow`") from None
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        source = path.open("rb") if isinstance(path, RemoteFile) else path
+        with parquet.ParquetFile(source) as file:
             _refuse_twins(file.schema_arrow.names, str(path))
             for batch in file.iter_batches(_ROWS_AT_ONCE):
                 for row in batch.to_pylist():
@@ -171,7 +178,7 @@ def _refuse_twins(names: list[str], where: str) -> None:
         )
 
 
-_READERS: dict[str, Callable[[Path, Reading], Iterator[SourceRow]]] = {
+_READERS: dict[str, Callable[[DataFile, Reading], Iterator[SourceRow]]] = {
     "text": _text,
     "jsonl": _json_lines,
     "json": _json,
@@ -181,7 +188,7 @@ _READERS: dict[str, Callable[[Path, Reading], Iterator[SourceRow]]] = {
 }
 
 
-def _opened(path: Path, reading: Reading) -> IO[str]:
+def _opened(path: DataFile, reading: Reading) -> IO[str]:
     """The file as text, decompressed if its last suffix says that it is compressed."""
     if path.suffix == ".zst":
         return _zstandard(path)
@@ -200,13 +207,15 @@ def _opened(path: Path, reading: Reading) -> IO[str]:
         raise
 
 
-def _zstandard(path: Path) -> IO[str]:
+def _zstandard(path: DataFile) -> IO[str]:
     try:
         import pyarrow as arrow
     except ImportError:
         raise DataError(f"data.path: {path}: .zst files need the package `pyarrow`") from None
     try:
-        stream = arrow.CompressedInputStream(arrow.OSFile(str(path)), "zstd")
+        remote = isinstance(path, RemoteFile)
+        raw = arrow.PythonFile(path.open("rb")) if remote else arrow.OSFile(str(path))
+        stream = arrow.CompressedInputStream(raw, "zstd")
     except arrow.ArrowException as error:
         raise DataError(f"data.path: {path} cannot be read: {error}") from None
     return io.TextIOWrapper(io.BufferedReader(stream), encoding=_ENCODING, newline="")

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -37,7 +37,20 @@ class Shown:
 
 
 def show(data: Data, project: str | None, count: int) -> Shown:
-    """The first `count` rows of the source; DataError where it has none, or its style is not known."""
+    """The first `count` rows of each source; DataError where one has none, or its style is not known."""
+    found = {label: _of_source(own, project, count) for label, own in data.sources().items()}
+    styles = dict.fromkeys(style for style, _ in found.values())
+
+    def shown() -> Iterator[ShownRow]:
+        for label, (_, rows) in found.items():
+            for row in rows:
+                yield replace(row, where=f"{label}: {row.where}") if label else row
+
+    return Shown(", ".join(styles), shown())
+
+
+def _of_source(data: Data, project: str | None, count: int) -> tuple[str, Iterator[ShownRow]]:
+    """What the rows of one source were recognised as, and the first of them."""
     task, rows = find_task(data, project), sources.read(data, project, Reading(0))
     first = next(rows, None)
     if first is None:
@@ -59,7 +72,7 @@ def show(data: Data, project: str | None, count: int) -> Shown:
             except DataError as error:
                 yield ShownRow(row.where, [], 0, 0, f"bad: {error}")
 
-    return Shown(task.style or data.task, shown())
+    return task.style or data.task, shown()
 
 
 def _row(where: str, sample: Encoded | None, tokenizer: Tokenizer | None) -> ShownRow:

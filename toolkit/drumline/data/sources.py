@@ -8,7 +8,7 @@ from typing import Any
 
 from drumline.data import builtin
 from drumline.data.factory import load_factory
-from drumline.data.files import matching_files
+from drumline.data.files import matching_files, size_of
 from drumline.data.readers import Reading, read_file
 from drumline.data.source_row import SourceRow
 from drumline.errors import DataError
@@ -44,18 +44,18 @@ def source_label(data: Data) -> str:
     if data.source == "builtin":
         assert data.name
         return builtin.label(data.name)
-    return "sha256"
+    return "mixture" if data.mixture else "sha256"
 
 
 def _from_files(data: Data, reading: Reading) -> Iterator[SourceRow]:
-    sizes = {path: path.stat().st_size for path in matching_files(data)}
+    sizes = {path: size_of(path) for path in matching_files(data)}
     for path, size in sizes.items():
         if size == 0:
             raise DataError(f"data.path: {path} is empty (0 bytes)")
-    reading.total = sum(sizes.values())
+    reading.total = sum(size or 0 for size in sizes.values())
     for path, size in sizes.items():
         yield from read_file(path, reading)
-        reading.done, reading.raw = reading.done + size, None
+        reading.done, reading.raw = reading.done + (size or 0), None
 
 
 def _from_hub(data: Data) -> Iterator[dict[str, Any]]:

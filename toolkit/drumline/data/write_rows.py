@@ -50,6 +50,13 @@ class Seen:
         self.skipped += other.skipped
         self.first_problem = self.first_problem or other.first_problem
 
+    def join(self, other: "Seen") -> None:
+        """Add all that was seen of another source that is trained."""
+        self.add(other)
+        self.documents += other.documents
+        self.classes = max(self.classes, other.classes)
+        self.feature_shape = self.feature_shape or other.feature_shape
+
     def note(self, sample: Encoded) -> None:
         """Count a sample; DataError where its features have another shape than earlier ones."""
         self.truncated += sample.was_truncated

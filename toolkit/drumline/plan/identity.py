@@ -109,12 +109,14 @@ def _plain(default: Any) -> Any:
     return default.model_dump(by_alias=True) if isinstance(default, Section) else default
 
 
-def _without_absolute_paths(value: Any) -> Any:
+def _without_absolute_paths(value: Any, key: str = "") -> Any:
+    """The same without places, which are not content: absolute paths, and the URLs of `path` keys."""
     if isinstance(value, dict):
-        return {key: _without_absolute_paths(item) for key, item in value.items()}
+        return {name: _without_absolute_paths(item, name) for name, item in value.items()}
     if isinstance(value, list):
-        return [_without_absolute_paths(item) for item in value]
-    return None if isinstance(value, str) and Path(value).is_absolute() else value
+        return [_without_absolute_paths(item, key) for item in value]
+    is_url = key == "path" and isinstance(value, str) and "://" in value
+    return None if is_url or (isinstance(value, str) and Path(value).is_absolute()) else value
 
 
 def _sha256(plain: dict[str, Any]) -> str:

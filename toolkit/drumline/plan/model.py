@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from drumline.errors import PlanError
 from drumline.files import parse_json
@@ -19,6 +19,9 @@ from drumline.plan.mesh import Mesh, mesh_of
 from drumline.plan.schedule import Curve
 from drumline.plan.steps import Clock, Place, whole_samples
 from drumline.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from drumline.plan.order import Indices
 
 PLAN_VERSION = 1
 
@@ -155,11 +158,20 @@ class Advice:
 
 
 @dataclass(frozen=True)
+class SourceFacts:
+    """A source of a mixture: prepared rows (None where that is not known), samples of an epoch (`share`)."""
+
+    label: str
+    rows: int | None
+    share: int
+
+
+@dataclass(frozen=True)
 class DataFacts:
     """The prepared data: content fingerprint, cache path, number of validation samples.
 
     `row_tokens`: input tokens of the longest row that the run reads. `row_lengths`: of training rows at 0 %,
-    1 %, … 100 % of them, where rows are padded.
+    1 %, … 100 % of them, where rows are padded. `mixture`: its sources, in the order of their rows.
     """
 
     fingerprint: str | None
@@ -167,6 +179,7 @@ class DataFacts:
     validation_samples: int | None
     row_tokens: int | None = None  # the defaults are for plans that were written without them
     row_lengths: list[int] | None = None
+    mixture: list[SourceFacts] = field(default_factory=list)
 
     def padding(self, rows: int) -> float | None:
         """Expected share of padding in micro-batches of so many rows drawn at random; None if not known.
@@ -240,6 +253,14 @@ class Plan:
         if self.steps.samples is None:
             raise PlanError("the number of samples is not known; run `drumline prepare` first")
         return clock_of(self.recipe, self.steps.samples, self.batch.effective, self.start)
+
+    def samples_at(self, first: int, end: int) -> "Indices":
+        """Prepared rows at the slots first..end (exclusive) of the order: int64."""
+        from drumline.plan import order
+
+        assert self.steps.samples is not None
+        sources = [(own.rows or 0, own.share) for own in self.data.mixture]
+        return order.slot_indices(self.recipe.seed, self.steps.samples, first, end, sources)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object that `drumline plan --json` prints."""

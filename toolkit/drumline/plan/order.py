@@ -8,6 +8,7 @@ resumed run only has to compute its position.
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,12 +29,17 @@ def indices(seed: int, n: int, epoch: int, start: int, stop: int) -> Indices:
     """
     if not 0 <= start <= stop <= n:
         raise IndexError(f"places {start}..{stop} of {n} samples")
+    return _at(seed, n, epoch, np.arange(start, stop, dtype=np.int64))
+
+
+def _at(seed: int | str, n: int, epoch: int, places: Indices) -> Indices:
+    """Sample indices at any places of one epoch's order."""
     if n <= _SMALL:
-        return np.argsort(_key_stream(seed, n, epoch, n), kind="stable")[start:stop]
+        return np.argsort(_key_stream(seed, n, epoch, n), kind="stable")[places]
     left = math.isqrt(n - 1) + 1
     right = -(-n // left)
     keys = _key_stream(seed, n, epoch, _ROUNDS)
-    result = _permute(np.arange(start, stop, dtype=np.uint64), left, right, keys)
+    result = _permute(places.astype(np.uint64), left, right, keys)
     outside = np.flatnonzero(result >= n)
     while outside.size:
         walked = _permute(result[outside], left, right, keys)
@@ -42,15 +48,44 @@ def indices(seed: int, n: int, epoch: int, start: int, stop: int) -> Indices:
     return result.astype(np.int64)
 
 
-def slot_indices(seed: int, n: int, first: int, end: int) -> Indices:
-    """Sample indices of slots first..end (exclusive), which may span epochs: int64."""
+def slot_indices(
+    seed: int, n: int, first: int, end: int, sources: Sequence[tuple[int, int]] = ()
+) -> Indices:
+    """Sample indices of slots first..end (exclusive), which may span epochs: int64.
+
+    `sources`: of a mixture, each with its rows and its share of the n samples of an epoch; the indices are
+    then those of rows, source after source.
+    """
     parts = []
     while first < end:
         epoch, place = divmod(first, n)
         stop = min(n, place + end - first)
-        parts.append(indices(seed, n, epoch + 1, place, stop))
+        found = indices(seed, n, epoch + 1, place, stop)
+        parts.append(_rows_of(seed, epoch + 1, found, sources) if sources else found)
         first += stop - place
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+def _rows_of(
+    seed: int, epoch: int, samples: Indices, sources: Sequence[tuple[int, int]]
+) -> Indices:
+    """The rows that an epoch's samples of a mixture are.
+
+    Sample j of a source's share in epoch e is at place (e − 1)·share + j of that source's own order, one pass
+    over its rows after the other; so over all epochs no row is seen more than once more than another.
+    """
+    rows, shares = (np.array(column, dtype=np.int64) for column in zip(*sources, strict=True))
+    ends, offsets = np.cumsum(shares), np.cumsum(rows) - rows
+    owners = np.searchsorted(ends, samples, side="right")
+    places = (epoch - 1) * shares[owners] + samples - (ends - shares)[owners]
+    found = np.empty_like(samples)
+    passes, within = np.divmod(places, rows[owners])
+    for owner in np.unique(owners):
+        for number in np.unique(passes[owners == owner]):
+            chosen = (owners == owner) & (passes == number)
+            own = _at(f"{seed}/source {owner}", int(rows[owner]), int(number) + 1, within[chosen])
+            found[chosen] = offsets[owner] + own
+    return found
 
 
 def digest(step_indices: Indices) -> str:
@@ -58,7 +93,7 @@ def digest(step_indices: Indices) -> str:
     return hashlib.sha256(step_indices.astype("<i8").tobytes()).hexdigest()[:16]
 
 
-def _key_stream(seed: int, n: int, epoch: int, count: int) -> NDArray[np.uint64]:
+def _key_stream(seed: int | str, n: int, epoch: int, count: int) -> NDArray[np.uint64]:
     """Pseudo-random 64-bit keys derived from (seed, n, epoch) by SHAKE-256: uint64 [count]."""
     material = hashlib.shake_256(f"drumline order 1/{seed}/{n}/{epoch}".encode())
     return np.frombuffer(material.digest(8 * count), dtype="<u8").astype(np.uint64)

@@ -42,6 +42,7 @@ from drumline.plan.model import (
     DataFacts,
     Plan,
     RampFacts,
+    SourceFacts,
     StartFacts,
     StepFacts,
     clock_of,
@@ -73,7 +74,8 @@ class World:
 
     `batchnorm`: whether a factory's model has it. `weights`: shapes of the tensors of a pretrained model,
     by name. `row_tokens`: tokens of the longest row that the run reads, or else of all prepared ones.
-    `row_lengths`: as in DataFacts.
+    `row_lengths`: as in DataFacts. `mixture`: prepared rows of each source by its label; `mixture_lengths`:
+    as `row_lengths`, of each.
     `parent`: the checkpoint that `start_from` names; `start`: of a run that has begun, what its plan says of
     that, instead. `problems`: warnings found while reading.
     """
@@ -85,6 +87,8 @@ class World:
     validation_samples: int | None = None
     row_tokens: int | None = None
     row_lengths: list[int] | None = None
+    mixture: Mapping[str, int] | None = None
+    mixture_lengths: list[list[int]] | None = None
     fingerprint: str | None = None
     cache: str | None = None
     classes: int | None = None
@@ -104,6 +108,7 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
     gpu = find_gpu(recipe.cluster.gpu)
     stated, recipe = recipe.cluster.gpu_name, with_own_name(recipe, gpu)
     check_strategy(recipe)
+    world, mixture = _with_mixture(recipe, world)
     found = shape_of(recipe, world)
     shape = None if isinstance(found, str) else found
     seen = with_trained(shape, recipe.model) if shape else found
@@ -171,6 +176,7 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
             validation_samples=world.validation_samples,
             row_tokens=world.row_tokens,
             row_lengths=world.row_lengths,
+            mixture=mixture,
         ),
         advice=[],
         warnings=warnings
@@ -181,6 +187,26 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
         + _noise_warnings(recipe, split),
         start=start,
     )
+
+
+def _with_mixture(recipe: Recipe, world: World) -> tuple[World, list[SourceFacts]]:
+    """What is known of the data of a mixture, with its sources' shares of an epoch; else no sources."""
+    samples = recipe.data.samples or world.samples
+    if recipe.data.mixture is None or samples is None:
+        return world, []
+    from drumline.plan.mixture import mixed_fingerprint, mixed_lengths, source_facts
+
+    sources = source_facts(recipe.data, world.mixture, samples)
+    if world.fingerprint is None:
+        return replace(world, samples=samples), sources
+    shares, lengths = [own.share for own in sources], world.mixture_lengths
+    changed = replace(
+        world,
+        samples=samples,
+        fingerprint=mixed_fingerprint(world.fingerprint, shares),
+        row_lengths=mixed_lengths(lengths, shares) if lengths else None,
+    )
+    return changed, sources
 
 
 def _start(recipe: Recipe, shape: ModelShape | None, world: World) -> StartFacts | None:

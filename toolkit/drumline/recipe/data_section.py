@@ -1,5 +1,6 @@
 """The recipe's `data` section: sources, tasks, and what is evaluated."""
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
@@ -11,6 +12,7 @@ from drumline.recipe.section import (
     FactoryName,
     Fraction,
     Name,
+    Positive,
     Samples,
     Section,
     Slug,
@@ -46,7 +48,11 @@ TASKS = {
 
 
 _SOURCES = {"builtin": "name", "files": "path", "hub": "name", "factory": "factory"}
-"""The key that names the data, by `data.source`."""
+"""The key that names the data, by `source`."""
+
+
+_NAMED_BY = ("name", "path", "factory")
+"""Keys that never hold for another source as well."""
 
 
 _RECORDED = {
@@ -65,8 +71,8 @@ _RECORDED = {
 _OF_CHATS = ("messages_field", "train_on", "chat_template", "chat_template_options")
 
 
-class EvaluationSet(Section):
-    """Data that are evaluated and never trained; what is not stated here is as in `data`."""
+class OtherSource(Section):
+    """Data of their own; what is not stated here is as in `data`."""
 
     source: Literal["builtin", "files", "hub", "factory"]
     name: Name | None = None
@@ -83,11 +89,49 @@ class EvaluationSet(Section):
     @model_validator(mode="after")
     def _source_has_its_key(self) -> Self:
         require_only(self, "source", self.source, _SOURCES)
+        return self
+
+    def within(self, data: "Data") -> "Data":
+        """The data section of this source alone."""
+        update = {
+            key: getattr(self, key)
+            for key in OtherSource.model_fields
+            if getattr(self, key) is not None or key in _NAMED_BY
+        }
+        return data.model_copy(
+            update={**update, "evaluation": None, "mixture": None, "samples": None}
+        )
+
+
+class EvaluationSet(OtherSource):
+    """Data that are evaluated and never trained; what is not stated here is as in `data`."""
+
+    @model_validator(mode="after")
+    def _is_not_trained(self) -> Self:
         if self.source == "hub" and self.split is None:
             raise ValueError(
                 "a set of the hub needs split, such as validation: data.split is trained"
             )
         return self
+
+
+class MixtureSource(OtherSource):
+    """One of several sources; what is not stated here is as in `data`.
+
+    `weight`: its share of the samples of each epoch is this, divided by the sum of all weights. `label`: in
+    the names of its metrics; by default made of the file's or data set's name.
+    """
+
+    weight: Positive
+    label: Slug | None = None
+
+    @property
+    def default_label(self) -> str:
+        """A label from what names the source."""
+        path = self.path[0] if isinstance(self.path, list) else self.path
+        stem = path.rstrip("/").rpartition("/")[2].partition(".")[0] if path else None
+        words = (self.label or stem or self.name or self.factory or "").lower()
+        return re.sub(r"[^a-z0-9._-]+", "-", words).strip("-._") or self.source
 
 
 class Data(Section):
@@ -100,9 +144,11 @@ class Data(Section):
     `packing`: causal_lm cuts rows from one `stream` unless it packs whole `documents`; sft pads, which is
     `none`, unless it packs `documents`, each with positions and attention of its own.
     `evaluation`: sets by name, or one without a name, instead of a share of these data (`validation`).
+    `mixture`: several sources instead of one; an epoch then has as many samples as they have rows together,
+    or `samples`, and exactly its share of each.
     """
 
-    source: Literal["builtin", "files", "hub", "factory"]
+    source: Literal["builtin", "files", "hub", "factory", "mixture"]
     name: Name | None = None
     path: str | list[str] | None = None
     factory: FactoryName | None = None
@@ -132,14 +178,20 @@ class Data(Section):
     ] = None
     validation_seed: Annotated[int, Field(ge=0, lt=2**63), AddedLater()] = 0
     evaluation: Annotated[dict[Slug, EvaluationSet] | None, AddedLater()] = None
+    mixture: Annotated[list[MixtureSource] | None, AddedLater()] = None
 
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, values: Any) -> Any:
-        """A set without a name is called ALONE; a recorded recipe of before the draw keeps its own split."""
+        """A set without a name is called ALONE; a recorded recipe of before the draw keeps its own split.
+
+        A mixture needs no `source`.
+        """
         if not isinstance(values, dict):
             return values
         filled = dict(values)
+        if filled.get("mixture"):
+            filled.setdefault("source", "mixture")
         sets = filled.get("evaluation")
         if isinstance(sets, dict) and any(not isinstance(own, dict) for own in sets.values()):
             base = sets.get(ALONE, {})  # an override of a set that was filled in before
@@ -153,7 +205,8 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _source_has_its_key(self) -> Self:
-        require_only(self, "source", self.source, _SOURCES)
+        require_only(self, "source", self.source, {**_SOURCES, "mixture": "mixture"})
+        self._check_mixture()
         if self.evaluation and self.validation:
             raise ValueError(
                 f"evaluation names data of their own, and validation {self.validation:g} takes a share of "
@@ -197,9 +250,33 @@ class Data(Section):
 
     def evaluation_sets(self) -> dict[str, "Data"]:
         """The data section of every evaluation set by its name: these data, but for what the set states."""
-        found = {}
-        for name, own in (self.evaluation or {}).items():
-            stated = {k: v for k, v in own if v is not None or k in ("name", "path", "factory")}
-            update = {**stated, "evaluation": None, "samples": None}
-            found[name] = self.model_copy(update=update)
+        return {name: own.within(self) for name, own in (self.evaluation or {}).items()}
+
+    def sources(self) -> dict[str, "Data"]:
+        """The data section of every source of a mixture by its label; of these data alone under ""."""
+        if self.mixture is None:
+            return {"": self}
+        found: dict[str, Data] = {}
+        for own in self.mixture:
+            label, number = own.default_label, 1
+            while label in found:
+                number += 1
+                label = f"{own.default_label}-{number}"
+            found[label] = own.within(self)
         return found
+
+    def _check_mixture(self) -> None:
+        if self.mixture is None:
+            return
+        if len(self.mixture) < 2:
+            raise ValueError(
+                f"mixture has {len(self.mixture)} of two or more sources. Nearest: source and its keys"
+            )
+        stated = [own.label for own in self.mixture if own.label]
+        twice = next((label for label in stated if stated.count(label) > 1), None)
+        if twice:
+            raise ValueError(f"mixture: two sources have the label {twice}")
+        if self.validation_split == "periodic":
+            raise ValueError(
+                "validation_split: periodic is that of runs of before there were mixtures. Nearest: drawn"
+            )

@@ -159,7 +159,7 @@ def _read_base(path: Path, base_name: Any) -> dict[str, Any]:
 def _names_a_factory(raw: dict[str, Any]) -> bool:
     """Whether any section names a factory, which is code of the recipe's project."""
     sections = [section for section in raw.values() if isinstance(section, dict)]
-    sections += _evaluation_sets(raw)
+    sections += [*_evaluation_sets(raw), *_mixture(raw)]
     return any(section.get(key) for section in sections for key in _FACTORY_KEYS)
 
 
@@ -179,6 +179,9 @@ def _absolute_paths(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
             else {name: _with_absolute_path(own, folder) for name, own in sets.items()}
         )
         result["data"] = {**data, "evaluation": moved}
+    if _mixture(raw):
+        moved_sources = [_with_absolute_path(own, folder) for own in _mixture(raw)]
+        result["data"] = {**result["data"], "mixture": moved_sources}
     if isinstance(result.get("project"), str):
         result["project"] = _expanded(result["project"], folder)
     return result
@@ -192,6 +195,15 @@ def _evaluation_sets(raw: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     found = [sets] if _is_alone(sets) else list(sets.values())
     return found if all(isinstance(own, dict) for own in found) else []
+
+
+def _mixture(raw: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sources of `data.mixture`; none where it is not well formed."""
+    data = raw.get("data")
+    sources = data.get("mixture") if isinstance(data, dict) else None
+    if not isinstance(sources, list) or not all(isinstance(own, dict) for own in sources):
+        return []
+    return sources
 
 
 def _is_alone(sets: dict[str, Any]) -> bool:
@@ -208,7 +220,7 @@ def _with_absolute_path(own: dict[str, Any], folder: Path) -> dict[str, Any]:
 def _absolute(key: tuple[str, str], value: Any, folder: Path) -> Any:
     if isinstance(value, list):
         return [_absolute(key, item, folder) for item in value]
-    if not isinstance(value, str) or _is_name(key, value):
+    if not isinstance(value, str) or _is_name(key, value) or "://" in value:
         return value
     return _expanded(value, folder, is_pattern=key == ("data", "path"))
 

@@ -466,6 +466,8 @@ class Recipe(Section):
             )
         metric = self.early_stopping.metric if self.early_stopping else ""
         named = [name for name in self.data.evaluation or () if name != ALONE]
+        if self.data.mixture and self.data.validation:
+            named = list(self.data.sources())
         if metric.count("/") == 2 and metric.split("/")[1] not in named:
             raise ValueError(
                 f"early_stopping.metric: {metric}: data.evaluation has {', '.join(named) or 'no names'}"
@@ -505,6 +507,7 @@ def factories_of(recipe: Recipe) -> list[str]:
         *recipe.model.edits,
         recipe.data.factory,
         *(own.factory for own in (recipe.data.evaluation or {}).values()),
+        *(own.factory for own in recipe.data.mixture or ()),
         recipe.data.task_factory,
         recipe.objective.factory,
         recipe.optimizer.factory,

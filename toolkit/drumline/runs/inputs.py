@@ -1,5 +1,6 @@
 """Fingerprints of data, tokenizer and model, which do not depend on paths."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -20,6 +21,7 @@ def data_entry(plan: Plan) -> dict[str, Any]:
         "fingerprint": plan.data.fingerprint,
         "tokenizer": manifest.tokenizer if manifest else None,
         "samples": plan.steps.samples,
+        "mixture": [dataclasses.asdict(own) for own in plan.data.mixture],
     }
 
 

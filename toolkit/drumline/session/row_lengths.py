@@ -28,7 +28,6 @@ def longest_row(plan: Plan) -> int | None:
     if end - begin >= clock.samples:
         return None
     from drumline.data.rows import lengths_of
-    from drumline.plan import order
 
     assert plan.data.cache
     folder = Path(plan.data.cache)
@@ -36,9 +35,7 @@ def longest_row(plan: Plan) -> int | None:
     evaluated = [lengths_of(folder, part) for part in manifest.evaluation_parts.values()]
     read = 0
     for first in range(begin, end, _AT_ONCE):
-        places = order.slot_indices(
-            plan.recipe.seed, clock.samples, first, min(end, first + _AT_ONCE)
-        )
+        places = plan.samples_at(first, min(end, first + _AT_ONCE))
         read = max(read, int(train[places].max()))
     longest = int(train.max())
     for lengths in evaluated:

@@ -27,6 +27,8 @@ def plan_table(plan: Plan) -> str:
         ("model", _model(plan)),
         ("split", f"{plan.split_invariance.level}: {plan.split_invariance.why}"),
     ]
+    if plan.data.mixture:
+        rows.insert(2, ("sources", _sources(plan)))
     if plan.data.row_lengths:
         rows.insert(2, ("rows", _lengths(plan, plan.data.row_lengths)))
     rows += [("advice", _advice(plan))] if plan.advice else []
@@ -87,6 +89,20 @@ def _lengths(plan: Plan, lengths: list[int]) -> str:
         f"{lengths[0]:,} to {lengths[-1]:,} tokens, half of them at most {lengths[50]:,}, nine tenths at "
         f"most {lengths[90]:,}{padded}"
     )
+
+
+def _sources(plan: Plan) -> str:
+    """How many samples of an epoch each source of a mixture gives, and how often its rows are seen."""
+    samples, found = sum(own.share for own in plan.data.mixture), []
+    for own in plan.data.mixture:
+        seen = ""
+        if own.rows and plan.steps.epochs is not None:
+            times = own.share * plan.steps.epochs / own.rows
+            seen = f" of {own.rows:,} rows; a row is seen {times:.2g} times in this run"
+        found.append(
+            f"{own.label}: {own.share:,} samples an epoch ({own.share / samples:.2%}){seen}"
+        )
+    return "\n".join(found)
 
 
 def _schedule(plan: Plan) -> str:

@@ -78,6 +78,8 @@ def _prepared(recipe: Recipe, problems: list[str]) -> dict[str, Any]:
         problems.append(f"data: {manifest.skipped:,} bad rows skipped; {manifest.first_problem}")
     return {
         "samples": manifest.samples,
+        "mixture": manifest.mixture or None,
+        "mixture_lengths": manifest.mixture_lengths,
         "classes": manifest.classes,
         "validation_samples": manifest.validation_samples,
         "row_tokens": manifest.row_tokens,

@@ -42,7 +42,8 @@ class MicroBatch:
 class Step:
     """All that a rank needs for one optimizer step; `weight` is W of the whole effective batch.
 
-    `first_weight`: the part of W in the first micro-batches of all ranks.
+    `first_weight`: the part of W in the first micro-batches of all ranks. `source_weights`: the parts of a
+    mixture's sources.
     """
 
     number: int
@@ -54,6 +55,7 @@ class Step:
     indices: NDArray[np.int64]
     micro_batches: list[MicroBatch]
     first_weight: float = 0.0
+    source_weights: tuple[float, ...] = ()
 
 
 def open_rows(plan: Plan, part: str) -> Rows:
@@ -71,11 +73,14 @@ class StepReader:
         self._data_ranks, self._data_rank = plan.mesh.data_ranks, plan.mesh.data_rank(rank)
         self._clock = plan.clock()
         self._by_sample = plan.recipe.batch.weighting == "sample"
+        # An objective of the project's own does not tell the loss of a row.
+        mixture = () if plan.recipe.objective.factory else plan.data.mixture
+        self._ends = np.cumsum([own.rows or 0 for own in mixture], dtype=np.int64)
 
     def step_indices(self, number: int) -> NDArray[np.int64]:
         """Sample indices of a step in slot order, int64 [samples]; the same on every rank."""
         first, end = self._clock.slots(number)
-        return order.slot_indices(self._plan.recipe.seed, self._clock.samples, first, end)
+        return self._plan.samples_at(first, end)
 
     def read(self, number: int) -> Step:
         """Build one step with this rank's micro-batches."""
@@ -99,7 +104,17 @@ class StepReader:
             indices=indices,
             micro_batches=micro_batches,
             first_weight=self._weight(indices[: per_device * self._data_ranks]),
+            source_weights=self._source_weights(indices),
         )
+
+    def _source_weights(self, indices: NDArray[np.int64]) -> tuple[float, ...]:
+        """The part of W of each source of a mixture."""
+        owners = self._owners(indices)
+        return tuple(self._weight(indices[owners == source]) for source in range(len(self._ends)))
+
+    def _owners(self, indices: NDArray[np.int64]) -> NDArray[np.intp]:
+        """The source of each row."""
+        return np.searchsorted(self._ends, indices, side="right")
 
     def _weight(self, indices: NDArray[np.int64]) -> float:
         """Number of samples or of label tokens, by `batch.weighting`."""
@@ -110,10 +125,11 @@ class StepReader:
         count = min(self._plan.batch.per_device, len(self._rows))
         rows = self._rows
         manifest = rows.manifest.with_rows_of(self._plan.data.row_tokens)
-        arrays = rows.task.widen(rows.collate(np.zeros(count, dtype=np.int64)), manifest)
+        first = np.zeros(count, dtype=np.int64)
+        arrays = rows.task.widen(rows.collate(first), manifest)
         nothing = np.zeros(0, dtype=np.int64)
         return MicroBatch(
-            tensors=as_tensors(arrays, np.zeros(count), dummy=True),
+            tensors=as_tensors(arrays, np.zeros(count), dummy=True) | self._sources(first),
             first_slot=0,
             is_dummy=True,
             indices=nothing,
@@ -125,6 +141,7 @@ class StepReader:
         dummy = start == stop
         chosen = indices[:1] if dummy else indices[start:stop]
         tensors = micro_batch_tensors(self._rows, chosen, self._by_sample, dummy)
+        tensors |= self._sources(chosen)
         if self._pin:
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         own = indices[start:stop]
@@ -135,6 +152,13 @@ class StepReader:
             indices=own,
             weight=self._weight(own),
         )
+
+    def _sources(self, chosen: NDArray[np.int64]) -> dict[str, Tensor]:
+        """`sources`, float32 [n, s]: 1 in the column of a row's source; nothing where there is no mixture."""
+        if not len(self._ends):
+            return {}
+        own = self._owners(chosen)[:, None] == np.arange(len(self._ends))
+        return {"sources": torch.from_numpy(own.astype(np.float32))}
 
 
 def micro_batch_tensors(

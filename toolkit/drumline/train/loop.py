@@ -86,12 +86,14 @@ def train(
             watch.begin(step.number)
             losses = forward_backward(engine, step, watch, meter, timer)
             watch.enter(Phase.REDUCING)
+            sums = torch.stack(losses).sum(dim=0)
             reduce = StepReduce(
-                torch.stack(losses).sum() / step.weight,
+                (sums if sums.ndim == 0 else sums[0]) / step.weight,
                 stop=watch.stop_asked(),
                 save_due=cadence.time_is_up(),
                 save_failed=saver.has_failed,
                 extra_sums=meter.measured(),
+                by_source=sums[1:] if sums.ndim else None,
             )
             norm = engine.clip(recipe.optimizer.max_grad_norm)
             verdict = reduce.wait(norm)
@@ -105,7 +107,9 @@ def train(
             state.advance(step.number, place.consumed, step.tokens, verdict.loss, place.slot)
             _add_noise(state, step, verdict)
             odd = judgement.why and judgement.why != "overflow"
-            culprits = find_culprits(step, [float(loss) for loss in losses]) if odd else {}
+            culprits = (
+                find_culprits(step, [float(loss.flatten()[0]) for loss in losses]) if odd else {}
+            )
             logbook.record(step, state, verdict, rate, judgement, culprits)
             watch.finish()
             judge.raise_if_hopeless(step.number)
@@ -160,7 +164,7 @@ def forward_backward(
     meter: NoiseMeter | None = None,
     timer: ForwardTimer | None = None,
 ) -> list[Tensor]:
-    """Run all micro-batches of one step on this rank; returns the undivided loss of each, on the device."""
+    """Run all micro-batches of one step on this rank; returns what `Engine.accumulate` does, of each."""
     losses, meter, timer = [], meter or NoMeter(), timer or ForwardTimer(engine.device)
     count = len(step.micro_batches)
     for number, micro_batch in enumerate(step.micro_batches, start=1):

@@ -68,10 +68,21 @@ class Logbook:
             skipped=judgement.skip,
             **({"why": judgement.why, "sigma": judgement.sigma} if judgement.why else {}),
             **culprits,
+            **self._by_source(step, verdict),
             **_noise_values(state),
         )
         if step.number % self._plan.recipe.logging.every_steps == 0:
             self.flush()
+
+    def _by_source(self, step: Step, verdict: Verdict) -> dict[str, float | None]:
+        """`loss/<source>` of each source of a mixture; null where the step has no sample of it."""
+        labels = [own.label for own in self._plan.data.mixture]
+        return {
+            f"loss/{label}": total / weight if weight else None
+            for label, total, weight in zip(
+                labels, verdict.by_source, step.source_weights, strict=False
+            )
+        }
 
     def record_evaluation(self, step: int, evaluation: dict[str, float]) -> None:
         """Add an evaluation's line and flush it."""

@@ -66,18 +66,22 @@ class Engine:
         """Forward and backward of one micro-batch; `last` marks the gradient accumulation boundary.
 
         Backward runs on Σ·G/W, because engines average over G ranks. Returns the undivided sum of losses,
-        float32 [], on the device.
+        float32 [], on the device; of a mixture, float32 [1 + s], followed by the sums of its s sources.
         """
         self._seed_dropout(step, first_slot)
         with self._reduce_gradients(last), self._frozen_batchnorm(dummy):
             with self._precision():
-                total = self.wrapped(self._to_device(tensors))[0]
+                found = self.wrapped(self._to_device(tensors))
+                total = found[0]
             scale = self.averaging_ranks / weight
             if self.scaler:
                 scale *= self.scaler.scale
             before_backward()
             self._backward(total * scale)
-        return total.detach()
+        if "sources" not in tensors:
+            return total.detach()
+        ours = 1 + 2 * len(self.module.objective.metrics)
+        return torch.cat([found[:1], found[ours:]]).detach()
 
     def clip(self, max_norm: float | None) -> Tensor:
         """Unscale and clip the gradient; returns its norm before clipping, float32 [], equal on all ranks."""

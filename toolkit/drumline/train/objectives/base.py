@@ -10,7 +10,7 @@ from drumline.train.models.masks import positions_given
 
 Batch = dict[str, Tensor]
 
-_NOT_INPUTS = {"targets", "weights"}
+_NOT_INPUTS = {"targets", "weights", "sources"}
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,13 @@ class Sums:
 
     `loss` in nats: each sample's (or token's) loss times its weight. `metrics`: name -> (numerator,
     denominator), such as correct predictions and predictions; their ratio over all samples is reported.
+    `rows`: the part of `loss` of each row, float [n]; only asked for where the batch has `sources`, for the
+    loss of each source of a mixture.
     """
 
     loss: Tensor
     metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    rows: Tensor | None = None
 
 
 class Objective:
@@ -49,7 +52,9 @@ class Objective:
 class ObjectiveModule(nn.Module):
     """Model and objective in one module, so that DDP and FSDP wrap the whole forward.
 
-    forward(batch) -> float [1 + 2·m]: the loss, then numerator and denominator of each of m metrics.
+    forward(batch) -> float [1 + 2·m]: the loss, then numerator and denominator of each of m metrics. Where
+    the batch has `sources`, float [n, s] (1 in the column of a row's source, else 0), the losses of the s
+    sources follow.
     """
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
@@ -63,7 +68,10 @@ class ObjectiveModule(nn.Module):
         parts = [found.loss]
         for name in self.objective.metrics:
             parts += [value.to(found.loss.dtype) for value in found.metrics[name]]
-        return torch.stack(parts)
+        whole = torch.stack(parts)
+        if found.rows is None:
+            return whole
+        return torch.cat([whole, found.rows.detach().to(whole.dtype) @ batch["sources"]])
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> Any:

@@ -38,10 +38,13 @@ class TokenCrossEntropy(Objective):
     def sums(self, model: nn.Module, batch: Batch) -> Sums:
         """Sum the losses of `targets`, int64 [n, L], under the model's logits [n, L, V]."""
         added = self._added if model.training else (0.0, 0.0)
+        by_row = "sources" in batch
         if self._chunks:
-            return Sums(_chunked_sum(model, batch, self._chunks, added))
-        logits = model_inputs(model, batch).logits
-        return Sums(token_loss_sum(logits, batch["targets"], batch["weights"], *added))
+            found = _chunked_sum(model, batch, self._chunks, (*added, by_row))
+        else:
+            logits = model_inputs(model, batch).logits
+            found = token_loss_sum(logits, batch["targets"], batch["weights"], *added, by_row)
+        return Sums(found.sum(), rows=found) if by_row else Sums(found)
 
 
 class ClassCrossEntropy(Objective):
@@ -65,7 +68,9 @@ class ClassCrossEntropy(Objective):
             label_smoothing=self._smoothing if model.training else 0.0,
         )
         right = (logits.argmax(dim=-1) == targets).sum()
-        return Sums((losses * weights).sum(), {"accuracy": (right, (targets != IGNORED).sum())})
+        weighted = losses * weights
+        accuracy = {"accuracy": (right, (targets != IGNORED).sum())}
+        return Sums(weighted.sum(), accuracy, weighted if "sources" in batch else None)
 
 
 def token_loss_sum(
@@ -74,8 +79,11 @@ def token_loss_sum(
     weights: Tensor,
     smoothing: float = 0.0,
     z_loss: float = 0.0,
+    by_row: bool = False,
 ) -> Tensor:
     """Σ weight × cross-entropy over counted tokens: logits [n, L, V], targets [n, L], weights [n].
+
+    Returns [], or `by_row` the sums of the rows, [n].
 
     A target of -100 adds exactly zero, to the value and to every gradient. `z_loss` × log² Σ exp(logits) is
     added to each (arXiv 2204.02311); it is not for smoothed targets.
@@ -89,14 +97,15 @@ def token_loss_sum(
         own = wide.gather(1, chosen.clamp_min(0).unsqueeze(1)).squeeze(1)
         denominator = (losses + own).masked_fill(chosen == IGNORED, 0.0)
         losses = losses + z_loss * denominator.square()
-    return (losses.view_as(targets) * weights.unsqueeze(1)).sum()
+    weighted = losses.view_as(targets) * weights.unsqueeze(1)
+    return weighted.sum(dim=1) if by_row else weighted.sum()
 
 
-def _chunked_sum(model: Any, batch: Batch, chunks: int, added: tuple[float, float]) -> Tensor:
+def _chunked_sum(model: Any, batch: Batch, chunks: int, added: tuple[float, float, bool]) -> Tensor:
     """`token_loss_sum` over chunks of tokens, some of them empty, whose logits the backward recomputes."""
     hidden = model_inputs(model.base_model, batch).last_hidden_state
     head = model.get_output_embeddings()
-    total = batch["weights"].new_zeros(())
+    total = batch["weights"].new_zeros(len(batch["weights"]) if added[-1] else ())
     pieces = (tensor.tensor_split(chunks, dim=1) for tensor in (hidden, batch["targets"]))
     for part, targets in zip(*pieces, strict=True):
         total = total + checkpoint(
