@@ -27,8 +27,8 @@ from drumline.checkpoint.state import TrainState
 from drumline.recipe.schema import Checkpoint
 from drumline.train import loader, saver
 from drumline.train.commit import SaveCommit
-from drumline.train.engines.base import TensorShard
 from drumline.train.saver import Saver
+from drumline.train.tensor_shard import TensorShard
 
 OPERATIONS = ("mkdir", "fsync", "replace", "rename", "unlink", "rmdir")
 WORLD = 2

@@ -209,7 +209,7 @@ def test_recipes_that_contradict_themselves() -> None:
     evaluated = {"validation": 0.0, "evaluation": own}
     with pytest.raises(RecipeError, match="data.evaluation is never evaluated"):
         validate(tiny_recipe(data=evaluated), "r")
-    with pytest.raises(RecipeError, match="eval/clean/loss: data.evaluation has no names"):
+    with pytest.raises(RecipeError, match="eval/clean/loss: no such evaluation; there are none"):
         validate(
             tiny_recipe(
                 data=evaluated,

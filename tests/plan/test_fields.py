@@ -45,7 +45,7 @@ CHANGES: dict[str, Any] = {
               {"source": "config", "factory": None, "architecture": "bert", "config": None}, {"edits": ["m:f"]},
               {"frozen": ["a.*"]}, {"adapter": {"rank": 4}}, {"adapter": {"alpha": 8.0}},
               {"adapter": {"dropout": 0.1}}, {"adapter": {"targets": ["q_proj"]}}, {"adapter": {"dora": True}},
-              {"adapter": {"rank": 8}, "quantization": "nf4"}, {"adapter": {"rslora": True}}, {"adapter": {"train_also": ["a"]}}, {"adapter": {"type": "lora"}}],
+              {"adapter": {"rank": 8}, "quantization": "nf4"}, {"adapter": {"rslora": True}}, {"adapter": {"train_also": ["a"]}}, {"neftune_alpha": 5.0}, {"adapter": {"type": "lora"}}],
     "data": [{"name": "python-stdlib"}, {"options": {"rows": 5}}, {"label_field": "y"}, {"samples": 9999},
              {"validation": 0.3}, {"tokenizer": "gpt2"}, {"text_field": "t"}, {"prompt_field": "p"},
              {"completion_field": "c"}, {"split": "test"}, {"sequence_length": 9},
@@ -90,6 +90,7 @@ CHANGES: dict[str, Any] = {
                  {"name": "one_cycle", "start_ratio": 0.1}, {"name": "piecewise", "milestones": {"0.5": 0.1}}],
     "duration": [{"steps": 21}, {"steps": None, "epochs": 2}, {"steps": None, "tokens": 5000}],
     "evaluation": [{"every_steps": 6}, {"every_steps": None, "every_epochs": 1}, {"at_start": True}, {"per_device": 5}],
+    "ema": [{"decay": 0.9}, {"decay": 0.9, "evaluate": False}],
     "early_stopping": [{"metric": "eval/accuracy"}, {"mode": "max"}, {"patience": 6}, {"min_delta": 0.5}],
     "checkpoint": [{"every_steps": 11}, {"every_epochs": 0.5}, {"every_minutes": 5.0}, {"keep_last": 3}, {"keep_best": 0},
                    {"keep_every": 4}, {"async": False}, {"on_error": "continue"}],
@@ -99,7 +100,7 @@ CHANGES: dict[str, Any] = {
                 {"wandb": {"project": "p", "entity": "e"}}, {"tensorboard": True}, {"noise_scale": True}],
     "start_from": [{"run": "/r/x-1"}, {"run": "/r/x-1", "what": "state", "step": 3}, {"run": "/r/x-1", "training_sha256": "a"}],
 }  # fmt: skip
-NEEDS_TEXT = {"loss.chunked", "loss.z_loss", "duration.tokens"}
+NEEDS_TEXT = {"model.neftune_alpha", "loss.chunked", "loss.z_loss", "duration.tokens"}
 EXCEPTIONS = {"schema": "one legal value"}
 
 

@@ -13,8 +13,8 @@ from drumline.checkpoint.manifest import checkpoint_name
 from drumline.checkpoint.state import TrainState
 from drumline.recipe.schema import Checkpoint
 from drumline.train.commit import SaveCommit
-from drumline.train.engines.base import TensorShard
 from drumline.train.saver import Saver
+from drumline.train.tensor_shard import TensorShard
 
 SHAPES = {"model.a": (7, 3), "model.b": (5,), "optimizer.a.step": (), "model.c": (2, 2, 2)}
 

@@ -22,8 +22,8 @@ from drumline.errors import CheckpointError
 from drumline.recipe.schema import Checkpoint
 from drumline.train import loader, saver
 from drumline.train.commit import SaveCommit
-from drumline.train.engines.base import TensorShard
 from drumline.train.saver import Saver
+from drumline.train.tensor_shard import TensorShard
 
 
 @pytest.mark.parametrize("write", [(1, False), (2, True), (3, True), (4, True), (3, False)])

@@ -26,6 +26,9 @@ def export_command(
     merge: Annotated[
         bool, typer.Option("--merge", help="The whole model, with its adapter added to it.")
     ] = False,
+    ema: Annotated[
+        bool, typer.Option("--ema", help="The averages of the trained weights (recipe: ema).")
+    ] = False,
     to: Annotated[
         str, typer.Option("--to", help="local, or slurm: as a job, after those of the run.")
     ] = "local",
@@ -44,8 +47,10 @@ def export_command(
 
         site = site_of_run(folder, site_file, to, trust_code)
         refuse_without(to, recipe)
-        _check_merge(merge, recipe, folder)
-        print(f"job {submit_export(folder, target, best, merge, site)}")
+        _check_wish(merge, ema, recipe, folder)
+        stated = {"--best": best, "--merge": merge, "--ema": ema}
+        options = [name for name, is_given in stated.items() if is_given]
+        print(f"job {submit_export(folder, target, options, site)}")
         return
     if to != "local":
         raise LaunchError(f"--to {to}: choose from local, slurm")
@@ -53,7 +58,7 @@ def export_command(
         raise LaunchError("--site: an export here uses none. Nearest: --to slurm, or without it")
     plan = folder.latest_plan()
     refuse_foreign_code(plan.recipe, str(run), trust_code)
-    _check_merge(merge, plan.recipe, folder)
+    _check_wish(merge, ema, plan.recipe, folder)
     path = _best(folder) if best else _newest(folder)
     from drumline.checkpoint.weights import refuse_other_weights
     from drumline.data.cache import cache_folder
@@ -70,15 +75,17 @@ def export_command(
             f"{shlex.quote(str(run))}"
         )
     with new_folder(target) as written:
-        count = export(plan, manifest, path, written, merge)
+        count = export(plan, manifest, path, written, merge, ema)
         bad = check_finite(written)
     for name in bad:
         print(f"warning: {name} holds values that are not finite", file=sys.stderr)
     print(f"{count:,} parameters of {path.name} in {target}")
 
 
-def _check_merge(merge: bool, recipe: Recipe, folder: RunFolder) -> None:
-    """LaunchError where there is no adapter to merge, or no base that another program could load."""
+def _check_wish(merge: bool, ema: bool, recipe: Recipe, folder: RunFolder) -> None:
+    """LaunchError where there is no adapter to merge, no average, or no base that others could load."""
+    if ema and recipe.ema is None:
+        raise LaunchError(f"--ema: {folder.path} kept no averages. Nearest: without --ema")
     if merge and recipe.model.adapter is None:
         raise LaunchError(f"--merge: {folder.path} trained no adapter. Nearest: without --merge")
     if recipe.model.adapter and not merge and recipe.model.source not in ("folder", "hub"):

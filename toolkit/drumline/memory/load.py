@@ -59,6 +59,9 @@ class LayerKind(NamedTuple):
 WIDENED_AT_ONCE = 1 << 22
 """Quantised weights that are widened at a time through fp32 temporaries (`train/models/quantized.py`)."""
 
+EMA_BYTES = 4
+"""Bytes of the average of a weight, which is fp32 (`train/ema.py`)."""
+
 EIGHT_BIT_AT_ONCE = 1 << 20
 """Elements that AdamW with moments of 8 bits updates at a time (`train/updates/adamw_8bit.py`)."""
 

@@ -9,7 +9,7 @@ from drumline.architectures.shapes import ModelShape, count, layer_tensors, oute
 from drumline.architectures.trained import trained_parameters
 from drumline.memory import closed_form
 from drumline.memory.closed_form import Peak
-from drumline.memory.load import Load, zero_sizes
+from drumline.memory.load import EMA_BYTES, Load, StateSize, zero_sizes
 from drumline.memory.ranges import Device
 from drumline.plan.batch import Split
 from drumline.plan.mesh import Mesh, mesh_of
@@ -198,7 +198,7 @@ def load_of(recipe: Recipe, shape: ModelShape, split: Split, gpu: Gpu, length: i
         shard_ranks=mesh.shards,
         strategy=recipe.strategy.name,
         precision=recipe.precision,
-        optimizer_states=states,
+        optimizer_states=states + ((StateSize.uniform(EMA_BYTES),) if recipe.ema else ()),
         has_scratch=is_foreach and rule.scratch(False),
         has_scratch_in_a_step=is_foreach and rule.scratch(recipe.optimizer.weight_decay > 0),
         checkpointing=recipe.model.activation_checkpointing,

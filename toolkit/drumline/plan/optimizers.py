@@ -10,7 +10,7 @@ from typing import Any
 from drumline.architectures.shapes import ModelShape
 from drumline.architectures.trained import trained_parameters, weights_of
 from drumline.errors import PlanError
-from drumline.memory.load import EIGHT_BIT_AT_ONCE, StateSize
+from drumline.memory.load import EIGHT_BIT_AT_ONCE, EMA_BYTES, StateSize
 from drumline.recipe.precision import find_precision
 from drumline.recipe.schema import Optimizer, Recipe
 
@@ -166,7 +166,7 @@ def resolved_optimizer(recipe: Recipe) -> Optimizer:
 
 
 def saved_bytes(recipe: Recipe, shape: ModelShape) -> int | None:
-    """Bytes of weights and optimizer state in a checkpoint; None if the optimizer's are not known.
+    """Bytes of weights, their average and optimizer state in a checkpoint; None if the last are not known.
 
     With an adapter it holds what is trained alone.
     """
@@ -181,4 +181,5 @@ def saved_bytes(recipe: Recipe, shape: ModelShape) -> int | None:
         for sizes in run.tensors.values()
         for state in states
     )
-    return width * weights + int(kept)
+    averages = EMA_BYTES * trained_parameters(shape) if recipe.ema else 0
+    return width * weights + averages + int(kept)

@@ -45,6 +45,7 @@ class Model(Section):
 
     `quantization`: of the linear layers in the frozen layers under an adapter, in 4 or 8 bits.
     `frozen`: patterns of names of parameters that are not trained, such as `model.embed_tokens.*`.
+    `neftune_alpha`: noise on the embeddings of tokens while training (Jain et al. 2023).
     `edits` are functions of the recipe's project, called with the model before random weights are drawn,
     or after pretrained ones are loaded.
     """
@@ -64,6 +65,7 @@ class Model(Section):
     frozen: Annotated[list[Name], AddedLater()] = []
     adapter: Annotated[Adapter | None, AddedLater()] = None
     quantization: Annotated[Literal["none", "nf4", "int8"], AddedLater()] = "none"
+    neftune_alpha: Annotated[Positive | None, AddedLater()] = None
     edits: Annotated[list[FactoryName], AddedLater()] = []
 
     @model_validator(mode="after")

@@ -350,6 +350,17 @@ class Evaluation(Section):
         return self
 
 
+class Ema(Section):
+    """An exponential moving average of the trained weights, in fp32, beside the weights.
+
+    average ← `decay` × average + (1 − decay) × weight after each step. `evaluate`: evaluations are made with
+    the averages as well.
+    """
+
+    decay: Annotated[float, Field(gt=0, lt=1)]
+    evaluate: bool = True
+
+
 class EarlyStopping(Section):
     """Stop when the metric has not improved by `min_delta` for `patience` evaluations."""
 
@@ -444,6 +455,7 @@ class Recipe(Section):
     loss: Loss = Loss.model_construct()
     schedule: Schedule = Schedule.model_construct()
     duration: Duration
+    ema: Annotated[Ema | None, AddedLater()] = None
     evaluation: Evaluation | None = None
     early_stopping: EarlyStopping | None = None
     checkpoint: Checkpoint = Checkpoint.model_construct()
@@ -468,9 +480,16 @@ class Recipe(Section):
         named = [name for name in self.data.evaluation or () if name != ALONE]
         if self.data.mixture and self.data.validation:
             named = list(self.data.sources())
+        if self.ema and self.ema.evaluate:
+            if "ema" in named:
+                raise ValueError(
+                    "ema: a set of evaluation data is called ema, too. Nearest: another name, or "
+                    "ema.evaluate=false"
+                )
+            named.append("ema")
         if metric.count("/") == 2 and metric.split("/")[1] not in named:
             raise ValueError(
-                f"early_stopping.metric: {metric}: data.evaluation has {', '.join(named) or 'no names'}"
+                f"early_stopping.metric: {metric}: no such evaluation; there are {', '.join(named) or 'none'}"
             )
         if metric.endswith("accuracy") and self.data.facts.is_per_token:
             raise ValueError(
@@ -487,6 +506,15 @@ class Recipe(Section):
         if not self.loss.is_plain and self.objective.factory:
             raise ValueError(
                 f"loss.{added} is of cross_entropy, not of the project's objective. Nearest: loss.{added}=0.0"
+            )
+        if self.model.neftune_alpha and (
+            self.model.source == "factory"
+            or self.data.task == "custom"
+            or self.data.packs_documents
+        ):
+            raise ValueError(
+                "model.neftune_alpha is for a row of one text's tokens, in a model of transformers. Nearest: "
+                "model.neftune_alpha=null"
             )
         if self.loss.z_loss and not self.data.facts.is_per_token:
             raise ValueError("loss.z_loss is for tokens, not classes. Nearest: loss.z_loss=0.0")

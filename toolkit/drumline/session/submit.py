@@ -113,8 +113,11 @@ def submit_again(
     return _submit_one(plan, site, folder, [], options)
 
 
-def submit_export(folder: RunFolder, target: Path, best: bool, merge: bool, site: Site) -> str:
-    """Submit a job that exports the run to `target` once its jobs have ended well; return the job's id."""
+def submit_export(folder: RunFolder, target: Path, options: list[str], site: Site) -> str:
+    """Submit a job that exports the run to `target` once its jobs have ended well; return the job's id.
+
+    `options`: of `drumline export`.
+    """
     record = folder.read_record()
     jobs = [entry["id"] for entry in record.get("jobs") or [] if entry["target"] == "slurm"]
     state = slurm.job_state(jobs[-1]) if jobs else None
@@ -135,8 +138,7 @@ def submit_export(folder: RunFolder, target: Path, best: bool, merge: bool, site
         "export",
         str(folder.path),
         str(target.absolute()),
-        *(["--best"] if best else []),
-        *(["--merge"] if merge else []),
+        *options,
         "--trust-code",
     ]
     script = folder.path / "export.sh"

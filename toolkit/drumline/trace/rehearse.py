@@ -157,6 +157,10 @@ class RehearsedEngine(TorchEngine):
         with self._recorder.paused(False):
             super()._allocate_optimizer_state()
 
+    def _begin_ema(self) -> None:
+        with self._recorder.paused(False):
+            super()._begin_ema()
+
     def _replicated_module(self) -> Any:
         with (
             patch.object(ddp, "_verify_param_shape_across_processes", _nothing),
@@ -247,6 +251,7 @@ def _label(engine: TorchEngine, recorder: Recorder) -> None:
     recorder.label((p.grad for p in parameters), "gradients")
     states = engine.optimizer.state.values()
     recorder.label((v for s in states for v in s.values() if isinstance(v, Tensor)), "optimizer")
+    recorder.label(engine.ema.averages.values() if engine.ema else (), "optimizer")
 
 
 def step_of(plan: Plan, tensors: dict[str, Tensor], count: int) -> Step:
@@ -268,7 +273,10 @@ def step_of(plan: Plan, tensors: dict[str, Tensor], count: int) -> Step:
 def rehearsal_batch(plan: Plan, manifest: DatasetManifest, rows: int) -> dict[str, Tensor]:
     """Tensors as from `StepReader`, of the largest shape, all zero."""
     task = find_task(plan.recipe.data, plan.recipe.project)
-    return as_tensors(task.blank(rows, manifest), np.zeros(rows), dummy=False)
+    tensors = as_tensors(task.blank(rows, manifest), np.zeros(rows), dummy=False)
+    if plan.recipe.model.neftune_alpha is not None:
+        tensors["lengths"] = torch.ones(rows, dtype=torch.int64)
+    return tensors
 
 
 def blank_manifest(plan: Plan) -> DatasetManifest:

@@ -129,7 +129,9 @@ class StepReader:
         arrays = rows.task.widen(rows.collate(first), manifest)
         nothing = np.zeros(0, dtype=np.int64)
         return MicroBatch(
-            tensors=as_tensors(arrays, np.zeros(count), dummy=True) | self._sources(first),
+            tensors=as_tensors(arrays, np.zeros(count), dummy=True)
+            | self._sources(first)
+            | self._lengths(first),
             first_slot=0,
             is_dummy=True,
             indices=nothing,
@@ -141,7 +143,7 @@ class StepReader:
         dummy = start == stop
         chosen = indices[:1] if dummy else indices[start:stop]
         tensors = micro_batch_tensors(self._rows, chosen, self._by_sample, dummy)
-        tensors |= self._sources(chosen)
+        tensors |= self._sources(chosen) | self._lengths(chosen)
         if self._pin:
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         own = indices[start:stop]
@@ -159,6 +161,14 @@ class StepReader:
             return {}
         own = self._owners(chosen)[:, None] == np.arange(len(self._ends))
         return {"sources": torch.from_numpy(own.astype(np.float32))}
+
+    def _lengths(self, chosen: NDArray[np.int64]) -> dict[str, Tensor]:
+        """`lengths`, int64 [n]: input tokens of each row; nothing where there is no noise on embeddings."""
+        if self._plan.recipe.model.neftune_alpha is None:
+            return {}
+        is_next_a_target = self._plan.recipe.data.facts.is_per_token
+        found = self._rows.column("lengths")[chosen] - int(is_next_a_target)
+        return {"lengths": torch.from_numpy(found.astype(np.int64))}
 
 
 def micro_batch_tensors(

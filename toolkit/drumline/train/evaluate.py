@@ -56,9 +56,20 @@ class Evaluator:
         """`eval/loss` in nats, and the objective's metrics as `eval/<name>`; equal on every rank.
 
         They are of the rows of all sets together; those of a set that has a name are `eval/<set>/loss` and so
-        on. None when any rank was asked to stop: the evaluation must then be repeated in full.
+        on, and those of the averaged weights `eval/ema/loss`. None when any rank was asked to stop: the
+        evaluation must then be repeated in full.
         """
         self._engine.agree_on_buffers()
+        found = self._run(watch, "eval")
+        spec, ema = self._plan.recipe.ema, self._engine.ema
+        if found is None or ema is None or spec is None or not spec.evaluate:
+            return found
+        with ema.in_place():
+            averaged = self._run(watch, "eval/ema")
+        return None if averaged is None else found | averaged
+
+    def _run(self, watch: Watch, prefix: str) -> dict[str, float] | None:
+        """The metrics of all sets with the weights as they are now, under names with this prefix."""
         found: dict[str, _Sums] = {}
         for name, rows in self._sets.items():
             sums = self._sums(rows, watch)
@@ -68,10 +79,10 @@ class Evaluator:
         first, *others = found.values()
         for other in others:
             first = first.plus(other)
-        result = self._metrics("eval", first)
+        result = self._metrics(prefix, first)
         for name, sums in found.items():
             if name != ALONE or others:
-                result |= self._metrics(f"eval/{name}", sums)
+                result |= self._metrics(f"{prefix}/{name}", sums)
         return result
 
     def _sums(self, rows: Rows, watch: Watch) -> _Sums | None:

@@ -8,12 +8,14 @@ from safetensors import safe_open
 
 from drumline.checkpoint.boxes import whole
 from drumline.checkpoint.manifest import read_entries, read_manifest, shard_name
+from drumline.checkpoint.weights import WEIGHTS
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.data.tokenizers import find_tokenizer, save_tokenizer
 from drumline.errors import CheckpointError
 from drumline.files import apply_umask
 from drumline.plan.model import Plan
 from drumline.recipe.precision import find_precision
+from drumline.train.ema import PREFIX
 from drumline.train.loader import copy_overlap
 from drumline.train.models import ModelBuilder
 from drumline.train.models.adapter import export_adapter, merge_adapter
@@ -21,12 +23,18 @@ from drumline.train.models.build import base_dtype
 
 
 def export(
-    plan: Plan, manifest: DatasetManifest, checkpoint: Path, target: Path, merge: bool = False
+    plan: Plan,
+    manifest: DatasetManifest,
+    checkpoint: Path,
+    target: Path,
+    merge: bool = False,
+    ema: bool = False,
 ) -> int:
     """Write the model of a verified checkpoint into `target`; returns the number of parameters written.
 
     Of a run with an adapter that is the adapter alone, in peft's format, or with `merge` the whole model with
-    the adapter added to it in fp32. Holds one copy of the whole model in host memory.
+    the adapter added to it in fp32. `ema`: the averages of the trained weights in their place. Holds one copy
+    of the whole model in host memory.
     """
     recipe, adapter = plan.recipe, plan.recipe.model.adapter
     is_narrow = find_precision(recipe.precision, recipe.strategy.name).stored == 2
@@ -38,7 +46,9 @@ def export(
             f"load {checkpoint} yourself; docs/training.md says what lies in it"
         )
     wanted = {
-        f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad or not adapter
+        f"{PREFIX if ema and p.requires_grad else WEIGHTS}{name}": p
+        for name, p in model.named_parameters()
+        if p.requires_grad or not adapter
     }
     wanted |= {f"buffer.{name}": b for name, b in model.named_buffers()}
     filled = dict.fromkeys(wanted, 0)
@@ -50,7 +60,8 @@ def export(
                 filled[name] += part.numel()
                 shape, boxes = tuple(entries[name]["shape"]), entries[name]["boxes"]
                 copy_overlap(part, boxes, wanted[name].data, whole(shape))
-    short = [n for n, p in wanted.items() if n.startswith("model.") and filled[n] != p.numel()]
+    weights = {n: p for n, p in wanted.items() if n.startswith((WEIGHTS, PREFIX))}
+    short = [n for n, p in weights.items() if filled[n] != p.numel()]
     if short:
         raise CheckpointError(f"{checkpoint}: {short[0]} is not whole in it")
     if adapter and not merge:

@@ -28,7 +28,7 @@ from drumline.checkpoint.manifest import (
 )
 from drumline.checkpoint.state import TrainState
 from drumline.errors import CheckpointError, CheckpointUnreadable
-from drumline.train.engines.base import TensorShard
+from drumline.train.tensor_shard import TensorShard
 
 
 @dataclass(frozen=True)

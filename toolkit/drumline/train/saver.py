@@ -28,7 +28,7 @@ from drumline.files import apply_umask, fsync_folder
 from drumline.plan.steps import Clock, is_due
 from drumline.recipe.schema import Checkpoint
 from drumline.train.commit import SaveCommit
-from drumline.train.engines.base import TensorShard
+from drumline.train.tensor_shard import TensorShard
 
 DRAIN_S = 60.0
 """Seconds that a failing rank waits for its own save in progress."""

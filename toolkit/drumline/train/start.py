@@ -11,12 +11,14 @@ from drumline.checkpoint.weights import WEIGHTS
 from drumline.errors import CheckpointError
 from drumline.plan.model import Plan, StartFacts
 from drumline.train import loader
+from drumline.train.ema import PREFIX
 from drumline.train.engines import Engine
-from drumline.train.engines.base import TensorShard
 from drumline.train.models.edits import head_of
 from drumline.train.scaler import LossScaler
+from drumline.train.tensor_shard import TensorShard
 
-_OPTIMIZER = "optimizer."
+_STATE = ("optimizer.", PREFIX)
+"""What tensors of a checkpoint are called that are no part of the model."""
 _BUFFER = "buffer."
 
 Shards = dict[str, TensorShard]
@@ -49,6 +51,8 @@ def begin_from(engine: Engine, plan: Plan, fresh: TrainState) -> TrainState:
     taken = _chosen(engine, plan, here, loader.shapes_in(path), path)
     loader.load(path, taken.shards, is_part=True)
     engine.loaded()
+    if engine.ema and not any(name.startswith(PREFIX) for name in taken.shards):
+        engine.ema.begin()
     if dist.get_rank() == 0:
         what = "the weights" if start.what == "weights" else "the state"
         print(f"begins with {what} of step {start.step:,}, loaded from {path}", flush=True)
@@ -97,7 +101,7 @@ def _chosen(
     is_new_head = plan.start.what == "weights" and bool(head)
     taken, notes, wrong = {}, [], []
     for name, shard in here.items():
-        if name.startswith(_OPTIMIZER):
+        if name.startswith(_STATE):
             continue
         if there.get(name) == shard.shape:
             taken[name] = shard
@@ -122,12 +126,12 @@ def _chosen(
             f"start_from: {path} holds another model: {'; '.join(wrong[:3])}{more}"
         )
     if plan.start.what == "state":
-        states = {name: shard for name, shard in here.items() if name.startswith(_OPTIMIZER)}
+        states = {name: shard for name, shard in here.items() if name.startswith(_STATE)}
         held = {name: shard for name, shard in states.items() if there.get(name) == shard.shape}
         taken |= held
         notes += [
-            f"optimizer state at zero, not there: {name}" for name in states.keys() - held.keys()
+            f"state that begins here, not there: {name}" for name in states.keys() - held.keys()
         ]
-        gone = {name for name in there if name.startswith(_OPTIMIZER)} - states.keys()
-        notes += [f"optimizer state not taken over, frozen here: {name}" for name in gone]
+        gone = {name for name in there if name.startswith(_STATE)} - states.keys()
+        notes += [f"state not taken over, not kept here: {name}" for name in gone]
     return _Taken(taken, sorted(notes))

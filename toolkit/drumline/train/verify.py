@@ -47,6 +47,7 @@ def verify(plan: Plan, folder: Path, device: torch.device, watch: Watch) -> Outc
     rows = open_rows(plan, "train")
     engine = build_engine(plan, rows.manifest, device)
     silence_dropout(engine.module)
+    engine.noise = None
     reader = StepReader(plan, rows, dist.get_rank())
     engine.warm_up(reader.widest().tensors)
     clock = plan.clock()

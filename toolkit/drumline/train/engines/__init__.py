@@ -8,8 +8,9 @@ import torch.distributed as dist
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.errors import LaunchError
 from drumline.plan.model import Plan
-from drumline.train.engines.base import Engine, TensorShard
+from drumline.train.engines.base import Engine
 from drumline.train.models.builder import Progress, ignore_progress
+from drumline.train.tensor_shard import TensorShard
 
 ENGINES = {
     "torchrun": ("drumline.train.engines.torch", "TorchEngine"),

@@ -5,7 +5,6 @@ An engine handles ranks, wrapping and precision; schedules, save cadence and fil
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,29 +13,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from drumline.checkpoint.boxes import Boxes, whole
+from drumline.checkpoint.boxes import whole
+from drumline.data.dataset_manifest import DatasetManifest
 from drumline.errors import PlanError
 from drumline.plan.model import Plan
 from drumline.recipe.precision import find_precision
+from drumline.train.ema import Ema
 from drumline.train.models import BATCHNORM, derived_seed
+from drumline.train.models.embedding_noise import EmbeddingNoise
 from drumline.train.optimizers import set_rate
 from drumline.train.scaler import LossScaler
-
-
-@dataclass(frozen=True)
-class TensorShard:
-    """A rank's shard of one state tensor of global `shape`; `tensor` is local, of any shape.
-
-    Its elements, in row-major order, are those of `boxes`, box after box. `copies`: the ranks that hold
-    exactly the same elements, None if only this one does. `owned`: whether this rank is the one that writes
-    them.
-    """
-
-    tensor: Tensor
-    shape: tuple[int, ...]
-    boxes: Boxes
-    owned: bool
-    copies: dist.ProcessGroup | None = None
+from drumline.train.tensor_shard import TensorShard
 
 
 class Engine:
@@ -44,7 +31,8 @@ class Engine:
 
     `module`: model and objective. `wrapped`: the wrapped module that a forward calls. `scaler`: the dynamic
     loss scale of fp16, else None. `notes`: what building the model found. `averaging_ranks`: the number of
-    ranks over which gradients are averaged.
+    ranks over which gradients are averaged. `ema`: the average of the trained weights, and
+    `noise`: that on embeddings, if there is one.
     """
 
     module: Any
@@ -59,6 +47,8 @@ class Engine:
         self._autocast = autocast_dtype(plan)
         self.scaler = LossScaler() if plan.recipe.precision == "fp16" else None
         self.notes: list[str] = []
+        self.ema: Ema | None = None
+        self.noise: EmbeddingNoise | None = None
 
     def accumulate(self, tensors: dict[str, Tensor], first_slot: int, weight: float, *, step: int,
                    dummy: bool, last: bool,
@@ -69,15 +59,20 @@ class Engine:
         float32 [], on the device; of a mixture, float32 [1 + s], followed by the sums of its s sources.
         """
         self._seed_dropout(step, first_slot)
+        moved = self._to_device(tensors)
+        if self.noise:
+            self.noise.begin(step, first_slot, moved["lengths"])
         with self._reduce_gradients(last), self._frozen_batchnorm(dummy):
             with self._precision():
-                found = self.wrapped(self._to_device(tensors))
+                found = self.wrapped(moved)
                 total = found[0]
             scale = self.averaging_ranks / weight
             if self.scaler:
                 scale *= self.scaler.scale
             before_backward()
             self._backward(total * scale)
+        if self.noise:
+            self.noise.end()
         if "sources" not in tensors:
             return total.detach()
         ours = 1 + 2 * len(self.module.objective.metrics)
@@ -88,6 +83,12 @@ class Engine:
         raise NotImplementedError
 
     def step(self, rate: float) -> None:
+        """One optimizer update at this learning rate, and one of the averages; clears the gradients."""
+        self._update(rate)
+        if self.ema:
+            self.ema.update()
+
+    def _update(self, rate: float) -> None:
         """One optimizer update at this learning rate; clears the gradients."""
         raise NotImplementedError
 
@@ -163,6 +164,8 @@ class Engine:
         """`state_shards` and the persistent buffers, to save or load a checkpoint; a collective."""
         self.agree_on_buffers()
         result = dict(self.state_shards())
+        if self.ema:
+            result |= dict(self.ema.shards())
         for number, (name, buffer) in enumerate(self.module.named_buffers()):
             if self._is_persistent(name):
                 key = f"buffer.{name.removeprefix('model.')}"
@@ -182,6 +185,28 @@ class Engine:
         for name, parameter in self._parameters.items():
             if parameter.requires_grad or not is_adapter:
                 yield name, parameter
+
+    def _add_noise(self, model: nn.Module, manifest: DatasetManifest) -> None:
+        """Let the model's embeddings have noise, if the recipe says so."""
+        recipe = self.plan.recipe
+        longest = recipe.data.sequence_length or manifest.row_tokens
+        if recipe.model.neftune_alpha is not None:
+            assert longest
+            alpha, seed = recipe.model.neftune_alpha, recipe.seed
+            self.noise = EmbeddingNoise(model, alpha, seed, longest)
+
+    def _begin_ema(self) -> None:
+        """Begin the average of the trained weights, if the recipe has one."""
+        spec = self.plan.recipe.ema
+        if spec is None:
+            return
+        trained = {name for name, p in self._parameters.items() if p.requires_grad}
+        weights = {
+            name.removeprefix("model."): shard
+            for name, shard in self.state_shards()
+            if name.startswith("model.") and name.removeprefix("model.") in trained
+        }
+        self.ema = Ema(spec.decay, weights, self.loaded)
 
     def _backward(self, loss: Tensor) -> None:
         loss.backward()

@@ -27,11 +27,12 @@ from drumline.errors import LaunchError
 from drumline.plan.deepspeed import STAGES, deepspeed_config
 from drumline.plan.model import Plan
 from drumline.recipe.precision import find_precision
-from drumline.train.engines.base import Engine, TensorShard
+from drumline.train.engines.base import Engine
 from drumline.train.models import ModelBuilder, has_batchnorm
 from drumline.train.models.builder import Progress, ignore_progress
 from drumline.train.objectives import ObjectiveModule, build_objective, model_input_names
 from drumline.train.optimizers import build_optimizer
+from drumline.train.tensor_shard import TensorShard
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for two minutes on a CPU
 logger.addFilter(lambda record: "OVERFLOW!" not in record.getMessage())  # metrics.jsonl has skips
@@ -73,6 +74,7 @@ class DeepSpeedEngine(Engine):
             self._partition(block)
         model = builder.finish()
         self._partition(model)
+        self._add_noise(model, manifest)
         self.module = ObjectiveModule(model, build_objective(recipe))
         self.has_batchnorm = has_batchnorm(model)
         if recipe.model.compile:
@@ -98,6 +100,7 @@ class DeepSpeedEngine(Engine):
         self._scale = 1.0
         self._check(engine)
         self._allocate_optimizer_state()
+        self._begin_ema()
 
     def _check(self, engine: Any) -> None:
         found = (engine.dp_world_size, engine.global_rank, engine.zero_optimization_stage())
@@ -125,7 +128,7 @@ class DeepSpeedEngine(Engine):
         scaled = torch.as_tensor(self._norm, dtype=torch.float32, device=self.device).reshape(())
         return torch.where(scaled < 0, torch.inf, scaled / self._scale)  # -1: not finite
 
-    def step(self, rate: float) -> None:
+    def _update(self, rate: float) -> None:
         """One optimizer update at this learning rate; clears the gradients."""
         self._set_rate(rate)
         if self._zero is not None:
@@ -245,6 +248,7 @@ class DeepSpeedEngine(Engine):
         if self._stage in (1, 2):
             self._zero.update_lp_params()
         elif self._stage == 3:
+            self.wrapped.empty_partition_cache()  # weights that an evaluation has left gathered
             for group in range(len(self._zero.fp16_groups)):
                 self._zero._reassign_or_swap_out_partitioned_parameters(group)
             if self._zero.persistent_parameters:

@@ -16,7 +16,7 @@ from drumline.checkpoint.boxes import boxes_of_range
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.plan.model import Plan
 from drumline.plan.optimizers import rule_of
-from drumline.train.engines.base import Engine, TensorShard
+from drumline.train.engines.base import Engine
 from drumline.train.models import ModelBuilder, has_batchnorm
 from drumline.train.models.builder import Progress, ignore_progress
 from drumline.train.models.folding import (
@@ -27,6 +27,7 @@ from drumline.train.models.folding import (
 )
 from drumline.train.objectives import ObjectiveModule, build_objective
 from drumline.train.optimizers import build_optimizer
+from drumline.train.tensor_shard import TensorShard
 
 
 class TorchEngine(Engine):
@@ -49,6 +50,7 @@ class TorchEngine(Engine):
         builder = ModelBuilder(recipe, manifest, device, dtype, progress)
         self.notes = builder.notes
         model = self._shard(builder) if self._sharded else builder.whole()
+        self._add_noise(model, manifest)
         self.module = ObjectiveModule(model, build_objective(recipe))
         self.has_batchnorm = has_batchnorm(model)
         self.wrapped = self._wrap()
@@ -59,6 +61,7 @@ class TorchEngine(Engine):
         self._unfolded = unfolded_shapes(self.module.model)
         self.optimizer = build_optimizer(self.module, recipe)
         self._allocate_optimizer_state()
+        self._begin_ema()
 
     def _shard(self, builder: ModelBuilder) -> nn.Module:
         """The model with its blocks sharded; what is outside them is sharded with the root, by `_wrap`."""
@@ -116,7 +119,7 @@ class TorchEngine(Engine):
         """Unscale and clip the gradient; returns its norm before clipping, float32 [], equal on all ranks."""
         return self._clip_gradients(max_norm)
 
-    def step(self, rate: float) -> None:
+    def _update(self, rate: float) -> None:
         """One optimizer update at this learning rate; clears the gradients."""
         self._set_rate(rate)
         self.optimizer.step()

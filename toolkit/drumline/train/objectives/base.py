@@ -10,7 +10,7 @@ from drumline.train.models.masks import positions_given
 
 Batch = dict[str, Tensor]
 
-_NOT_INPUTS = {"targets", "weights", "sources"}
+_NOT_INPUTS = {"targets", "weights", "sources", "lengths"}
 
 
 @dataclass(frozen=True)
