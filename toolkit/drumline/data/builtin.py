@@ -1,4 +1,4 @@
-"""Builtin data: the Python standard library's source, and small synthetic classes and chats."""
+"""Builtin data: the Python standard library's source, and small synthetic classes, chats and reviews."""
 
 import io
 import platform
@@ -105,8 +105,28 @@ def synthetic_chats(rows: int = 400) -> Iterator[SourceRow]:
         yield SourceRow({"messages": messages}, f"row {number + 1:,}")
 
 
+_THINGS = ("film", "book", "meal", "room", "phone", "train", "song", "chair", "lamp", "coat")
+_PRAISE = ("lovely", "brilliant", "splendid", "excellent", "wonderful", "charming")
+_COMPLAINT = ("dreadful", "boring", "awful", "broken", "terrible", "dirty")
+_NEUTRAL = ("new", "old", "large", "small", "usual", "third")
+
+
+def synthetic_reviews(rows: int = 2000) -> Iterator[SourceRow]:
+    """One or two sentences about things: fields text, and label, 1 for praise and 0 for complaint."""
+    for number in range(rows):
+        rng = np.random.Generator(np.random.Philox([20_27, number]))
+        kind = int(rng.integers(0, 2))
+        thing, other = rng.choice(_THINGS, size=2, replace=False)
+        word = rng.choice(_PRAISE if kind else _COMPLAINT)
+        text = f"The {rng.choice(_NEUTRAL)} {thing} was {word}."
+        if rng.integers(0, 2):
+            text += f" I saw the {rng.choice(_NEUTRAL)} {other} first."
+        yield SourceRow({"text": text, "label": kind}, f"row {number + 1:,}")
+
+
 BUILTIN: dict[str, Callable[..., Iterator[SourceRow]]] = {
     "python-stdlib": python_stdlib,
     "synthetic-classification": synthetic_classification,
     "synthetic-chats": synthetic_chats,
+    "synthetic-reviews": synthetic_reviews,
 }
