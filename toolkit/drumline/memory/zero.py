@@ -90,6 +90,7 @@ class Zero:
             self._partitions.clear()
             return
         elements = min(self._part, self._sizes.sub_group) if self._stage == 3 else self._part
+        whole = ledger.block(persistent(load), self._model, _PART) if self._stage == 3 else None
         if self._stage < 3:  # the norm of each gradient, in double precision
             norm = ledger.block(min(largest(load), self._part), _FP64, "activations")
             del norm
@@ -100,7 +101,7 @@ class Zero:
                 gradient = ledger.block(elements, _FP32, "gradients")
             self._partitions.clear()
         scratch = ledger.block(elements, self._stored, "optimizer") if has_scratch else None
-        del gradient, scratch
+        del gradient, scratch, whole
         self._partitions.clear()
 
     def _new_buckets(self) -> list[Block]:
@@ -185,6 +186,16 @@ def partition(load: Load, is_frozen: bool = False) -> int:
         run.number * -(-math.prod(sizes) // load.shard_ranks)
         for run in weights_of(shape, is_frozen)
         for sizes in run.tensors.values()
+    )
+
+
+def persistent(load: Load) -> int:
+    """Elements of the trained weights that stage 3 keeps whole, because each of them is small."""
+    return sum(
+        run.number * math.prod(sizes)
+        for run in weights_of(load.shape, is_frozen=False)
+        for sizes in run.tensors.values()
+        if math.prod(sizes) <= load.zero.persistent
     )
 
 
