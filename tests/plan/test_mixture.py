@@ -121,7 +121,7 @@ def test_sources_are_named_by_their_files() -> None:
         {"weight": 1.0, "source": "hub", "name": "org/Set_1"},
         {"weight": 1.0, "source": "factory", "factory": "rows:make"},
         {"weight": 1.0, "source": "files", "path": "/d/*.jsonl"}]}}), "r").data.sources()  # fmt: skip
-    assert list(named) == ["my-web", "my-web-2", "org-set_1", "rows-make", "files"]
+    assert list(named) == ["my-web", "my-web-2", "org-set_1", "rows-make", "d"]
 
 
 @pytest.mark.parametrize("parts", [[1, 1], [3, 1], [1, 99]])

@@ -128,10 +128,11 @@ class MixtureSource(OtherSource):
     @property
     def default_label(self) -> str:
         """A label from what names the source."""
-        path = self.path[0] if isinstance(self.path, list) else self.path
-        stem = path.rstrip("/").rpartition("/")[2].partition(".")[0] if path else None
-        words = (self.label or stem or self.name or self.factory or "").lower()
-        return re.sub(r"[^a-z0-9._-]+", "-", words).strip("-._") or self.source
+        path = self.path[0] if isinstance(self.path, list) else self.path or ""
+        stems = [part.partition(".")[0] for part in reversed(path.split("/"))]
+        words = (self.label, *stems, self.name, self.factory, self.source)
+        slugs = (re.sub(r"[^a-z0-9._-]+", "-", (word or "").lower()).strip("-._") for word in words)
+        return next(filter(None, slugs))
 
 
 class Data(Section):
