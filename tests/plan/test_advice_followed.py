@@ -55,6 +55,11 @@ FOLLOWED: list[tuple[list[str], str, list[list[str]]]] = [
      [["data.mixture=[{weight: 1.0, source: files, path: /a.txt}, {weight: 0.2, source: files, path: /b.txt}]"], ["data.samples=900"]]),
     (["data={source: mixture, path: null, validation_split: periodic, mixture: [{weight: 1.0, source: files, path: /a.txt}, {weight: 1.0, source: files, path: /b.txt}]}"],
      "Nearest: drawn", [["data.validation_split=drawn"]]),
+    (["data.text_pair_field=other"], "text_pair_field null", [["data.text_pair_field=null"]]),
+    (["data.task=regression", "model.config.pad_token_id=0", "objective.name=bce"], "objective.name=mse", [["objective.name=mse"]]),
+    (["data.task=multi_label", "model.config.pad_token_id=0", "loss.label_smoothing=0.1"], "Nearest: loss.label_smoothing=0.0", [["loss.label_smoothing=0.0"]]),
+    (["data.task=regression", "model.architecture=gpt2", "!model.config={n_embd: 64, n_head: 4, pad_token_id: 0, num_labels: 3}"],
+     "Nearest: num_labels 1", [["model.config.num_labels=1"]]),
     # model
     (["cluster.gpu=v100-32gb", "model.attention=flash"], "sdpa", [["model.attention=sdpa"]]),
     (["model.config.num_hidden_layers=2.0"], "Nearest: 2", [["model.config.num_hidden_layers=2"]]),
@@ -194,7 +199,8 @@ def told_by(overrides: list[str], is_accepted: bool = False) -> str:
             plain = merged(plain, change)
         recipe = validate(plain, "r")
         samples = 1000 if recipe.data.samples == 900 else None
-        world = World(samples=samples, classes=3 if recipe.data.task == "classification" else None)
+        classes = {"classification": 3, "regression": 1}.get(recipe.data.task)
+        world = World(samples=samples, classes=classes)
         return "\n".join(resolve(recipe, world).warnings)
     except DrumlineError as error:
         if is_accepted:

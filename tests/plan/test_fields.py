@@ -57,6 +57,7 @@ CHANGES: dict[str, Any] = {
              {"task": "sft", "sequence_length": 9, "packing": "none"},
              {"task": "sft", "sequence_length": 9, "bos": True}, {"on_bad_row": "skip"},
              {"tokenizer": "gpt2", "special_tokens_in_text": True},
+             {"task": "regression"}, {"task": "multi_label"}, {"text_pair_field": "t"},
              {"validation_split": "periodic"}, {"validation_seed": 1},
              {"source": "mixture", "name": None, "mixture": [{"weight": 1.0, "source": "files", "path": "/a.jsonl"},
                                                              {"weight": 2.0, "source": "files", "path": "/b.jsonl"}]},

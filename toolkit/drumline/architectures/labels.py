@@ -7,15 +7,28 @@ from drumline.errors import PlanError
 
 
 def number_of_labels(
-    stated: Mapping[str, Any], saved: Mapping[str, Any] | None, classes: int | None
+    stated: Mapping[str, Any],
+    saved: Mapping[str, Any] | None,
+    classes: int | None,
+    problem: str | None = None,
 ) -> int | None:
-    """Classes of the head; None if nothing says it.
+    """Outputs of the head; None if nothing says it.
+
+    `problem`: transformers' word for what they are, None for classes that exclude each other.
 
     `stated`: the recipe's model.config; `saved`: config.json of a pretrained model, whose labels are kept
     where they cover the data's; `classes`: of the prepared data. PlanError if the data have one class only,
     or one that the head lacks.
     """
-    if classes == 1:
+    if problem == "regression":
+        labels = stated.get("num_labels")
+        if labels is not None and classes and labels != classes:
+            raise PlanError(
+                f"model.config.num_labels: {labels}, and the data have {classes} numbers a row. Nearest: "
+                f"num_labels {classes}"
+            )
+        return classes or (None if labels is None else int(labels))
+    if classes == 1 and problem is None:
         raise PlanError(
             "data: every row has class 0, so there is nothing to learn. Nearest: data with two classes"
         )

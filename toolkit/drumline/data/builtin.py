@@ -112,16 +112,24 @@ _NEUTRAL = ("new", "old", "large", "small", "usual", "third")
 
 
 def synthetic_reviews(rows: int = 2000) -> Iterator[SourceRow]:
-    """One or two sentences about things: fields text, and label, 1 for praise and 0 for complaint."""
+    """One or two sentences about things.
+
+    Fields: text; label, 1 for praise and 0 for complaint; stars, from 1.0 to 5.0; aspects: 0
+    for praise, 1 for complaint, 2 if it is strong.
+    """
     for number in range(rows):
         rng = np.random.Generator(np.random.Philox([20_27, number]))
         kind = int(rng.integers(0, 2))
         thing, other = rng.choice(_THINGS, size=2, replace=False)
-        word = rng.choice(_PRAISE if kind else _COMPLAINT)
+        words = _PRAISE if kind else _COMPLAINT
+        word = rng.choice(words)
+        stars = 3.0 * kind + 1.0 + words.index(word) % 3 / 2
         text = f"The {rng.choice(_NEUTRAL)} {thing} was {word}."
         if rng.integers(0, 2):
             text += f" I saw the {rng.choice(_NEUTRAL)} {other} first."
-        yield SourceRow({"text": text, "label": kind}, f"row {number + 1:,}")
+        aspects = [0 if kind else 1, *([2] if words.index(word) % 3 == 2 else [])]
+        fields = {"text": text, "label": kind, "stars": stars, "aspects": aspects}
+        yield SourceRow(fields, f"row {number + 1:,}")
 
 
 BUILTIN: dict[str, Callable[..., Iterator[SourceRow]]] = {

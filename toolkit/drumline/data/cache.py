@@ -42,6 +42,8 @@ def cache_folder(data: Data, project: str | None) -> Path:
             del own["weight"]
     else:
         del plain["mixture"]  # as before there were mixtures
+    if data.text_pair_field is None:
+        del plain["text_pair_field"]
     plain["format"] = FORMAT_VERSION
     plain["stamps"] = _stamps(data, project)
     text = json.dumps(plain, sort_keys=True)

@@ -117,6 +117,8 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
             _refuse_others(task, source.task)
             its = Seen(feature_shape=seen.feature_shape)
             _write_rows(source, tokenizer, parts, its, progress)
+            source.task.check()
+            _refuse_other_outputs(task, seen, its)
             held_out = parts[VALIDATION].rows if VALIDATION in parts else 0
             _refuse_empty(source.data, its, train.rows - before, held_out)
         seen.join(its)
@@ -177,6 +179,14 @@ def _refuse_others(task: Task, other: Task) -> None:
         )
 
 
+def _refuse_other_outputs(task: Task, trained: Seen, its: Seen) -> None:
+    """DataError where rows of a source have labels for another number of outputs than those before."""
+    if task.has_fixed_outputs and trained.classes and its.classes != trained.classes:
+        raise DataError(
+            f"data.label_field: {its.classes} numbers a row, and the training rows have {trained.classes}"
+        )
+
+
 def _one_dtype_each(writers: Writers) -> dict[str, str]:
     """The dtype of every array of a custom task; DataError where two parts have different ones."""
     found: dict[str, str] = {}
@@ -231,6 +241,7 @@ def _write_set(
     _write_rows(source, tokenizer, {TRAIN: writer}, its, progress)
     if not writer.rows:
         raise DataError(f"data: {its.documents} documents gave no rows")
+    _refuse_other_outputs(source.task, trained, its)
     if its.classes > trained.classes:
         raise DataError(
             f"data: class {its.classes - 1}, and the training rows have classes 0 to {trained.classes - 1}"

@@ -18,6 +18,7 @@ from drumline.data.source_row import SourceRow
 from drumline.data.tasks import Task
 from drumline.data.tokenizers import (
     ChatFacts,
+    EncodedRow,
     HubTokenizer,
     Offsets,
     Request,
@@ -55,9 +56,9 @@ class TokenizeAhead:
         """As the tokenizer's own."""
         return self._answer(("encode", text))  # type: ignore[no-any-return]
 
-    def encode_row(self, text: str, most: int | None) -> tuple[Tokens, bool]:
+    def encode_row(self, text: str, most: int | None, other: str | None = None) -> EncodedRow:
         """As the tokenizer's own."""
-        return self._answer(("encode_row", text, most))  # type: ignore[no-any-return]
+        return self._answer(("encode_row", text, most, other))  # type: ignore[no-any-return]
 
     def encode_pair(self, prompt: str, completion: str) -> tuple[Tokens, int]:
         """As the tokenizer's own."""

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,17 @@ Request = tuple[Any, ...]
 """The name of a tokenizer's method, and its arguments."""
 
 
+class EncodedRow(NamedTuple):
+    """The tokens of a row with labels: whether they were cut, and the first one of the second text.
+
+    `second` is None where there is no second text, or the model is not told which text a token is of.
+    """
+
+    tokens: Tokens
+    was_cut: bool
+    second: int | None = None
+
+
 class Tokenizer(Protocol):
     """What `prepare` needs of a tokenizer; a text makes no special token unless the recipe says so.
 
@@ -59,8 +70,8 @@ class Tokenizer(Protocol):
         """Token ids of the text, without special tokens: uint32 [n]."""
         ...
 
-    def encode_row(self, text: str, most: int | None) -> tuple[Tokens, bool]:
-        """Token ids with the special tokens that the model expects, at most `most`; whether it was cut."""
+    def encode_row(self, text: str, most: int | None, other: str | None = None) -> EncodedRow:
+        """Token ids of a text, or of two, with the special tokens that the model expects, at most `most`."""
         ...
 
     def encode_pair(self, prompt: str, completion: str) -> tuple[Tokens, int]:
@@ -98,11 +109,13 @@ class ByteTokenizer:
             np.uint32
         )
 
-    def encode_row(self, text: str, most: int | None) -> tuple[Tokens, bool]:
-        """The text's first bytes."""
+    def encode_row(self, text: str, most: int | None, other: str | None = None) -> EncodedRow:
+        """The text's first bytes; before another text the end token."""
         whole = self.encode(text)
+        if other is not None:
+            whole = np.concatenate([whole, np.array([self.end], np.uint32), self.encode(other)])
         tokens = whole[: most or len(whole)]
-        return tokens, len(tokens) < len(whole)
+        return EncodedRow(tokens, len(tokens) < len(whole))
 
     def encode_pair(self, prompt: str, completion: str) -> tuple[Tokens, int]:
         """The bytes of both."""
@@ -179,7 +192,9 @@ class HubTokenizer:
         found: dict[int, Any] = {}
         kinds: dict[Request, list[int]] = {}
         for place, (method, *arguments) in enumerate(requests):
-            kind = (method, arguments[1]) if method == "encode_row" else (method,)
+            kind: Request = (method,)
+            if method == "encode_row":
+                kind = (method, arguments[1], arguments[2] is not None)
             kinds.setdefault(kind, []).append(place)
         for kind, places in kinds.items():
             asked = [requests[place] for place in places]
@@ -207,13 +222,28 @@ class HubTokenizer:
             texts = [text for _, text, _ in requests]
             found = inner.encode_batch(texts, add_special_tokens=False)
             return [(_array(one), np.array(one.offsets, np.int64).reshape(-1, 2)) for one in found]
-        (_, most), texts = kind, [text for _, text, _ in requests]
+        _, most, is_pair = kind
+        rows = [(text, other) if is_pair else text for _, text, _, other in requests]
         if most:
             side = self._inner.truncation_side
             inner.enable_truncation(most, direction=side, strategy="longest_first")
-        cut = inner.encode_batch(texts, add_special_tokens=True)
+        cut = inner.encode_batch(rows, add_special_tokens=True)
         inner.no_truncation()
-        return [(_array(one), bool(one.overflowing)) for one in cut]
+        return [
+            EncodedRow(_array(one), bool(one.overflowing), self._second(one.type_ids, is_pair))
+            for one in cut
+        ]
+
+    def _second(self, types: list[int], is_pair: bool) -> int | None:
+        """The first token of the second text, where the model is told which text a token is of."""
+        if not is_pair or "token_type_ids" not in self._inner.model_input_names:
+            return None
+        first = types.index(1) if 1 in types else len(types)
+        if types != [0] * first + [1] * (len(types) - first):
+            raise DataError(
+                "data.tokenizer: its tokens of two texts do not stand one after the other"
+            )
+        return first
 
     def _ids(self, text: str, **options: Any) -> Any:
         return self._inner(
@@ -229,11 +259,19 @@ class HubTokenizer:
         found = self._ids(text, add_special_tokens=False).input_ids
         return np.asarray(found, dtype=np.uint32)
 
-    def encode_row(self, text: str, most: int | None) -> tuple[Tokens, bool]:
-        """Token ids with special tokens, such as [CLS] and [SEP], which stay where the text is cut."""
-        found = self._ids(text, truncation=bool(most), max_length=most).input_ids
-        was_cut = most is not None and len(found) == most and len(self._ids(text).input_ids) > most
-        return np.asarray(found, dtype=np.uint32), was_cut
+    def encode_row(self, text: str, most: int | None, other: str | None = None) -> EncodedRow:
+        """Token ids with special tokens, such as [CLS] and [SEP], which stay where the longer text is cut."""
+        if other is not None and self.is_fast:  # which differs in empty texts from what is below
+            answer: EncodedRow = self.answers([("encode_row", text, most, other)])[0]
+            return answer
+        pair = {} if other is None else {"text_pair": other}
+        cut = {"truncation": "longest_first", "max_length": most} if most else {}
+        found = self._ids(text, **pair, **cut)
+        ids, types = found.input_ids, found.get("token_type_ids") or [0] * len(found.input_ids)
+        is_full = most is not None and len(ids) == most
+        was_cut = is_full and len(self._ids(text, **pair).input_ids) > len(ids)
+        second = self._second(types, other is not None)
+        return EncodedRow(np.asarray(ids, dtype=np.uint32), was_cut, second)
 
     def encode_pair(self, prompt: str, completion: str) -> tuple[Tokens, int]:
         """Token ids of both as one text; a token with letters of both is the completion's.

@@ -62,6 +62,8 @@ class Seen:
         self.truncated += sample.was_truncated
         if sample.label is not None:
             self.classes = max(self.classes, sample.label + 1)
+        if sample.outputs is not None:
+            self.classes = max(self.classes, sample.outputs)
         if sample.features is not None:
             shape = list(sample.features.shape)
             self.feature_shape = self.feature_shape or shape

@@ -231,7 +231,8 @@ def _fill(recipe: Recipe, split: Split, start: StartFacts | None) -> Recipe:
         update["evaluation"] = recipe.evaluation.model_copy(update={"per_device": split.per_device})
     update["optimizer"] = resolved_optimizer(recipe)
     if recipe.early_stopping and recipe.early_stopping.mode is None:
-        mode = {"mode": "max" if recipe.early_stopping.metric.endswith("accuracy") else "min"}
+        is_up = recipe.early_stopping.metric.endswith(("accuracy", "f1"))
+        mode = {"mode": "max" if is_up else "min"}
         update["early_stopping"] = recipe.early_stopping.model_copy(update=mode)
     if recipe.start_from and start:
         found = {"run": start.run, "step": start.step, "training_sha256": start.training_sha256}
@@ -464,7 +465,8 @@ def shape_of(recipe: Recipe, world: World) -> ModelShape | str:
     check_model(recipe, architecture, config)
     classes = None
     if recipe.data.facts.head == "classification":
-        found = number_of_labels(model.config, world.model_config, world.classes)
+        problem = recipe.data.facts.problem
+        found = number_of_labels(model.config, world.model_config, world.classes, problem)
         classes = found or DEFAULT_CLASSES
     shape = read_shape(architecture, config, classes)
     if isinstance(shape, str):

@@ -27,21 +27,44 @@ ALONE = "evaluation"
 class TaskFacts:
     """Properties of a task, so that other code need not compare task names.
 
-    `is_per_token`: every token has a target (else each row has one class). `head`: which of transformers'
-    classes the model is. `is_masked`: rows are padded, so attention needs a mask. `counts_tokens`: every
-    row has `sequence_length` tokens, so a duration in tokens is defined.
+    `is_per_token`: every token has a target (else each row has one or several). `head`: which of
+    transformers' classes the model is. `objective`: what is minimised if the recipe does not say.
+    `is_masked`: rows are padded, so attention needs a mask. `counts_tokens`: every row has
+    `sequence_length` tokens, so a duration in tokens is defined. `problem`: transformers' word for what a
+    classifier's outputs are. `metrics`: what evaluations report beside the loss.
     """
 
     is_per_token: bool
     head: Literal["causal_lm", "classification"]
+    objective: Literal["cross_entropy", "mse", "bce"] = "cross_entropy"
     is_masked: bool = False
     counts_tokens: bool = False
+    problem: str | None = None
+    metrics: tuple[str, ...] = ()
 
 
 TASKS = {
     "causal_lm": TaskFacts(is_per_token=True, head="causal_lm", counts_tokens=True),
     "sft": TaskFacts(is_per_token=True, head="causal_lm"),
-    "classification": TaskFacts(is_per_token=False, head="classification", is_masked=True),
+    "classification": TaskFacts(
+        is_per_token=False, head="classification", is_masked=True, metrics=("accuracy",)
+    ),
+    "regression": TaskFacts(
+        is_per_token=False,
+        head="classification",
+        objective="mse",
+        is_masked=True,
+        problem="regression",
+        metrics=("mae",),
+    ),
+    "multi_label": TaskFacts(
+        is_per_token=False,
+        head="classification",
+        objective="bce",
+        is_masked=True,
+        problem="multi_label_classification",
+        metrics=("accuracy", "f1"),
+    ),
     "custom": TaskFacts(is_per_token=True, head="causal_lm"),
 }
 """Properties of each value of `data.task`; the code of the tasks is in `data/tasks/`."""
@@ -81,6 +104,7 @@ class OtherSource(Section):
     options: dict[str, Any] = {}
     split: str | None = None
     text_field: str | None = None
+    text_pair_field: str | None = None
     prompt_field: str | None = None
     completion_field: str | None = None
     label_field: str | None = None
@@ -138,6 +162,9 @@ class MixtureSource(OtherSource):
 class Data(Section):
     """Where the samples come from and how they become rows.
 
+    `label_field`: a class (classification), classes or a list of yes and no (multi_label), a number or a list
+    of numbers (regression). `text_pair_field`: a second text of the row, for tasks that have labels.
+
     Of task sft: `messages_field` is a column with a chat; without it the first row tells its style.
     `train_on` says which messages count in the loss. `chat_template` is a file, or chatml; by default the
     tokenizer's own. It also sees `chat_template_options`.
@@ -155,10 +182,11 @@ class Data(Section):
     factory: FactoryName | None = None
     options: dict[str, Any] = {}
     split: str = "train"
-    task: Literal["causal_lm", "sft", "classification", "custom"]
+    task: Literal["causal_lm", "sft", "classification", "regression", "multi_label", "custom"]
     task_factory: Annotated[FactoryName | None, AddedLater()] = None
     task_options: Annotated[dict[str, Any], AddedLater()] = {}
     text_field: str = "text"
+    text_pair_field: Annotated[Name | None, AddedLater()] = None
     prompt_field: str = "prompt"
     completion_field: str = "completion"
     label_field: str = "label"
@@ -218,6 +246,11 @@ class Data(Section):
         if (self.task == "custom") != (self.task_factory is not None):
             takes = "needs" if self.task == "custom" else "takes no"
             raise ValueError(f"task {self.task} {takes} task_factory, a module:function")
+        if self.text_pair_field is not None and self.facts.head != "classification":
+            raise ValueError(
+                f"text_pair_field: for a class or number of two texts, not task {self.task}. Nearest: "
+                "text_pair_field null"
+            )
         if self.bos != "auto" and self.task not in ("causal_lm", "sft"):
             raise ValueError(f"bos: texts of task {self.task} begin as the tokenizer has them")
         if self.special_tokens_in_text and self.tokenizer == "bytes":

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from drumline.recipe.data_section import ALONE, Data
+from drumline.recipe.data_section import ALONE, TASKS, Data
 from drumline.recipe.model_section import Model
 from drumline.recipe.section import (
     AddedLater,
@@ -206,9 +206,13 @@ class Optimizer(Section):
 
 
 class Objective(Section):
-    """What is minimised. `custom` is a function of the recipe's project (`factory`, with `options`)."""
+    """What is minimised; by default what the task is for.
 
-    name: Literal["cross_entropy", "custom"] = "cross_entropy"
+    `mse`: the mean squared error of a row's outputs. `bce`: the mean binary cross-entropy of a row's labels.
+    `custom` is a function of the recipe's project (`factory`, with `options`).
+    """
+
+    name: Literal["cross_entropy", "mse", "bce", "custom"] = "cross_entropy"
     factory: FactoryName | None = None
     options: dict[str, Any] = {}
 
@@ -364,9 +368,9 @@ class Ema(Section):
 class EarlyStopping(Section):
     """Stop when the metric has not improved by `min_delta` for `patience` evaluations."""
 
-    metric: Annotated[str, Field(pattern=r"^eval/([a-z0-9][a-z0-9._-]*/)?(loss|accuracy)$")] = (
-        "eval/loss"
-    )
+    metric: Annotated[
+        str, Field(pattern=r"^eval/([a-z0-9][a-z0-9._-]*/)?(loss|accuracy|f1|mae)$")
+    ] = "eval/loss"
     mode: Literal["min", "max"] | None = None
     patience: Count = 5
     min_delta: NonNegative = 0.0
@@ -464,6 +468,19 @@ class Recipe(Section):
     logging: Logging = Logging.model_construct()
     start_from: Annotated[StartFrom | None, AddedLater()] = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_objective(cls, values: Any) -> Any:
+        """The objective of the task, where none is stated."""
+        data = values.get("data") if isinstance(values, dict) else None
+        facts = TASKS.get(str(data.get("task"))) if isinstance(data, dict) else None
+        if facts is None or facts.objective == "cross_entropy":
+            return values
+        stated = values.get("objective")
+        if isinstance(stated, dict | None) and not (stated or {}).get("name"):
+            return {**values, "objective": {**(stated or {}), "name": facts.objective}}
+        return values
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         if self.early_stopping and not self.evaluation:
@@ -491,9 +508,22 @@ class Recipe(Section):
             raise ValueError(
                 f"early_stopping.metric: {metric}: no such evaluation; there are {', '.join(named) or 'none'}"
             )
-        if metric.endswith("accuracy") and self.data.facts.is_per_token:
+        measured = metric.rpartition("/")[2]
+        if metric and measured not in ("loss", *self.data.facts.metrics):
             raise ValueError(
-                f"early_stopping.metric {metric} needs task classification, not {self.data.task}"
+                f"early_stopping.metric: {metric}: task {self.data.task} has "
+                f"{', '.join(('loss', *self.data.facts.metrics))}"
+            )
+        wanted = self.data.facts.objective
+        if self.objective.name not in (wanted, "custom"):
+            raise ValueError(
+                f"objective.name: {self.objective.name} is not for task {self.data.task}. Nearest: "
+                f"objective.name={wanted}"
+            )
+        if self.loss.label_smoothing and wanted != "cross_entropy":
+            raise ValueError(
+                f"loss.label_smoothing is for classes and tokens, not for {wanted}. Nearest: "
+                "loss.label_smoothing=0.0"
             )
         if self.duration.tokens and not self.data.facts.counts_tokens:
             raise ValueError(f"duration.tokens needs task causal_lm, not {self.data.task}")

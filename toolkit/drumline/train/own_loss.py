@@ -52,7 +52,8 @@ def compare_with_own_loss(
                 own = {"input_ids": mine["input_ids"], "labels": mine["targets"]}
                 output = model_inputs(module.model, own)
             total = module.objective.sums(module.model, mine).loss
-        found = float(total) / int((mine["targets"] != IGNORED).sum())
+        counted = int((mine["targets"] != IGNORED).sum()) if is_per_token else 1
+        found = float(total) / counted
         wanted = float(output.loss)
         error = abs(found - wanted) / abs(wanted)
         return {"ours": found, "theirs": wanted, "relative_error": error}

@@ -28,14 +28,16 @@ class Encoded:
     """One sample as it is stored.
 
     `tokens`: uint32 [n]. `prompt_targets`: number of leading targets to ignore. `label`: a class from 0.
-    `features`: float32, the same shape for all samples. `arrays`: other arrays of the task by name, each of
-    one dimension and any length. `count`: label tokens, the sample's weight under `weighting: token`.
+    `outputs`: how many outputs of the head the labels need, where they are no class. `features`: float32,
+    the same shape for all samples. `arrays`: other arrays of the task by name, each of one dimension and any
+    length. `count`: label tokens, the sample's weight under `weighting: token`.
     """
 
     count: int
     tokens: Tokens | None = None
     prompt_targets: int | None = None
     label: int | None = None
+    outputs: int | None = None
     features: NDArray[np.float32] | None = None
     arrays: Arrays = field(default_factory=dict)
     was_truncated: bool = False
@@ -63,10 +65,12 @@ class Task:
 
     `needs_end`: documents or completions end with the tokenizer's end token. `is_stream`: documents are
     packed end to end and cut into rows of `sequence_length` tokens; `encode` then returns a block of a
-    document. `columns`: the columns to store, also for a part without rows.
+    document. `has_fixed_outputs`: every row has labels for as many outputs of the head. `columns`: the
+    columns to store, also for a part without rows.
     """
 
     is_stream = False
+    has_fixed_outputs = False
     needs_tokenizer = True
     needs_end = True
     columns: tuple[str, ...] = ("counts",)
@@ -91,6 +95,9 @@ class Task:
 
     def use(self, tokenizer: Tokenizer) -> None:
         """Take what the task needs of the tokenizer before the first row is encoded."""
+
+    def check(self) -> None:
+        """Look back on all rows of a source, after the last one; DataError where nothing could be learnt."""
 
     def encode(self, row: Row, tokenizer: Tokenizer | None) -> Encoded | None:
         """Encode a row as a sample; None (or `count` 0) drops it. DataError for an invalid row."""

@@ -148,7 +148,10 @@ def _fields(
     """Fields of the config that the recipe and the data set; `saved`: config.json of a pretrained model."""
     fields = dict(recipe.model.config)
     if recipe.data.facts.head == "classification":
-        labels = number_of_labels(fields, saved, manifest.classes)
+        problem = recipe.data.facts.problem
+        labels = number_of_labels(fields, saved, manifest.classes, problem)
+        if problem:
+            fields.setdefault("problem_type", problem)
         if labels and not (saved and labels == len(saved.get("id2label") or ())):
             fields["num_labels"] = labels  # else the names of the saved labels stay
     # Keys and values would be copied into a cache that training never reads.
