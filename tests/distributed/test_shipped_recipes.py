@@ -53,19 +53,6 @@ def test_the_docs_list_every_recipe_as_it_plans(
     assert rows_of_docs() == printed
 
 
-def test_descriptions_state_the_equation() -> None:
-    """Each number of per_device × gpus × accumulation, and the effective batch."""
-    for name in catalogue.names():
-        recipe = load_recipe(name)
-        batch = recipe.batch
-        numbers = {n.replace(",", "") for n in re.findall(r"[\d,]+", recipe.description)}
-        stated = {
-            str(n) for n in (batch.effective, batch.per_device, batch.gpus, batch.accumulation)
-        }
-        missing = stated - {"None"} - numbers
-        assert not missing or name in ("sgd",), f"{name}: {recipe.description}"
-
-
 @pytest.mark.parametrize("name", [name for name in ON_CPU if name not in (*LEARNS, "tiny-code-lm")])
 def test_a_recipe_for_a_cpu_trains(forked: Any, name: str) -> None:
     """A few steps of each; `tiny-code-lm` is run to the end by test_demo.py."""

@@ -175,3 +175,87 @@ def test_what_no_run_can_begin_from_is_refused(project: Path, forked: Any) -> No
     shutil.rmtree(project / "lm/checkpoints")
     (project / "lm/checkpoints").mkdir()
     heard("has no checkpoint yet", told_of("--from", "lm"))
+
+
+def test_what_has_happened_to_the_parent_is_noticed(project: Path, forked: Any) -> None:
+    """Retrained on other data, damaged, gone, copied out of its run: told, or trained again by `reproduce`."""
+    state = ("start_from.what=state", "duration.steps=12")
+    (project / "other.txt").write_text("a lazy dog and a slow fox. " * 300)
+    for words in (
+        ("run", "lm.yaml", "data.path=other.txt", "--run-dir", "p"),
+        ("run", "lm.yaml", "data.path=other.txt", "--from", "p", *state, "--run-dir", "c"),
+    ):
+        done = forked(*words)
+        assert done.returncode == 0, done.stderr
+    assert "have no line" not in forked("doctor", "c").stdout
+    told = heard("the run goes on after step 8 of another one. Nearest: --steps ", forked("reproduce", "c", "--steps", "3").stderr)  # fmt: skip
+    assert "--steps 9" in told
+    assert (
+        json.loads(forked("reproduce", "c", "--steps", "9", "--json").stdout)["verdict"]
+        == "identical"
+    )
+
+    shutil.copytree(project / "p/checkpoints/step-00000008", project / "kept")
+    done = forked(
+        "run", "lm.yaml", "data.path=other.txt", "--from", "kept", *state, "--run-dir", "k"
+    )
+    assert done.returncode == 0, done.stderr
+    assert steps_of(project / "k")[-1]["loss"] == steps_of(project / "c")[-1]["loss"]
+    assert forked("plan", "k").returncode == 0
+
+    shard = project / "p/checkpoints/step-00000008/rank-0.safetensors"
+    raw = bytearray(shard.read_bytes())
+    raw[-5] ^= 1
+    shard.write_bytes(bytes(raw))
+    done = forked(
+        "run", "lm.yaml", "data.path=other.txt", "--from", "p", *state, "--run-dir", "bad"
+    )
+    assert done.returncode == 4
+    told = heard("start_from: ", done.stderr)
+    assert "is not what was saved. Nearest: start_from.step=4" in told
+    assert "goes on at step 9" in forked("doctor", "bad").stdout
+    done = forked("reproduce", "c", "--json")
+    assert json.loads(done.stdout)["verdict"] == "identical"
+    assert done.stderr.count("is trained again first") == 1
+
+    shutil.rmtree(project / "p")
+    done = forked("run", "lm.yaml", "--run-dir", "p")
+    assert done.returncode == 0, done.stderr
+    words = ("reproduce", "c", "data.path=other.txt", "--json")
+    done = forked(*words)
+    assert json.loads(done.stdout)["verdict"] == "identical", done.stderr
+    assert done.stderr.count("is trained again first") == 1
+
+    shutil.rmtree(project / "bad/checkpoints")
+    (project / "bad/checkpoints").mkdir()
+    shutil.rmtree(project / "p")
+    done = forked("resume", "bad")
+    assert done.returncode == 4
+    heard("or another start_from.run", done.stderr)
+    heard("it holds no step, so nothing could be compared", forked("reproduce", "bad").stderr)
+
+
+def test_more_evaluation_data_move_no_sample(project: Path, forked: Any) -> None:
+    """The rows that are trained are the same, so the order goes on."""
+    (project / "eval.txt").write_text("some words that nobody trains on. " * 40)
+    own = ("evaluation.every_steps=2", "data.evaluation={source: files, path: eval.txt}")
+    for words in (
+        ("run", "lm.yaml", "--run-dir", "p"),
+        ("run", "lm.yaml", "duration.steps=12", "--run-dir", "whole"),
+        (
+            "run",
+            "p",
+            "--from",
+            "p",
+            "start_from.what=state",
+            "duration.steps=12",
+            *own,
+            "--run-dir",
+            "c",
+        ),
+    ):
+        done = forked(*words)
+        assert done.returncode == 0, done.stderr
+    ours, whole = steps_of(project / "c"), steps_of(project / "whole")[8:]
+    assert [line["digest"] for line in ours] == [line["digest"] for line in whole]
+    assert [line["loss"] for line in ours] == [line["loss"] for line in whole]

@@ -121,6 +121,13 @@ def test_sources_are_named_by_their_files() -> None:
         {"weight": 1.0, "source": "hub", "name": "org/Set_1"},
         {"weight": 1.0, "source": "factory", "factory": "rows:make"},
         {"weight": 1.0, "source": "files", "path": "/d/*.jsonl"}]}}), "r").data.sources()  # fmt: skip
+    stated = validate(merge(BASE, {"data": {"source": "mixture", "path": None, "mixture": [
+        {"weight": 1.0, "source": "files", "path": "/a.jsonl"},
+        {"weight": 1.0, "source": "files", "path": "/b.jsonl", "label": "a"}]}}), "r").data.sources()  # fmt: skip
+    assert {label: own.path for label, own in stated.items()} == {
+        "a-2": "/a.jsonl",
+        "a": "/b.jsonl",
+    }
     assert list(named) == ["my-web", "my-web-2", "org-set_1", "rows-make", "d"]
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from conftest import tiny_recipe
+from drumline.architectures.known_models import known_config
 from drumline.errors import PlanError
 from drumline.plan.advise import with_advice
 from drumline.plan.model import Plan, read_plan
@@ -19,6 +20,7 @@ from drumline.plan.resplit import on_gpus
 from drumline.plan.schedule import rate
 from drumline.recipe import catalogue
 from drumline.recipe.load import load_recipe, validate
+from drumline.recipe.schema import Recipe
 
 LLAMA = {
     "source": "config", "architecture": "llama", "factory": None,
@@ -33,10 +35,18 @@ def plan_of(world: World = World(), **changes: Any) -> Plan:  # noqa: B008
     return resolve(validate(tiny_recipe(**changes), "r.yaml"), world)
 
 
+def shipped(name: str) -> tuple[Recipe, World]:
+    """A shipped recipe, with the published config of its model."""
+    recipe = load_recipe(name)
+    return recipe, World(
+        model_config=known_config(recipe.model.name) if recipe.model.name else None
+    )
+
+
 @pytest.mark.parametrize("name", catalogue.names())
 def test_every_shipped_recipe_resolves_and_its_description_states_its_split(name: str) -> None:
     """The equation in a recipe's description is the one that the plan checks."""
-    plan = resolve(load_recipe(name))
+    plan = resolve(*shipped(name))
     words = plan.recipe.description.replace(",", "")
     b = plan.batch
     assert plan.memory.fits is not False
@@ -219,7 +229,7 @@ def test_plan_json_is_the_published_one() -> None:
     """to_json validates against the published schema and reads back equal."""
     schema = TypeAdapter(Plan).json_schema()
     for name in catalogue.names():
-        plan = resolve(load_recipe(name))
+        plan = resolve(*shipped(name))
         jsonschema.validate(json.loads(plan.to_json()), schema)
         assert read_plan(plan.to_json()) == plan
     keys = json.loads(plan.to_json())
@@ -232,8 +242,9 @@ def test_plan_json_is_the_published_one() -> None:
 def test_a_resolved_recipe_plans_the_same_by_itself() -> None:
     """recipe.yaml of a run folder resolves to the same plan."""
     for name in catalogue.names():
-        plan = resolve(load_recipe(name))
-        assert resolve(plan.recipe) == plan
+        recipe, world = shipped(name)
+        plan = resolve(recipe, world)
+        assert resolve(plan.recipe, world) == plan
 
 
 def test_hashes_ignore_paths_logging_and_description(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from drumline.errors import PlanError
 from drumline.plan.model import Plan, read_plan
 from drumline.plan.resolve import World, resolve
+from drumline.plan.schedule import rate
 from drumline.plan.start import Parent
 from drumline.plan.steps import Place
 from drumline.recipe.load import merge, validate
@@ -144,6 +145,13 @@ def test_a_jump_of_the_learning_rate_is_told() -> None:
         (LORA, {}, "Nearest: `drumline export` that run", {"model": {"adapter": None}}),
         ({}, LORA, "Nearest: `drumline export --merge` that run", LORA),
         ({"model": {"adapter": {"rank": 8}}}, LORA, "Nearest: the same model.adapter", LORA),
+        ({"model": {"adapter": {"rank": 4, "alpha": 64.0}}}, LORA, "alpha 16.0 there, 64.0 here", {"model": {"adapter": {"alpha": 16.0}}}),
+        ({"model": {"adapter": {"rank": 4, "rslora": True}}}, LORA, "rslora False there, True here", {"model": {"adapter": {"rslora": False}}}),
+        ({**LORA, "seed": 3}, LORA, "Nearest: seed=0 and the same model section", {"seed": 0}),
+        ({"optimizer": {"name": "sgd", "momentum": 0.9}}, {"optimizer": {"name": "sgd"}}, "or the same optimizer section",
+         {"optimizer": {"momentum": 0.0}}),
+        ({"schedule": {"name": "cosine", "warmup_epochs": 1}, "seed": 3}, {}, "Nearest: schedule.warmup_epochs=null schedule.warmup_steps=160",
+         {"schedule": {"warmup_epochs": None, "warmup_steps": 160}}),
     ],
     ids=str,
 )  # fmt: skip
@@ -163,3 +171,73 @@ def test_another_model_is_refused_by_its_weights() -> None:
     shapes = {"model.embed_tokens.weight": (300, 64), "lm_head.weight": (300, 64)}
     with pytest.raises(PlanError, match="they hold 0 layers and the config says 2"):
         plan_of(parent=replace(parent_of(), weights=shapes))
+
+
+def test_a_warm_up_of_epochs_is_that_of_the_whole_run() -> None:
+    """The rates of a run that goes on are those of one that never stopped, also where they hold in an epoch."""
+    for schedule in (
+        {"name": "cosine", "warmup_epochs": 0.5},
+        {"name": "cosine", "unit": "epoch"},
+        {"name": "linear", "unit": "epoch", "warmup_epochs": 1.5},
+    ):
+        plan = plan_of(schedule=schedule)
+        whole = resolve(
+            recipe_of(duration={"steps": 200}, schedule=schedule), World(fingerprint="sha256:a")
+        )
+        assert plan.schedule == whole.schedule
+        for step in range(61, 201):
+            assert rate(plan.schedule, step, plan.clock()) == rate(
+                whole.schedule, step, whole.clock()
+            )
+
+
+def test_another_evaluation_set_leaves_the_samples_where_they_are() -> None:
+    """Whether the order goes on is a matter of the rows that are trained, where the checkpoint tells these."""
+    told = replace(parent_of(), fingerprint="sha256:with-sets", rows="sha256:rows")
+    for rows, goes_on in (("sha256:rows", True), ("sha256:others", False), (None, False)):
+        recipe = recipe_of(
+            start_from={"run": "/runs/x-1", "what": "state"}, duration={"steps": 200}
+        )
+        plan = resolve(recipe, World(fingerprint="sha256:a", rows=rows, samples=N, parent=told))
+        assert plan.start is not None
+        assert plan.start.continues_data == goes_on
+
+
+def test_another_model_of_the_same_weights_is_told() -> None:
+    """Nothing of its shapes differs, and it computes something else."""
+    warnings = plan_of(model={"config": {"num_attention_heads": 2}}).warnings
+    assert (
+        "start_from: the model is not that of /runs/x-1: model.config.num_attention_heads 4 there, 2 here"
+        in warnings
+    )
+    assert not any("the model is not" in warning for warning in plan_of().warnings)
+
+
+def test_a_model_with_a_head_of_its_own_is_refused_if_it_ties_now() -> None:
+    """Though every weight that it needs is there."""
+    shape = resolve(recipe_of(), World()).cost.parameters
+    assert shape
+    layer = {f"model.layers.{n}.{name}.weight": size for n in range(2) for name, size in (
+        ("self_attn.q_proj", (64, 64)), ("self_attn.k_proj", (64, 64)), ("self_attn.v_proj", (64, 64)), ("self_attn.o_proj", (64, 64)),
+        ("mlp.gate_proj", (128, 64)), ("mlp.up_proj", (128, 64)), ("mlp.down_proj", (64, 128)), ("input_layernorm", (64,)), ("post_attention_layernorm", (64,)))}  # fmt: skip
+    shapes = {
+        **layer,
+        "model.embed_tokens.weight": (300, 64),
+        "lm_head.weight": (300, 64),
+        "model.norm.weight": (64,),
+    }
+    parent = replace(parent_of(), weights=shapes)
+    assert plan_of(parent=parent)
+    with pytest.raises(PlanError, match="numbers, and the model has"):
+        plan_of(parent=parent, model={"config": {"tie_word_embeddings": True}})
+
+
+def test_samples_of_these_data_alone_count_for_tokens() -> None:
+    """A run on other data, and one that goes on with it: tokens count from the beginning of those data."""
+    other = plan_of(fingerprint="sha256:b", duration={"steps": None, "tokens": 64 * 160})
+    assert other.steps.total == 70
+    parent = replace(parent_of(), fingerprint="sha256:b", place=other.clock().place(70))
+    more = plan_of(
+        parent=parent, fingerprint="sha256:b", duration={"steps": None, "tokens": 64 * 320}
+    )
+    assert more.steps.total == 80

@@ -187,3 +187,27 @@ def test_a_run_that_goes_on_takes_the_samples_of_one_that_never_stopped(
     assert goes_on.total_for_samples(reached) == whole.total_for_samples(reached)
     if remainder != "carry" and (before * b) // n < 5:
         assert goes_on.total_for_epochs(20) == whole.total_for_epochs(20)
+
+
+@given(
+    st.integers(1, 70),
+    st.integers(1, 40),
+    remainders,
+    st.integers(1, 60),
+    st.sampled_from([0.1, 0.25, 0.3, 0.5, 0.9, 1, 1.5, 2.7]),
+)
+def test_epochs_and_their_parts_are_counted_as_by_one_longer_run(
+    n: int, b: int, remainder: str, before: int, part: float
+) -> None:
+    """Wherever another run has ended, at the end of an epoch too: durations, cadences, samples of these data."""
+    if remainder == "drop" and b > n:
+        return
+    whole = Clock(n, b, remainder)  # type: ignore[arg-type]
+    goes_on = Clock(n, b, remainder, start=whole.place(before))  # type: ignore[arg-type]
+    for step in range(before, before + 40):
+        assert goes_on.epochs_done(step) == whole.epochs_done(step)
+    assert goes_on.total_for_epochs(part) == max(before, whole.total_for_epochs(part))
+    for step in range(before + 1, before + 40):
+        assert is_due(step, None, part, goes_on) == is_due(step, None, part, whole)
+    wanted = max(1, round(part * n))
+    assert goes_on.total_for_samples(wanted) == max(before, whole.total_for_samples(wanted))

@@ -108,10 +108,10 @@ def _keep_what_is_not_understood(path: Path) -> None:
     print(f"{path}: its end is no metrics file; kept as {aside.name}", flush=True)
 
 
-def missing_steps(path: Path) -> int:
-    """How many steps before the last one have no line."""
+def missing_steps(path: Path, before: int = 0) -> int:
+    """How many steps before the last one have no line; `before`: those that another run made."""
     steps = [line["step"] for line in iterate_metrics(path) if line["kind"] == Kind.STEP]
-    return max(steps, default=0) - len(set(steps))
+    return max(steps, default=before) - before - len(set(steps))
 
 
 def iterate_metrics(path: Path) -> Iterator[Line]:

@@ -13,8 +13,9 @@ class TrainState:
     `scores`: step -> metric of the `MOST_SCORES` best saved steps. `recent_losses`: the losses against which
     a spike is measured. `noise`: the noise-scale pairs of the last steps (`plan/noise.py`). `evaluation`:
     the last result. `evaluation_due`: this step's evaluation has not been made yet. `base`: fingerprint of
-    the pretrained weights under an adapter. `slot`: of the next sample; None in checkpoints of before it was
-    kept.
+    the pretrained weights under an adapter. `slot`: of the next sample, and `own_samples`: consumed of
+    these data, where a run has begun from another one on other data; `rows`: fingerprint of the
+    training rows. All three are None in older checkpoints.
     """
 
     step: int = 0
@@ -39,13 +40,12 @@ class TrainState:
     loss_scale: dict[str, Any] | None = None
     base: str = ""
     slot: int | None = None
+    own_samples: int | None = None
+    rows: str | None = None
 
-    def advance(
-        self, step: int, samples: int, tokens: int, loss: float, slot: int | None = None
-    ) -> None:
+    def advance(self, step: int, samples: int, tokens: int, loss: float) -> None:
         """Advance to `step`; `samples`: consumed in total, `tokens`: label tokens of this step."""
         self.step, self.samples, self.tokens, self.loss = step, samples, self.tokens + tokens, loss
-        self.slot = slot
         self.metric, self.is_best, self.evaluation_due = None, False, False
 
 

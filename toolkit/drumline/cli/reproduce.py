@@ -72,6 +72,10 @@ def reproduce_command(
     """
     logged = read_logged(what)
     recipe = _recorded_recipe(logged)
+    if logged.last_step is None:
+        raise RunError(
+            f"{logged.name}: it holds no step, so nothing could be compared. Nearest: drumline run"
+        )
     if code and not trust_code:
         raise RecipeError("--code runs Python restored from the record, so it needs --trust-code")
     if run_dir is not None:
@@ -82,8 +86,9 @@ def reproduce_command(
     recipe = with_parent_here(
         recipe,
         logged.record.get("ancestry") or [],
-        lambda own: _own_code_only(_adapted(own, overrides), trust_code),
+        lambda own: _own_code_only(_adapted(own, _of_the_machine(overrides)), trust_code),
         lambda own: _that_can_start(make_plan(own, gpus, gpu), force, as_json),
+        changed_data,
     )
     folder = run_folder.create(recipe, run_dir)
     try:
@@ -138,6 +143,12 @@ def _adapted(recipe: Recipe, overrides: list[str] | None) -> Recipe:
             "cluster, strategy and launcher, and where the data lie. Nearest: `drumline run`, then `compare`"
         )
     return adapted
+
+
+def _of_the_machine(overrides: list[str] | None) -> list[str]:
+    """Those overrides that hold for the run's ancestors, too: not where its own data or its parent lie."""
+    others = ("data.", "data=", "start_from", "model.", "model=")
+    return [one for one in overrides or () if not one.startswith(others)]
 
 
 def _own_code_only(recipe: Recipe, trust_code: bool) -> Recipe:
@@ -209,6 +220,12 @@ def _until(logged: Logged, plan: Plan, steps: int | None) -> int | None:
     total, last = plan.steps.total, logged.last_step
     if steps is not None and steps > total:
         raise PlanError(f"--steps {steps}: the run has {total:,} steps")
+    first = plan.first_step
+    if (steps or last or first) < first:
+        raise PlanError(
+            f"--steps {steps}: the run goes on after step {first - 1:,} of another one. Nearest: "
+            f"--steps {first}"
+        )
     known = min(step for step in (steps, last, total) if step is not None)
     if steps is not None and last is not None and steps > last:
         raise PlanError(f"--steps {steps}: the record goes to step {last:,}")

@@ -19,6 +19,8 @@ MANIFEST_FILE = "card.json"
 class DatasetManifest:
     """Describes a prepared folder; `fingerprint` and `tokenizer` depend on content only, not on paths.
 
+    `rows`: as `fingerprint`, of the training rows alone; None in folders of before it was kept.
+
     `arrays`: the dtype of each extra array that a custom task stores. `files`: bytes of each file. `longest`:
     input tokens of the longest row, which no padded micro-batch is wider than; None if rows are packed, or
     collated by a custom task. `lengths`: input tokens of training rows at 0 %, 1 %, … 100 % of them, sorted,
@@ -52,6 +54,7 @@ class DatasetManifest:
     lengths: list[int] | None = None
     mixture: dict[str, int] = field(default_factory=dict)
     mixture_lengths: list[list[int]] | None = None
+    rows: str | None = None
     version: int = MANIFEST_VERSION
 
     @property

@@ -140,6 +140,7 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
     DatasetManifest(
         task=data.task,
         fingerprint=_fingerprint(data, tokenizer, writers, seen.feature_shape, mixture),
+        rows=_fingerprint(data, tokenizer, {TRAIN: train}, seen.feature_shape, mixture),
         samples=train.rows,
         validation_samples=sum(writer.rows for writer in writers.values()) - train.rows,
         sequence_length=data.sequence_length,

@@ -4,6 +4,7 @@ b is samples per rank per forward, G data-parallel ranks, k forwards per rank pe
 B samples per optimizer step. Everything is exact integer arithmetic over divisors.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -151,9 +152,12 @@ def split_ramp(batch: Batch, split: Split) -> list[tuple[int, Split]]:
         if stage.effective % split.gpus:
             below = stage.effective // split.gpus * split.gpus
             sides = " or ".join(str(size) for size in (below, below + split.gpus) if size)
+            common = math.gcd(*(one.effective for one in batch.ramp), split.effective)
+            gpus = max(number for number in divisors(common) if number <= split.gpus)
             raise PlanError(
                 f"batch.ramp[{number}].effective: {stage.effective} cannot be split over {split.gpus} gpus "
-                f"({stage.effective} / {split.gpus} = {stage.effective / split.gpus:.2f}). Nearest: {sides}"
+                f"({stage.effective} / {split.gpus} = {stage.effective / split.gpus:.2f}). Nearest: {sides}; "
+                f"or gpus {gpus}, which divides all stages"
             )
         rest = stage.effective // split.gpus
         b = max(b for b in divisors(rest) if b <= split.per_device)
@@ -165,9 +169,10 @@ def check_ramp(batch: Batch, total: int) -> None:
     """PlanError where a stage ends after the run does, which would never reach `effective`."""
     last = batch.ramp[-1].until_step if batch.ramp else 0
     if last and last >= total:
+        shorter = f"until_step {total // 2}" if total > 1 else "no ramp"
         raise PlanError(
             f"batch.ramp: the last stage ends at step {last}, and the run at {total}, so the whole batch is "
-            f"never reached. Nearest: until_step {max(1, total // 2)}, or a longer duration"
+            f"never reached. Nearest: {shorter}, or a longer duration"
         )
 
 

@@ -171,7 +171,8 @@ class DataFacts:
     """The prepared data: content fingerprint, cache path, number of validation samples.
 
     `row_tokens`: input tokens of the longest row that the run reads. `row_lengths`: of training rows at 0 %,
-    1 %, … 100 % of them, where rows are padded. `mixture`: its sources, in the order of their rows.
+    1 %, … 100 % of them, where rows are padded. `mixture`: its sources, in the order of their
+    rows. `rows`: content fingerprint of the training rows alone, of `fingerprint` a part.
     """
 
     fingerprint: str | None
@@ -179,6 +180,7 @@ class DataFacts:
     validation_samples: int | None
     row_tokens: int | None = None  # the defaults are for plans that were written without them
     row_lengths: list[int] | None = None
+    rows: str | None = None
     mixture: list[SourceFacts] = field(default_factory=list)
 
     def padding(self, rows: int) -> float | None:

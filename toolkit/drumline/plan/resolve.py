@@ -90,6 +90,7 @@ class World:
     mixture: Mapping[str, int] | None = None
     mixture_lengths: list[list[int]] | None = None
     fingerprint: str | None = None
+    rows: str | None = None
     cache: str | None = None
     classes: int | None = None
     host_memory_bytes: int | None = None
@@ -172,6 +173,7 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
         ),
         data=DataFacts(
             fingerprint=world.fingerprint,
+            rows=world.rows,
             cache=world.cache,
             validation_samples=world.validation_samples,
             row_tokens=world.row_tokens,
@@ -184,6 +186,7 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
         + _step_warnings(split, clock)
         + _rate_warnings(recipe, curve, clock)
         + _start_warnings(start, curve, clock)
+        + (_model_warnings(recipe, world.parent) if world.parent else [])
         + _noise_warnings(recipe, split),
         start=start,
     )
@@ -204,6 +207,7 @@ def _with_mixture(recipe: Recipe, world: World) -> tuple[World, list[SourceFacts
         world,
         samples=samples,
         fingerprint=mixed_fingerprint(world.fingerprint, shares),
+        rows=mixed_fingerprint(world.rows, shares) if world.rows else None,
         row_lengths=mixed_lengths(lengths, shares) if lengths else None,
     )
     return changed, sources
@@ -218,7 +222,7 @@ def _start(recipe: Recipe, shape: ModelShape | None, world: World) -> StartFacts
     assert world.parent is not None
     if shape:
         check_weights_of(recipe, world.parent, shape)
-    return start_facts(recipe, world.parent, world.fingerprint)
+    return start_facts(recipe, world.parent, world.fingerprint, world.rows)
 
 
 def _fill(recipe: Recipe, split: Split, start: StartFacts | None) -> Recipe:
@@ -253,7 +257,8 @@ def _steps(
             f"data.samples: {recipe.data.samples}, but the prepared data hold {world.samples}. "
             f"Nearest: samples {world.samples}, or samples null"
         )
-    if start and start.what == "state" and world.fingerprint is None:
+    is_unknown = start is not None and start.what == "state" and world.fingerprint is None
+    if is_unknown:
         samples = None  # whether the samples go on or begin anew is not known yet
     duration, length = recipe.duration, recipe.data.sequence_length
     tokens = split.effective * length if length else None
@@ -262,12 +267,17 @@ def _steps(
             if world.problems:
                 raise PlanError("; ".join(world.problems))
             key = "epochs" if duration.epochs else "tokens"
+            if is_unknown:
+                raise PlanError(
+                    f"duration.{key}: whether the samples of start_from go on is unknown until the data are "
+                    "prepared. Nearest: run `drumline prepare`, or use duration.steps"
+                )
             raise PlanError(
                 f"duration.{key}: the number of steps is unknown until the data are prepared. "
                 "Nearest: run `drumline prepare`, or state data.samples, or use duration.steps"
             )
         _need_samples(recipe)
-        warmup = _warmup(recipe, duration.steps, None)
+        warmup = _warmup(recipe, duration.steps, None, start)
         return StepFacts(
             samples=None,
             per_epoch=None,
@@ -300,7 +310,7 @@ def _steps(
         forwards_per_step=math.ceil(widest / row),
         last_batch=stop - first,
         tokens_per_step=tokens,
-        warmup=_warmup(recipe, total, clock),
+        warmup=_warmup(recipe, total, clock, start),
     ), clock
 
 
@@ -329,6 +339,12 @@ def _start_warnings(
     return rate_warning(start, schedule.rate(curve, start.place.step + 1, clock))
 
 
+def _model_warnings(recipe: Recipe, parent: "Parent") -> list[str]:
+    from drumline.plan.start import model_warnings
+
+    return model_warnings(recipe, parent)
+
+
 def _need_samples(recipe: Recipe) -> None:
     """PlanError where something is stated in epochs, and how long one is is not known."""
     stated = {
@@ -347,7 +363,8 @@ def _need_samples(recipe: Recipe) -> None:
 def _rate_warnings(recipe: Recipe, curve: schedule.Curve, clock: Clock | None) -> list[str]:
     """Warn where the rates are not those that the recipe's words make one expect."""
     found = []
-    facts, ratio = schedule.rate_facts(curve, clock), recipe.schedule.warmup_ratio
+    begin = clock.first_step if clock else 1
+    facts, ratio = schedule.rate_facts(curve, clock, begin), recipe.schedule.warmup_ratio
     if ratio and curve.warmup_steps == 0:
         found.append(
             f"schedule.warmup_ratio: {ratio:g} × {curve.total} steps = {ratio * curve.total:g} rounds to 0, "
@@ -358,7 +375,7 @@ def _rate_warnings(recipe: Recipe, curve: schedule.Curve, clock: Clock | None) -
             f"the warm-up takes all {curve.total:,} steps, so {curve.name} never begins and the minimum is "
             "not reached. Nearest: a shorter warm-up"
         )
-    if facts.highest < _NEAR_THE_PEAK * curve.peak_lr and curve.run is None:
+    if facts.highest < _NEAR_THE_PEAK * curve.peak_lr and curve.run is None and begin == 1:
         found.append(
             f"the rate never comes near the peak {curve.peak_lr:g}: it is {facts.highest:g} at most"
         )
@@ -375,12 +392,19 @@ def _noise_warnings(recipe: Recipe, split: Split) -> list[str]:
     return ["logging.noise_scale: a step of one micro-batch has nothing to compare; none is logged"]
 
 
-def _warmup(recipe: Recipe, total: int, clock: Clock | None) -> int:
+def _warmup(recipe: Recipe, total: int, clock: Clock | None, start: StartFacts | None) -> int:
     s = recipe.schedule
     steps, key = s.warmup_steps, "warmup_steps"
     if s.warmup_epochs is not None:
         assert clock is not None
-        steps, key = clock.total_for_epochs(s.warmup_epochs), "warmup_epochs"
+        if start and start.what == "state" and not start.continues_data:
+            raise PlanError(
+                "schedule.warmup_epochs: start_from counts the steps on and has other data, so these epochs "
+                "say no step. Nearest: schedule.warmup_epochs=null "
+                f"schedule.warmup_steps={clock.first_step + 99}"
+            )
+        whole = replace(clock, start=Place())  # as of a run that never stopped
+        steps, key = whole.total_for_epochs(s.warmup_epochs), "warmup_epochs"
     return schedule.resolve_warmup(steps, s.warmup_ratio, s.name, s.horizon_steps or total, key)
 
 

@@ -172,8 +172,9 @@ def rate_facts(curve: Curve, clock: Clock | None, begin: int = 1) -> RateFacts:
     candidates |= {step for step, _ in curve.milestones}
     if curve.unit == "epoch":
         assert clock is not None
-        epochs = {clock.epoch(min(max(step, 1), curve.last)) for step in candidates}
-        epochs |= {epoch + step for epoch in epochs for step in (-1, 1) if epoch + step >= 1}
+        epochs = {clock.epoch(min(max(step, begin), curve.last)) for step in candidates}
+        first = clock.epoch(begin)
+        epochs |= {epoch + step for epoch in epochs for step in (-1, 1) if epoch + step >= first}
         candidates |= {clock.last_step_of_epoch(epoch - 1) + 1 for epoch in epochs}
     candidates.add(curve.last)
     steps = sorted(step for step in candidates if begin <= step <= curve.last)

@@ -1,12 +1,13 @@
 """What a run takes over from another one whose checkpoint it begins from (`start_from`). Pure."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from drumline.architectures.shapes import ModelShape
 from drumline.errors import PlanError
 from drumline.plan.model import StartFacts
+from drumline.plan.optimizers import rule_of
 from drumline.plan.steps import Place
 from drumline.recipe.schema import Recipe
 
@@ -18,9 +19,9 @@ _JUMP = 1.5
 class Parent:
     """A checkpoint of another run, as it was read.
 
-    `recipe`: that run's, resolved. `place`: after the checkpoint's step, in that run's order. `samples`: of
-    its data, None if that is not known. `weights`: shapes of its weights by name, None where they were not
-    read. `rate`: see StartFacts.
+    `recipe`: that run's, resolved. `fingerprint`: of its data, `rows`: of those that are trained. `place`:
+    after the checkpoint's step, in that run's order. `weights`: shapes of its weights by name, None where
+    they were not read. `rate`: see StartFacts.
     """
 
     run: str
@@ -30,14 +31,17 @@ class Parent:
     recipe: Recipe
     fingerprint: str | None
     place: Place
+    rows: str | None = None
     weights: Mapping[str, tuple[int, ...]] | None = None
     rate: float | None = None
 
 
-def start_facts(recipe: Recipe, parent: Parent, fingerprint: str | None) -> StartFacts:
+def start_facts(
+    recipe: Recipe, parent: Parent, fingerprint: str | None, rows: str | None = None
+) -> StartFacts:
     """What the plan says of `start_from`; PlanError where this run cannot begin from that checkpoint.
 
-    `fingerprint`: of this run's prepared data, None if there are none yet.
+    `fingerprint`: of this run's prepared data, None if there are none yet; `rows`: of those that are trained.
     """
     spec = recipe.start_from
     assert spec
@@ -50,10 +54,9 @@ def start_facts(recipe: Recipe, parent: Parent, fingerprint: str | None) -> Star
     place, continues = Place(), False
     if spec.what == "state":
         _check_state(recipe, parent)
-        continues = _same_order(recipe, parent, fingerprint)
-        place = Place(
-            parent.place.step, parent.place.slot if continues else 0, parent.place.consumed
-        )
+        continues = _same_order(recipe, parent, fingerprint, rows)
+        theirs = parent.place
+        place = theirs if continues else Place(theirs.step, 0, theirs.consumed)
     return StartFacts(
         run=parent.run,
         checkpoint=parent.checkpoint,
@@ -76,6 +79,9 @@ def check_weights_of(recipe: Recipe, parent: Parent, shape: ModelShape) -> None:
         return
     has_new_head = recipe.data.facts.head == "classification" and spec.what == "weights"
     found = problem_with(shape, parent.weights, has_new_head)
+    held = sum(math.prod(sizes) for sizes in parent.weights.values())
+    if not found and not has_new_head and held != shape.parameters:
+        found = f"they are {held:,} numbers, and the model has {shape.parameters:,}"
     if found:
         raise PlanError(
             f"start_from.run: the weights of {parent.run} are not those of this model: {found}. Nearest: the "
@@ -108,15 +114,48 @@ def _check_adapters(recipe: Recipe, parent: Parent) -> None:
             f"start_from.run: {parent.run} holds an adapter alone, and this run trains no adapter. Nearest: "
             "`drumline export --merge` that run, then model.source=folder and model.path, its folder"
         )
-    if ours and theirs and _shape_of(ours) != _shape_of(theirs):
+    if not (ours and theirs):
+        return
+    mine, other = (adapter.model_dump(exclude={"dropout"}) for adapter in (ours, theirs))
+    different = [key for key in mine if mine[key] != other[key]]
+    if different:
+        told = "; ".join(f"{key} {other[key]} there, {mine[key]} here" for key in different)
         raise PlanError(
-            f"start_from.run: {parent.run} has the adapter {_shape_of(theirs)}, this run {_shape_of(ours)}. "
-            "Nearest: the same model.adapter"
+            f"start_from.run: {parent.run} has another adapter: {told}. Nearest: the same model.adapter"
         )
+    if recipe.model.source not in ("folder", "hub"):
+        same = recipe.seed == parent.recipe.seed and not _model_differences(recipe, parent)
+        if not same:
+            raise PlanError(
+                f"start_from.run: the weights under the adapter of {parent.run} are drawn from its model "
+                f"section and its seed {parent.recipe.seed}, and this run has others. Nearest: "
+                f"seed={parent.recipe.seed} and the same model section"
+            )
 
 
-def _shape_of(adapter: Any) -> str:
-    return f"rank {adapter.rank} on {adapter.targets}" + (", dora" if adapter.dora else "")
+def model_warnings(recipe: Recipe, parent: Parent) -> list[str]:
+    """Warn where the same weights make another model."""
+    found = _model_differences(recipe, parent)
+    return (
+        [f"start_from: the model is not that of {parent.run}: {'; '.join(found)}"] if found else []
+    )
+
+
+def _model_differences(recipe: Recipe, parent: Parent) -> list[str]:
+    """What of the two model sections says what is computed, and differs."""
+    ours, theirs = recipe.model, parent.recipe.model
+    found = [
+        f"model.{key} {getattr(theirs, key)} there, {getattr(ours, key)} here"
+        for key in ("architecture", "factory", "edits")
+        if getattr(theirs, key) != getattr(ours, key)
+    ]
+    if (ours.source, ours.architecture) == (theirs.source, theirs.architecture):
+        found += [
+            f"model.config.{key} {theirs.config.get(key)} there, {ours.config.get(key)} here"
+            for key in sorted({*ours.config, *theirs.config})
+            if theirs.config.get(key) != ours.config.get(key)
+        ]
+    return found
 
 
 def _check_state(recipe: Recipe, parent: Parent) -> None:
@@ -127,6 +166,12 @@ def _check_state(recipe: Recipe, parent: Parent) -> None:
             f"start_from.what: state: {parent.run} has the state of {theirs}, and this run has {ours}. "
             "Nearest: start_from.what=weights"
         )
+    states = [rule_of(one).states(one.optimizer, 4) for one in (recipe, parent.recipe)]
+    if states[0] != states[1]:
+        raise PlanError(
+            f"start_from.what: state: {parent.run} keeps another optimizer state ({ours} with other keys). "
+            "Nearest: start_from.what=weights, or the same optimizer section"
+        )
     total = recipe.duration.steps
     if total is not None and total <= done:
         raise PlanError(
@@ -135,10 +180,11 @@ def _check_state(recipe: Recipe, parent: Parent) -> None:
         )
 
 
-def _same_order(recipe: Recipe, parent: Parent, fingerprint: str | None) -> bool:
-    """Whether the samples of this run follow those of the other one in one and the same order."""
-    return (
-        fingerprint is not None
-        and parent.fingerprint == fingerprint
-        and parent.recipe.seed == recipe.seed
-    )
+def _same_order(recipe: Recipe, parent: Parent, fingerprint: str | None, rows: str | None) -> bool:
+    """Whether the samples of this run follow those of the other one in one and the same order.
+
+    `rows`: fingerprint of the rows that are trained; older checkpoints have that of all data alone.
+    """
+    if parent.recipe.seed != recipe.seed or fingerprint is None:
+        return False
+    return rows == parent.rows if rows and parent.rows else fingerprint == parent.fingerprint

@@ -19,11 +19,16 @@ Remainder = Literal["keep", "drop", "carry"]
 
 @dataclass(frozen=True)
 class Place:
-    """A place between two steps: steps done, samples consumed by them, and the slot of the next sample."""
+    """A place between two steps: steps done, samples consumed by them, and the slot of the next sample.
+
+    `of_these`: how many of the samples were of the data that the slots are of; earlier steps may have had
+    others.
+    """
 
     step: int = 0
     slot: int = 0
     consumed: int = 0
+    of_these: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,9 @@ class _Stage:
 
     def end(self, step: int) -> Place:
         """The place after a step of this stage."""
-        return Place(step, self.slots(step)[1], self.consumed(step))
+        consumed = self.consumed(step)
+        of_these = self.start.of_these + consumed - self.start.consumed
+        return Place(step, self.slots(step)[1], consumed, of_these)
 
     def _steps_in(self, samples: int) -> int:
         whole, rest = divmod(samples, self.effective)
@@ -119,6 +126,11 @@ class Clock:
         return not self.ramp and self.start.slot == 0
 
     @property
+    def _has_whole_steps(self) -> bool:
+        """Whether every epoch is made of steps of one size, also the one in which another run has ended."""
+        return not self.ramp and self.start.slot % self.samples % self.effective == 0
+
+    @property
     def first_step(self) -> int:
         """The first step of this run."""
         return self.start.step + 1
@@ -132,29 +144,29 @@ class Clock:
         """The first step that completes `epochs` epochs, or reaches a part of one."""
         if self._is_regular and self.remainder != "carry":
             return self.start.step + _reached(self.steps_per_epoch, epochs)
-        return self._first_with(
-            lambda step: self.epochs_done(step) >= Fraction(str(epochs)), self.start.step
-        )
+        wanted = Fraction(str(epochs))
+        return self._first_with(lambda step: self.epochs_done(step) >= wanted, self.start.step)
 
     def epochs_done(self, step: int) -> Fraction:
-        """Epochs that are complete at the end of a step, and the part of the next one."""
-        if self._is_regular and self.remainder != "carry":
-            return Fraction(step - self.start.step, self.steps_per_epoch)
+        """Epochs that are complete at the end of a step, and the part of the next one.
+
+        A part is one of the steps of an epoch; of its samples with `carry`, and where steps have other sizes.
+        """
         slot = self.place(step).slot
-        if self.remainder == "drop" and step > self.start.step:
+        if self.remainder != "carry" and self._has_whole_steps:
+            epochs, within = divmod(slot, self.samples)
+            return epochs + Fraction(within // self.effective, self.steps_per_epoch)
+        if self.remainder == "drop":
             following = self.slots(step + 1)[0]
             slot = following if following % self.samples == 0 else slot
         return Fraction(slot, self.samples)
 
     def total_for_samples(self, samples: int) -> int:
-        """The first step at whose end at least `samples` samples of these data were consumed.
-
-        They count from the beginning of the data, also where another run has consumed some of them.
-        """
+        """The first step at whose end at least `samples` samples of these data were consumed."""
         if not self._is_regular:
-            before = self.start.consumed if self.start.slot else 0
-            wanted = samples + self.start.consumed - before
-            return self._first_with(lambda step: self.consumed(step) >= wanted, self.start.step)
+            return self._first_with(
+                lambda step: self.place(step).of_these >= samples, self.start.step
+            )
         if self.remainder == "carry":
             return self.start.step + -(-samples // self.effective)
         per_epoch = self.samples

@@ -154,7 +154,7 @@ class MixtureSource(OtherSource):
         """A label from what names the source."""
         path = self.path[0] if isinstance(self.path, list) else self.path or ""
         stems = [part.partition(".")[0] for part in reversed(path.split("/"))]
-        words = (self.label, *stems, self.name, self.factory, self.source)
+        words = (*stems, self.name, self.factory, self.source)
         slugs = (re.sub(r"[^a-z0-9._-]+", "-", (word or "").lower()).strip("-._") for word in words)
         return next(filter(None, slugs))
 
@@ -290,10 +290,11 @@ class Data(Section):
         """The data section of every source of a mixture by its label; of these data alone under ""."""
         if self.mixture is None:
             return {"": self}
+        taken = {own.label for own in self.mixture if own.label}
         found: dict[str, Data] = {}
         for own in self.mixture:
-            label, number = own.default_label, 1
-            while label in found:
+            label, number = own.label or own.default_label, 1
+            while label in found or (not own.label and label in taken):
                 number += 1
                 label = f"{own.default_label}-{number}"
             found[label] = own.within(self)

@@ -121,6 +121,11 @@ class RunFolder:
         plain = self.read_record()["plan"].get("start")
         return read_start(plain) if plain else None
 
+    def steps_before(self) -> int:
+        """The steps of another run that this one counts on; 0 for a run of its own."""
+        start = self.start_facts()
+        return start.place.step if start else 0
+
     def latest_plan(self) -> Plan:
         """The plan of the newest attempt; RunFolderError if the run has no attempt."""
         attempts = len(self.read_record()["attempts"])

@@ -62,7 +62,8 @@ def examine(path: Path) -> Health:
         warnings.append("metrics.jsonl: its last line is torn; a resume mends it")
     if bad_lines := count_bad_lines(folder.metrics_file):
         warnings.append(f"metrics.jsonl: {bad_lines:,} lines are no metrics and are left out")
-    if gaps := missing_steps(folder.metrics_file):
+    before = folder.steps_before() if record else 0
+    if gaps := missing_steps(folder.metrics_file, before):
         warnings.append(f"metrics.jsonl: {gaps:,} steps have no line")
     warnings += _little_room(folder, sound)
     last = attempts[-1] if attempts else {}
@@ -179,5 +180,7 @@ def _next(
     if "data fingerprint" in (last.get("message") or ""):
         return "put the data back as they were when the run began; a resume is refused until then"
     first = _NEXT.get(last.get("kind", ""), "")
-    where = f"from {sound[-1]}" if sound else "at step 1: it made no step"
+    where = (
+        f"from {sound[-1]}" if sound else f"at step {folder.steps_before() + 1}: it made no step"
+    )
     return f"{first}drumline resume {shown} goes on {where}"

@@ -3,9 +3,11 @@
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from drumline.errors import DataError, PlanError, RunError
+from drumline.checkpoint.manifest import verify
+from drumline.errors import CheckpointError, DataError, PlanError, RunError
 from drumline.plan.model import Plan
 from drumline.recipe.load import validate
 from drumline.recipe.schema import Recipe
@@ -23,17 +25,22 @@ MakePlan = Callable[[Recipe], Plan]
 
 
 def with_parent_here(
-    recipe: Recipe, ancestry: list[dict[str, Any]], adapt: Adapt, make: MakePlan
+    recipe: Recipe,
+    ancestry: list[dict[str, Any]],
+    adapt: Adapt,
+    make: MakePlan,
+    changed_data: bool = False,
 ) -> Recipe:
     """The recipe with a `start_from` that is there: as recorded, or trained again up to its step.
 
-    `ancestry`: of the record, the oldest first. RunError where the record does not hold the recipe of a run
-    that is needed; DataError where its data have changed.
+    `ancestry`: of the record, the oldest first. `changed_data`: go on although data have changed. RunError
+    where the record does not hold the recipe of a run that is needed; DataError where its data have changed.
     """
     spec = recipe.start_from
-    if spec is None or _is_there(recipe):
-        return recipe
     parent = ancestry[-1] if ancestry else {}
+    was = (parent.get("data") or {}).get("fingerprint")
+    if spec is None or _is_there(recipe, was):
+        return recipe
     if not parent.get("recipe"):
         raise RunError(
             f"start_from.run: {spec.run} is not there, and the record does not hold its recipe. Nearest: put "
@@ -45,11 +52,10 @@ def with_parent_here(
         file=sys.stderr,
     )
     own = adapt(validate(parent["recipe"], parent["run"]))
-    own = with_parent_here(own, ancestry[:-1], adapt, make)
+    own = with_parent_here(own, ancestry[:-1], adapt, make, changed_data)
     prepare_data(own)
     plan = make(own)
-    was = (parent.get("data") or {}).get("fingerprint")
-    if was != plan.data.fingerprint:
+    if was != plan.data.fingerprint and not changed_data:
         raise DataError(
             f"start_from.run: the data of {parent['run']} have changed: fingerprint {was} when it was "
             f"logged, {plan.data.fingerprint} here. Nearest: the old data"
@@ -68,11 +74,13 @@ def with_parent_here(
     )
 
 
-def _is_there(recipe: Recipe) -> bool:
-    """Whether the checkpoint is there, and of the training that it was."""
+def _is_there(recipe: Recipe, fingerprint: str | None) -> bool:
+    """Whether the checkpoint is there and sound, of the training and of the data that it was of."""
     assert recipe.start_from
     try:
         found = read_parent(recipe.start_from)
-    except PlanError:
+        verify(Path(found.checkpoint))
+    except (PlanError, CheckpointError):
         return False
-    return recipe.start_from.training_sha256 in (None, found.training_sha256)
+    is_same = recipe.start_from.training_sha256 in (None, found.training_sha256)
+    return is_same and fingerprint in (None, found.fingerprint)

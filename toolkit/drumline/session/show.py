@@ -96,8 +96,10 @@ def _sources(plan: Plan) -> str:
     samples, found = sum(own.share for own in plan.data.mixture), []
     for own in plan.data.mixture:
         seen = ""
-        if own.rows and plan.steps.epochs is not None:
-            times = own.share * plan.steps.epochs / own.rows
+        if own.rows and plan.steps.samples is not None:
+            clock = plan.clock()
+            taken = clock.consumed(plan.steps.total) - clock.start.consumed
+            times = own.share * taken / samples / own.rows
             seen = f" of {own.rows:,} rows; a row is seen {times:.2g} times in this run"
         found.append(
             f"{own.label}: {own.share:,} samples an epoch ({own.share / samples:.2%}){seen}"

@@ -42,6 +42,8 @@ def read_parent(spec: StartFrom) -> Parent:
     except RecipeError as error:
         raise PlanError(f"start_from: {error}") from None
     run = path.parent.parent
+    if not (run / "record.json").is_file():
+        run = path  # a checkpoint by itself
     facts = _plan_facts(run)
     return Parent(
         run=str(run),
@@ -50,6 +52,7 @@ def read_parent(spec: StartFrom) -> Parent:
         training_sha256=state.training_sha256,
         recipe=recipe,
         fingerprint=state.fingerprint,
+        rows=state.rows,
         place=_place(state, recipe, facts, spec),
         weights=_weights(path, index["ranks"]),
         rate=_rate(facts, state.step),
@@ -60,9 +63,10 @@ def find_checkpoint(spec: StartFrom) -> Path:
     """The folder of the checkpoint; PlanError names those that are there."""
     path = Path(spec.run)
     if (path / MANIFEST).is_file():
-        if spec.step not in (None, step_of(path)):
+        step = _step_in(path)
+        if spec.step not in (None, step):
             raise PlanError(
-                f"start_from.step: {spec.step}, and {path} is of step {step_of(path)}. Nearest: "
+                f"start_from.step: {spec.step}, and {path} is of step {step}. Nearest: "
                 f"start_from.run={shlex.quote(str(path.parent.parent))}"
             )
         return path.resolve()
@@ -90,6 +94,14 @@ def find_checkpoint(spec: StartFrom) -> Path:
     return steps[spec.step]
 
 
+def _step_in(path: Path) -> int:
+    """The step of a checkpoint, whose folder may have another name than in its run."""
+    try:
+        return int(read_manifest(path)["step"])
+    except CheckpointError as error:
+        raise PlanError(f"start_from: {error}") from None
+
+
 def _plan_facts(run: Path) -> dict[str, Any]:
     """What that run's record holds of its plan; nothing where a checkpoint lies in no run folder."""
     try:
@@ -101,7 +113,8 @@ def _plan_facts(run: Path) -> dict[str, Any]:
 def _place(state: TrainState, recipe: Recipe, facts: dict[str, Any], spec: StartFrom) -> Place:
     """The place in that run's order; of older checkpoints by the record, which has the number of samples."""
     if state.slot is not None or spec.what == "weights":
-        return Place(state.step, state.slot or 0, state.samples)
+        own = state.samples if state.own_samples is None else state.own_samples
+        return Place(state.step, state.slot or 0, state.samples, own)
     samples = (facts.get("steps") or {}).get("samples")
     if not samples:
         raise PlanError(

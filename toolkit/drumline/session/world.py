@@ -85,6 +85,7 @@ def _prepared(recipe: Recipe, problems: list[str]) -> dict[str, Any]:
         "row_tokens": manifest.row_tokens,
         "row_lengths": manifest.lengths,
         "fingerprint": manifest.fingerprint,
+        "rows": manifest.rows,
         "cache": str(folder),
     }
 

@@ -104,7 +104,8 @@ def train(
             rate = schedule.rate(plan.schedule, step.number, clock)
             engine.skip() if judgement.skip else engine.step(rate)
             place = clock.place(step.number)
-            state.advance(step.number, place.consumed, step.tokens, verdict.loss, place.slot)
+            state.advance(step.number, place.consumed, step.tokens, verdict.loss)
+            state.slot, state.own_samples = place.slot, place.of_these
             _add_noise(state, step, verdict)
             odd = judgement.why and judgement.why != "overflow"
             culprits = (
@@ -312,6 +313,7 @@ def _restore(
         fresh = TrainState(
             training_sha256=plan.training_sha256,
             fingerprint=plan.data.fingerprint,
+            rows=plan.data.rows,
             base=base[0],
             evaluation_due=bool(plan.recipe.evaluation and plan.recipe.evaluation.at_start),
         )

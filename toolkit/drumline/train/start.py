@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from drumline.checkpoint.manifest import digest_of, read_manifest, verify
+from drumline.checkpoint.manifest import digest_of, read_manifest, step_of, verify
+from drumline.checkpoint.retention import find_checkpoints
 from drumline.checkpoint.state import TrainState
 from drumline.checkpoint.weights import WEIGHTS
 from drumline.errors import CheckpointError
@@ -65,7 +66,9 @@ def _counted_on(
     engine: Engine, start: StartFacts, state: TrainState, fresh: TrainState
 ) -> TrainState:
     """The state after the other run's step, without its evaluations, which this run makes itself."""
-    fresh.step, fresh.samples, fresh.slot = start.step, start.place.consumed, start.place.slot
+    place = start.place
+    fresh.step, fresh.samples = place.step, place.consumed
+    fresh.slot, fresh.own_samples = place.slot, place.of_these
     fresh.tokens, fresh.loss = state.tokens, state.loss
     if start.continues_data:
         fresh.recent_losses, fresh.noise = state.recent_losses, state.noise
@@ -88,7 +91,12 @@ def _verified(path: Path, start: StartFacts) -> TrainState:
     errors: list[str] = [""] * world
     dist.all_gather_object(errors, error)
     if found := next(filter(None, errors), ""):
-        raise CheckpointError(f"start_from: {found}")
+        others = [step_of(one) for one in find_checkpoints(path.parent) if one != path]
+        nearest = (
+            f"start_from.step={others[-1]}" if others else "put it back, or another start_from.run"
+        )
+        gone = f"{path} is gone" if not path.is_dir() else found
+        raise CheckpointError(f"start_from: {gone}. Nearest: {nearest}")
     return state
 
 
