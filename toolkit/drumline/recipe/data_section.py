@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from drumline.recipe.section import (
     AddedLater,
@@ -159,6 +159,18 @@ class MixtureSource(OtherSource):
         return next(filter(None, slugs))
 
 
+def _or_one_set(schema: dict[str, Any]) -> None:
+    """In the JSON Schema: a set without a name, in place of sets by name."""
+    (one,) = schema["anyOf"][0]["patternProperties"].values()
+    schema["anyOf"].insert(0, dict(one))
+
+
+def _source_or_mixture(schema: dict[str, Any]) -> None:
+    """In the JSON Schema: a mixture states no source."""
+    schema["required"].remove("source")
+    schema["anyOf"] = [{"required": ["source"]}, {"required": ["mixture"]}]
+
+
 class Data(Section):
     """Where the samples come from and how they become rows.
 
@@ -175,6 +187,8 @@ class Data(Section):
     `mixture`: several sources instead of one; an epoch then has as many samples as they have rows together,
     or `samples`, and exactly its share of each.
     """
+
+    model_config = ConfigDict(json_schema_extra=_source_or_mixture)
 
     source: Literal["builtin", "files", "hub", "factory", "mixture"]
     name: Name | None = None
@@ -206,7 +220,11 @@ class Data(Section):
         Literal["drawn", "periodic"] | None, AddedLater(before="periodic")
     ] = None
     validation_seed: Annotated[int, Field(ge=0, lt=2**63), AddedLater()] = 0
-    evaluation: Annotated[dict[Slug, EvaluationSet] | None, AddedLater()] = None
+    evaluation: Annotated[
+        dict[Slug, EvaluationSet] | None,
+        AddedLater(),
+        Field(json_schema_extra=_or_one_set),
+    ] = None
     mixture: Annotated[list[MixtureSource] | None, AddedLater()] = None
 
     @model_validator(mode="before")
