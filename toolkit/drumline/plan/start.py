@@ -146,7 +146,7 @@ def _model_differences(recipe: Recipe, parent: Parent) -> list[str]:
     ours, theirs = recipe.model, parent.recipe.model
     found = [
         f"model.{key} {getattr(theirs, key)} there, {getattr(ours, key)} here"
-        for key in ("architecture", "factory", "edits")
+        for key in ("architecture", "factory", "edits", "quantization")
         if getattr(theirs, key) != getattr(ours, key)
     ]
     if (ours.source, ours.architecture) == (theirs.source, theirs.architecture):
