@@ -167,7 +167,7 @@ def test_a_cancelled_run_stays_cancelled_whoever_started_its_job(desk: Desk) -> 
     desk.drumline("run", "r.yaml", *ALONE, "duration.steps=40", "--run-dir", "straight")
     assert desk.numbers() == desk.numbers("straight")
     finished = desk.drumline("resume", "r", "--to", "slurm", code=2).stderr
-    assert "duration.steps=N` trains another one, from step 1" in finished
+    assert "duration.steps=N` makes another run that goes on from it" in finished
 
 
 def test_a_chain_s_unfinished_links_are_completed(desk: Desk) -> None:
