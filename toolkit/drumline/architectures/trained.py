@@ -150,8 +150,8 @@ def with_trained(shape: ModelShape, model: Model) -> ModelShape | str:
     """
     if model.adapter is None and not model.frozen:
         return shape
-    if shape.family == "t5":
-        return "no closed form for a T5 of which a part is frozen"
+    if shape.family == "t5" and model.activation_checkpointing != "none":
+        return "no closed form for a T5 of which a part is frozen, with checkpointed layers"
     from drumline.architectures.weight_paths import paths_of
 
     paths = paths_of(shape)
