@@ -12,7 +12,7 @@ from whole_tensors import whole_tensors
 
 from advice import heard
 
-pytestmark = [pytest.mark.xdist_group("matrix"), pytest.mark.heavy]
+pytestmark = [pytest.mark.xdist_group("kinds"), pytest.mark.heavy]
 
 ENGINES = ["ddp", "fsdp", "accelerate", "zero1", "zero2", "zero3", "zero2-offload"]
 DECAY = 0.7

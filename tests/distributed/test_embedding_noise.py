@@ -20,7 +20,7 @@ from drumline.train.models.embedding_noise import EmbeddingNoise
 from memory.family_grid import Cell, _trace
 from memory.plans import small_plan
 
-pytestmark = [pytest.mark.xdist_group("matrix"), pytest.mark.heavy]
+pytestmark = [pytest.mark.xdist_group("kinds"), pytest.mark.heavy]
 
 ENGINES = ["ddp", "fsdp", "accelerate", "zero2", "zero3"]
 SPLITS = [(6, 1, 2), (3, 2, 2), (2, 2, 3)]

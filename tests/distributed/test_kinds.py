@@ -12,7 +12,7 @@ from drumline.data.builtin import synthetic_chats
 from drumline.plan.model import Plan
 from pretrained_folders import saved
 
-pytestmark = [pytest.mark.xdist_group("matrix"), pytest.mark.heavy]
+pytestmark = [pytest.mark.xdist_group("kinds"), pytest.mark.heavy]
 
 ENGINES = ["ddp", "fsdp", "accelerate", "zero2", "zero3"]
 SPLITS = [(6, 1, 2), (3, 2, 2), (2, 2, 3)]

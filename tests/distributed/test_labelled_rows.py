@@ -16,7 +16,7 @@ from drumline.train.models import ModelBuilder
 from memory.family_grid import Cell, _trace
 from memory.plans import small_plan
 
-pytestmark = [pytest.mark.xdist_group("matrix"), pytest.mark.heavy]
+pytestmark = [pytest.mark.xdist_group("kinds"), pytest.mark.heavy]
 
 SPLITS = [(6, 1, 2), (3, 2, 2), (2, 2, 3)]
 RUNS = [("ddp", split) for split in SPLITS] + [

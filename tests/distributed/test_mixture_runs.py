@@ -13,7 +13,7 @@ from drumline.plan.model import Plan, read_plan
 from drumline.train.batches import open_rows
 from drumline.train.models import ModelBuilder
 
-pytestmark = [pytest.mark.xdist_group("matrix"), pytest.mark.heavy]
+pytestmark = [pytest.mark.xdist_group("kinds"), pytest.mark.heavy]
 
 ENGINES = ["ddp", "fsdp", "accelerate", "zero2", "zero3"]
 SPLITS = [(6, 1, 2), (3, 2, 2), (2, 2, 3)]

@@ -11,7 +11,7 @@ from whole_tensors import whole_tensors
 from drumline.plan.model import Plan
 from drumline.train.batches import StepReader, open_rows
 
-pytestmark = [pytest.mark.xdist_group("matrix"), pytest.mark.heavy]
+pytestmark = [pytest.mark.xdist_group("kinds"), pytest.mark.heavy]
 
 ENGINES = ["ddp", "fsdp", "accelerate", "zero2", "zero3"]
 SPLITS = [(6, 1, 2), (3, 2, 2), (2, 2, 3)]
