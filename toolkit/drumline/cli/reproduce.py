@@ -221,7 +221,7 @@ def _until(logged: Logged, plan: Plan, steps: int | None) -> int | None:
     if steps is not None and steps > total:
         raise PlanError(f"--steps {steps}: the run has {total:,} steps")
     first = plan.first_step
-    if (steps or last or first) < first:
+    if steps is not None and steps < first:
         raise PlanError(
             f"--steps {steps}: the run goes on after step {first - 1:,} of another one. Nearest: "
             f"--steps {first}"

@@ -137,8 +137,13 @@ def resplit(split: Split, gpus: int) -> Split:
     total = split.effective
     if total % gpus:
         raise PlanError(_explain_impossible(total, None, gpus, None, lambda gpus: True))
+    return _divided(total, gpus, split.per_device)
+
+
+def _divided(total: int, gpus: int, most: int) -> Split:
+    """The split of `total`, a multiple of `gpus`, with the largest per_device up to `most` that divides."""
     rest = total // gpus
-    b = max(b for b in divisors(rest) if b <= split.per_device)
+    b = max(b for b in divisors(rest) if b <= most)
     return Split(b, gpus, rest // b)
 
 
@@ -159,9 +164,7 @@ def split_ramp(batch: Batch, split: Split) -> list[tuple[int, Split]]:
                 f"({stage.effective} / {split.gpus} = {stage.effective / split.gpus:.2f}). Nearest: {sides}; "
                 f"or gpus {gpus}, which divides all stages"
             )
-        rest = stage.effective // split.gpus
-        b = max(b for b in divisors(rest) if b <= split.per_device)
-        found.append((stage.until_step, Split(b, split.gpus, rest // b)))
+        found.append((stage.until_step, _divided(stage.effective, split.gpus, split.per_device)))
     return found
 
 

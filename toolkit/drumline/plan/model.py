@@ -46,7 +46,7 @@ class RampFacts:
 
 @dataclass(frozen=True)
 class BatchFacts:
-    """The split; effective = per_device × gpus × accumulation. `ramp`: earlier stages with smaller ones."""
+    """The split; effective = per_device × gpus × accumulation. `ramp`: the stages before it."""
 
     effective: int
     per_device: int

@@ -38,7 +38,7 @@ class RampStage(Section):
 class Batch(Section):
     """The batch equation: effective = per_device × gpus × accumulation; missing terms are derived.
 
-    `ramp`: stages with smaller batches before it, in order; each is split over the same GPUs.
+    `ramp`: stages with other batches before it, in order; each is split over the same GPUs.
     """
 
     effective: Samples | None = None

@@ -48,7 +48,8 @@ def with_parent_here(
         )
     step = spec.step or parent["step"]
     print(
-        f"\n{spec.run} has no checkpoint of step {step:,} here: it is trained again first",
+        f"\n{spec.run}: no sound checkpoint of step {step:,}, on the same data, is here: it is trained "
+        "again first",
         file=sys.stderr,
     )
     own = adapt(validate(parent["recipe"], parent["run"]))
