@@ -22,6 +22,8 @@ LEARNS: dict[str, tuple[list[str], str, float]] = {
     "tiny-classifier": ([], "eval/loss", 0.3),
     "tiny-regression": ([], "eval/mae", 0.3),
     "tiny-multi-label": ([], "eval/loss", 0.2),
+    "tiny-dpo": (["duration.steps=30", "evaluation.every_steps=10"], "eval/loss", 0.1),
+    "tiny-kto": (["duration.steps=30", "evaluation.every_steps=10"], "eval/loss", 0.2),
     "tiny-mixture": (["duration.steps=40", "evaluation.every_steps=20"], "eval/reviews/loss", 3.3),
     "tiny-continue": (["duration.steps=40", "--from", "base"], "eval/loss", 2.7),
 }  # fmt: skip

@@ -28,6 +28,7 @@ BASE: dict[str, Any] = {
     "duration": {"steps": 100},
 }  # fmt: skip
 CLASSES = ["data.task=classification"]
+PAIRS = ["data.task=preference"]
 WARMUP = ["schedule.name=cosine"]
 SETS = "data.evaluation={source: files, path: /e.txt}"
 
@@ -57,6 +58,12 @@ FOLLOWED: list[tuple[list[str], str, list[list[str]]]] = [
      "Nearest: drawn", [["data.validation_split=drawn"]]),
     (["data.text_pair_field=other"], "text_pair_field null", [["data.text_pair_field=null"]]),
     (["data.task=regression", "model.config.pad_token_id=0", "objective.name=bce"], "objective.name=mse", [["objective.name=mse"]]),
+    ([*PAIRS, "objective.name=kto"], "kto learns from single ones with a label, and the prepared rows are pairs", [["objective.name=dpo"]]),
+    ([*PAIRS, "objective={name: simpo, label_smoothing: 0.1, reference: stored}"], "label_smoothing, reference has no meaning for simpo",
+     [["objective.label_smoothing=null", "objective.reference=null"]]),
+    ([*PAIRS, "objective={loss_type: hinge, label_smoothing: 0.1}"], "Nearest: objective.label_smoothing=0.0", [["objective.label_smoothing=0.0"]]),
+    ([*PAIRS, "objective.loss_type=exo_pair"], "Nearest: objective.label_smoothing=0.001", [["objective.label_smoothing=0.001"]]),
+    ([*PAIRS, "objective.reference=adapter_off"], "Nearest: objective.reference=stored", [["objective.reference=stored"]]),
     (["data.task=multi_label", "model.config.pad_token_id=0", "loss.label_smoothing=0.1"], "Nearest: loss.label_smoothing=0.0", [["loss.label_smoothing=0.0"]]),
     (["data.task=regression", "model.architecture=gpt2", "!model.config={n_embd: 64, n_head: 4, pad_token_id: 0, num_labels: 3}"],
      "Nearest: num_labels 1", [["model.config.num_labels=1"]]),
@@ -200,7 +207,8 @@ def told_by(overrides: list[str], is_accepted: bool = False) -> str:
         recipe = validate(plain, "r")
         samples = 1000 if recipe.data.samples == 900 else None
         classes = {"classification": 3, "regression": 1}.get(recipe.data.task)
-        world = World(samples=samples, classes=classes)
+        sequences = 2 if recipe.data.task == "preference" else 1
+        world = World(samples=samples, classes=classes, sequences=sequences)
         return "\n".join(resolve(recipe, world).warnings)
     except DrumlineError as error:
         if is_accepted:

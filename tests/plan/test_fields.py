@@ -58,6 +58,7 @@ CHANGES: dict[str, Any] = {
              {"task": "sft", "sequence_length": 9, "bos": True}, {"on_bad_row": "skip"},
              {"tokenizer": "gpt2", "special_tokens_in_text": True},
              {"task": "regression"}, {"task": "multi_label"}, {"text_pair_field": "t"},
+             {"task": "preference", "sequence_length": 9, "chosen_field": "c"}, {"task": "preference", "sequence_length": 9, "rejected_field": "r"},
              {"validation_split": "periodic"}, {"validation_seed": 1},
              {"source": "mixture", "name": None, "mixture": [{"weight": 1.0, "source": "files", "path": "/a.jsonl"},
                                                              {"weight": 2.0, "source": "files", "path": "/b.jsonl"}]},
@@ -82,7 +83,10 @@ CHANGES: dict[str, Any] = {
                   {"lr_scaling": {"rule": "sqrt", "reference_batch": 3}},
                   {"lr_scaling": {"rule": "sqrt", "reference_batch": 6}}],
     "objective": [{"name": "custom", "factory": "m:f"},
-                  {"name": "custom", "factory": "m:f", "options": {"a": 1}}],
+                  {"name": "custom", "factory": "m:f", "options": {"a": 1}},
+                  {"name": "dpo", "beta": 0.2}, {"name": "dpo", "loss_type": "hinge"}, {"name": "dpo", "label_smoothing": 0.1},
+                  {"name": "dpo", "sft_weight": 0.1}, {"name": "simpo", "gamma": 0.5}, {"name": "kto", "desirable_weight": 2.0},
+                  {"name": "kto", "undesirable_weight": 2.0}, {"name": "dpo", "reference": "adapter_off"}],
     "loss": [{"chunked": True}, {"label_smoothing": 0.1}, {"z_loss": 1e-4}],
     "schedule": [{"name": "cosine"}, {"warmup_steps": 3}, {"warmup_ratio": 0.5}, {"min_lr_ratio": 0.5},
                  {"warmup_epochs": 0.01}, {"warmup_start_ratio": 0.1}, {"min_lr": 1e-5}, {"horizon_steps": 99},
@@ -116,6 +120,14 @@ def test_every_field_matters() -> None:
             if NEEDS_TEXT & set(keys):
                 plain = {**base, "early_stopping": None, "evaluation": None}
                 start = merge(merge(plain, TEXT), {"data": {"validation": 0.0}})
+            if "objective.name" in keys and change["name"] != "custom":
+                data = {"data": {"task": "preference", "validation": 0.0}}
+                start = merge(
+                    merge(base, TEXT), {**data, "early_stopping": None, "evaluation": None}
+                )
+                start = merge(
+                    start, {"model": {"adapter": {}}, "objective": {"name": change["name"]}}
+                )
             if "strategy.offload" in keys:
                 start = merge(
                     base, {"launch": {"launcher": "deepspeed"}, "strategy": {"name": "zero1"}}

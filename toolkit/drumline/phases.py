@@ -12,6 +12,7 @@ class Phase(StrEnum):
     BUILDING = "building the model"
     LOADING = "load"
     WARMING_UP = "warm-up"
+    MEASURING = "log-probabilities of the reference"
     STEP_BEGINS = "begin"
     FORWARD = "forward"
     BACKWARD = "backward"
@@ -45,6 +46,7 @@ class Phase(StrEnum):
 
 _BEFORE_THE_FIRST_STEP = frozenset({
     Phase.STARTING, Phase.IMPORTING, Phase.JOINING, Phase.BUILDING, Phase.LOADING, Phase.WARMING_UP,
+    Phase.MEASURING,
 })  # fmt: skip
 _BEFORE_LOADING = frozenset({Phase.STARTING, Phase.IMPORTING, Phase.JOINING, Phase.BUILDING})
 _START_LIMITS_S = {

@@ -1,4 +1,4 @@
-"""Builtin data: the Python standard library's source, and small synthetic classes, chats and reviews."""
+"""Builtin data: the Python standard library's source, and small synthetic rows of each kind."""
 
 import io
 import platform
@@ -132,9 +132,36 @@ def synthetic_reviews(rows: int = 2000) -> Iterator[SourceRow]:
         yield SourceRow(fields, f"row {number + 1:,}")
 
 
+_POLITE = ("Certainly", "Of course", "Gladly")
+_RUDE = ("Why should I care", "Go away", "Who knows")
+
+
+def synthetic_preferences(rows: int = 600, labelled: bool = False) -> Iterator[SourceRow]:
+    """Questions about sums and colours with a polite, right answer and a rude, wrong one.
+
+    Fields: prompt, chosen and rejected; `labelled`: prompt, completion and label, true if it is polite.
+    """
+    for number in range(rows):
+        rng = np.random.Generator(np.random.Philox([20_28, number]))
+        one, other = (int(n) for n in rng.integers(0, 20, size=2))
+        animal, colour, wrong = rng.choice(_ANIMALS), *rng.choice(_COLOURS, 2, replace=False)
+        asked, right, false = (
+            (f"What is {one} + {other}?", f"it is {one + other}.", f"it is {one + other + 1}."),
+            (f"My {animal} is {colour}. What is it?", f"it is {colour}.", f"it is {wrong}."),
+        )[int(rng.integers(0, 2))]
+        good, bad = f" {rng.choice(_POLITE)}, {right}", f" {rng.choice(_RUDE)}, {false}"
+        fields: dict[str, Any] = {"prompt": asked, "chosen": good, "rejected": bad}
+        if labelled:
+            is_good = bool(rng.integers(0, 2))
+            answer = good if is_good else bad
+            fields = {"prompt": asked, "completion": answer, "label": is_good}
+        yield SourceRow(fields, f"row {number + 1:,}")
+
+
 BUILTIN: dict[str, Callable[..., Iterator[SourceRow]]] = {
     "python-stdlib": python_stdlib,
     "synthetic-classification": synthetic_classification,
     "synthetic-chats": synthetic_chats,
     "synthetic-reviews": synthetic_reviews,
+    "synthetic-preferences": synthetic_preferences,
 }

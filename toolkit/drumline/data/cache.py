@@ -17,6 +17,7 @@ from drumline.data.factory import factory_files
 from drumline.data.files import DataFile, matching_files
 from drumline.errors import DataError
 from drumline.recipe.data_section import ALONE, Data
+from drumline.recipe.section import without_later_defaults
 
 FORMAT_VERSION = 2
 
@@ -35,15 +36,11 @@ def cache_folder(data: Data, project: str | None) -> Path:
 
     The weights of a mixture, and how many samples an epoch of it has, change no row.
     """
-    plain = data.model_dump()
+    plain = without_later_defaults(data)
     if data.mixture is not None:
         del plain["samples"]
         for own in plain["mixture"]:
             del own["weight"]
-    else:
-        del plain["mixture"]  # as before there were mixtures
-    if data.text_pair_field is None:
-        del plain["text_pair_field"]
     plain["format"] = FORMAT_VERSION
     plain["stamps"] = _stamps(data, project)
     text = json.dumps(plain, sort_keys=True)

@@ -26,8 +26,8 @@ class DatasetManifest:
     collated by a custom task. `lengths`: input tokens of training rows at 0 %, 1 %, … 100 % of them, sorted,
     where they are padded. `style`: what the rows were recognised as. `evaluation`: rows of each evaluation
     set by its name; `validation_samples` is their sum. `mixture`: training rows of each source of a mixture
-    by its label, in the order in which they lie; `mixture_lengths`: as `lengths`, of each. `origin`: where
-    the rows came from, for people.
+    by its label, in the order in which they lie; `mixture_lengths`: as `lengths`, of each. `sequences`: of
+    tokens that a row holds. `origin`: where the rows came from, for people.
     """
 
     task: str
@@ -55,6 +55,7 @@ class DatasetManifest:
     mixture: dict[str, int] = field(default_factory=dict)
     mixture_lengths: list[list[int]] | None = None
     rows: str | None = None
+    sequences: int = 1
     version: int = MANIFEST_VERSION
 
     @property

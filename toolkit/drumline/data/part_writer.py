@@ -34,10 +34,24 @@ class PartWriter:
         self.longest = 0
 
     def append_sample(self, sample: Encoded) -> None:
-        """Append one sample to every column that it has."""
+        """Append one sample to every column that it has.
+
+        The order of the columns is part of the fingerprint.
+        """
+        for sequence in sample.sequences:
+            self.append(**self._of_sequence(sequence), **self._arrays_of(sequence))
         columns: dict[str, Any] = {}
         if sample.features is not None:
             columns["features"] = sample.features
+        columns |= self._of_sequence(sample)
+        if sample.label is not None:
+            columns["labels"] = sample.label
+        columns |= self._arrays_of(sample)
+        self.append(**columns, counts=sample.count)
+
+    def _of_sequence(self, sample: Encoded) -> dict[str, Any]:
+        """The columns of a sequence of tokens, if the sample is one."""
+        columns: dict[str, Any] = {}
         if sample.tokens is not None:
             columns |= {
                 "tokens": sample.tokens,
@@ -49,11 +63,14 @@ class PartWriter:
             self.longest = max(self.longest, len(sample.tokens) - last_is_target_only)
         if sample.prompt_targets is not None:
             columns["skipped"] = sample.prompt_targets
-        if sample.label is not None:
-            columns["labels"] = sample.label
+        return columns
+
+    def _arrays_of(self, sample: Encoded) -> dict[str, Any]:
+        """The columns of the task's own arrays."""
+        columns: dict[str, Any] = {}
         for name, values in sample.arrays.items():
             self._add_array(columns, name, np.asarray(values))
-        self.append(**columns, counts=sample.count)
+        return columns
 
     def append(self, **columns: Any) -> None:
         """Append one value, or an array of values, to each named column."""

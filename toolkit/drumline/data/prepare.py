@@ -133,6 +133,7 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
         validation[name] = writers[part].rows
     validation = {name: rows for name, rows in validation.items() if part_of_set(name) in writers}
     mixture = mixture if data.mixture else {}
+    _refuse_few(task, writers)
     arrays = _one_dtype_each(writers)
     own_columns = [column for name in arrays for column in array_columns(name)]
     for writer in writers.values():
@@ -163,12 +164,13 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
         evaluation=validation,
         mixture=mixture,
         mixture_lengths=_lengths_of_each(folder / TRAIN, task, train.longest, mixture),
+        sequences=task.sequences,
     ).write(folder)
 
 
 def _refuse_others(task: Task, other: Task) -> None:
     """DataError where the rows of two sources cannot lie side by side: chats and pairs, or other columns."""
-    if bool(other.style) != bool(task.style):
+    if other.sequences != task.sequences or bool(other.style) != bool(task.style):
         raise DataError(
             f"data: its rows are {other.style or 'prompts and completions'}, and the training rows are "
             f"{task.style or 'prompts and completions'}"
@@ -178,6 +180,16 @@ def _refuse_others(task: Task, other: Task) -> None:
             f"data: its rows have {', '.join(other.columns)}, and the training rows have "
             f"{', '.join(task.columns)}"
         )
+
+
+def _refuse_few(task: Task, writers: Writers) -> None:
+    """DataError where a part has rows, but not as many as the task needs."""
+    for part, writer in writers.items():
+        if 0 < writer.rows < task.fewest_rows:
+            raise DataError(
+                f"data: {writer.rows} of at least {task.fewest_rows} rows in {part}: each is compared with "
+                "another's completion. Nearest: more rows, or another data.validation"
+            )
 
 
 def _refuse_other_outputs(task: Task, trained: Seen, its: Seen) -> None:
@@ -266,7 +278,7 @@ def _lengths(
         return [None] * len(rows)
     found = np.fromfile(folder / "lengths.bin", dtype=DTYPES["lengths"])
     inputs = found - (int(found.max()) - longest)  # the last token can be a target only
-    parts = np.split(inputs, np.cumsum(rows)[:-1])
+    parts = np.split(inputs, np.cumsum(rows)[:-1] * task.sequences)
     return [
         [int(size) for size in np.quantile(part, np.linspace(0, 1, 101), method="nearest")]
         for part in parts

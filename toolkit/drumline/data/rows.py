@@ -7,6 +7,8 @@ A folder has `card.json` and, for `train` and `validation`, raw little-endian ar
     counts   int32 [N]       label tokens of a row                               those of the prompt
     features float32 [N, …]  labels int64 [N]                (classification)
     array-X  any             all values of array X           ends-X  int64 [N]   where a row's values end
+
+Where a row holds several sequences of tokens, starts, lengths, skipped and ends-X have one value for each.
 """
 
 from pathlib import Path
@@ -34,9 +36,10 @@ def array_columns(name: str) -> tuple[str, str]:
     return f"array-{name}", f"ends-{name}"
 
 
-def lengths_of(folder: Path, part: str) -> NDArray[np.int32]:
-    """Tokens of each prepared row of a part, int32 [N]; empty where the part has none."""
-    return _mapped(folder / part / "lengths.bin", DTYPES["lengths"])
+def lengths_of(folder: Path, part: str, sequences: int) -> NDArray[np.int32]:
+    """Tokens of each prepared row of a part, of the longest of its sequences, int32 [N]."""
+    found = _mapped(folder / part / "lengths.bin", DTYPES["lengths"])
+    return found if sequences == 1 else found.reshape(-1, sequences).max(axis=1)
 
 
 class Rows:
@@ -53,6 +56,7 @@ class Rows:
         self.task = task
         self._folder = folder / part
         self._columns: dict[str, NDArray[Any]] = {}
+        self._attached: dict[str, NDArray[Any]] = {}
         self.counts = self.column("counts")
 
     def __len__(self) -> int:
@@ -85,6 +89,19 @@ class Rows:
         if name not in self._columns:
             self._columns[name] = self._map(name)
         return self._columns[name]
+
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of each row, of the longest of its sequences, int32 [N]."""
+        return lengths_of(self._folder.parent, self._folder.name, self.manifest.sequences)
+
+    def attach(self, name: str, values: NDArray[Any]) -> None:
+        """Add a column in memory, with one value or array per row."""
+        assert len(values) == len(self)
+        self._attached[name] = values
+
+    def attached(self, name: str) -> NDArray[Any] | None:
+        """A column that was added in memory, if it was."""
+        return self._attached.get(name)
 
     def _map(self, name: str) -> NDArray[Any]:
         found = _mapped(self._folder / f"{name}.bin", self._dtype(name))

@@ -81,6 +81,14 @@ def _row(where: str, sample: Encoded | None, tokenizer: Tokenizer | None) -> Sho
             where, [], 0, 0, "dropped: nothing that is trained fits into sequence_length"
         )
     note = "cut at sequence_length" if sample.was_truncated else ""
+    if sample.sequences:
+        rows = [_row(where, one, tokenizer) for one in sample.sequences]
+        pieces = [piece for row in rows for piece in (*row.pieces, ("\n", False))][:-1]
+        if sample.label is not None:
+            pieces.append((" (desirable)" if sample.label else " (not desirable)", False))
+        return ShownRow(
+            where, pieces, sum(r.tokens for r in rows), sum(r.trained for r in rows), note
+        )
     if sample.tokens is None or tokenizer is None:
         kept = f"class {sample.label}" if sample.label is not None else "no tokens"
         return ShownRow(where, [(kept, True)], 0, sample.count, note)

@@ -95,7 +95,7 @@ def check_model(recipe: Recipe, architecture: str, config: Mapping[str, Any]) ->
 
     `config`: the recipe's, on top of that of a pretrained model.
     """
-    is_language_model = recipe.data.task in ("causal_lm", "sft")
+    is_language_model = recipe.data.facts.head == "causal_lm" and recipe.data.task != "custom"
     key = TWO_WAY.get(architecture)
     if is_language_model and key and not config.get(key):
         raise PlanError(
@@ -178,6 +178,25 @@ def check_positions(
             f"data.sequence_length: {found} > {limit} positions ({key} {whole}). "
             f"Nearest: sequence_length {limit}, or model.config.{key} {length + unused}"
         )
+
+
+def check_pairs(recipe: Recipe, sequences: int | None) -> None:
+    """Refuse an objective of pairs for labelled rows, and one of labelled rows for pairs.
+
+    `sequences`: of tokens that a prepared row holds, None if that is not known.
+    """
+    is_unpaired = recipe.objective.facts.unpaired
+    if sequences is None or is_unpaired is None or is_unpaired == (sequences == 1):
+        return
+    rows, name, other = (
+        ("pairs of completions", "learns from single ones with a label", "dpo")
+        if is_unpaired
+        else ("single completions with a label", "compares two", "kto")
+    )
+    raise PlanError(
+        f"objective.name: {recipe.objective.name} {name}, and the prepared rows are {rows}. Nearest: "
+        f"objective.name={other}"
+    )
 
 
 def check_shape(recipe: Recipe, shape: ModelShape | str, row_tokens: int | None) -> None:

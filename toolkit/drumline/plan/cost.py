@@ -69,6 +69,7 @@ def _communication_seconds(plan: Plan, shape: ModelShape) -> float:
     rate = NODE_BYTES_PER_S if batch.nodes == 1 else CLUSTER_BYTES_PER_S
     offloaded = 4.0 * trained * width / batch.gpus if recipe.strategy.offload != "none" else 0.0
     if recipe.model.activation_offload:
-        rows = batch.per_device * shape.tokens(plan.data.row_tokens or recipe.data.sequence_length)
+        tokens = shape.tokens(plan.data.row_tokens or recipe.data.sequence_length)
+        rows = batch.per_device * recipe.objective.facts.sequences * tokens
         offloaded += 2 * k * shape.layers * rows * shape.hidden * narrow
     return sent / rate + offloaded / HOST_BYTES_PER_S

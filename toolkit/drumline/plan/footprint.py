@@ -118,7 +118,7 @@ def host_bytes_of(
     offloaded = (whole + gradients) // split.gpus
     inputs = 0
     if recipe.model.activation_offload:
-        rows = split.per_device * shape.tokens(length)
+        rows = split.per_device * recipe.objective.facts.sequences * shape.tokens(length)
         inputs = shape.layers * rows * shape.hidden * 4  # at most fp32
     loading = 0
     if recipe.model.source in ("folder", "hub"):
@@ -191,7 +191,7 @@ def load_of(recipe: Recipe, shape: ModelShape, split: Split, gpu: Gpu, length: i
     is_foreach = recipe.optimizer.implementation == "foreach"
     return Load(
         shape=shape,
-        per_device=split.per_device,
+        per_device=split.per_device * recipe.objective.facts.sequences,
         sequence_length=shape.tokens(length),
         ranks=mesh.ranks,
         nodes=mesh.nodes,
@@ -207,7 +207,9 @@ def load_of(recipe: Recipe, shape: ModelShape, split: Split, gpu: Gpu, length: i
         chunked_loss=recipe.loss.chunked,
         has_z_loss=recipe.loss.z_loss > 0,
         accumulation=split.accumulation,
-        evaluation=(evaluation.per_device or split.per_device) if evaluation else None,
+        evaluation=(evaluation.per_device or split.per_device) * recipe.objective.facts.sequences
+        if evaluation
+        else None,
         is_masked=(recipe.data.facts.is_masked and not shape.patches)
         or recipe.data.packs_documents,
         has_flash=gpu.has_flash,

@@ -6,8 +6,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from drumline.recipe.data_section import OtherSource
 from drumline.recipe.schema import Recipe
-from drumline.recipe.section import AddedLater, Section
+from drumline.recipe.section import AddedLater, Section, came_later
 
 _NOT_TRAINING = {
     "recipe": None,
@@ -22,10 +23,14 @@ _NOT_TRAINING = {
     "evaluation": ("per_device",),
     "optimizer": ("implementation",),
     "loss": ("chunked",),
+    "objective": ("reference",),
     "anomalies": ("max_skipped",),
 }
 """Keys that `training_sha256` leaves out (None: the whole section). They affect how a run is computed, but
 its result only up to rounding."""
+
+_SETS = ("evaluation", "mixture")
+"""Keys of `data` that hold sets of data, with keys of their own."""
 
 
 def hashes(recipe: Recipe) -> tuple[str, str]:
@@ -70,7 +75,22 @@ def _identity(recipe: dict[str, Any]) -> dict[str, Any]:
             values = plain[section]
             if key in values and values[key] in absent:
                 plain[section] = {k: v for k, v in values.items() if k != key}
+    if isinstance(plain.get("data"), dict):
+        sets = {key: _sets(plain["data"][key]) for key in _SETS if plain["data"].get(key)}
+        plain["data"] = {**plain["data"], **sets}
     return _without_absolute_paths(plain)  # type: ignore[no-any-return]
+
+
+def _sets(value: Any) -> Any:
+    """Sets of data, by name or in a list, without the keys that came later and state nothing."""
+    if isinstance(value, list):
+        return [_sets(own) for own in value]
+    later = {key for key, field in OtherSource.model_fields.items() if came_later(field)}
+    return {
+        key: _sets(own) if isinstance(own, dict) else own
+        for key, own in value.items()
+        if key not in later or own is not None
+    }
 
 
 @cache
@@ -82,7 +102,7 @@ def _later_keys() -> list[tuple[str | None, str, list[Any]]]:
     """
     found: list[tuple[str | None, str, list[Any]]] = []
     for name, field in Recipe.model_fields.items():
-        if _came_later(field):
+        if came_later(field):
             found.append((None, name, _absent(field)))
         candidates = (field.annotation, *getattr(field.annotation, "__args__", ()))
         for section in candidates:
@@ -90,13 +110,9 @@ def _later_keys() -> list[tuple[str | None, str, list[Any]]]:
                 found += [
                     (name, key, _absent(inner))
                     for key, inner in section.model_fields.items()
-                    if _came_later(inner)
+                    if came_later(inner)
                 ]
     return found
-
-
-def _came_later(field: Any) -> bool:
-    return any(isinstance(mark, AddedLater) for mark in field.metadata)
 
 
 def _absent(field: Any) -> list[Any]:

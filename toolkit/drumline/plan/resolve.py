@@ -26,6 +26,7 @@ from drumline.plan.checks import (
     check_model,
     check_packing,
     check_padding,
+    check_pairs,
     check_positions,
     check_shape,
     check_strategy,
@@ -64,6 +65,9 @@ _NEAR_THE_PEAK = 0.9
 _WITHOUT_A_MINIMUM = ("constant", "inverse_sqrt", "piecewise")
 """Schedules that decay to no minimum, so a warm-up of the whole run cuts nothing off."""
 
+_HIGHER_IS_BETTER = ("accuracy", "f1", "reward_margin", "_chosen")
+"""Ends of the names of metrics that should grow."""
+
 _SURELY_FITS: dict[Verdict, bool | None] = {**FITS, "tight": False}
 """What the search for per_device takes as fitting."""
 
@@ -75,7 +79,7 @@ class World:
     `batchnorm`: whether a factory's model has it. `weights`: shapes of the tensors of a pretrained model,
     by name. `row_tokens`: tokens of the longest row that the run reads, or else of all prepared ones.
     `row_lengths`: as in DataFacts. `mixture`: prepared rows of each source by its label; `mixture_lengths`:
-    as `row_lengths`, of each.
+    as `row_lengths`, of each. `sequences`: of tokens that a prepared row holds.
     `parent`: the checkpoint that `start_from` names; `start`: of a run that has begun, what its plan says of
     that, instead. `problems`: warnings found while reading.
     """
@@ -93,6 +97,7 @@ class World:
     rows: str | None = None
     cache: str | None = None
     classes: int | None = None
+    sequences: int | None = None
     host_memory_bytes: int | None = None
     calibration: "Calibration | None" = None
     batchnorm: Literal["yes", "no", "unknown"] = "no"
@@ -114,6 +119,7 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
     shape = None if isinstance(found, str) else found
     seen = with_trained(shape, recipe.model) if shape else found
     check_shape(recipe, found, world.row_tokens)
+    check_pairs(recipe, world.sequences)
     if shape and world.weights is not None:
         check_weights(recipe, shape, world.weights)
     start = _start(recipe, shape, world)
@@ -235,7 +241,7 @@ def _fill(recipe: Recipe, split: Split, start: StartFacts | None) -> Recipe:
         update["evaluation"] = recipe.evaluation.model_copy(update={"per_device": split.per_device})
     update["optimizer"] = resolved_optimizer(recipe)
     if recipe.early_stopping and recipe.early_stopping.mode is None:
-        is_up = recipe.early_stopping.metric.endswith(("accuracy", "f1"))
+        is_up = recipe.early_stopping.metric.endswith(_HIGHER_IS_BETTER)
         mode = {"mode": "max" if is_up else "min"}
         update["early_stopping"] = recipe.early_stopping.model_copy(update=mode)
     if recipe.start_from and start:
@@ -261,7 +267,7 @@ def _steps(
     if is_unknown:
         samples = None  # whether the samples go on or begin anew is not known yet
     duration, length = recipe.duration, recipe.data.sequence_length
-    tokens = split.effective * length if length else None
+    tokens = split.effective * recipe.objective.facts.sequences * length if length else None
     if samples is None:
         if duration.steps is None:
             if world.problems:
@@ -510,6 +516,16 @@ _LOADED_BYTES_PER_S = 250e6
 the page cache (benchmarks/load.py)."""
 
 
+def _flops_per_row(recipe: Recipe, shape: ModelShape, length: int | None) -> int:
+    """FLOPs of forward and backward of a row, and of what is read of it without a gradient in each step."""
+    facts = recipe.objective.facts
+    forwards = facts.baseline_sequences
+    if recipe.objective.reference == "adapter_off":
+        forwards += facts.sequences + facts.baseline_sequences
+    one_forward = shape.flops_per_sample(length) // 3  # as backward takes twice as many
+    return facts.sequences * flops_per_sample(shape, length) + forwards * one_forward
+
+
 def _cost(recipe: Recipe, split: Split, shape: ModelShape | None, world: World) -> Cost:
     """Parameters, FLOPs of one optimizer step on all ranks, bytes of one checkpoint and of the weights.
 
@@ -522,7 +538,7 @@ def _cost(recipe: Recipe, split: Split, shape: ModelShape | None, world: World) 
     length = recipe.data.sequence_length or world.row_tokens
     return Cost(
         parameters=held_parameters(shape),
-        flops_per_step=split.effective * flops_per_sample(shape, length)
+        flops_per_step=split.effective * _flops_per_row(recipe, shape, length)
         if length or shape.patches
         else None,
         checkpoint_bytes=saved_bytes(recipe, shape),

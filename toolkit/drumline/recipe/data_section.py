@@ -28,15 +28,15 @@ class TaskFacts:
     """Properties of a task, so that other code need not compare task names.
 
     `is_per_token`: every token has a target (else each row has one or several). `head`: which of
-    transformers' classes the model is. `objective`: what is minimised if the recipe does not say.
-    `is_masked`: rows are padded, so attention needs a mask. `counts_tokens`: every row has
+    transformers' classes the model is. `objectives`: what can be minimised; the first if the recipe does not
+    say. `is_masked`: rows are padded, so attention needs a mask. `counts_tokens`: every row has
     `sequence_length` tokens, so a duration in tokens is defined. `problem`: transformers' word for what a
     classifier's outputs are. `metrics`: what evaluations report beside the loss.
     """
 
     is_per_token: bool
     head: Literal["causal_lm", "classification"]
-    objective: Literal["cross_entropy", "mse", "bce"] = "cross_entropy"
+    objectives: tuple[str, ...] = ("cross_entropy",)
     is_masked: bool = False
     counts_tokens: bool = False
     problem: str | None = None
@@ -52,7 +52,7 @@ TASKS = {
     "regression": TaskFacts(
         is_per_token=False,
         head="classification",
-        objective="mse",
+        objectives=("mse",),
         is_masked=True,
         problem="regression",
         metrics=("mae",),
@@ -60,10 +60,15 @@ TASKS = {
     "multi_label": TaskFacts(
         is_per_token=False,
         head="classification",
-        objective="bce",
+        objectives=("bce",),
         is_masked=True,
         problem="multi_label_classification",
         metrics=("accuracy", "f1"),
+    ),
+    "preference": TaskFacts(
+        is_per_token=True,
+        head="causal_lm",
+        objectives=("dpo", "ipo", "orpo", "simpo", "kto"),
     ),
     "custom": TaskFacts(is_per_token=True, head="causal_lm"),
 }
@@ -91,7 +96,15 @@ _RECORDED = {
 """Keys that every resolved recipe states together, whatever its version."""
 
 
-_OF_CHATS = ("messages_field", "train_on", "chat_template", "chat_template_options")
+_OF_CHATS = {
+    "messages_field": ("sft", "preference"),
+    "train_on": ("sft",),
+    "chat_template": ("sft", "preference"),
+    "chat_template_options": ("sft", "preference"),
+}
+"""Keys of chats, and the tasks that take them."""
+
+_OF_PREFERENCES = ("chosen_field", "rejected_field")
 
 
 class OtherSource(Section):
@@ -104,9 +117,11 @@ class OtherSource(Section):
     options: dict[str, Any] = {}
     split: str | None = None
     text_field: str | None = None
-    text_pair_field: str | None = None
+    text_pair_field: Annotated[str | None, AddedLater()] = None
     prompt_field: str | None = None
     completion_field: str | None = None
+    chosen_field: Annotated[str | None, AddedLater()] = None
+    rejected_field: Annotated[str | None, AddedLater()] = None
     label_field: str | None = None
     messages_field: str | None = None
 
@@ -175,7 +190,11 @@ class Data(Section):
     """Where the samples come from and how they become rows.
 
     `label_field`: a class (classification), classes or a list of yes and no (multi_label), a number or a list
-    of numbers (regression). `text_pair_field`: a second text of the row, for tasks that have labels.
+    of numbers (regression), or whether the completion is desirable (preference). `text_pair_field`: a second
+    text of the row, for tasks that have labels.
+
+    Of task preference: the columns with the completions, or chats, `chosen_field` and `rejected_field`; the
+    prompt is in `prompt_field`, or what both begin with.
 
     Of task sft: `messages_field` is a column with a chat; without it the first row tells its style.
     `train_on` says which messages count in the loss. `chat_template` is a file, or chatml; by default the
@@ -196,13 +215,17 @@ class Data(Section):
     factory: FactoryName | None = None
     options: dict[str, Any] = {}
     split: str = "train"
-    task: Literal["causal_lm", "sft", "classification", "regression", "multi_label", "custom"]
+    task: Literal[
+        "causal_lm", "sft", "preference", "classification", "regression", "multi_label", "custom"
+    ]
     task_factory: Annotated[FactoryName | None, AddedLater()] = None
     task_options: Annotated[dict[str, Any], AddedLater()] = {}
     text_field: str = "text"
     text_pair_field: Annotated[Name | None, AddedLater()] = None
     prompt_field: str = "prompt"
     completion_field: str = "completion"
+    chosen_field: Annotated[Name, AddedLater()] = "chosen"
+    rejected_field: Annotated[Name, AddedLater()] = "rejected"
     label_field: str = "label"
     messages_field: Annotated[Name | None, AddedLater()] = None
     train_on: Annotated[Literal["assistant", "last_assistant", "all"], AddedLater()] = "assistant"
@@ -269,17 +292,18 @@ class Data(Section):
                 f"text_pair_field: for a class or number of two texts, not task {self.task}. Nearest: "
                 "text_pair_field null"
             )
-        if self.bos != "auto" and self.task not in ("causal_lm", "sft"):
+        if self.bos != "auto" and self.task not in ("causal_lm", "sft", "preference"):
             raise ValueError(f"bos: texts of task {self.task} begin as the tokenizer has them")
         if self.special_tokens_in_text and self.tokenizer == "bytes":
             raise ValueError(
                 "special_tokens_in_text: bytes has no special token that a text could hold"
             )
-        chat = [
-            key for key in _OF_CHATS if getattr(self, key) != type(self).model_fields[key].default
-        ]
-        if chat and self.task != "sft":
-            raise ValueError(f"{', '.join(chat)}: for task sft, not {self.task}")
+        for key, tasks in {**_OF_CHATS, **dict.fromkeys(_OF_PREFERENCES, ("preference",))}.items():
+            if (
+                self.task not in tasks
+                and getattr(self, key) != type(self).model_fields[key].default
+            ):
+                raise ValueError(f"{key}: for task {' and '.join(tasks)}, not {self.task}")
         legal = {"causal_lm": ("stream", "documents"), "sft": ("none", "documents")}.get(
             self.task, ("none",)
         )

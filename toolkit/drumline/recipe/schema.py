@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from drumline.recipe.data_section import ALONE, TASKS, Data
 from drumline.recipe.model_section import Model
+from drumline.recipe.objective_section import Loss, Objective
 from drumline.recipe.section import (
     AddedLater,
     Count,
@@ -205,49 +206,6 @@ class Optimizer(Section):
         return self
 
 
-class Objective(Section):
-    """What is minimised; by default what the task is for.
-
-    `mse`: the mean squared error of a row's outputs. `bce`: the mean binary cross-entropy of a row's labels.
-    `custom` is a function of the recipe's project (`factory`, with `options`).
-    """
-
-    name: Literal["cross_entropy", "mse", "bce", "custom"] = "cross_entropy"
-    factory: FactoryName | None = None
-    options: dict[str, Any] = {}
-
-    @model_validator(mode="after")
-    def _keys_belong_to_the_name(self) -> Self:
-        require_factory(self, self.name == "custom", ("factory", "options"))
-        return self
-
-
-class Loss(Section):
-    """How the cross-entropy is computed; `chunked` never keeps all logits in memory at once.
-
-    `label_smoothing`: share of each target that is spread evenly over all classes or tokens, in training.
-    `z_loss`: this times the squared logarithm of the softmax' denominator is added to each token's loss, in
-            training.
-    """
-
-    chunked: bool = False
-    label_smoothing: Annotated[Fraction, AddedLater()] = 0.0
-    z_loss: Annotated[NonNegative, AddedLater()] = 0.0
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether training counts the cross-entropy alone."""
-        return not (self.label_smoothing or self.z_loss)
-
-    @model_validator(mode="after")
-    def _one_regulariser(self) -> Self:
-        if self.label_smoothing and self.z_loss:
-            raise ValueError(
-                "loss.label_smoothing and loss.z_loss do not go together. Nearest: loss.label_smoothing=0.0"
-            )
-        return self
-
-
 class Schedule(Section):
     """The learning rate as a function of the optimizer step; formulas in `plan/schedule.py`.
 
@@ -368,9 +326,9 @@ class Ema(Section):
 class EarlyStopping(Section):
     """Stop when the metric has not improved by `min_delta` for `patience` evaluations."""
 
-    metric: Annotated[
-        str, Field(pattern=r"^eval/([a-z0-9][a-z0-9._-]*/)?(loss|accuracy|f1|mae)$")
-    ] = "eval/loss"
+    metric: Annotated[str, Field(pattern=r"^eval/([a-z0-9][a-z0-9._-]*/)?[a-z0-9_]+$")] = (
+        "eval/loss"
+    )
     mode: Literal["min", "max"] | None = None
     patience: Count = 5
     min_delta: NonNegative = 0.0
@@ -474,11 +432,11 @@ class Recipe(Section):
         """The objective of the task, where none is stated."""
         data = values.get("data") if isinstance(values, dict) else None
         facts = TASKS.get(str(data.get("task"))) if isinstance(data, dict) else None
-        if facts is None or facts.objective == "cross_entropy":
+        if facts is None or facts.objectives[0] == "cross_entropy":
             return values
         stated = values.get("objective")
         if isinstance(stated, dict | None) and not (stated or {}).get("name"):
-            return {**values, "objective": {**(stated or {}), "name": facts.objective}}
+            return {**values, "objective": {**(stated or {}), "name": facts.objectives[0]}}
         return values
 
     @model_validator(mode="after")
@@ -509,21 +467,27 @@ class Recipe(Section):
                 f"early_stopping.metric: {metric}: no such evaluation; there are {', '.join(named) or 'none'}"
             )
         measured = metric.rpartition("/")[2]
-        if metric and measured not in ("loss", *self.data.facts.metrics):
+        reported = ("loss", *self.data.facts.metrics, *self.objective.facts.metrics)
+        if metric and measured not in reported:
             raise ValueError(
-                f"early_stopping.metric: {metric}: task {self.data.task} has "
-                f"{', '.join(('loss', *self.data.facts.metrics))}"
+                f"early_stopping.metric: {metric}: task {self.data.task} has {', '.join(reported)}"
             )
-        wanted = self.data.facts.objective
-        if self.objective.name not in (wanted, "custom"):
+        wanted, objective = self.data.facts.objectives, str(self.objective.name)
+        if objective not in (*wanted, "custom"):
             raise ValueError(
-                f"objective.name: {self.objective.name} is not for task {self.data.task}. Nearest: "
-                f"objective.name={wanted}"
+                f"objective.name: {objective} is not for task {self.data.task}, which has "
+                f"{', '.join(wanted)}. Nearest: objective.name={wanted[0]}"
             )
-        if self.loss.label_smoothing and wanted != "cross_entropy":
+        if self.objective.reference == "adapter_off" and self.model.adapter is None:
             raise ValueError(
-                f"loss.label_smoothing is for classes and tokens, not for {wanted}. Nearest: "
-                "loss.label_smoothing=0.0"
+                "objective.reference: adapter_off needs model.adapter. Nearest: "
+                "objective.reference=stored"
+            )
+        is_state = self.start_from is not None and self.start_from.what == "state"
+        if self.objective.reference == "stored" and is_state:
+            raise ValueError(
+                "objective.reference: stored is the model before training, which start_from.what=state has "
+                "left. Nearest: start_from.what=weights, whose weights are then the reference"
             )
         if self.duration.tokens and not self.data.facts.counts_tokens:
             raise ValueError(f"duration.tokens needs task causal_lm, not {self.data.task}")
@@ -533,13 +497,14 @@ class Recipe(Section):
                 "duration.epochs or duration.steps"
             )
         added = "label_smoothing" if self.loss.label_smoothing else "z_loss"
-        if not self.loss.is_plain and self.objective.factory:
+        if not self.loss.is_plain and objective != "cross_entropy":
+            whose = "the project's objective" if objective == "custom" else objective
             raise ValueError(
-                f"loss.{added} is of cross_entropy, not of the project's objective. Nearest: loss.{added}=0.0"
+                f"loss.{added} is of cross_entropy, not of {whose}. Nearest: loss.{added}=0.0"
             )
         if self.model.neftune_alpha and (
             self.model.source == "factory"
-            or self.data.task == "custom"
+            or self.data.task in ("custom", "preference")
             or self.data.packs_documents
         ):
             raise ValueError(

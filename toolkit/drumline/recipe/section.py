@@ -41,6 +41,30 @@ class Section(BaseModel):
     )
 
 
+def came_later(field: Any) -> bool:
+    """Whether a field of a section came after the first release."""
+    return any(isinstance(mark, AddedLater) for mark in field.metadata)
+
+
+def without_later_defaults(value: Any) -> Any:
+    """A section as plain values, without the keys that came later and have their defaults, at any depth.
+
+    So what is computed from it does not change when a key is added.
+    """
+    if isinstance(value, Section):
+        fields = type(value).model_fields
+        return {
+            key: without_later_defaults(getattr(value, key))
+            for key, field in fields.items()
+            if not (came_later(field) and getattr(value, key) == field.default)
+        }
+    if isinstance(value, dict):
+        return {key: without_later_defaults(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_later_defaults(item) for item in value]
+    return value
+
+
 def require_only(section: Section, key: str, chosen: str, needed: dict[str, str]) -> None:
     """Check that the field of the chosen source is set, and no field of another source."""
     if getattr(section, needed[chosen]) is None:

@@ -31,8 +31,9 @@ def longest_row(plan: Plan) -> int | None:
 
     assert plan.data.cache
     folder = Path(plan.data.cache)
-    train = lengths_of(folder, "train")
-    evaluated = [lengths_of(folder, part) for part in manifest.evaluation_parts.values()]
+    train = lengths_of(folder, "train", manifest.sequences)
+    parts = manifest.evaluation_parts.values()
+    evaluated = [lengths_of(folder, part, manifest.sequences) for part in parts]
     read = 0
     for first in range(begin, end, _AT_ONCE):
         places = plan.samples_at(first, min(end, first + _AT_ONCE))

@@ -81,6 +81,7 @@ def _prepared(recipe: Recipe, problems: list[str]) -> dict[str, Any]:
         "mixture": manifest.mixture or None,
         "mixture_lengths": manifest.mixture_lengths,
         "classes": manifest.classes,
+        "sequences": manifest.sequences,
         "validation_samples": manifest.validation_samples,
         "row_tokens": manifest.row_tokens,
         "row_lengths": manifest.lengths,

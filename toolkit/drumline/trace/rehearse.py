@@ -294,6 +294,7 @@ def blank_manifest(plan: Plan) -> DatasetManifest:
         sequence_length=data.sequence_length,
         feature_shape=features,
         classes=DEFAULT_CLASSES,
+        sequences=plan.recipe.objective.facts.sequences,
     )
 
 

@@ -10,12 +10,15 @@ import math
 import numpy as np
 import torch
 
+from drumline.data.tasks.preference import REFERENCE
 from drumline.errors import DrumlineError, PlanError
 from drumline.plan.model import Plan
 from drumline.train.batches import micro_batch_tensors, open_rows
 from drumline.train.engines.base import autocast_dtype
 from drumline.train.models import ModelBuilder
 from drumline.train.objectives import ObjectiveModule, build_objective
+from drumline.train.objectives.base import baseline_of
+from drumline.train.reference import needs_reference
 
 _MOST_FLOPS = 2e10
 """About a second of one core: 6 × weights × tokens."""
@@ -27,7 +30,7 @@ def dry_pass(plan: Plan) -> bool:
     """Whether it was run; PlanError says what would fail."""
     recipe, parameters = plan.recipe, plan.cost.parameters
     count = min(_LEAST_ROWS, plan.batch.per_device)
-    tokens = count * (plan.data.row_tokens or 1)
+    tokens = count * recipe.objective.facts.sequences * (plan.data.row_tokens or 1)
     is_small = parameters is None or 6.0 * parameters * tokens <= _MOST_FLOPS
     is_loaded_whole = recipe.model.edits and recipe.model.source in ("folder", "hub")
     if not is_small or is_loaded_whole or recipe.model.attention == "flash":
@@ -38,9 +41,13 @@ def dry_pass(plan: Plan) -> bool:
         if 6.0 * sum(p.numel() for p in builder.model.parameters()) * tokens > _MOST_FLOPS:
             return False
         module = ObjectiveModule(builder.whole(), build_objective(recipe))
-        sizes = rows.column("lengths") if "lengths" in rows.task.columns else rows.counts
+        sizes = rows.lengths() if "lengths" in rows.task.columns else rows.counts
         longest = np.argsort(sizes, kind="stable")[-count:].astype(np.int64)
         by_sample = recipe.batch.weighting == "sample"
+        if needs_reference(plan):
+            rows.attach(REFERENCE, np.zeros((len(rows), 2), dtype=np.float32))
+        if baseline := baseline_of(module.objective):
+            baseline.set_baseline(torch.zeros(2))
         tensors = micro_batch_tensors(rows, longest, by_sample, dummy=False)
         dtype = autocast_dtype(plan)
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is torch.bfloat16):

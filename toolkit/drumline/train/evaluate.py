@@ -5,19 +5,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from drumline.data.rows import Rows
 from drumline.phases import Phase
 from drumline.plan.model import Plan
-from drumline.plan.steps import is_due, share
+from drumline.plan.steps import is_due
 from drumline.recipe.data_section import ALONE
-from drumline.train.batches import micro_batch_tensors, open_rows
+from drumline.train.batches import open_rows
 from drumline.train.engines import Engine
-from drumline.train.step_reduce import any_rank, is_shared
+from drumline.train.forwards import Asked, forward_all
+from drumline.train.objectives.base import baseline_of
+from drumline.train.step_reduce import is_shared
 from drumline.train.watch import Watch
-
-FORWARDS_PER_LOOK = 8
-"""Forwards between two checks whether any rank was asked to stop."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,19 @@ class _Sums:
 
 
 class Evaluator:
-    """Evaluates at the cadence of `evaluation` and after the last step; data ranks share the rows."""
+    """Evaluates at the cadence of `evaluation` and after the last step; data ranks share the rows.
+
+    `parts`: the rows of the prepared data that are evaluated, by the names of the parts.
+    """
 
     def __init__(self, plan: Plan, engine: Engine) -> None:
         self._plan, self._engine = plan, engine
+        self.parts: dict[str, Rows] = {}
         self._sets: dict[str, Rows] = {}
         if plan.recipe.evaluation:
-            manifest = open_rows(plan, "train").manifest
-            parts = manifest.evaluation_parts
-            self._sets = {name: open_rows(plan, part) for name, part in parts.items()}
+            names = open_rows(plan, "train").manifest.evaluation_parts
+            self.parts = {part: open_rows(plan, part) for part in names.values()}
+            self._sets = {name: self.parts[part] for name, part in names.items()}
 
     def is_due(self, step: int, last: bool) -> bool:
         """Whether this optimizer step ends with an evaluation."""
@@ -60,22 +64,19 @@ class Evaluator:
         evaluation must then be repeated in full.
         """
         self._engine.agree_on_buffers()
-        found = self._run(watch, "eval")
         spec, ema = self._plan.recipe.ema, self._engine.ema
-        if found is None or ema is None or spec is None or not spec.evaluate:
-            return found
-        with ema.in_place():
-            averaged = self._run(watch, "eval/ema")
-        return None if averaged is None else found | averaged
+        try:
+            found = self._run(watch, "eval")
+            if ema is None or spec is None or not spec.evaluate:
+                return found
+            with ema.in_place():
+                return found | self._run(watch, "eval/ema")
+        except Asked:
+            return None
 
-    def _run(self, watch: Watch, prefix: str) -> dict[str, float] | None:
+    def _run(self, watch: Watch, prefix: str) -> dict[str, float]:
         """The metrics of all sets with the weights as they are now, under names with this prefix."""
-        found: dict[str, _Sums] = {}
-        for name, rows in self._sets.items():
-            sums = self._sums(rows, watch)
-            if sums is None:
-                return None
-            found[name] = sums
+        found = {name: self._sums(rows, watch) for name, rows in self._sets.items()}
         first, *others = found.values()
         for other in others:
             first = first.plus(other)
@@ -85,29 +86,38 @@ class Evaluator:
                 result |= self._metrics(f"{prefix}/{name}", sums)
         return result
 
-    def _sums(self, rows: Rows, watch: Watch) -> _Sums | None:
-        spec, mesh = self._plan.recipe.evaluation, self._plan.mesh
-        assert spec and spec.per_device
+    def _sums(self, rows: Rows, watch: Watch) -> _Sums:
+        """The sums of a set; raises `Asked` when any rank was asked to stop."""
+        objective = self._engine.module.objective
+        baseline = baseline_of(objective)
+        if baseline:
+            baseline.set_baseline(self._total(rows, watch, "baseline_sums"))
+        total, *pairs = self._total(rows, watch, "sums").tolist()
         by_sample = self._plan.recipe.batch.weighting == "sample"
-        names = self._engine.module.objective.metrics
-        sums = torch.zeros(1 + 2 * len(names), dtype=torch.float64, device=self._engine.device)
-        data_rank = mesh.data_rank(dist.get_rank())
-        places = share(len(rows), spec.per_device, mesh.data_ranks, data_rank)
-        for number, (start, stop) in enumerate(places):
-            watch.enter(Phase.EVALUATING, f"micro-batch {number + 1} of {len(places)}")
-            if number % FORWARDS_PER_LOOK == 0 and any_rank(
-                watch.stop_asked(), self._engine.device
-            ):
-                return None
-            indices = np.arange(start, stop) if stop > start else np.zeros(1, dtype=np.int64)
-            tensors = micro_batch_tensors(rows, indices, by_sample, dummy=stop == start)
-            sums += self._engine.evaluate(tensors).double()
-        if is_shared():
-            dist.all_reduce(sums)
-            dist.broadcast(sums, src=0)
-        total, *pairs = sums.tolist()
         weight = len(rows) if by_sample else int(rows.counts.sum())
         return _Sums(total, weight, list(zip(pairs[::2], pairs[1::2], strict=True)))
+
+    def _total(self, rows: Rows, watch: Watch, method: str) -> Tensor:
+        """Σ over all rows of a set of what a method of the objective returns, float64, on every rank."""
+        spec = self._plan.recipe.evaluation
+        assert spec and spec.per_device
+        indices = np.arange(len(rows))
+        found = torch.zeros((), dtype=torch.float64, device=self._engine.device)
+        for _, _, part in forward_all(
+            self._plan,
+            self._engine,
+            rows,
+            indices,
+            spec.per_device,
+            watch,
+            Phase.EVALUATING,
+            method,
+        ):
+            found = found + part.double()
+        if is_shared():
+            dist.all_reduce(found)
+            dist.broadcast(found, src=0)
+        return found
 
     def _metrics(self, prefix: str, sums: _Sums) -> dict[str, float]:
         result = {f"{prefix}/loss": sums.loss / sums.weight}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from drumline.checkpoint.retention import remove_abandoned
 from drumline.checkpoint.state import TrainState
+from drumline.data.rows import Rows
 from drumline.errors import CheckpointError
 from drumline.phases import Phase
 from drumline.plan import noise, schedule
@@ -22,10 +23,12 @@ from drumline.train.commit import SaveCommit
 from drumline.train.engines import Engine, build_engine
 from drumline.train.evaluate import Evaluator
 from drumline.train.forward_timer import ForwardTimer
+from drumline.train.forwards import Asked
 from drumline.train.garbage import GarbageControl
 from drumline.train.metrics import Logbook
 from drumline.train.models.build import base_fingerprint
 from drumline.train.noise import NoiseMeter, NoMeter, build_meter
+from drumline.train.reference import attach_reference, needs_reference
 from drumline.train.saver import SaveCadence, Saver
 from drumline.train.scaler import LossScaler
 from drumline.train.start import begin_from
@@ -63,11 +66,13 @@ def train(
     built = partial(watch.enter, Phase.BUILDING)
     engine = build_engine(plan, rows.manifest, device, progress=built)
     reader = StepReader(plan, rows, rank, pin=device.type == "cuda")
-    watch.enter(Phase.LOADING)
-    state, suspect = _restore(engine, plan, run_folder, watch)
-    logbook = Logbook(plan, run_folder / "metrics.jsonl", device, state)
-    saver = _saver(plan, run_folder, attempt, state.step, logbook)
     evaluator = Evaluator(plan, engine)
+    try:
+        state, suspect = _begin(engine, plan, run_folder, watch, {"train": rows, **evaluator.parts})
+    except Asked:
+        return Outcome("stopped", step=0, loss=None, evaluation=None)
+    logbook = Logbook(plan, run_folder / "metrics.jsonl", device, state, engine.step_metrics)
+    saver = _saver(plan, run_folder, attempt, state.step, logbook)
     judge = Judge(recipe.anomalies, state, suspect)
     clock = plan.clock()
     cadence = SaveCadence(recipe.checkpoint, clock)
@@ -93,7 +98,7 @@ def train(
                 save_due=cadence.time_is_up(),
                 save_failed=saver.has_failed,
                 extra_sums=meter.measured(),
-                by_source=sums[1:] if sums.ndim else None,
+                beside_loss=sums[1:] if sums.ndim else None,
             )
             norm = engine.clip(recipe.optimizer.max_grad_norm)
             verdict = reduce.wait(norm)
@@ -166,6 +171,8 @@ def forward_backward(
     timer: ForwardTimer | None = None,
 ) -> list[Tensor]:
     """Run all micro-batches of one step on this rank; returns what `Engine.accumulate` does, of each."""
+    watch.enter(Phase.FORWARD)
+    engine.measure_baseline([one.tensors for one in step.micro_batches])
     losses, meter, timer = [], meter or NoMeter(), timer or ForwardTimer(engine.device)
     count = len(step.micro_batches)
     for number, micro_batch in enumerate(step.micro_batches, start=1):
@@ -294,6 +301,25 @@ def _gain(value: float, reference: float | None, mode: str) -> float:
     if reference is None:
         return math.inf
     return reference - value if mode == "min" else value - reference
+
+
+def _begin(
+    engine: Engine, plan: Plan, run_folder: Path, watch: Watch, parts: dict[str, Rows]
+) -> tuple[TrainState, str | None]:
+    """`_restore`; and the log-probabilities of the reference for these parts, if the objective needs them.
+
+    They are of the weights before training, so they come before a checkpoint is loaded, or after that which
+    the run begins from. Raises `Asked` when any rank was asked to stop.
+    """
+    has_reference = needs_reference(plan)
+    if has_reference and plan.start is None:
+        attach_reference(plan, engine, parts, watch)
+    watch.enter(Phase.LOADING)
+    state, suspect = _restore(engine, plan, run_folder, watch)
+    if has_reference and plan.start is not None:
+        is_begun = state.step > plan.start.place.step
+        attach_reference(plan, engine, parts, watch, is_begun=is_begun)
+    return state, suspect
 
 
 def _restore(

@@ -19,10 +19,20 @@ from drumline.train.step_reduce import Verdict
 
 
 class Logbook:
-    """Collects the loop's records on every rank; only rank 0 writes them."""
+    """Collects the loop's records on every rank; only rank 0 writes them.
 
-    def __init__(self, plan: Plan, path: Path, device: torch.device, state: TrainState) -> None:
-        self._plan, self._gauge = plan, MemoryGauge(device)
+    `metrics`: names of those that steps report beside the loss.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        path: Path,
+        device: torch.device,
+        state: TrainState,
+        metrics: tuple[str, ...] = (),
+    ) -> None:
+        self._plan, self._gauge, self._metrics = plan, MemoryGauge(device), metrics
         self._file = None
         if dist.get_rank() == 0:
             self._file = MetricsFile(path, state.step, state.evaluation_due)
@@ -68,20 +78,28 @@ class Logbook:
             skipped=judgement.skip,
             **({"why": judgement.why, "sigma": judgement.sigma} if judgement.why else {}),
             **culprits,
-            **self._by_source(step, verdict),
+            **self._beside_loss(step, verdict),
             **_noise_values(state),
         )
         if step.number % self._plan.recipe.logging.every_steps == 0:
             self.flush()
 
-    def _by_source(self, step: Step, verdict: Verdict) -> dict[str, float | None]:
-        """`loss/<source>` of each source of a mixture; null where the step has no sample of it."""
-        labels = [own.label for own in self._plan.data.mixture]
+    def _beside_loss(self, step: Step, verdict: Verdict) -> dict[str, float | None]:
+        """The step's metrics, and `loss/<source>` of each source of a mixture.
+
+        Null where the step has no sample of it.
+        """
+        count = len(self._metrics)
+        ours, others = verdict.beside_loss[: 2 * count], verdict.beside_loss[2 * count :]
+        metrics = zip(self._metrics, ours[::2], ours[1::2], strict=True)
+        sources = zip(
+            (f"loss/{own.label}" for own in self._plan.data.mixture),
+            others,
+            step.source_weights,
+            strict=False,
+        )
         return {
-            f"loss/{label}": total / weight if weight else None
-            for label, total, weight in zip(
-                labels, verdict.by_source, step.source_weights, strict=False
-            )
+            name: total / weight if weight else None for name, total, weight in (*metrics, *sources)
         }
 
     def record_evaluation(self, step: int, evaluation: dict[str, float]) -> None:

@@ -18,6 +18,9 @@ from drumline.train.engines.base import autocast_dtype
 from drumline.train.objectives import ObjectiveModule
 from drumline.train.objectives.base import model_inputs
 
+_OWN = ("cross_entropy", "mse", "bce")
+"""Objectives that models of transformers have themselves."""
+
 _ROUNDING = 1e-2
 """Relative distance of two losses of the same logits, in any precision."""
 
@@ -29,11 +32,11 @@ def compare_with_own_loss(
     """Mean losses over the first row of the step that has two targets, ours and theirs, and their distance.
 
     None where the model has no loss of its own for these rows: it is no model of transformers, the objective
-    is the project's own, or training counts more than the cross-entropy.
+    is one that they lack, or training counts more than the cross-entropy.
     """
     from transformers import PreTrainedModel
 
-    is_other = plan.recipe.objective.factory or not plan.recipe.loss.is_plain
+    is_other = plan.recipe.objective.name not in _OWN or not plan.recipe.loss.is_plain
     if not isinstance(module.model, PreTrainedModel) or is_other:
         return None
     dtype, is_per_token = autocast_dtype(plan), plan.recipe.data.facts.is_per_token

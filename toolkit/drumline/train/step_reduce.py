@@ -12,8 +12,8 @@ from torch import Tensor
 class Verdict:
     """The step's loss (weighted mean, nats), gradient norm, and flags that any rank has set.
 
-    `extra_sums`: further values summed over the ranks, and `by_source`: the sums of a mixture's sources, as
-    passed to `StepReduce`.
+    `extra_sums` and `beside_loss`: further values summed over the ranks, as passed to `StepReduce`; the
+    latter are metrics of the step and the sums of a mixture's sources.
     """
 
     loss: float
@@ -22,7 +22,7 @@ class Verdict:
     save_due: bool
     save_failed: bool
     extra_sums: tuple[float, ...] = ()
-    by_source: tuple[float, ...] = ()
+    beside_loss: tuple[float, ...] = ()
 
     @property
     def loss_is_finite(self) -> bool:
@@ -50,12 +50,12 @@ class StepReduce:
         save_due: bool,
         save_failed: bool,
         extra_sums: Tensor | None = None,
-        by_source: Tensor | None = None,
+        beside_loss: Tensor | None = None,
     ) -> None:
         flags = (stop, save_due and dist.get_rank() == 0, save_failed)
         parts = [loss.reshape(1), *(on_device(flag, loss.device).reshape(1) for flag in flags)]
-        parts += [more for more in (by_source, extra_sums) if more is not None]
-        self._sources = 0 if by_source is None else len(by_source)
+        parts += [more for more in (beside_loss, extra_sums) if more is not None]
+        self._beside = 0 if beside_loss is None else len(beside_loss)
         self._shared = torch.cat(parts)
         # Alone there is nothing to sum, and NCCL's first collective would take half a gigabyte.
         self._work = dist.all_reduce(self._shared, async_op=True) if is_shared() else None
@@ -72,8 +72,8 @@ class StepReduce:
             stop=stops > 0,
             save_due=due > 0,
             save_failed=failed > 0,
-            extra_sums=tuple(more[self._sources :]),
-            by_source=tuple(more[: self._sources]),
+            extra_sums=tuple(more[self._beside :]),
+            beside_loss=tuple(more[: self._beside]),
         )
 
 

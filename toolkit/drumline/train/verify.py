@@ -25,8 +25,10 @@ from drumline.train.engines.base import autocast_dtype
 from drumline.train.loop import Outcome, forward_backward
 from drumline.train.models import ModelBuilder
 from drumline.train.objectives import ObjectiveModule, build_objective
+from drumline.train.objectives.base import baseline_of
 from drumline.train.optimizers import RATE_RATIO, build_optimizer, set_rate
 from drumline.train.own_loss import compare_with_own_loss
+from drumline.train.reference import attach_reference, needs_reference
 from drumline.train.watch import Watch
 
 REPORT = "verify.json"
@@ -48,6 +50,8 @@ def verify(plan: Plan, folder: Path, device: torch.device, watch: Watch) -> Outc
     engine = build_engine(plan, rows.manifest, device)
     silence_dropout(engine.module)
     engine.noise = None
+    if needs_reference(plan):
+        attach_reference(plan, engine, {"train": rows}, watch)
     reader = StepReader(plan, rows, dist.get_rank())
     engine.warm_up(reader.widest().tensors)
     clock = plan.clock()
@@ -94,6 +98,8 @@ def verify_bitwise(plan: Plan, folder: Path, device: torch.device, watch: Watch)
     """
     torch.set_num_threads(1)  # the order of a sum must not depend on the split
     rows = open_rows(plan, "train")
+    if needs_reference(plan):
+        attach_reference(plan, build_engine(plan, rows.manifest, device), {"train": rows}, watch)
     module = _plain_module(plan, rows, device)
     silence_dropout(module)
     optimizer = build_optimizer(module, plan.recipe)
@@ -125,6 +131,7 @@ def undivided_gradient(
     """(1/W) Σ of the gradients of the step's rows, summed in fp64; the rows are divided among the ranks."""
     names = {name: p for name, p in module.named_parameters() if p.requires_grad}
     sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in names.items()}
+    _measure_baseline(plan, rows, module, step, device)
     for gradients in _row_gradients(plan, rows, module, names, step, device):
         for name, gradient in gradients.items():
             sums[name] += gradient.double()
@@ -160,24 +167,57 @@ def _row_gradients(
     device: torch.device,
 ) -> Iterator[dict[str, Tensor]]:
     """The unscaled gradients of this rank's share of the step's rows, one row at a time."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    for place in range(rank, step.samples, world):
+    for place in _own_places(step):
         _row_backward(plan, rows, module, step, place, device)
         yield {name: p.grad for name, p in names.items() if p.grad is not None}
         module.zero_grad(set_to_none=True)
+
+
+def _own_places(step: Step) -> range:
+    """The places of this rank's share of the step's rows."""
+    return range(dist.get_rank(), step.samples, dist.get_world_size())
 
 
 def _row_backward(
     plan: Plan, rows: Rows, module: nn.Module, step: Step, place: int, device: torch.device
 ) -> None:
     """Backward of the weighted loss of one sample; `place` is its position in the step."""
+    _row_forward(plan, rows, module, step, place, device)[0].backward()
+
+
+def _row_forward(
+    plan: Plan,
+    rows: Rows,
+    module: nn.Module,
+    step: Step,
+    place: int,
+    device: torch.device,
+    method: str = "sums",
+) -> Tensor:
+    """What a method of the objective returns for one sample; `place` is its position in the step."""
     by_sample = plan.recipe.batch.weighting == "sample"
     one = micro_batch_tensors(rows, step.indices[place : place + 1], by_sample, dummy=False)
     tensors = {name: tensor.to(device) for name, tensor in one.items()}
     dtype = autocast_dtype(plan)
     with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-        total = module(tensors)[0]
-    total.backward()
+        found: Tensor = module(tensors, method)
+    return found
+
+
+def _measure_baseline(
+    plan: Plan, rows: Rows, module: Any, step: Step, device: torch.device
+) -> None:
+    """Give the objective the number that all losses of the step share, if it has one, from single rows."""
+    baseline = baseline_of(module.objective)
+    if baseline is None:
+        return
+    module.eval()
+    sums = torch.zeros((), dtype=torch.float64, device=device)
+    for place in range(step.samples):
+        found = _row_forward(plan, rows, module, step, place, device, "baseline_sums")
+        sums = sums + found.double()
+    module.train()
+    baseline.set_baseline(sums)
 
 
 def _sum_in_slot_order(
@@ -192,6 +232,7 @@ def _sum_in_slot_order(
     """Sum per-sample gradients in slot order: one rank computes each and broadcasts it, all ranks add it."""
     rank = dist.get_rank()
     sums = [torch.zeros_like(p) for p in parameters]
+    _measure_baseline(plan, rows, module, step, device)
     mesh = plan.mesh
     row = plan.batch.per_device * mesh.data_ranks
     for place in range(step.samples):

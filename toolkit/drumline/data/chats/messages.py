@@ -96,6 +96,22 @@ def chat_of(row: Row, form: ChatFormat, data: Data) -> Chat:
     return Chat(messages, _tools(row), trained)
 
 
+def find_chat(row: Row, data: Data) -> str:
+    """The column that holds a list of messages, of the recipe or of those of public data; "" if none does."""
+    named = (data.messages_field,) if data.messages_field else _LISTS
+    return next((name for name in named if _style_of(field_of(row, name)[1])), "")
+
+
+def messages_in(value: Any, column: str) -> list[Message]:
+    """The messages of a list of either style, as {role, content}; DataError for anything else."""
+    style = _style_of(value)
+    if style is None:
+        raise DataError(f"{column}: {type(value).__name__} {value!r:.60} is no list of messages")
+    if style == "openai":
+        return [_message(one, number) for number, one in enumerate(value, start=1)]
+    return [_from_sharegpt(one, number) for number, one in enumerate(value, start=1)]
+
+
 def _style_of(value: Any) -> Style | None:
     if not isinstance(value, list) or not value or not isinstance(value[0], dict):
         return None
@@ -126,15 +142,17 @@ def _pair(row: Row, form: ChatFormat, data: Data) -> list[Message]:
 
 
 def _sharegpt(row: Row, form: ChatFormat, data: Data) -> list[Message]:
-    found = []
-    for number, one in enumerate(_listed(row, form.column, form), start=1):
-        role = _ROLES.get(str(one.get("from")).lower()) if isinstance(one, dict) else None
-        if role is None:
-            said = one.get("from") if isinstance(one, dict) else one
-            raise DataError(f"message {number}: from {said!r:.60} is none of {', '.join(_ROLES)}")
-        rest = {k: v for k, v in one.items() if k not in ("from", "value") and v is not None}
-        found.append(_message({**rest, "role": role, "content": one.get("value")}, number))
-    return found
+    listed = _listed(row, form.column, form)
+    return [_from_sharegpt(one, number) for number, one in enumerate(listed, start=1)]
+
+
+def _from_sharegpt(one: Any, number: int) -> Message:
+    role = _ROLES.get(str(one.get("from")).lower()) if isinstance(one, dict) else None
+    if role is None:
+        said = one.get("from") if isinstance(one, dict) else one
+        raise DataError(f"message {number}: from {said!r:.60} is none of {', '.join(_ROLES)}")
+    rest = {k: v for k, v in one.items() if k not in ("from", "value") and v is not None}
+    return _message({**rest, "role": role, "content": one.get("value")}, number)
 
 
 def _alpaca(row: Row, form: ChatFormat, data: Data) -> list[Message]:

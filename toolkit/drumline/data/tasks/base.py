@@ -30,7 +30,8 @@ class Encoded:
     `tokens`: uint32 [n]. `prompt_targets`: number of leading targets to ignore. `label`: a class from 0.
     `outputs`: how many outputs of the head the labels need, where they are no class. `features`: float32,
     the same shape for all samples. `arrays`: other arrays of the task by name, each of one dimension and any
-    length. `count`: label tokens, the sample's weight under `weighting: token`.
+    length. `sequences`: of tokens, each a sample of its own, where a row holds several instead of `tokens`.
+    `count`: label tokens, the sample's weight under `weighting: token`.
     """
 
     count: int
@@ -40,6 +41,7 @@ class Encoded:
     outputs: int | None = None
     features: NDArray[np.float32] | None = None
     arrays: Arrays = field(default_factory=dict)
+    sequences: "tuple[Encoded, ...]" = ()
     was_truncated: bool = False
 
 
@@ -54,7 +56,10 @@ class StoredRows(Protocol):
         """Tokens [n, width] (default: longest row) and a mask [n, width], false for padding."""
 
     def column(self, name: str) -> NDArray[Any]:
-        """A stored column with one value (or one array of fixed shape) per row."""
+        """A stored column with one value (or one array of fixed shape) per row, or per sequence of it."""
+
+    def attached(self, name: str) -> NDArray[Any] | None:
+        """A column that was added in memory, if it was."""
 
     def array(self, name: str, indices: NDArray[np.int64]) -> list[NDArray[Any]]:
         """The array that `Encoded.arrays` had under this name, for each of these rows."""
@@ -66,7 +71,8 @@ class Task:
     `needs_end`: documents or completions end with the tokenizer's end token. `is_stream`: documents are
     packed end to end and cut into rows of `sequence_length` tokens; `encode` then returns a block of a
     document. `has_fixed_outputs`: every row has labels for as many outputs of the head. `columns`: the
-    columns to store, also for a part without rows.
+    columns to store, also for a part without rows. `sequences`: of tokens that a row holds, and which have a
+    length each. `fewest_rows`: that a part must have.
     """
 
     is_stream = False
@@ -74,6 +80,8 @@ class Task:
     needs_tokenizer = True
     needs_end = True
     columns: tuple[str, ...] = ("counts",)
+    sequences = 1
+    fewest_rows = 1
     data: Data
 
     def __init__(self, data: Data | None = None) -> None:

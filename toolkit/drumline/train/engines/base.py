@@ -21,6 +21,7 @@ from drumline.recipe.precision import find_precision
 from drumline.train.ema import Ema
 from drumline.train.models import BATCHNORM, derived_seed
 from drumline.train.models.embedding_noise import EmbeddingNoise
+from drumline.train.objectives.base import baseline_of
 from drumline.train.optimizers import set_rate
 from drumline.train.scaler import LossScaler
 from drumline.train.tensor_shard import TensorShard
@@ -56,7 +57,8 @@ class Engine:
         """Forward and backward of one micro-batch; `last` marks the gradient accumulation boundary.
 
         Backward runs on Σ·G/W, because engines average over G ranks. Returns the undivided sum of losses,
-        float32 [], on the device; of a mixture, float32 [1 + s], followed by the sums of its s sources.
+        float32 [], on the device; or float32 [1 + m + s], followed by numerators and denominators of the
+        metrics, if the objective reports them in each step, and by the sums of a mixture's s sources.
         """
         self._seed_dropout(step, first_slot)
         moved = self._to_device(tensors)
@@ -73,10 +75,32 @@ class Engine:
             self._backward(total * scale)
         if self.noise:
             self.noise.end()
+        objective = self.module.objective
+        if objective.reports_each_step:
+            return found.detach()  # type: ignore[no-any-return]
         if "sources" not in tensors:
             return total.detach()
-        ours = 1 + 2 * len(self.module.objective.metrics)
-        return torch.cat([found[:1], found[ours:]]).detach()
+        return torch.cat([found[:1], found[1 + 2 * len(objective.metrics) :]]).detach()
+
+    @property
+    def step_metrics(self) -> tuple[str, ...]:
+        """Names of the metrics whose sums `accumulate` returns beside the loss."""
+        objective = self.module.objective
+        return objective.metrics if objective.reports_each_step else ()
+
+    def measure_baseline(self, micro_batches: list[dict[str, Tensor]]) -> None:
+        """Give the objective the number that all losses of a step share, if it has one; a collective.
+
+        It is of the whole effective batch, of which these are this rank's part, and costs a forward of it.
+        """
+        baseline = baseline_of(self.module.objective)
+        if baseline is None:
+            return
+        parts = [self.evaluate(tensors, "baseline_sums") for tensors in micro_batches]
+        sums = torch.stack(parts).sum(dim=0)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(sums)
+        baseline.set_baseline(sums)
 
     def clip(self, max_norm: float | None) -> Tensor:
         """Unscale and clip the gradient; returns its norm before clipping, float32 [], equal on all ranks."""
@@ -117,6 +141,7 @@ class Engine:
         for number in range(passes):
             if number:
                 self._let_go_of_buckets()
+            self.measure_baseline([tensors])
             self.accumulate(tensors, 0, 1.0, step=0, dummy=True, last=True)
             self.check_that_all_is_used()
             self.skip()
@@ -150,12 +175,15 @@ class Engine:
             )
 
     @torch.no_grad()
-    def evaluate(self, tensors: dict[str, Tensor]) -> Tensor:
-        """The objective's sums over a micro-batch, float32 [1 + 2·metrics], on the device."""
+    def evaluate(self, tensors: dict[str, Tensor], method: str = "sums") -> Tensor:
+        """The objective's sums over a micro-batch, float32 [1 + 2·metrics], on the device.
+
+        Or what another of its `method`s returns. Without dropout and gradient.
+        """
         self.module.eval()
         try:
             with self._precision():
-                return self.wrapped(self._to_device(tensors)).detach()  # type: ignore[no-any-return]
+                return self.wrapped(self._to_device(tensors), method).detach()  # type: ignore[no-any-return]
         finally:
             self.module.train()
             self._after_evaluation()

@@ -5,8 +5,9 @@ kaiming_uniform with a = √5, B zero, DoRA's magnitudes the norms of the base's
 generator of each layer, so that they depend neither on the split nor on which other layers have adapters.
 """
 
+import contextlib
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,19 @@ def export_adapter(model: Any, spec: Adapter, base: str, target: Path) -> None:
         for name, p in trained.items()
     }
     save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+@contextlib.contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """Context in which the layers compute what the base model does; the adapters stay trainable."""
+    layers: list[Any] = [model.get_submodule(name) for name in adapted_layers(model).values()]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 @torch.no_grad()

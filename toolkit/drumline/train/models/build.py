@@ -120,7 +120,12 @@ def _folder_of(recipe: Recipe) -> Path:
 
 def base_fingerprint(recipe: Recipe) -> str:
     """Fingerprint of the pretrained weights under an adapter, which its checkpoints do not hold; else ""."""
-    if recipe.model.adapter is None or recipe.model.source not in ("folder", "hub"):
+    return "" if recipe.model.adapter is None else weights_fingerprint(recipe)
+
+
+def weights_fingerprint(recipe: Recipe) -> str:
+    """Fingerprint of the pretrained weights that training begins with; "" where they are random."""
+    if recipe.model.source not in ("folder", "hub"):
         return ""
     return fingerprint_of(_folder_of(recipe))
 

@@ -1,16 +1,26 @@
 """The interface of all objectives, used by engines, evaluation and verification."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from drumline.data.tasks.preference import BASELINE, REFERENCE
 from drumline.train.models.masks import positions_given
 
 Batch = dict[str, Tensor]
 
-_NOT_INPUTS = {"targets", "weights", "sources", "lengths"}
+_NOT_INPUTS = {
+    "targets",
+    "weights",
+    "sources",
+    "lengths",
+    REFERENCE,
+    "desirable",
+    BASELINE + "input_ids",
+    BASELINE + "targets",
+}
 
 
 @dataclass(frozen=True)
@@ -33,11 +43,12 @@ class Objective:
 
     `metrics`: the names that `sums` returns, reported by evaluation as `eval/<name>`. `why_not_additive`:
     empty if the loss of a batch is the sum of its samples' losses, without which the split would change the
-    result; else the reason why it is not.
+    result; else the reason why it is not. `reports_each_step`: training steps report the metrics, too.
     """
 
     metrics: tuple[str, ...] = ()
     why_not_additive: str = ""
+    reports_each_step = False
 
     def sums(self, model: nn.Module, batch: Batch) -> Sums:
         """Run the model on a micro-batch and sum its losses.
@@ -49,10 +60,26 @@ class Objective:
         raise NotImplementedError
 
 
+class StepBaseline(Protocol):
+    """An objective with a number that all losses of a step share, over its whole effective batch."""
+
+    def baseline_sums(self, model: nn.Module, batch: Batch) -> Tensor:
+        """This micro-batch's part of the sums that the number is made of, float [k]; without a gradient."""
+
+    def set_baseline(self, sums: Tensor) -> None:
+        """Take the sums over the whole effective batch, float [k], for the losses that follow."""
+
+
+def baseline_of(objective: Objective) -> StepBaseline | None:
+    """The objective, if its losses share a number."""
+    return objective if hasattr(objective, "baseline_sums") else None  # type: ignore[return-value]
+
+
 class ObjectiveModule(nn.Module):
     """Model and objective in one module, so that DDP and FSDP wrap the whole forward.
 
-    forward(batch) -> float [1 + 2·m]: the loss, then numerator and denominator of each of m metrics. Where
+    forward(batch, method) -> what this method of the objective returns, by default `sums` as one tensor:
+    float [1 + 2·m]: the loss, then numerator and denominator of each of m metrics. Where
     the batch has `sources`, float [n, s] (1 in the column of a row's source, else 0), the losses of the s
     sources follow.
     """
@@ -62,8 +89,11 @@ class ObjectiveModule(nn.Module):
         self.model = model
         self.objective = objective
 
-    def forward(self, batch: Batch) -> Tensor:
-        """The sums of this micro-batch, as one tensor."""
+    def forward(self, batch: Batch, method: str = "sums") -> Tensor:
+        """The sums of this micro-batch, as one tensor, or what another method computes of it."""
+        if method != "sums":
+            other: Tensor = getattr(self.objective, method)(self.model, batch)
+            return other
         found = self.objective.sums(self.model, batch)
         parts = [found.loss]
         for name in self.objective.metrics:

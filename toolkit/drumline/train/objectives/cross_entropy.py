@@ -37,13 +37,9 @@ class TokenCrossEntropy(Objective):
 
     def sums(self, model: nn.Module, batch: Batch) -> Sums:
         """Sum the losses of `targets`, int64 [n, L], under the model's logits [n, L, V]."""
-        added = self._added if model.training else (0.0, 0.0)
+        smoothing, z_loss = self._added if model.training else (0.0, 0.0)
         by_row = "sources" in batch
-        if self._chunks:
-            found = _chunked_sum(model, batch, self._chunks, (*added, by_row))
-        else:
-            logits = model_inputs(model, batch).logits
-            found = token_loss_sum(logits, batch["targets"], batch["weights"], *added, by_row)
+        found = model_loss_sum(model, batch, self._chunks, smoothing, z_loss, by_row)
         return Sums(found.sum(), rows=found) if by_row else Sums(found)
 
 
@@ -71,6 +67,21 @@ class ClassCrossEntropy(Objective):
         weighted = losses * weights
         accuracy = {"accuracy": (right, (targets != IGNORED).sum())}
         return Sums(weighted.sum(), accuracy, weighted if "sources" in batch else None)
+
+
+def model_loss_sum(
+    model: nn.Module,
+    batch: Batch,
+    chunks: int = 0,
+    smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    by_row: bool = False,
+) -> Tensor:
+    """`token_loss_sum` of a model's logits, of one of so many chunks of them at a time, or of all (0)."""
+    if chunks:
+        return _chunked_sum(model, batch, chunks, (smoothing, z_loss, by_row))
+    logits = model_inputs(model, batch).logits
+    return token_loss_sum(logits, batch["targets"], batch["weights"], smoothing, z_loss, by_row)
 
 
 def token_loss_sum(
