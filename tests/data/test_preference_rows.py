@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from advice import heard
 from conftest import tiny_recipe
 from drumline.data.prepare import prepare
 from drumline.data.rows import Rows
@@ -142,6 +143,24 @@ def test_what_is_no_preference_is_refused(
     """With the row and the column."""
     with pytest.raises(DataError, match=words):
         prepare(data_of(tmp_path, *rows, chat_template="chatml"), None)
+
+
+def test_two_labelled_rows_are_enough(tmp_path: Path) -> None:
+    """As the message for one says."""
+    row = {"prompt": "p", "completion": "c", "label": True}
+    with pytest.raises(DataError) as caught:
+        prepare(data_of(tmp_path, row), None)
+    heard("each is compared with another's completion", str(caught.value))
+    assert len(prepared(data_of(tmp_path, row, row))) == 2
+
+
+def test_a_whole_chat_needs_no_prompt(tmp_path: Path) -> None:
+    """Without the column that contradicts it, as the message says."""
+    row = {"chosen": says((U, "Hi"), (A, "a")), "rejected": says((U, "Hi"), (A, "b"))}
+    with pytest.raises(DataError) as caught:
+        prepare(data_of(tmp_path, {**row, "prompt": "other"}, chat_template="chatml"), None)
+    heard("is a whole chat, in which the prompt beside it does not occur", str(caught.value))
+    assert len(prepared(data_of(tmp_path, row, chat_template="chatml"))) == 1
 
 
 def test_sources_of_a_mixture_must_agree(tmp_path: Path) -> None:

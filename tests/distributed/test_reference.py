@@ -14,8 +14,9 @@ import torch.distributed as dist
 from test_preferences import rows_in
 from unequal import unequal_plan
 
+from advice import heard
 from drumline.data.cache import cache_root
-from drumline.errors import CheckpointError
+from drumline.errors import CheckpointError, DataError
 from drumline.phases import Phase
 from drumline.plan.model import Plan
 from drumline.rank_files import Heartbeat
@@ -136,8 +137,20 @@ def test_the_reference_is_what_the_run_begins_from(tmp_path: Path) -> None:
     assert again.forwards == []
     for path in (cache_root() / "reference").glob("*/*.npy"):
         path.unlink()
-    with pytest.raises(CheckpointError, match="reference are gone, and the model has been trained"):
+    with pytest.raises(CheckpointError) as caught:
         run(child, tmp_path / "child")
+    heard("of the reference are gone, and the model has been trained since", str(caught.value))
+    assert run(child, tmp_path / "anew").outcome == "finished"
+    assert run(child, tmp_path / "child").outcome == "finished"
+
+
+def test_a_model_that_computes_nothing_is_refused(tmp_path: Path) -> None:
+    """Before the first step, with the row."""
+    broken = {"model": {"config": {"initializer_range": 1e30}}}
+    with pytest.raises(DataError) as caught:
+        run(plan_of(tmp_path, **broken), tmp_path / "run")
+    heard("of the prepared data is not finite before training", str(caught.value))
+    assert run(plan_of(tmp_path), tmp_path / "sound").outcome == "finished"
 
 
 def test_damaged_files_are_computed_anew(tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ LEARNS: dict[str, tuple[list[str], str, float]] = {
     "tiny-multi-label": ([], "eval/loss", 0.2),
     "tiny-dpo": (["duration.steps=30", "evaluation.every_steps=10"], "eval/loss", 0.1),
     "tiny-kto": (["duration.steps=30", "evaluation.every_steps=10"], "eval/loss", 0.2),
+    "tiny-names": (["duration.steps=80", "evaluation.every_steps=40"], "eval/loss", 0.1),
+    "tiny-masked": (["duration.steps=100", "evaluation.every_steps=50"], "eval/loss", 2.4),
+    "tiny-t5": (["duration.steps=100", "evaluation.every_steps=50"], "eval/loss", 0.4),
     "tiny-mixture": (["duration.steps=40", "evaluation.every_steps=20"], "eval/reviews/loss", 3.3),
     "tiny-continue": (["duration.steps=40", "--from", "base"], "eval/loss", 2.7),
 }  # fmt: skip

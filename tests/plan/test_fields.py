@@ -59,6 +59,8 @@ CHANGES: dict[str, Any] = {
              {"tokenizer": "gpt2", "special_tokens_in_text": True},
              {"task": "regression"}, {"task": "multi_label"}, {"text_pair_field": "t"},
              {"task": "preference", "sequence_length": 9, "chosen_field": "c"}, {"task": "preference", "sequence_length": 9, "rejected_field": "r"},
+             {"task": "token_classification", "sequence_length": 9, "label_names": ["O", "B-X"]},
+             {"task": "seq2seq", "sequence_length": 9, "target_length": 5}, {"task": "masked_lm", "sequence_length": 9, "mask_probability": 0.3},
              {"validation_split": "periodic"}, {"validation_seed": 1},
              {"source": "mixture", "name": None, "mixture": [{"weight": 1.0, "source": "files", "path": "/a.jsonl"},
                                                              {"weight": 2.0, "source": "files", "path": "/b.jsonl"}]},

@@ -342,6 +342,8 @@ def _pooler(shape: ModelShape) -> Tensors:
         return {"pooler": (h, h), "pooler_bias": (h,)}
     if shape.pooling == "first_norm":
         return {"pooler": (h, h), "pooler_norm": (h,)}
+    if shape.pooling == "vocabulary":
+        return {"pooler": (h, h), "pooler_bias": (h,), "pooler_norm": (h,), "pooler_shift": (h,)}
     return {}
 
 

@@ -8,11 +8,20 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Pooling = Literal[
-    "last", "first", "mean", "first_and_mean", "first_tanh", "first_gelu", "first_norm"
+    "last",
+    "first",
+    "mean",
+    "first_and_mean",
+    "first_tanh",
+    "first_gelu",
+    "first_norm",
+    "tokens",
+    "vocabulary",
 ]
 """What a classifier's head reads. last: every token, of which the last one counts. first, mean: that token,
 or the mean of all patches, or both side by side; first_tanh, first_gelu, first_norm: the first token after
-another layer with this activation, and with a norm."""
+another layer with this activation, and with a norm. tokens: every token has a class. vocabulary: every token
+is guessed, after another layer with a norm."""
 
 Norm = Literal["rms", "rms_wide", "layer", "layer_without_shift", "cohere"]
 """rms: x / rms cast back, then times the weight. rms_wide: times the weight in fp32, then cast back. layer:

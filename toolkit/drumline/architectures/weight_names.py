@@ -29,6 +29,10 @@ NOT_WEIGHTS = ("inv_freq", "masked_bias", "position_ids", "e_score_correction_bi
 """Ends of names of tensors that files have beside weights, and that transformers leaves out."""
 
 
+OF_PRETRAINING = (".pooler.", "seq_relationship.")
+"""Parts of names of what BERT guessed besides masked tokens when it was trained."""
+
+
 def problem_with(shape: ModelShape, tensors: Sizes, has_new_head: bool) -> str:
     """What is wrong with the files of a pretrained model; "" where they hold what this shape needs.
 
@@ -69,6 +73,8 @@ def _is_weight(shape: ModelShape, name: str, sizes: tuple[int, ...]) -> bool:
         shape.architecture == "deepseek_v3" and found
     ):  # the layers after the last one predict more tokens
         return int(found[2]) < shape.layers
+    if shape.pooling == "vocabulary" and any(part in name for part in OF_PRETRAINING):
+        return False
     return not (shape.architecture == "siglip" and name.startswith(("text_model.", "logit_")))
 
 

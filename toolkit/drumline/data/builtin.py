@@ -158,10 +158,41 @@ def synthetic_preferences(rows: int = 600, labelled: bool = False) -> Iterator[S
         yield SourceRow(fields, f"row {number + 1:,}")
 
 
+_FIRST = ("Ann", "Tom", "Eva", "Ben", "Ida", "Max")
+_LAST = ("Berg", "Lund", "Hill", "Frost")
+_PLACES = ("Oslo", "Rome", "Lima", "Quito")
+
+
+def synthetic_names(rows: int = 800) -> Iterator[SourceRow]:
+    """Sentences about persons and places.
+
+    Fields: words; tags, of O, B-PER, I-PER and B-LOC; prompt, the sentence; completion, its names.
+    """
+    for number in range(rows):
+        rng = np.random.Generator(np.random.Philox([20_29, number]))
+        persons = [
+            [rng.choice(_FIRST)] + [rng.choice(_LAST)] * int(rng.integers(0, 2)) for _ in "ab"
+        ]
+        place = str(rng.choice(_PLACES))
+        (one, other), seen = persons, str(rng.choice(("met", "saw", "called")))
+        words = [str(word) for word in (*one, seen, *other, "in", place, "today")]
+        tags = [
+            *["B-PER", "I-PER"][: len(one)], "O", *["B-PER", "I-PER"][: len(other)], "O", "B-LOC", "O",
+        ]  # fmt: skip
+        fields = {
+            "words": words,
+            "tags": tags,
+            "prompt": " ".join(words),
+            "completion": f"{' '.join(map(str, one))}; {' '.join(map(str, other))}",
+        }
+        yield SourceRow(fields, f"row {number + 1:,}")
+
+
 BUILTIN: dict[str, Callable[..., Iterator[SourceRow]]] = {
     "python-stdlib": python_stdlib,
     "synthetic-classification": synthetic_classification,
     "synthetic-chats": synthetic_chats,
     "synthetic-reviews": synthetic_reviews,
     "synthetic-preferences": synthetic_preferences,
+    "synthetic-names": synthetic_names,
 }

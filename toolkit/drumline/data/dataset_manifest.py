@@ -16,6 +16,16 @@ MANIFEST_FILE = "card.json"
 
 
 @dataclass(frozen=True)
+class MaskFacts:
+    """The id that masks a token, those that are never masked, and the ids around a document; None without."""
+
+    mask: int | None
+    specials: list[int]
+    before: int | None
+    after: int | None
+
+
+@dataclass(frozen=True)
 class DatasetManifest:
     """Describes a prepared folder; `fingerprint` and `tokenizer` depend on content only, not on paths.
 
@@ -27,7 +37,8 @@ class DatasetManifest:
     where they are padded. `style`: what the rows were recognised as. `evaluation`: rows of each evaluation
     set by its name; `validation_samples` is their sum. `mixture`: training rows of each source of a mixture
     by its label, in the order in which they lie; `mixture_lengths`: as `lengths`, of each. `sequences`: of
-    tokens that a row holds. `origin`: where the rows came from, for people.
+    tokens that a row holds. `masking`: of rows
+    whose tokens are masked while they are read. `origin`: where the rows came from, for people.
     """
 
     task: str
@@ -56,6 +67,7 @@ class DatasetManifest:
     mixture_lengths: list[list[int]] | None = None
     rows: str | None = None
     sequences: int = 1
+    masking: MaskFacts | None = None
     version: int = MANIFEST_VERSION
 
     @property
@@ -93,7 +105,8 @@ def read_dataset_manifest(folder: Path) -> DatasetManifest | None:
     if not isinstance(raw, dict) or raw.get("version") != MANIFEST_VERSION:
         return None
     try:
-        manifest = DatasetManifest(**raw)
+        masking = raw.get("masking") and MaskFacts(**raw["masking"])
+        manifest = DatasetManifest(**{**raw, "masking": masking})
     except TypeError:
         return None
     return manifest if manifest.files == sizes(folder) else None

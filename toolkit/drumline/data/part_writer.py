@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -118,6 +118,12 @@ class Packer:
         self._writer, self._length, self._most = writer, length, most
         self._begin = writer.tokens  # of another source's stream before it
 
+    @property
+    def is_full(self) -> bool:
+        """Whether there are tokens for as many rows as there may be."""
+        taken = self._writer.tokens - self._begin
+        return self._most is not None and taken > self._most * self._length
+
     def add(self, tokens: Tokens) -> None:
         """Append a document's tokens."""
         self._writer.append(tokens=tokens)
@@ -136,3 +142,49 @@ class Packer:
             self._writer.append(
                 starts=starts, lengths=counts + 1, skipped=np.zeros_like(counts), counts=counts
             )
+
+
+class RowCutter:
+    """Cuts documents, laid end to end, into rows of `length` tokens, each encoded as a sample of its own.
+
+    The last row may be shorter. `most`: rows at most, or None.
+    """
+
+    def __init__(
+        self,
+        writer: PartWriter,
+        length: int,
+        most: int | None,
+        encode: Callable[[Tokens], Encoded],
+    ) -> None:
+        self._writer, self._length, self._most, self._encode = writer, length, most, encode
+        self._waiting: list[Tokens] = []
+        self._count = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the part has as many rows as it may."""
+        return self._most is not None and self._writer.rows >= self._most
+
+    def add(self, tokens: Tokens) -> None:
+        """Append a document's tokens, and write the rows that are full."""
+        self._waiting.append(tokens)
+        self._count += len(tokens)
+        if self._count < self._length:
+            return
+        whole = np.concatenate(self._waiting)
+        end = len(whole) // self._length * self._length
+        for start in range(0, end, self._length):
+            self._write(whole[start : start + self._length])
+        self._waiting, self._count = [whole[end:]], len(whole) - end
+
+    def finish(self) -> None:
+        """Write what is left as a row."""
+        if self._count:
+            self._write(np.concatenate(self._waiting))
+            self._waiting, self._count = [], 0
+
+    def _write(self, tokens: Tokens) -> None:
+        sample = self._encode(tokens)
+        if sample.count and not self.is_full:
+            self._writer.append_sample(sample)

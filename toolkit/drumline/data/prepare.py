@@ -147,7 +147,7 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
         sequence_length=data.sequence_length,
         tokenizer=tokenizer.fingerprint if tokenizer else None,
         token_dtype=dtype,
-        vocabulary=tokenizer.vocabulary if tokenizer else None,
+        vocabulary=_vocabulary(tokenizer, task) if tokenizer else None,
         feature_shape=seen.feature_shape,
         classes=seen.classes or None,
         label_tokens=train.label_tokens,
@@ -165,6 +165,7 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
         mixture=mixture,
         mixture_lengths=_lengths_of_each(folder / TRAIN, task, train.longest, mixture),
         sequences=task.sequences,
+        masking=task.masking,
     ).write(folder)
 
 
@@ -180,6 +181,12 @@ def _refuse_others(task: Task, other: Task) -> None:
             f"data: its rows have {', '.join(other.columns)}, and the training rows have "
             f"{', '.join(task.columns)}"
         )
+
+
+def _vocabulary(tokenizer: Tokenizer, task: Task) -> int:
+    """Ids that rows may have: those of the tokenizer, and a mask token beyond them."""
+    mask = task.masking.mask if task.masking else None
+    return max(tokenizer.vocabulary, 0 if mask is None else mask + 1)
 
 
 def _refuse_few(task: Task, writers: Writers) -> None:

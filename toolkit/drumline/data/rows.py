@@ -62,9 +62,14 @@ class Rows:
     def __len__(self) -> int:
         return len(self.counts)
 
-    def collate(self, indices: NDArray[np.int64]) -> Arrays:
-        """Samples as the arrays of one micro-batch, collated by their task."""
-        return self.task.collate(self, indices)
+    def collate(
+        self, indices: NDArray[np.int64], seeds: NDArray[np.uint64] | None = None
+    ) -> Arrays:
+        """Samples as the arrays of one micro-batch, collated by their task; `seeds`: for what it draws."""
+        if not self.task.draws:
+            return self.task.collate(self, indices)
+        assert seeds is not None
+        return self.task.collate_drawn(self, indices, seeds)
 
     def tokens(
         self, indices: NDArray[np.int64], width: int | None = None

@@ -19,6 +19,7 @@ from drumline.data.tasks import Task
 from drumline.data.tokenizers import (
     ChatFacts,
     EncodedRow,
+    EncodedWords,
     HubTokenizer,
     Offsets,
     Request,
@@ -47,7 +48,7 @@ class TokenizeAhead:
     def __init__(self, inner: HubTokenizer) -> None:
         self._inner = inner
         self.vocabulary, self.fingerprint = inner.vocabulary, inner.fingerprint
-        self.begin, self.end = inner.begin, inner.end
+        self.begin, self.end, self.masking = inner.begin, inner.end, inner.masking
         self._answers: dict[Request, Any] = {}
         self._lock = threading.Lock()
         self._processes: ProcessPoolExecutor | None = None
@@ -67,6 +68,10 @@ class TokenizeAhead:
     def encode_offsets(self, text: str, bounds: tuple[int, ...]) -> tuple[Tokens, Offsets]:
         """As the tokenizer's own."""
         return self._answer(("encode_offsets", text, bounds))  # type: ignore[no-any-return]
+
+    def encode_words(self, words: tuple[str, ...], most: int | None) -> EncodedWords:
+        """As the tokenizer's own."""
+        return self._answer(("encode_words", words, most))  # type: ignore[no-any-return]
 
     def decode(self, tokens: Tokens) -> str:
         """As the tokenizer's own."""

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from drumline.data.dataset_manifest import MaskFacts
 from drumline.errors import DataError
 
 Tokens = NDArray[np.uint32]
@@ -48,6 +49,17 @@ class EncodedRow(NamedTuple):
     second: int | None = None
 
 
+class EncodedWords(NamedTuple):
+    """The tokens of words, with special tokens around them; `firsts`: where each word begins, int32 [w].
+
+    A word that was cut off, or that has no token, has none.
+    """
+
+    tokens: Tokens
+    was_cut: bool
+    firsts: NDArray[np.int32]
+
+
 class Tokenizer(Protocol):
     """What `prepare` needs of a tokenizer; a text makes no special token unless the recipe says so.
 
@@ -57,6 +69,14 @@ class Tokenizer(Protocol):
 
     vocabulary: int
     fingerprint: str
+
+    @property
+    def masking(self) -> MaskFacts:
+        """What a model that guesses masked tokens needs to know."""
+
+    def encode_words(self, words: tuple[str, ...], most: int | None) -> EncodedWords:
+        """Token ids of a row's words with the special tokens that the model expects, at most `most`."""
+        ...
 
     @property
     def end(self) -> int | None:
@@ -102,6 +122,17 @@ class ByteTokenizer:
     end = 256
     begin = None
     fingerprint = "bytes"
+    masking = MaskFacts(mask=257, specials=[256], before=None, after=256)
+
+    def encode_words(self, words: tuple[str, ...], most: int | None) -> EncodedWords:
+        """The bytes of the words with a space between them, as far as they fit."""
+        parts = [self.encode(word if n == 0 else f" {word}") for n, word in enumerate(words)]
+        whole = np.concatenate([np.zeros(0, np.uint32), *parts])
+        sizes = np.array([len(part) for part in parts], dtype=np.int32)
+        firsts = np.cumsum(sizes) - sizes + (np.arange(len(words)) > 0)
+        tokens = whole[: most or len(whole)]
+        firsts = np.where(firsts < len(tokens), firsts, -1)
+        return EncodedWords(tokens, len(tokens) < len(whole), firsts.astype(np.int32))
 
     def encode(self, text: str) -> Tokens:
         """The text's UTF-8 bytes."""
@@ -158,6 +189,7 @@ class HubTokenizer:
             raise DataError(f"data.tokenizer: {name} cannot be loaded: {first}") from None
         self.made_of = (name, bos, needs_end, is_marked)
         self._splits = not is_marked
+        self._spaced: Any = None
         inner = self._inner
         if needs_end and inner.eos_token_id is None:
             raise DataError(
@@ -195,6 +227,8 @@ class HubTokenizer:
             kind: Request = (method,)
             if method == "encode_row":
                 kind = (method, arguments[1], arguments[2] is not None)
+            if method == "encode_words":
+                kind = (method, arguments[1])
             kinds.setdefault(kind, []).append(place)
         for kind, places in kinds.items():
             asked = [requests[place] for place in places]
@@ -203,7 +237,8 @@ class HubTokenizer:
 
     def _answers_of_a_kind(self, kind: Request, requests: list[Request]) -> list[Any]:
         """The same through the tokenizer's own batches, which do without lists of Python's numbers."""
-        inner = self._inner.backend_tokenizer
+        owner = self._of_words() if kind[0] == "encode_words" else self._inner
+        inner = owner.backend_tokenizer
         inner.encode_special_tokens = self._splits
         inner.no_padding()
         inner.no_truncation()
@@ -222,6 +257,13 @@ class HubTokenizer:
             texts = [text for _, text, _ in requests]
             found = inner.encode_batch(texts, add_special_tokens=False)
             return [(_array(one), np.array(one.offsets, np.int64).reshape(-1, 2)) for one in found]
+        if kind[0] == "encode_words":
+            if kind[1]:
+                inner.enable_truncation(kind[1], direction=self._inner.truncation_side)
+            lists = [list(words) for _, words, _ in requests]
+            found = inner.encode_batch(lists, is_pretokenized=True, add_special_tokens=True)
+            inner.no_truncation()
+            return [_words_of(one, len(own)) for one, own in zip(found, lists, strict=True)]
         _, most, is_pair = kind
         rows = [(text, other) if is_pair else text for _, text, _, other in requests]
         if most:
@@ -303,6 +345,41 @@ class HubTokenizer:
             places += [(start, end)] * len(piece.input_ids)
         return np.asarray(ids, np.uint32), np.array(places, np.int64).reshape(-1, 2)
 
+    @property
+    def masking(self) -> MaskFacts:
+        """Its mask token, and [CLS] and [SEP] or what stands for them."""
+        inner = self._inner
+
+        def first(*names: str) -> int | None:
+            found = (getattr(inner, f"{name}_token_id", None) for name in names)
+            return next((int(one) for one in found if one is not None), None)
+
+        specials = sorted(set(map(int, inner.all_special_ids)))
+        return MaskFacts(first("mask"), specials, first("cls", "bos"), first("sep", "eos"))
+
+    def encode_words(self, words: tuple[str, ...], most: int | None) -> EncodedWords:
+        """Token ids of words that are given one by one; DataError for a tokenizer that has no places."""
+        if not self.is_fast:
+            raise DataError(
+                "data.tokenizer: it does not say which word a token is of. Nearest: a fast one, with a "
+                "tokenizer.json"
+            )
+        answer: EncodedWords = self.answers([("encode_words", words, most)])[0]
+        return answer
+
+    def _of_words(self) -> Any:
+        """The tokenizer in which every word begins as after a space, as GPT-2's kind needs to be told."""
+        if getattr(self._inner, "add_prefix_space", True):
+            return self._inner
+        if self._spaced is None:
+            from transformers import AutoTokenizer
+
+            name = self.made_of[0]
+            self._spaced = AutoTokenizer.from_pretrained(
+                name, trust_remote_code=False, add_prefix_space=True
+            )
+        return self._spaced
+
     def decode(self, tokens: Tokens) -> str:
         """The text of these tokens, special ones by name."""
         return str(self._inner.decode(tokens.tolist()))
@@ -321,19 +398,28 @@ class HubTokenizer:
 
 def refuse_surrogates(request: Request) -> None:
     """DataError where a text has half of a surrogate pair, which is no character and has no UTF-8."""
-    for part in request:
-        if isinstance(part, str):
-            try:
-                part.encode()
-            except UnicodeEncodeError as error:
-                half, place = part[error.start], error.start + 1
-                raise DataError(
-                    f"half of a surrogate pair, {half!a}, at letter {place:,}"
-                ) from None
+    texts = [part for part in request if isinstance(part, str)]
+    for words in (part for part in request if isinstance(part, tuple)):
+        texts += [word for word in words if isinstance(word, str)]
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half, place = text[error.start], error.start + 1
+            raise DataError(f"half of a surrogate pair, {half!a}, at letter {place:,}") from None
 
 
 def _array(encoding: Any) -> Tokens:
     return np.asarray(encoding.ids, dtype=np.uint32)
+
+
+def _words_of(encoding: Any, count: int) -> EncodedWords:
+    """The tokens of so many words, and where each word begins."""
+    firsts = np.full(count, -1, dtype=np.int32)
+    for place, word in reversed(list(enumerate(encoding.word_ids))):
+        if word is not None:
+            firsts[word] = place
+    return EncodedWords(_array(encoding), bool(encoding.overflowing), firsts)
 
 
 def _tokens_until(letter: int, offsets: list[tuple[int, int]]) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from drumline.data.document_packer import DocumentPacker
-from drumline.data.part_writer import Packer, PartWriter
+from drumline.data.part_writer import Packer, PartWriter, RowCutter
 from drumline.data.source_row import SourceRow
 from drumline.data.tasks import Encoded, Task
 from drumline.data.tokenizers import Tokenizer, Tokens
@@ -87,30 +87,36 @@ def write_stream(
 
     A document may span several source rows.
     """
-    assert tokenizer and tokenizer.end is not None
+    assert tokenizer
     seen.is_stream = True
-    begin = np.array([] if tokenizer.begin is None else [tokenizer.begin], dtype=np.uint32)
+    begin, end = (
+        np.array([] if token is None else [token], dtype=np.uint32)
+        for token in task.around(tokenizer)
+    )
     begins = True
     length = task.data.sequence_length
     assert length
     split, written, most = split_of(task.data), 0, _most(task.data)
-    packers = {
-        part: Packer(writer, length, most if part == TRAIN else None)
-        for part, writer in writers.items()
-    }
+    packers: dict[str, Packer | RowCutter] = {}
+    for part, writer in writers.items():
+        rows_at_most = most if part == TRAIN else None
+        packers[part] = (
+            RowCutter(writer, length, rows_at_most, task.cut)
+            if task.counts_each_row
+            else Packer(writer, length, rows_at_most)
+        )
     for row in rows:
         piece = _encoded(task, row, tokenizer, seen)
         if piece is None or piece.tokens is None:
             continue
-        tokens = np.append(piece.tokens, np.uint32(tokenizer.end)) if row.ends else piece.tokens
-        if begins and begin.size:
-            tokens = np.concatenate([begin, tokens])
+        parts = [begin] * begins + [piece.tokens] + [end] * row.ends
+        tokens = np.concatenate(parts)
         begins = row.ends
         packers[split.part_of(seen.documents)].add(tokens)
         seen.documents += row.ends
         written += len(tokens)
         show(seen.documents, written)
-        if most is not None and writers[TRAIN].tokens > most * length:
+        if packers[TRAIN].is_full:
             seen.documents += not row.ends  # the rest of it is not read
             break
     for packer in packers.values():

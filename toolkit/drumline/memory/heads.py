@@ -16,6 +16,11 @@ def class_loss(
 ) -> Value:
     """The loss of a classifier, from the last hidden states [T, h]."""
     classes = shape.classes or 1
+    if shape.pooling == "tokens":
+        read = run.dropout(hidden, shape.dropout)
+        logits = run.linear(read, weights["head"], classes)
+        del read
+        return token_loss(run, logits, hidden.elements / shape.hidden)
     if shape.pooling == "last":  # classifies every token, then picks the last one
         return token_loss(run, run.linear(hidden, weights["head"], classes), samples)
     dropped = (
@@ -24,6 +29,14 @@ def class_loss(
     logits = run.linear(_pooled(run, shape, weights, hidden, samples), weights["head"], classes)
     del dropped
     return token_loss(run, logits, samples)
+
+
+def transformed(
+    run: Operators, shape: ModelShape, weights: Mapping[str, Parameter], hidden: Value
+) -> Value:
+    """What a masked model's output layer reads, [T, h]: a linear layer, its activation and a norm."""
+    found = run.activate(shape.activation, run.linear(hidden, weights["pooler"], shape.hidden))
+    return layer_norm(run, found, shape.hidden)
 
 
 def _pooled(

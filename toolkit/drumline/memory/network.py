@@ -15,7 +15,7 @@ from dataclasses import replace
 from drumline.architectures.shapes import Tensors, count, layer_tensors, outer_tensors
 from drumline.architectures.trained import adapter_tensors, packed_names, trained_parameters
 from drumline.memory.families import Layer, Rows, norm
-from drumline.memory.heads import class_loss
+from drumline.memory.heads import class_loss, transformed
 from drumline.memory.ledger import Block, Gradient, Ledger, Parameter, Value
 from drumline.memory.load import LayerKind, Load
 from drumline.memory.norms import layer_norm, rms_norm
@@ -386,6 +386,8 @@ class Network:
 
     def _logits(self, hidden: Value) -> Value:
         run = self.run
+        if self.shape.pooling == "vocabulary":
+            hidden = transformed(run, self.shape, self.outer, hidden)
         with part(self.ledger, "loss"):
             logits = run.linear(hidden, self.head, self.shape.vocabulary)
             for operation in self.shape.structure.logit_operations:

@@ -129,7 +129,7 @@ class _Adviser:
     def _savings(self) -> Iterator[Candidate]:
         recipe, launcher = self._plan.recipe, self._plan.recipe.launch.launcher
         yield from self._smaller_per_device()
-        if not recipe.loss.chunked and recipe.data.facts.is_per_token:
+        if not recipe.loss.chunked and recipe.data.facts.is_shifted:
             yield _CHUNKED
         if recipe.model.activation_checkpointing == "none":
             yield _SELECTIVE

@@ -102,6 +102,11 @@ def check_model(recipe: Recipe, architecture: str, config: Mapping[str, Any]) ->
             f"model.config.{key}: not set, so {architecture} attends to the tokens that it should predict. "
             f"Nearest: model.config.{key}=true, or a decoder such as gpt2"
         )
+    if recipe.data.task == "masked_lm" and key and config.get(key):
+        raise PlanError(
+            f"model.config.{key}: set, so {architecture} does not attend to the tokens after a masked one. "
+            f"Nearest: model.config.{key}=false"
+        )
     if config.get("output_router_logits"):
         raise PlanError(
             "model.config.output_router_logits: the auxiliary loss of the router is not part of the loss. "
@@ -240,7 +245,7 @@ def check_weights(
     """Refuse files that do not hold the weights of the model that their config describes."""
     from drumline.architectures.weight_names import problem_with
 
-    found = problem_with(shape, weights, recipe.data.facts.head == "classification")
+    found = problem_with(shape, weights, recipe.data.facts.has_labels)
     if found:
         raise PlanError(
             f"model: the weights of {recipe.model.name or recipe.model.path} are not those of its config: "

@@ -38,7 +38,7 @@ def split_invariance(
                 else ""
             )
         )
-    dropout, key = _stated_dropout(config, recipe.data.facts.head == "classification")
+    dropout, key = _stated_dropout(config, recipe.data.facts.has_labels)
     if shape and shape.dropout >= (dropout or 0.0):
         dropout, key = shape.dropout, "dropout"
     if dropout:

@@ -88,6 +88,16 @@ def _rows_of(
     return found
 
 
+def draw_seeds(seed: int, places: Indices, kind: str = "train") -> NDArray[np.uint64]:
+    """Seeds of what is drawn for samples while they are read, such as masks: uint64, one for each place.
+
+    `places`: slots of the order, which tell epoch and sample, or of an evaluation the rows.
+    """
+    material = hashlib.shake_256(f"drumline draws 1/{seed}/{kind}".encode())
+    (key,) = np.frombuffer(material.digest(8), dtype="<u8").astype(np.uint64)
+    return _hashed(places.astype(np.uint64), key)
+
+
 def digest(step_indices: Indices) -> str:
     """The first 16 hex digits of SHA-256 over a step's indices (int64 little-endian, slot order)."""
     return hashlib.sha256(step_indices.astype("<i8").tobytes()).hexdigest()[:16]
@@ -114,8 +124,13 @@ def _permute(
 
 
 def _mix(values: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
-    """A keyed 64-bit hash of each value, shifted right by two bits so that a sum cannot overflow."""
+    """A keyed hash of each value, shifted right by two bits so that a sum cannot overflow."""
+    return _hashed(values, key) >> np.uint64(2)
+
+
+def _hashed(values: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
+    """A keyed 64-bit hash of each value."""
     mixed = (values ^ key) * _MIX[0]
     mixed ^= mixed >> _SHIFTS[0]
     mixed *= _MIX[1]
-    return (mixed ^ (mixed >> _SHIFTS[1])) >> np.uint64(2)
+    return mixed ^ (mixed >> _SHIFTS[1])

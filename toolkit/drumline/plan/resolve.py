@@ -494,11 +494,11 @@ def shape_of(recipe: Recipe, world: World) -> ModelShape | str:
     check_config(architecture, model.config)
     check_model(recipe, architecture, config)
     classes = None
-    if recipe.data.facts.head == "classification":
+    if recipe.data.facts.has_labels:
         problem = recipe.data.facts.problem
         found = number_of_labels(model.config, world.model_config, world.classes, problem)
         classes = found or DEFAULT_CLASSES
-    shape = read_shape(architecture, config, classes)
+    shape = read_shape(architecture, config, classes, recipe.data.facts.head)
     if isinstance(shape, str):
         check_positions(recipe, architecture, config, world.row_tokens)
     return shape

@@ -77,7 +77,7 @@ def check_weights_of(recipe: Recipe, parent: Parent, shape: ModelShape) -> None:
     spec = recipe.start_from
     if spec is None or parent.weights is None or recipe.model.adapter is not None:
         return
-    has_new_head = recipe.data.facts.head == "classification" and spec.what == "weights"
+    has_new_head = recipe.data.facts.has_labels and spec.what == "weights"
     found = problem_with(shape, parent.weights, has_new_head)
     held = sum(math.prod(sizes) for sizes in parent.weights.values())
     if not found and not has_new_head and held != shape.parameters:

@@ -35,12 +35,22 @@ class TaskFacts:
     """
 
     is_per_token: bool
-    head: Literal["causal_lm", "classification"]
+    head: Literal["causal_lm", "classification", "token_classification", "masked_lm", "seq2seq"]
     objectives: tuple[str, ...] = ("cross_entropy",)
     is_masked: bool = False
     counts_tokens: bool = False
     problem: str | None = None
     metrics: tuple[str, ...] = ()
+
+    @property
+    def is_shifted(self) -> bool:
+        """Whether a token's target is the token after it, so that a row's last token is no input."""
+        return self.head == "causal_lm"
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the head has as many outputs as the data have labels, and is new on a pretrained model."""
+        return self.head in ("classification", "token_classification")
 
 
 TASKS = {
@@ -70,6 +80,13 @@ TASKS = {
         head="causal_lm",
         objectives=("dpo", "ipo", "orpo", "simpo", "kto"),
     ),
+    "token_classification": TaskFacts(
+        is_per_token=True, head="token_classification", is_masked=True, metrics=("accuracy",)
+    ),
+    "masked_lm": TaskFacts(
+        is_per_token=True, head="masked_lm", is_masked=True, metrics=("accuracy",)
+    ),
+    "seq2seq": TaskFacts(is_per_token=True, head="seq2seq", is_masked=True, metrics=("accuracy",)),
     "custom": TaskFacts(is_per_token=True, head="causal_lm"),
 }
 """Properties of each value of `data.task`; the code of the tasks is in `data/tasks/`."""
@@ -104,7 +121,15 @@ _OF_CHATS = {
 }
 """Keys of chats, and the tasks that take them."""
 
-_OF_PREFERENCES = ("chosen_field", "rejected_field")
+_OF_TASKS = {
+    **_OF_CHATS,
+    "chosen_field": ("preference",),
+    "rejected_field": ("preference",),
+    "label_names": ("token_classification",),
+    "target_length": ("seq2seq",),
+    "mask_probability": ("masked_lm",),
+}
+"""Keys that only some tasks take."""
 
 
 class OtherSource(Section):
@@ -196,12 +221,17 @@ class Data(Section):
     Of task preference: the columns with the completions, or chats, `chosen_field` and `rejected_field`; the
     prompt is in `prompt_field`, or what both begin with.
 
+    Of task token_classification: `text_field` is a list of words and `label_field` a class for each; classes
+    may be called by `label_names`. Of task masked_lm: `mask_probability` is the share of tokens to guess. Of
+    task seq2seq: `prompt_field` is read, and `completion_field` written, in `target_length` tokens at most.
+
     Of task sft: `messages_field` is a column with a chat; without it the first row tells its style.
     `train_on` says which messages count in the loss. `chat_template` is a file, or chatml; by default the
     tokenizer's own. It also sees `chat_template_options`.
 
     `packing`: causal_lm cuts rows from one `stream` unless it packs whole `documents`; sft pads, which is
-    `none`, unless it packs `documents`, each with positions and attention of its own.
+    `none`, unless it packs `documents`, each with positions and attention of its own; masked_lm cuts a
+    `stream` unless each text is a row, which is `none`.
     `evaluation`: sets by name, or one without a name, instead of a share of these data (`validation`).
     `mixture`: several sources instead of one; an epoch then has as many samples as they have rows together,
     or `samples`, and exactly its share of each.
@@ -216,7 +246,16 @@ class Data(Section):
     options: dict[str, Any] = {}
     split: str = "train"
     task: Literal[
-        "causal_lm", "sft", "preference", "classification", "regression", "multi_label", "custom"
+        "causal_lm",
+        "sft",
+        "preference",
+        "classification",
+        "regression",
+        "multi_label",
+        "token_classification",
+        "masked_lm",
+        "seq2seq",
+        "custom",
     ]
     task_factory: Annotated[FactoryName | None, AddedLater()] = None
     task_options: Annotated[dict[str, Any], AddedLater()] = {}
@@ -227,6 +266,7 @@ class Data(Section):
     chosen_field: Annotated[Name, AddedLater()] = "chosen"
     rejected_field: Annotated[Name, AddedLater()] = "rejected"
     label_field: str = "label"
+    label_names: Annotated[list[Name] | None, AddedLater()] = None
     messages_field: Annotated[Name | None, AddedLater()] = None
     train_on: Annotated[Literal["assistant", "last_assistant", "all"], AddedLater()] = "assistant"
     chat_template: Annotated[Name | None, AddedLater()] = None
@@ -236,6 +276,8 @@ class Data(Section):
     special_tokens_in_text: Annotated[bool, AddedLater()] = False
     on_bad_row: Annotated[Literal["stop", "skip"], AddedLater()] = "stop"
     sequence_length: Samples | None = None
+    target_length: Annotated[Samples | None, AddedLater()] = None
+    mask_probability: Annotated[float, Field(gt=0, lt=1), AddedLater()] = 0.15
     packing: Annotated[Literal["stream", "documents", "none"] | None, AddedLater()] = None
     samples: Count | None = None
     validation: Fraction = 0.0
@@ -287,6 +329,9 @@ class Data(Section):
         if (self.task == "custom") != (self.task_factory is not None):
             takes = "needs" if self.task == "custom" else "takes no"
             raise ValueError(f"task {self.task} {takes} task_factory, a module:function")
+        if self.label_names is not None and len(set(self.label_names)) < len(self.label_names):
+            twice = next(n for n in self.label_names if self.label_names.count(n) > 1)
+            raise ValueError(f"label_names: {twice} stands twice")
         if self.text_pair_field is not None and self.facts.head != "classification":
             raise ValueError(
                 f"text_pair_field: for a class or number of two texts, not task {self.task}. Nearest: "
@@ -298,15 +343,17 @@ class Data(Section):
             raise ValueError(
                 "special_tokens_in_text: bytes has no special token that a text could hold"
             )
-        for key, tasks in {**_OF_CHATS, **dict.fromkeys(_OF_PREFERENCES, ("preference",))}.items():
+        for key, tasks in _OF_TASKS.items():
             if (
                 self.task not in tasks
                 and getattr(self, key) != type(self).model_fields[key].default
             ):
                 raise ValueError(f"{key}: for task {' and '.join(tasks)}, not {self.task}")
-        legal = {"causal_lm": ("stream", "documents"), "sft": ("none", "documents")}.get(
-            self.task, ("none",)
-        )
+        legal = {
+            "causal_lm": ("stream", "documents"),
+            "sft": ("none", "documents"),
+            "masked_lm": ("stream", "none"),
+        }.get(self.task, ("none",))
         if self.packing not in (None, *legal):
             raise ValueError(f"packing {self.packing}: task {self.task} has {' or '.join(legal)}")
         needs_length = self.facts.is_per_token and self.task != "custom"
@@ -318,6 +365,12 @@ class Data(Section):
     def facts(self) -> TaskFacts:
         """Properties of this task."""
         return TASKS[self.task]
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What evaluations of this task report beside the loss; F1 of entities where names tell them."""
+        names = self.label_names or ()
+        return (*self.facts.metrics, *(["f1"] if any(n.startswith("B-") for n in names) else []))
 
     @property
     def packs_documents(self) -> bool:

@@ -467,7 +467,7 @@ class Recipe(Section):
                 f"early_stopping.metric: {metric}: no such evaluation; there are {', '.join(named) or 'none'}"
             )
         measured = metric.rpartition("/")[2]
-        reported = ("loss", *self.data.facts.metrics, *self.objective.facts.metrics)
+        reported = ("loss", *self.data.metrics, *self.objective.facts.metrics)
         if metric and measured not in reported:
             raise ValueError(
                 f"early_stopping.metric: {metric}: task {self.data.task} has {', '.join(reported)}"
@@ -513,8 +513,11 @@ class Recipe(Section):
             )
         if self.loss.z_loss and not self.data.facts.is_per_token:
             raise ValueError("loss.z_loss is for tokens, not classes. Nearest: loss.z_loss=0.0")
-        if self.loss.chunked and not self.data.facts.is_per_token:
-            raise ValueError("loss.chunked is for causal_lm and sft, not classification")
+        if self.loss.chunked and not self.data.facts.is_shifted:
+            raise ValueError(
+                f"loss.chunked: for a model that predicts the next token, not task {self.data.task}. "
+                "Nearest: loss.chunked=false"
+            )
         if self.loss.chunked and self.data.sequence_length is None:
             raise ValueError(
                 "loss.chunked needs the length of the longest row. Nearest: state data.sequence_length, or "

@@ -266,6 +266,7 @@ def step_of(plan: Plan, tensors: dict[str, Tensor], count: int) -> Step:
         weight=1.0,
         digest="",
         indices=nothing,
+        seeds=nothing.astype(np.uint64),
         micro_batches=[one] * count,
     )
 

@@ -42,8 +42,8 @@ class MicroBatch:
 class Step:
     """All that a rank needs for one optimizer step; `weight` is W of the whole effective batch.
 
-    `first_weight`: the part of W in the first micro-batches of all ranks. `source_weights`: the parts of a
-    mixture's sources.
+    `seeds`: of what is drawn for each sample. `first_weight`: the part of W in the first micro-batches of all
+    ranks. `source_weights`: the parts of a mixture's sources.
     """
 
     number: int
@@ -53,6 +53,7 @@ class Step:
     weight: float
     digest: str
     indices: NDArray[np.int64]
+    seeds: NDArray[np.uint64]
     micro_batches: list[MicroBatch]
     first_weight: float = 0.0
     source_weights: tuple[float, ...] = ()
@@ -87,9 +88,10 @@ class StepReader:
         indices = self.step_indices(number)
         counts = self._rows.counts[indices]
         per_device = self._plan.batch.per_device_at(number)
-        first_slot = self._clock.slots(number)[0]
+        first_slot, end_slot = self._clock.slots(number)
+        seeds = order.draw_seeds(self._plan.recipe.seed, np.arange(first_slot, end_slot))
         micro_batches = [
-            self._micro_batch(indices, start, stop, first_slot)
+            self._micro_batch(indices, seeds, start, stop, first_slot)
             for start, stop in steps.share(
                 len(indices), per_device, self._data_ranks, self._data_rank
             )
@@ -102,6 +104,7 @@ class StepReader:
             weight=self._weight(indices),
             digest=order.digest(indices),
             indices=indices,
+            seeds=seeds,
             micro_batches=micro_batches,
             first_weight=self._weight(indices[: per_device * self._data_ranks]),
             source_weights=self._source_weights(indices),
@@ -126,7 +129,8 @@ class StepReader:
         rows = self._rows
         manifest = rows.manifest.with_rows_of(self._plan.data.row_tokens)
         first = np.zeros(count, dtype=np.int64)
-        arrays = rows.task.widen(rows.collate(first), manifest)
+        seeds = np.zeros(count, dtype=np.uint64)
+        arrays = rows.task.widen(rows.collate(first, seeds), manifest)
         nothing = np.zeros(0, dtype=np.int64)
         return MicroBatch(
             tensors=as_tensors(arrays, np.zeros(count), dummy=True)
@@ -138,11 +142,17 @@ class StepReader:
         )
 
     def _micro_batch(
-        self, indices: NDArray[np.int64], start: int, stop: int, first_slot: int
+        self,
+        indices: NDArray[np.int64],
+        seeds: NDArray[np.uint64],
+        start: int,
+        stop: int,
+        first_slot: int,
     ) -> MicroBatch:
         dummy = start == stop
-        chosen = indices[:1] if dummy else indices[start:stop]
-        tensors = micro_batch_tensors(self._rows, chosen, self._by_sample, dummy)
+        which = slice(0, 1) if dummy else slice(start, stop)
+        chosen = indices[which]
+        tensors = micro_batch_tensors(self._rows, chosen, self._by_sample, dummy, seeds[which])
         tensors |= self._sources(chosen) | self._lengths(chosen)
         if self._pin:
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
@@ -166,17 +176,24 @@ class StepReader:
         """`lengths`, int64 [n]: input tokens of each row; nothing where there is no noise on embeddings."""
         if self._plan.recipe.model.neftune_alpha is None:
             return {}
-        is_next_a_target = self._plan.recipe.data.facts.is_per_token
+        is_next_a_target = self._plan.recipe.data.facts.is_shifted
         found = self._rows.column("lengths")[chosen] - int(is_next_a_target)
         return {"lengths": torch.from_numpy(found.astype(np.int64))}
 
 
 def micro_batch_tensors(
-    rows: Rows, indices: NDArray[np.int64], by_sample: bool, dummy: bool
+    rows: Rows,
+    indices: NDArray[np.int64],
+    by_sample: bool,
+    dummy: bool,
+    seeds: NDArray[np.uint64] | None = None,
 ) -> dict[str, Tensor]:
-    """Rows as host tensors, with `weights` float32 [n]: the weight of each counted token of a row."""
+    """Rows as host tensors, with `weights` float32 [n]: the weight of each counted token of a row.
+
+    `seeds`: of what is drawn for each of them.
+    """
     weights = 1.0 / rows.counts[indices] if by_sample else np.ones(len(indices))
-    arrays = rows.collate(indices)
+    arrays = rows.collate(indices, seeds)
     if "attention_mask" in arrays and arrays["attention_mask"].all():
         del arrays[
             "attention_mask"

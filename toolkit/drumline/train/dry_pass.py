@@ -13,6 +13,7 @@ import torch
 from drumline.data.tasks.preference import REFERENCE
 from drumline.errors import DrumlineError, PlanError
 from drumline.plan.model import Plan
+from drumline.plan.order import draw_seeds
 from drumline.train.batches import micro_batch_tensors, open_rows
 from drumline.train.engines.base import autocast_dtype
 from drumline.train.models import ModelBuilder
@@ -48,7 +49,8 @@ def dry_pass(plan: Plan) -> bool:
             rows.attach(REFERENCE, np.zeros((len(rows), 2), dtype=np.float32))
         if baseline := baseline_of(module.objective):
             baseline.set_baseline(torch.zeros(2))
-        tensors = micro_batch_tensors(rows, longest, by_sample, dummy=False)
+        seeds = draw_seeds(recipe.seed, longest)
+        tensors = micro_batch_tensors(rows, longest, by_sample, False, seeds)
         dtype = autocast_dtype(plan)
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is torch.bfloat16):
             loss = module(tensors)[0]

@@ -10,6 +10,7 @@ from torch import Tensor
 from drumline.data.rows import Rows
 from drumline.phases import Phase
 from drumline.plan.model import Plan
+from drumline.plan.order import draw_seeds
 from drumline.plan.steps import share
 from drumline.train.batches import micro_batch_tensors
 from drumline.train.engines import Engine
@@ -47,5 +48,6 @@ def forward_all(
         if number % FORWARDS_PER_LOOK == 0 and any_rank(watch.stop_asked(), engine.device):
             raise Asked
         chosen = indices[start:stop] if stop > start else np.zeros(1, dtype=np.int64)
-        tensors = micro_batch_tensors(rows, chosen, by_sample, dummy=stop == start)
+        seeds = draw_seeds(plan.recipe.seed, chosen, "evaluation")
+        tensors = micro_batch_tensors(rows, chosen, by_sample, stop == start, seeds)
         yield start, stop, engine.evaluate(tensors, method)

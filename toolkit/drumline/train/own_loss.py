@@ -39,11 +39,12 @@ def compare_with_own_loss(
     is_other = plan.recipe.objective.name not in _OWN or not plan.recipe.loss.is_plain
     if not isinstance(module.model, PreTrainedModel) or is_other:
         return None
-    dtype, is_per_token = autocast_dtype(plan), plan.recipe.data.facts.is_per_token
+    dtype, facts = autocast_dtype(plan), plan.recipe.data.facts
     for place in range(step.samples):
-        one = micro_batch_tensors(rows, step.indices[place : place + 1], True, dummy=False)
+        which = slice(place, place + 1)
+        one = micro_batch_tensors(rows, step.indices[which], True, False, step.seeds[which])
         batch = {name: tensor.to(device) for name, tensor in one.items()}
-        pair = _as_both_take_it(batch, is_per_token)
+        pair = _as_both_take_it(batch, facts.is_shifted)
         if pair is None:
             continue
         mine, theirs = pair
@@ -51,11 +52,11 @@ def compare_with_own_loss(
             output = model_inputs(module.model, theirs)
             if output.loss is None:
                 return None
-            if is_per_token and not _shifts_labels(output, theirs["labels"]):
+            if facts.is_shifted and not _shifts_labels(output, theirs["labels"]):
                 own = {"input_ids": mine["input_ids"], "labels": mine["targets"]}
                 output = model_inputs(module.model, own)
             total = module.objective.sums(module.model, mine).loss
-        counted = int((mine["targets"] != IGNORED).sum()) if is_per_token else 1
+        counted = int((mine["targets"] != IGNORED).sum()) if facts.is_per_token else 1
         found = float(total) / counted
         wanted = float(output.loss)
         error = abs(found - wanted) / abs(wanted)
@@ -71,16 +72,16 @@ def _shifts_labels(output: Any, labels: Tensor) -> bool:
 
 
 def _as_both_take_it(
-    batch: dict[str, Tensor], is_per_token: bool
+    batch: dict[str, Tensor], is_shifted: bool
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """The row for our objective with weights of one, and for transformers with its labels; None if too short.
 
-    The next token's label is a token's target, so the row's last target is left out.
+    Where the next token's label is a token's target, the row's last target is left out.
     """
     ones = torch.ones_like(batch["weights"])
     inputs = {n: t for n, t in batch.items() if n not in ("targets", "weights")}
     targets = batch["targets"]
-    if not is_per_token:
+    if not is_shifted:
         return {**batch, "weights": ones}, {**inputs, "labels": targets}
     is_known = set(inputs) <= {"input_ids", "position_ids"}
     if not is_known or not (targets[:, :-1] != IGNORED).any():

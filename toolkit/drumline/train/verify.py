@@ -196,7 +196,8 @@ def _row_forward(
 ) -> Tensor:
     """What a method of the objective returns for one sample; `place` is its position in the step."""
     by_sample = plan.recipe.batch.weighting == "sample"
-    one = micro_batch_tensors(rows, step.indices[place : place + 1], by_sample, dummy=False)
+    which = slice(place, place + 1)
+    one = micro_batch_tensors(rows, step.indices[which], by_sample, False, step.seeds[which])
     tensors = {name: tensor.to(device) for name, tensor in one.items()}
     dtype = autocast_dtype(plan)
     with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):

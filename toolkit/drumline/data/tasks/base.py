@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from drumline.data.dataset_manifest import DatasetManifest
+from drumline.data.dataset_manifest import DatasetManifest, MaskFacts
 from drumline.data.tokenizers import Request, Tokenizer, Tokens
 from drumline.errors import DataError, PlanError
 from drumline.recipe.data_section import Data
@@ -72,7 +72,9 @@ class Task:
     packed end to end and cut into rows of `sequence_length` tokens; `encode` then returns a block of a
     document. `has_fixed_outputs`: every row has labels for as many outputs of the head. `columns`: the
     columns to store, also for a part without rows. `sequences`: of tokens that a row holds, and which have a
-    length each. `fewest_rows`: that a part must have.
+    length each. `fewest_rows`: that a part must have. `draws`: samples are made with random choices while
+    they are read (`collate_drawn` instead of `collate`). `counts_each_row`: rows of a stream are encoded by
+    `cut`. `masking`: the tokens that a task which masks some needs to know of.
     """
 
     is_stream = False
@@ -82,6 +84,9 @@ class Task:
     columns: tuple[str, ...] = ("counts",)
     sequences = 1
     fewest_rows = 1
+    draws = False
+    counts_each_row = False
+    masking: MaskFacts | None = None
     data: Data
 
     def __init__(self, data: Data | None = None) -> None:
@@ -104,6 +109,14 @@ class Task:
     def use(self, tokenizer: Tokenizer) -> None:
         """Take what the task needs of the tokenizer before the first row is encoded."""
 
+    def around(self, tokenizer: Tokenizer) -> tuple[int | None, int | None]:
+        """The tokens before and after each document of a stream."""
+        return tokenizer.begin, tokenizer.end
+
+    def cut(self, tokens: Tokens) -> Encoded:
+        """A row that was cut from a stream as a sample; `count` 0 drops it."""
+        raise NotImplementedError
+
     def check(self) -> None:
         """Look back on all rows of a source, after the last one; DataError where nothing could be learnt."""
 
@@ -116,6 +129,15 @@ class Task:
 
         They are the model's inputs by argument name (or `features`, passed as the first argument), and
         `targets`, -100 where ignored.
+        """
+        raise NotImplementedError
+
+    def collate_drawn(
+        self, rows: StoredRows, indices: NDArray[np.int64], seeds: NDArray[np.uint64]
+    ) -> Arrays:
+        """`collate` of a task that `draws`: every random choice of a sample must follow from its seed alone.
+
+        It then depends on the recipe's seed, the epoch and the sample, not on the split, workers or resume.
         """
         raise NotImplementedError
 

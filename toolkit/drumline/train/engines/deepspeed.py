@@ -29,6 +29,7 @@ from drumline.plan.model import Plan
 from drumline.recipe.precision import find_precision
 from drumline.train.engines.base import Engine
 from drumline.train.models import ModelBuilder, has_batchnorm
+from drumline.train.models.blocks import tied_blocks
 from drumline.train.models.builder import Progress, ignore_progress
 from drumline.train.objectives import ObjectiveModule, build_objective, model_input_names
 from drumline.train.optimizers import build_optimizer
@@ -70,8 +71,10 @@ class DeepSpeedEngine(Engine):
         deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl")
         builder = ModelBuilder(recipe, manifest, device, progress=progress)
         self.notes = builder.notes
+        tied = tied_blocks(builder.model)
         for block in builder.blocks():
-            self._partition(block)
+            if id(block) not in tied:  # transformers ties weights by the size that they have
+                self._partition(block)
         model = builder.finish()
         self._partition(model)
         self._add_noise(model, manifest)

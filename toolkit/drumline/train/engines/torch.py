@@ -18,6 +18,7 @@ from drumline.plan.model import Plan
 from drumline.plan.optimizers import rule_of
 from drumline.train.engines.base import Engine
 from drumline.train.models import ModelBuilder, has_batchnorm
+from drumline.train.models.blocks import tied_blocks
 from drumline.train.models.builder import Progress, ignore_progress
 from drumline.train.models.folding import (
     fold_weights,
@@ -67,10 +68,12 @@ class TorchEngine(Engine):
         """The model with its blocks sharded; what is outside them is sharded with the root, by `_wrap`."""
         folds = rule_of(self.plan.recipe).is_elementwise
         shared = shared_weights(builder.model)
+        tied = tied_blocks(builder.model)
         for block in builder.blocks():
             if folds:
                 fold_weights(block, self.mesh.shards, shared)
-            fully_shard(block, **self._shard_options())
+            if id(block) not in tied:
+                fully_shard(block, **self._shard_options())
         model = builder.finish()
         if folds:
             fold_weights(model, self.mesh.shards, shared)

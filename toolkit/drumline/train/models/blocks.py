@@ -23,6 +23,21 @@ def named_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(n, m) for n, m in model.named_children() if any(True for _ in m.parameters())]
 
 
+def tied_blocks(model: nn.Module) -> set[int]:
+    """The ids of blocks that have a weight which a module outside of them has, too, such as a tied head.
+
+    FSDP2 gathers a weight for one group of modules alone, so these are sharded with the root.
+    """
+    found = set()
+    for _, block in named_blocks(model):
+        inside = {id(module) for module in block.modules()}
+        own = {id(weight) for weight in block.parameters()}
+        others = (m for m in model.modules() if id(m) not in inside)
+        if any(id(p) in own for m in others for p in m.parameters(recurse=False)):
+            found.add(id(block))
+    return found
+
+
 def _kinds(module: nn.Module) -> set[str]:
     """The name of its class, also if FSDP2 has replaced it by one that derives from it."""
     kinds = type(module).__mro__[: 2 if type(module).__name__.startswith("FSDP") else 1]

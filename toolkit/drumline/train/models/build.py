@@ -102,7 +102,7 @@ def _from_weights(recipe: Recipe, manifest: DatasetManifest) -> Built:
     except (OSError, ValueError) as error:
         key = "name" if spec.name else "path"
         raise PlanError(f"model.{key}: {where}: {_first_line(error)}") from None
-    weights = PretrainedWeights(form, folder, has_new_head=head == "classification")
+    weights = PretrainedWeights(form, folder, has_new_head=recipe.data.facts.has_labels)
     return Built(_on_meta(kind, config, recipe), weights)
 
 
@@ -152,7 +152,7 @@ def _fields(
 ) -> dict[str, Any]:
     """Fields of the config that the recipe and the data set; `saved`: config.json of a pretrained model."""
     fields = dict(recipe.model.config)
-    if recipe.data.facts.head == "classification":
+    if recipe.data.facts.has_labels:
         problem = recipe.data.facts.problem
         labels = number_of_labels(fields, saved, manifest.classes, problem)
         if problem:
@@ -168,15 +168,22 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:300]
 
 
+_AUTO_CLASSES = {
+    "causal_lm": "AutoModelForCausalLM",
+    "classification": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
+    "masked_lm": "AutoModelForMaskedLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+}
+
+
 def _kind(head: str, model_type: str) -> Any:
     """The transformers auto class for this head on a model of this type."""
     import transformers
 
-    if head != "classification":
-        return transformers.AutoModelForCausalLM
-    if reads_images(model_type):
+    if head == "classification" and reads_images(model_type):
         return transformers.AutoModelForImageClassification
-    return transformers.AutoModelForSequenceClassification
+    return getattr(transformers, _AUTO_CLASSES[head])
 
 
 def reads_images(model_type: str) -> bool:

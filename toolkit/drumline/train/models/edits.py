@@ -58,7 +58,7 @@ def apply_edits(model: nn.Module, recipe: Recipe) -> None:
 
 def head_of(model: nn.Module, recipe: Recipe) -> list[str]:
     """Names of a classifier's parameters outside the pretrained model's body; none of other models."""
-    if recipe.data.facts.head != "classification" or not hasattr(model, "base_model_prefix"):
+    if not recipe.data.facts.has_labels or not hasattr(model, "base_model_prefix"):
         return []
     body = body_of(model)
     return [name for name, _ in model.named_parameters() if name.partition(".")[0] not in body]

@@ -14,7 +14,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from drumline.architectures.weight_files import headers_in
-from drumline.architectures.weight_names import NOT_WEIGHTS, WRAPPERS, some, wrapper_of
+from drumline.architectures.weight_names import (
+    NOT_WEIGHTS,
+    OF_PRETRAINING,
+    WRAPPERS,
+    some,
+    wrapper_of,
+)
 from drumline.errors import PlanError
 from drumline.train.models.edits import body_of
 
@@ -77,7 +83,7 @@ class PretrainedWeights:
 
     def _account(self, has_new_head: bool) -> list[str]:
         """What the files lack, by a load of shapes alone; PlanError for any key that should not be so."""
-        form = self._form
+        form, guesses = self._form, "MaskedLM" in type(self._form).__name__
         body = body_of(form)
         empty = {key: torch.empty(shape, device="meta") for key, shape in self._shapes.items()}
         info = self._load(empty, "meta")
@@ -85,7 +91,10 @@ class PretrainedWeights:
         form.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
         form._adjust_missing_and_unexpected_keys(info)
         info.unexpected_keys = {
-            name for name in info.unexpected_keys if not name.endswith(NOT_WEIGHTS)
+            name
+            for name in info.unexpected_keys
+            if not name.endswith(NOT_WEIGHTS)
+            and not (guesses and any(part in name for part in OF_PRETRAINING))
         }
 
         def is_of_a_head(name: str) -> bool:

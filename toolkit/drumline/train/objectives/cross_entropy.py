@@ -10,6 +10,7 @@ from drumline.data.tasks.base import IGNORED
 from drumline.memory.load import chunks_of
 from drumline.recipe.schema import Recipe
 from drumline.train.objectives.base import Batch, Objective, Sums, at_least_fp32, model_inputs
+from drumline.train.objectives.entities import entity_f1
 
 
 def build(recipe: Recipe) -> Objective:
@@ -17,6 +18,8 @@ def build(recipe: Recipe) -> Objective:
     smoothing = recipe.loss.label_smoothing
     if not recipe.data.facts.is_per_token:
         return ClassCrossEntropy(smoothing)
+    if not recipe.data.facts.is_shifted:
+        return LabelCrossEntropy(recipe)
     if not recipe.loss.chunked:
         return TokenCrossEntropy(0, smoothing, recipe.loss.z_loss)
     length = recipe.data.sequence_length
@@ -41,6 +44,48 @@ class TokenCrossEntropy(Objective):
         by_row = "sources" in batch
         found = model_loss_sum(model, batch, self._chunks, smoothing, z_loss, by_row)
         return Sums(found.sum(), rows=found) if by_row else Sums(found)
+
+
+class LabelCrossEntropy(Objective):
+    """Σ weight × cross-entropy of each token that has a label, which is not the token after it.
+
+    Evaluations report the accuracy of these tokens and, where classes are called B-… and I-…, F1 of entities.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.metrics = recipe.data.metrics
+        self._names = recipe.data.label_names or []
+        self._added = (recipe.loss.label_smoothing, recipe.loss.z_loss)
+        self._decodes = recipe.data.facts.head == "seq2seq"
+
+    def sums(self, model: nn.Module, batch: Batch) -> Sums:
+        """Sum the losses of `targets`, int64 [n, L], under the model's logits [n, L, C]."""
+        smoothing, z_loss = self._added if model.training else (0.0, 0.0)
+        targets, by_row = batch["targets"], "sources" in batch
+        inputs = with_decoder_inputs(model, batch) if self._decodes else batch
+        logits = model_inputs(model, inputs).logits
+        losses = token_loss_sum(logits, targets, batch["weights"], smoothing, z_loss, by_row)
+        nothing = losses.new_zeros(())
+        metrics = dict.fromkeys(self.metrics, (nothing, nothing))
+        if not model.training:
+            said, counted = logits.argmax(dim=-1), targets != IGNORED
+            metrics["accuracy"] = ((said == targets).sum(), counted.sum())
+            if "f1" in self.metrics:
+                metrics["f1"] = entity_f1(said, targets, self._names)
+        return Sums(losses.sum() if by_row else losses, metrics, losses if by_row else None)
+
+
+def with_decoder_inputs(model: Any, batch: Batch) -> Batch:
+    """The batch with decoder_input_ids: the targets after a start token, each without the last one."""
+    targets = batch["targets"]
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        shifted = model.prepare_decoder_input_ids_from_labels(labels=targets)
+    else:
+        start, pad = model.config.decoder_start_token_id, model.config.pad_token_id
+        shifted = targets.roll(1, dims=1)
+        shifted[:, 0] = start
+        shifted = shifted.masked_fill(shifted == IGNORED, pad)
+    return {**batch, "decoder_input_ids": shifted}
 
 
 class ClassCrossEntropy(Objective):
