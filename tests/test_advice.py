@@ -19,6 +19,7 @@ ELSEWHERE = {
     "peft is not installed": "installs a package: test_each_extra_that_is_named_is_one",
     ": wandb is not installed": "installs a package: test_each_extra_that_is_named_is_one",
     ", which is not installed": "installs a package: test_each_extra_that_is_named_is_one",
+    "pillow is not installed": "installs a package: test_each_extra_that_is_named_is_one",
     "kubeflow-trainer-api is not installed": "installs a package: test_each_extra_that_is_named_is_one",
     "--run-dir {}: {}. Nearest: {}another --run-dir": "runs/test_run_advice.py",
     "{}. Nearest: {}": "a hint at a command of Slurm's, beside Slurm's own words: cluster/test_slurm.py",
@@ -89,6 +90,6 @@ def test_each_extra_that_is_named_is_one() -> None:
     for path in (*(ROOT / "toolkit").rglob("*.py"), *(ROOT / "launchers").rglob("*.py")):
         named |= set(re.findall(r"drumline\[(\w+)\]", path.read_text()))
     assert "kubernetes" in named
-    packages = {"kubernetes": "kubeflow-trainer-api", "adapters": "peft"}
+    packages = {"kubernetes": "kubeflow-trainer-api", "adapters": "peft", "images": "pillow"}
     for name in named:
         assert [p for p in extras[name] if p.startswith(packages.get(name, name))], name

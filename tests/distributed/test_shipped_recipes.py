@@ -27,6 +27,7 @@ LEARNS: dict[str, tuple[list[str], str, float]] = {
     "tiny-names": (["duration.steps=80", "evaluation.every_steps=40"], "eval/loss", 0.1),
     "tiny-masked": (["duration.steps=100", "evaluation.every_steps=50"], "eval/loss", 2.4),
     "tiny-t5": (["duration.steps=100", "evaluation.every_steps=50"], "eval/loss", 0.4),
+    "tiny-vit": (["duration.steps=100", "evaluation.every_steps=50"], "eval/loss", 0.9),
     "tiny-mixture": (["duration.steps=40", "evaluation.every_steps=20"], "eval/reviews/loss", 3.3),
     "tiny-continue": (["duration.steps=40", "--from", "base"], "eval/loss", 2.7),
 }  # fmt: skip

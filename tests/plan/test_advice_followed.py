@@ -28,6 +28,8 @@ BASE: dict[str, Any] = {
     "duration": {"steps": 100},
 }  # fmt: skip
 CLASSES = ["data.task=classification"]
+VIT = ["model.architecture=vit", "!model.config={}"]
+IMAGES = ["data={task: classification, image_field: image, image: {size: 224}}", *VIT]
 PAIRS = ["data.task=preference"]
 WARMUP = ["schedule.name=cosine"]
 SETS = "data.evaluation={source: files, path: /e.txt}"
@@ -58,6 +60,13 @@ FOLLOWED: list[tuple[list[str], str, list[list[str]]]] = [
      "Nearest: drawn", [["data.validation_split=drawn"]]),
     (["data.text_pair_field=other"], "text_pair_field null", [["data.text_pair_field=null"]]),
     (["data.task=regression", "model.config.pad_token_id=0", "objective.name=bce"], "objective.name=mse", [["objective.name=mse"]]),
+    (["data={task: classification, image_field: image}", *VIT], "Nearest: data.image={size: 224}", [["data.image={size: 224}"]]),
+    (["data={task: classification, image: {size: 224}}", *VIT], "Nearest: data.image_field=image", [["data.image_field=image"]]),
+    ([*IMAGES, "model.config={image_size: 384}"], "Nearest: data.image.size=384, or model.config.image_size=224",
+     [["data.image.size=384"], ["model.config.image_size=224"]]),
+    ([*IMAGES, "data.image.transform='m:f'", "data.workers=0"], "it needs a process of its own. Nearest: data.workers=4", [["data.workers=4"]]),
+    ([*IMAGES, "model.config={num_channels: 1}"], "Nearest: data.image.channels=1, or model.config.num_channels=3",
+     [["data.image.channels=1"], ["model.config.num_channels=3"]]),
     ([*PAIRS, "objective.name=kto"], "kto learns from single ones with a label, and the prepared rows are pairs", [["objective.name=dpo"]]),
     ([*PAIRS, "objective={name: simpo, label_smoothing: 0.1, reference: stored}"], "label_smoothing, reference has no meaning for simpo",
      [["objective.label_smoothing=null", "objective.reference=null"]]),

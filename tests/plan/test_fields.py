@@ -30,6 +30,11 @@ TEXT = {
     "data": {"source": "files", "name": None, "path": "/x.txt", "task": "causal_lm",
              "sequence_length": 64, "samples": 100},
 }  # fmt: skip
+IMAGE: dict[str, Any] = {
+    "size": 64, "channels": 1, "crop": "none", "resize": 40, "scale": [0.5, 1.0], "ratio": [0.9, 1.1], "flip": 0.0, "jitter": 0.1,
+    "rand_augment": {"operations": 3, "magnitude": 5}, "erase": 0.1, "interpolation": "bicubic", "mean": [0.5], "std": [0.5],
+    "processor": "/p", "transform": "m:f",
+}  # fmt: skip
 HUB = {"data": {"source": "hub", "name": "a/b"}}
 CHANGES: dict[str, Any] = {
     "recipe": "other",
@@ -61,6 +66,7 @@ CHANGES: dict[str, Any] = {
              {"task": "preference", "sequence_length": 9, "chosen_field": "c"}, {"task": "preference", "sequence_length": 9, "rejected_field": "r"},
              {"task": "token_classification", "sequence_length": 9, "label_names": ["O", "B-X"]},
              {"task": "seq2seq", "sequence_length": 9, "target_length": 5}, {"task": "masked_lm", "sequence_length": 9, "mask_probability": 0.3},
+             {"workers": 3}, *({"task": "classification", "image_field": "i", "image": {"size": 32, key: value}} for key, value in IMAGE.items()),
              {"validation_split": "periodic"}, {"validation_seed": 1},
              {"source": "mixture", "name": None, "mixture": [{"weight": 1.0, "source": "files", "path": "/a.jsonl"},
                                                              {"weight": 2.0, "source": "files", "path": "/b.jsonl"}]},
@@ -147,6 +153,12 @@ def test_every_field_matters() -> None:
                 covered |= {"optimizer.lr_scaling.rule", "optimizer.lr_scaling.reference_batch"}
             if isinstance(change, dict) and change.get("wandb"):
                 covered |= {"logging.wandb.project", "logging.wandb.mode", "logging.wandb.entity"}
+            if isinstance(change, dict) and "image" in change:
+                covered |= {f"data.image.{key}" for key in (*change["image"], "options")}
+                covered |= {
+                    "data.image.rand_augment.operations",
+                    "data.image.rand_augment.magnitude",
+                }
             if section in ("batch", "cluster", "model", "optimizer"):
                 covered |= {
                     f"{section}.{key}.{name}"

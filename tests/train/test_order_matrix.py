@@ -27,13 +27,15 @@ SPLITS = [
 class IndexRows:
     """Rows whose features are their own numbers."""
 
+    part = "train"
+
     def __init__(self, n: int) -> None:
         self.counts = np.ones(n, dtype=np.int32)
 
     def __len__(self) -> int:
         return len(self.counts)
 
-    def collate(self, indices: np.ndarray) -> dict[str, Any]:
+    def collate(self, indices: np.ndarray, seeds: np.ndarray) -> dict[str, Any]:
         return {"features": indices.copy(), "targets": np.zeros(len(indices), dtype=np.int64)}
 
 

@@ -188,6 +188,25 @@ def synthetic_names(rows: int = 800) -> Iterator[SourceRow]:
         yield SourceRow(fields, f"row {number + 1:,}")
 
 
+def synthetic_shapes(rows: int = 900, side: int = 40) -> Iterator[SourceRow]:
+    """Pictures of a square, a disc or a cross on noise: image, uint8 [side, side, 3]; label, 0 to 2."""
+    places = np.arange(side)
+    for number in range(rows):
+        rng = np.random.Generator(np.random.Philox([20_30, number]))
+        image = rng.integers(0, 120, (side, side, 3), dtype=np.uint8)
+        radius = int(rng.integers(side // 6, side // 4))
+        down, right = (places - int(rng.integers(radius, side - radius)) for _ in "xy")
+        far_down, far_right = np.abs(down)[:, None], np.abs(right)[None]
+        label = int(rng.integers(0, 3))
+        inside = (
+            np.maximum(far_down, far_right) <= radius,
+            far_down**2 + far_right**2 <= radius**2,
+            (np.minimum(far_down, far_right) <= radius // 4) & (np.maximum(far_down, far_right) <= radius),
+        )[label]  # fmt: skip
+        image[inside] = rng.integers(140, 255, 3, dtype=np.uint8)
+        yield SourceRow({"image": image, "label": label}, f"row {number + 1:,}")
+
+
 BUILTIN: dict[str, Callable[..., Iterator[SourceRow]]] = {
     "python-stdlib": python_stdlib,
     "synthetic-classification": synthetic_classification,
@@ -195,4 +214,5 @@ BUILTIN: dict[str, Callable[..., Iterator[SourceRow]]] = {
     "synthetic-reviews": synthetic_reviews,
     "synthetic-preferences": synthetic_preferences,
     "synthetic-names": synthetic_names,
+    "synthetic-shapes": synthetic_shapes,
 }

@@ -37,7 +37,7 @@ class DatasetManifest:
     where they are padded. `style`: what the rows were recognised as. `evaluation`: rows of each evaluation
     set by its name; `validation_samples` is their sum. `mixture`: training rows of each source of a mixture
     by its label, in the order in which they lie; `mixture_lengths`: as `lengths`, of each. `sequences`: of
-    tokens that a row holds. `masking`: of rows
+    tokens that a row holds. `class_names`: of classes by number. `masking`: of rows
     whose tokens are masked while they are read. `origin`: where the rows came from, for people.
     """
 
@@ -68,6 +68,7 @@ class DatasetManifest:
     rows: str | None = None
     sequences: int = 1
     masking: MaskFacts | None = None
+    class_names: list[str] | None = None
     version: int = MANIFEST_VERSION
 
     @property

@@ -26,6 +26,8 @@ FORMATS = {
     ".tsv": "tsv",
     ".parquet": "parquet",
 }
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+"""Suffixes of images, which are rows where the recipe has `data.image_field`."""
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 """Last suffixes of compressed files, before which the format's stands. Parquet compresses by itself."""
 
@@ -49,7 +51,8 @@ def matching_files(data: Data) -> list[DataFile]:
         path = Path(pattern)
         literal = Path(_ESCAPED.sub(r"\1", pattern))
         if path.is_dir() or literal.is_dir():
-            found += _files_below(path if path.is_dir() else literal)
+            below = path if path.is_dir() else literal
+            found += _files_below(below, data.image_field is not None)
             continue
         found_paths = [literal] if literal.is_file() else map(Path, _matches(pattern))
         matches = [match for match in found_paths if match.is_file()]
@@ -64,12 +67,44 @@ def matching_files(data: Data) -> list[DataFile]:
             f"data.path: {twice} is matched twice. Nearest: patterns that do not overlap"
         )
     for file in found:
-        if format_of(file) is None:
+        if format_of(file) is None and not (data.image_field and is_image(file)):
             raise DataError(
                 f"data.path: {file}: {file.suffix or 'no suffix'} is not a known format "
                 f"({', '.join(FORMATS)}; all but .parquet also with {', '.join(COMPRESSIONS)})"
             )
     return found
+
+
+def is_image(file: DataFile) -> bool:
+    """Whether a file is an image, by its suffix."""
+    return file.suffix.lower() in IMAGES
+
+
+def classes_of(data: Data) -> list[str] | None:
+    """Names of the folders that images lie in, sorted; None where rows are not image files.
+
+    DataError for an image that lies in no folder of a class.
+    """
+    if data.source != "files" or data.image_field is None:
+        return None
+    images = [file for file in matching_files(data) if is_image(file)]
+    return sorted({class_of(file, data) for file in images}) or None
+
+
+def class_of(file: DataFile, data: Data) -> str:
+    """The first folder on the way from `data.path` to an image."""
+    roots = [data.path] if isinstance(data.path, str) else data.path or []
+    for root in roots:
+        folder = Path(root)
+        if folder.is_dir() and isinstance(file, Path) and file.is_relative_to(folder):
+            parts = file.relative_to(folder).parts
+            if len(parts) > 1:
+                return parts[0]
+            raise DataError(
+                f"data.path: {file} lies in no folder of a class. Nearest: {folder / 'name-of-a-class'}"
+            )
+    assert isinstance(file, Path)
+    return file.parent.name
 
 
 def size_of(path: DataFile) -> int | None:
@@ -85,15 +120,20 @@ def format_of(path: DataFile) -> str | None:
     return None if found == "parquet" else found
 
 
-def _files_below(folder: Path) -> list[Path]:
-    """All files of known formats in a folder and the folders in it, sorted; hidden ones are left out."""
-    found = [
+def _files_below(folder: Path, has_images: bool) -> list[Path]:
+    """All files of known formats in a folder and the folders in it, sorted; hidden ones are left out.
+
+    Images are rows where there is no table that could name them.
+    """
+    seen = [
         path
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and format_of(path)
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
     ]
+    found = [path for path in seen if format_of(path)]
+    if has_images:
+        found = [p for p in found if format_of(p) != "text"] or [p for p in seen if is_image(p)]
     if not found:
         raise DataError(
             f"data.path: {folder} holds no file of a known format ({', '.join(FORMATS)})"

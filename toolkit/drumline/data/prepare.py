@@ -25,6 +25,7 @@ from drumline.data.dataset_manifest import (
     read_dataset_manifest,
     sizes,
 )
+from drumline.data.files import classes_of
 from drumline.data.part_writer import PartWriter
 from drumline.data.publish import locked, publish, remove_abandoned
 from drumline.data.readers import Reading
@@ -81,9 +82,18 @@ class _Source:
     reading: Reading
 
 
-def _open(data: Data, project: str | None) -> _Source:
+def _class_names(data: Data) -> list[str] | None:
+    """Names of the classes: stated, or those of the folders that training images lie in."""
+    if data.label_names is not None:
+        return data.label_names
+    found = [classes_of(own) or [] for own in data.sources().values()]
+    return sorted(set().union(*found)) or None
+
+
+def _open(data: Data, project: str | None, names: list[str] | None) -> _Source:
     reading = Reading(0)
     task, rows = find_task(data, project), sources.read(data, project, reading)
+    task.class_names = names
     first = next(rows, None)
     if first is None:
         raise DataError("data: the source has no rows")
@@ -93,9 +103,10 @@ def _open(data: Data, project: str | None) -> _Source:
 
 def _write(data: Data, project: str | None, folder: Path, progress: Progress) -> None:
     seen, opened = Seen(), {}
+    names = _class_names(data)
     for label, own in data.sources().items():
         with cache.told_of(cache.key_of_source(data, label)):
-            opened[label] = _open(own, project)
+            opened[label] = _open(own, project, names)
     task, tokenizer = next(iter(opened.values())).task, None
     if task.needs_tokenizer:
         tokenizer = find_tokenizer(
@@ -127,7 +138,7 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
         part = part_of_set(name)
         writers[part] = PartWriter(folder / part, dtype)
         with cache.told_of(cache.key_of_set(name)):
-            source = _open(own, project)
+            source = _open(own, project, names)
             _refuse_others(task, source.task)
             seen.add(_write_set(source, tokenizer, writers[part], seen, progress))
         validation[name] = writers[part].rows
@@ -148,8 +159,9 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
         tokenizer=tokenizer.fingerprint if tokenizer else None,
         token_dtype=dtype,
         vocabulary=_vocabulary(tokenizer, task) if tokenizer else None,
-        feature_shape=seen.feature_shape,
-        classes=seen.classes or None,
+        feature_shape=seen.feature_shape or task.feature_shape,
+        classes=max(seen.classes, len(names or ())) or None,
+        class_names=names,
         label_tokens=train.label_tokens,
         truncated=seen.truncated,
         dropped=seen.dropped,

@@ -45,7 +45,7 @@ def lengths_of(folder: Path, part: str, sequences: int) -> NDArray[np.int32]:
 class Rows:
     """The samples of one part (`train` or `validation`), memory-mapped.
 
-    `counts`: int32 [N], the label tokens of each sample.
+    `counts`: int32 [N], the label tokens of each sample. `added`: columns in memory, by name.
     """
 
     def __init__(self, folder: Path, part: str, task: Task) -> None:
@@ -53,10 +53,10 @@ class Rows:
         if manifest is None:
             raise DataError(f"{folder}: no prepared data; run `drumline prepare`")
         self.manifest: DatasetManifest = manifest
-        self.task = task
+        self.task, self.part = task, part
         self._folder = folder / part
         self._columns: dict[str, NDArray[Any]] = {}
-        self._attached: dict[str, NDArray[Any]] = {}
+        self.added: dict[str, NDArray[Any]] = {}
         self.counts = self.column("counts")
 
     def __len__(self) -> int:
@@ -102,11 +102,11 @@ class Rows:
     def attach(self, name: str, values: NDArray[Any]) -> None:
         """Add a column in memory, with one value or array per row."""
         assert len(values) == len(self)
-        self._attached[name] = values
+        self.added[name] = values
 
     def attached(self, name: str) -> NDArray[Any] | None:
         """A column that was added in memory, if it was."""
-        return self._attached.get(name)
+        return self.added.get(name)
 
     def _map(self, name: str) -> NDArray[Any]:
         found = _mapped(self._folder / f"{name}.bin", self._dtype(name))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from drumline.data import sources
+from drumline.data.files import classes_of
 from drumline.data.readers import Reading
 from drumline.data.tasks import Encoded, find_task
 from drumline.data.tokenizers import Tokenizer, find_tokenizer
@@ -55,6 +56,7 @@ def _of_source(data: Data, project: str | None, count: int) -> tuple[str, Iterat
     first = next(rows, None)
     if first is None:
         raise DataError("data: the source has no rows")
+    task.class_names = data.label_names or classes_of(data)
     task.begin(first.fields)
     tokenizer = None
     if task.needs_tokenizer:

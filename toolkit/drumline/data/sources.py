@@ -4,11 +4,13 @@ Every source is an iterator of plain dicts, streamed once and never held in memo
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from drumline.data import builtin
 from drumline.data.factory import load_factory
-from drumline.data.files import matching_files, size_of
+from drumline.data.files import DataFile, class_of, is_image, matching_files, size_of
+from drumline.data.media import with_media
 from drumline.data.readers import Reading, read_file
 from drumline.data.source_row import SourceRow
 from drumline.errors import DataError
@@ -17,11 +19,17 @@ from drumline.recipe.data_section import Data
 
 def read(data: Data, project: str | None, reading: Reading | None = None) -> Iterator[SourceRow]:
     """Iterate over the rows of the recipe's data source; `reading` is told how far its files are read."""
+    if data.source == "files":
+        return _from_files(data, reading or Reading(0))
+    found = _rows(data, project)
+    return found if data.image_field is None else with_media(found, data, None)
+
+
+def _rows(data: Data, project: str | None) -> Iterator[SourceRow]:
+    """Rows of a source that is no file."""
     if data.source == "builtin":
         assert data.name
         return builtin.documents(data.name, data.options)
-    if data.source == "files":
-        return _from_files(data, reading or Reading(0))
     rows = _from_hub(data) if data.source == "hub" else _from_factory(data, project)
     return (SourceRow(fields, f"row {number:,}") for number, fields in enumerate(rows, 1))
 
@@ -54,19 +62,40 @@ def _from_files(data: Data, reading: Reading) -> Iterator[SourceRow]:
             raise DataError(f"data.path: {path} is empty (0 bytes)")
     reading.total = sum(size or 0 for size in sizes.values())
     for path, size in sizes.items():
-        yield from read_file(path, reading)
+        is_one = data.image_field is not None and is_image(path)
+        rows = _image(path, data) if is_one else read_file(path, reading)
+        if data.image_field is not None:
+            rows = with_media(rows, data, path.parent if isinstance(path, Path) else None)
+        yield from rows
         reading.done, reading.raw = reading.done + (size or 0), None
+
+
+def _image(path: DataFile, data: Data) -> Iterator[SourceRow]:
+    """An image file as a row, whose label is the name of its folder."""
+    assert data.image_field and isinstance(path, Path)
+    fields = {data.image_field: str(path.absolute()), data.label_field: class_of(path, data)}
+    yield SourceRow(fields, str(path))
 
 
 def _from_hub(data: Data) -> Iterator[dict[str, Any]]:
     load_dataset = _load_dataset()
     try:
-        yield from load_dataset(data.name, split=data.split, streaming=True, **data.options)
+        rows = load_dataset(data.name, split=data.split, streaming=True, **data.options)
+        yield from _undecoded(rows, data)
     except (ConnectionError, OSError, ValueError) as error:
         raise DataError(
             f"data.name: {data.name} (split {data.split}) cannot be loaded: {error}. "
             "Nearest: download it where there is a network, or use source files"
         ) from error
+
+
+def _undecoded(rows: Any, data: Data) -> Any:
+    """The rows with images as the bytes of their files, not decoded."""
+    if data.image_field is None or data.image_field not in (rows.features or {}):
+        return rows
+    from datasets import Image
+
+    return rows.cast_column(data.image_field, Image(decode=False))
 
 
 def _load_dataset() -> Any:

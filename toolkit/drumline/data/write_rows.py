@@ -110,7 +110,8 @@ def write_stream(
         if piece is None or piece.tokens is None:
             continue
         parts = [begin] * begins + [piece.tokens] + [end] * row.ends
-        tokens = np.concatenate(parts)
+        filled = [part for part in parts if part.size] or [piece.tokens]
+        tokens = filled[0] if len(filled) == 1 else np.concatenate(filled)  # a block is large
         begins = row.ends
         packers[split.part_of(seen.documents)].add(tokens)
         seen.documents += row.ends

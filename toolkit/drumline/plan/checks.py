@@ -204,6 +204,29 @@ def check_pairs(recipe: Recipe, sequences: int | None) -> None:
     )
 
 
+def check_image(recipe: Recipe, config: Mapping[str, Any]) -> None:
+    """Refuse images of another size or number of channels than the model's config states."""
+    spec = recipe.data.image
+    if spec is None:
+        return
+    config = {**config, **(config.get("vision_config") or {})}
+    channels = config.get("num_channels")
+    if channels is not None and channels != spec.channels:
+        raise PlanError(
+            f"data.image.channels: {spec.channels}, and the model reads {channels}. Nearest: "
+            f"data.image.channels={channels}, or model.config.num_channels={spec.channels}"
+        )
+    size = config.get("image_size")
+    if spec.size is None or size is None:
+        return
+    ours, theirs = ([one, one] if isinstance(one, int) else list(one) for one in (spec.size, size))
+    if ours != theirs:
+        raise PlanError(
+            f"data.image.size: {spec.size}, and the model reads {size}. Nearest: data.image.size={size}, or "
+            f"model.config.image_size={spec.size}"
+        )
+
+
 def check_shape(recipe: Recipe, shape: ModelShape | str, row_tokens: int | None) -> None:
     """Refuse what this model cannot do, or what would train another model than its config states.
 

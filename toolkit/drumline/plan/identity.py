@@ -18,7 +18,7 @@ _NOT_TRAINING = {
     "launch": None,
     "checkpoint": None,
     "model": ("attention", "activation_checkpointing", "activation_offload", "compile"),
-    "data": ("samples",),
+    "data": ("samples", "workers"),
     "batch": ("per_device", "gpus", "accumulation"),
     "evaluation": ("per_device",),
     "optimizer": ("implementation",),

@@ -23,6 +23,7 @@ from drumline.plan import batch as batch_equation
 from drumline.plan import identity, schedule
 from drumline.plan.batch import Split
 from drumline.plan.checks import (
+    check_image,
     check_model,
     check_packing,
     check_padding,
@@ -493,6 +494,7 @@ def shape_of(recipe: Recipe, world: World) -> ModelShape | str:
     architecture, config = _whole_config(recipe, world)
     check_config(architecture, model.config)
     check_model(recipe, architecture, config)
+    check_image(recipe, config)
     classes = None
     if recipe.data.facts.has_labels:
         problem = recipe.data.facts.problem

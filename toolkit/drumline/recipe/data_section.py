@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
+from drumline.recipe.image_section import Image
 from drumline.recipe.section import (
     AddedLater,
     Count,
@@ -92,6 +93,10 @@ TASKS = {
 """Properties of each value of `data.task`; the code of the tasks is in `data/tasks/`."""
 
 
+IMAGE_WORKERS = 4
+"""Processes that each rank reads images with, if the recipe does not say."""
+
+
 _SOURCES = {"builtin": "name", "files": "path", "hub": "name", "factory": "factory"}
 """The key that names the data, by `source`."""
 
@@ -125,7 +130,9 @@ _OF_TASKS = {
     **_OF_CHATS,
     "chosen_field": ("preference",),
     "rejected_field": ("preference",),
-    "label_names": ("token_classification",),
+    "label_names": ("token_classification", "classification"),
+    "image_field": ("classification", "regression", "multi_label"),
+    "image": ("classification", "regression", "multi_label"),
     "target_length": ("seq2seq",),
     "mask_probability": ("masked_lm",),
 }
@@ -143,6 +150,7 @@ class OtherSource(Section):
     split: str | None = None
     text_field: str | None = None
     text_pair_field: Annotated[str | None, AddedLater()] = None
+    image_field: Annotated[str | None, AddedLater()] = None
     prompt_field: str | None = None
     completion_field: str | None = None
     chosen_field: Annotated[str | None, AddedLater()] = None
@@ -218,6 +226,9 @@ class Data(Section):
     of numbers (regression), or whether the completion is desirable (preference). `text_pair_field`: a second
     text of the row, for tasks that have labels.
 
+    `image_field`: a column with images: paths, or the bytes of files; `image`: what becomes of them. A folder
+    of folders of images is one, too: each folder is a class. `workers`: processes that each rank reads with.
+
     Of task preference: the columns with the completions, or chats, `chosen_field` and `rejected_field`; the
     prompt is in `prompt_field`, or what both begin with.
 
@@ -261,6 +272,8 @@ class Data(Section):
     task_options: Annotated[dict[str, Any], AddedLater()] = {}
     text_field: str = "text"
     text_pair_field: Annotated[Name | None, AddedLater()] = None
+    image_field: Annotated[Name | None, AddedLater()] = None
+    image: Annotated[Image | None, AddedLater()] = None
     prompt_field: str = "prompt"
     completion_field: str = "completion"
     chosen_field: Annotated[Name, AddedLater()] = "chosen"
@@ -279,6 +292,7 @@ class Data(Section):
     target_length: Annotated[Samples | None, AddedLater()] = None
     mask_probability: Annotated[float, Field(gt=0, lt=1), AddedLater()] = 0.15
     packing: Annotated[Literal["stream", "documents", "none"] | None, AddedLater()] = None
+    workers: Annotated[int | None, Field(ge=0, le=256), AddedLater()] = None
     samples: Count | None = None
     validation: Fraction = 0.0
     validation_split: Annotated[
@@ -309,6 +323,8 @@ class Data(Section):
             base = sets.get(ALONE, {})  # an override of a set that was filled in before
             stated = {key: value for key, value in sets.items() if key != ALONE}
             filled["evaluation"] = {ALONE: {**base, **stated} if isinstance(base, dict) else sets}
+        if filled.get("workers") is None and filled.get("image"):
+            filled["workers"] = IMAGE_WORKERS
         if filled.get("validation") and filled.get("validation_split") is None:
             # A resolved recipe states every key that there was, those with null too; a person does not.
             is_older = "validation_split" not in filled and set(filled) >= _RECORDED
@@ -329,6 +345,19 @@ class Data(Section):
         if (self.task == "custom") != (self.task_factory is not None):
             takes = "needs" if self.task == "custom" else "takes no"
             raise ValueError(f"task {self.task} {takes} task_factory, a module:function")
+        if (self.image is None) != (self.image_field is None):
+            lacks = "image" if self.image is None else "image_field"
+            fix = "image={size: 224}" if lacks == "image" else "image_field=image"
+            raise ValueError(f"image_field and image go together. Nearest: data.{fix}")
+        if self.image and self.image.transform and not self.workers:
+            raise ValueError(
+                "image.transform: the project's function may draw from torch's generator, as training does, "
+                "so it needs a process of its own. Nearest: data.workers=4"
+            )
+        if self.image and (self.text_pair_field or "tokenizer" in self.model_fields_set):
+            given = "text_pair_field" if self.text_pair_field else "tokenizer"
+            if getattr(self, given) != type(self).model_fields[given].default:
+                raise ValueError(f"{given}: rows are images, which have no text")
         if self.label_names is not None and len(set(self.label_names)) < len(self.label_names):
             twice = next(n for n in self.label_names if self.label_names.count(n) > 1)
             raise ValueError(f"label_names: {twice} stands twice")

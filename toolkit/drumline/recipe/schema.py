@@ -535,6 +535,7 @@ def factories_of(recipe: Recipe) -> list[str]:
         *(own.factory for own in (recipe.data.evaluation or {}).values()),
         *(own.factory for own in recipe.data.mixture or ()),
         recipe.data.task_factory,
+        recipe.data.image.transform if recipe.data.image else None,
         recipe.objective.factory,
         recipe.optimizer.factory,
     )

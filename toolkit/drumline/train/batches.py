@@ -1,14 +1,13 @@
-"""Builds a rank's micro-batches, read ahead in a thread.
+"""Builds a rank's micro-batches.
 
 `StepReader` computes any step from the plan alone, so a resumed run reads step t without reading the steps
 before it.
 """
 
-import queue
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,10 +16,9 @@ from torch import Tensor
 
 from drumline.data.rows import Rows
 from drumline.data.tasks import IGNORED, Arrays, find_task
+from drumline.data.validation_split import TRAIN
 from drumline.plan import order, steps
-from drumline.plan.model import Plan
-
-READ_AHEAD_STEPS = 2
+from drumline.plan.model import Plan, read_plan
 
 
 @dataclass(frozen=True)
@@ -66,36 +64,104 @@ def open_rows(plan: Plan, part: str) -> Rows:
     return Rows(Path(plan.data.cache), part, find_task(data, plan.recipe.project))
 
 
+class Request(NamedTuple):
+    """The samples of a micro-batch: rows, seeds of what is drawn for them, and whether none counts."""
+
+    indices: NDArray[np.int64]
+    seeds: NDArray[np.uint64]
+    is_dummy: bool
+
+
+class MicroBatches:
+    """Host tensors of micro-batches of a part of the prepared rows, by `Request`.
+
+    A copy in another process opens the rows anew.
+    """
+
+    def __init__(self, plan: Plan, rows: Rows) -> None:
+        self._plan, self.rows = plan, rows
+        self._by_sample = plan.recipe.batch.weighting == "sample"
+        # An objective of the project's own does not tell the loss of a row.
+        has_sources = rows.part == TRAIN and not plan.recipe.objective.factory
+        mixture = plan.data.mixture if has_sources else ()
+        self.ends = np.cumsum([own.rows or 0 for own in mixture], dtype=np.int64)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"plan": self._plan.to_json(), "part": self.rows.part, "added": self.rows.added}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        plan = read_plan(state["plan"])
+        rows = open_rows(plan, state["part"])
+        for name, values in state["added"].items():
+            rows.attach(name, values)
+        self.__init__(plan, rows)  # type: ignore[misc]
+
+    def __getitem__(self, request: Request) -> dict[str, Tensor]:
+        chosen, seeds, is_dummy = request
+        tensors = micro_batch_tensors(self.rows, chosen, self._by_sample, is_dummy, seeds)
+        return tensors | self.sources(chosen) | self.lengths(chosen)
+
+    def owners(self, indices: NDArray[np.int64]) -> NDArray[np.intp]:
+        """The source of each row, of a mixture."""
+        return np.searchsorted(self.ends, indices, side="right")
+
+    def sources(self, chosen: NDArray[np.int64]) -> dict[str, Tensor]:
+        """`sources`, float32 [n, s]: 1 in the column of a row's source; nothing where there is no mixture."""
+        if not len(self.ends):
+            return {}
+        own = self.owners(chosen)[:, None] == np.arange(len(self.ends))
+        return {"sources": torch.from_numpy(own.astype(np.float32))}
+
+    def lengths(self, chosen: NDArray[np.int64]) -> dict[str, Tensor]:
+        """`lengths`, int64 [n]: input tokens of each row; nothing where there is no noise on embeddings."""
+        if self._plan.recipe.model.neftune_alpha is None or self.rows.part != TRAIN:
+            return {}
+        found = self.rows.column("lengths")[chosen] - int(self._plan.recipe.data.facts.is_shifted)
+        return {"lengths": torch.from_numpy(found.astype(np.int64))}
+
+
 class StepReader:
     """Builds the steps of one rank from the prepared rows."""
 
     def __init__(self, plan: Plan, rows: Rows, rank: int, pin: bool = False) -> None:
-        self._plan, self._rows, self._pin = plan, rows, pin
+        self._plan, self._rows, self.pin = plan, rows, pin
         self._data_ranks, self._data_rank = plan.mesh.data_ranks, plan.mesh.data_rank(rank)
         self._clock = plan.clock()
         self._by_sample = plan.recipe.batch.weighting == "sample"
-        # An objective of the project's own does not tell the loss of a row.
-        mixture = () if plan.recipe.objective.factory else plan.data.mixture
-        self._ends = np.cumsum([own.rows or 0 for own in mixture], dtype=np.int64)
+        self.micro_batches = MicroBatches(plan, rows)
 
     def step_indices(self, number: int) -> NDArray[np.int64]:
         """Sample indices of a step in slot order, int64 [samples]; the same on every rank."""
         first, end = self._clock.slots(number)
         return self._plan.samples_at(first, end)
 
-    def read(self, number: int) -> Step:
-        """Build one step with this rank's micro-batches."""
+    def requests(self, number: int) -> list[Request]:
+        """This rank's micro-batches of a step; a dummy is a row of the same step."""
+        indices, seeds = self.step_indices(number), self._seeds(number)
+        return [
+            Request(indices[which], seeds[which], start == stop)
+            for start, stop in self._places(number)
+            for which in [slice(0, 1) if start == stop else slice(start, stop)]
+        ]
+
+    def read(self, number: int, tensors: Iterable[dict[str, Tensor]] | None = None) -> Step:
+        """Build one step with this rank's micro-batches, from their `tensors` if they were read elsewhere."""
         indices = self.step_indices(number)
         counts = self._rows.counts[indices]
-        per_device = self._plan.batch.per_device_at(number)
-        first_slot, end_slot = self._clock.slots(number)
-        seeds = order.draw_seeds(self._plan.recipe.seed, np.arange(first_slot, end_slot))
+        first_slot = self._clock.slots(number)[0]
+        if tensors is None:
+            tensors = map(self.micro_batches.__getitem__, self.requests(number))
         micro_batches = [
-            self._micro_batch(indices, seeds, start, stop, first_slot)
-            for start, stop in steps.share(
-                len(indices), per_device, self._data_ranks, self._data_rank
+            MicroBatch(
+                tensors=self._pinned(own),
+                first_slot=first_slot + start,
+                is_dummy=start == stop,
+                indices=indices[start:stop],
+                weight=self._weight(indices[start:stop]),
             )
+            for (start, stop), own in zip(self._places(number), tensors, strict=True)
         ]
+        row = self._plan.batch.per_device_at(number) * self._data_ranks
         return Step(
             number=number,
             epoch=self._clock.epoch(number),
@@ -104,24 +170,11 @@ class StepReader:
             weight=self._weight(indices),
             digest=order.digest(indices),
             indices=indices,
-            seeds=seeds,
+            seeds=self._seeds(number),
             micro_batches=micro_batches,
-            first_weight=self._weight(indices[: per_device * self._data_ranks]),
+            first_weight=self._weight(indices[:row]),
             source_weights=self._source_weights(indices),
         )
-
-    def _source_weights(self, indices: NDArray[np.int64]) -> tuple[float, ...]:
-        """The part of W of each source of a mixture."""
-        owners = self._owners(indices)
-        return tuple(self._weight(indices[owners == source]) for source in range(len(self._ends)))
-
-    def _owners(self, indices: NDArray[np.int64]) -> NDArray[np.intp]:
-        """The source of each row."""
-        return np.searchsorted(self._ends, indices, side="right")
-
-    def _weight(self, indices: NDArray[np.int64]) -> float:
-        """Number of samples or of label tokens, by `batch.weighting`."""
-        return float(len(indices) if self._by_sample else self._rows.counts[indices].sum())
 
     def widest(self) -> MicroBatch:
         """A dummy micro-batch of the largest shape of the run, for warm-up passes."""
@@ -134,51 +187,38 @@ class StepReader:
         nothing = np.zeros(0, dtype=np.int64)
         return MicroBatch(
             tensors=as_tensors(arrays, np.zeros(count), dummy=True)
-            | self._sources(first)
-            | self._lengths(first),
+            | self.micro_batches.sources(first)
+            | self.micro_batches.lengths(first),
             first_slot=0,
             is_dummy=True,
             indices=nothing,
         )
 
-    def _micro_batch(
-        self,
-        indices: NDArray[np.int64],
-        seeds: NDArray[np.uint64],
-        start: int,
-        stop: int,
-        first_slot: int,
-    ) -> MicroBatch:
-        dummy = start == stop
-        which = slice(0, 1) if dummy else slice(start, stop)
-        chosen = indices[which]
-        tensors = micro_batch_tensors(self._rows, chosen, self._by_sample, dummy, seeds[which])
-        tensors |= self._sources(chosen) | self._lengths(chosen)
-        if self._pin:
-            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        own = indices[start:stop]
-        return MicroBatch(
-            tensors=tensors,
-            first_slot=first_slot + start,
-            is_dummy=dummy,
-            indices=own,
-            weight=self._weight(own),
-        )
+    def _places(self, number: int) -> list[tuple[int, int]]:
+        """First and end of this rank's micro-batches in the step, equal for a dummy."""
+        first, end = self._clock.slots(number)
+        per_device = self._plan.batch.per_device_at(number)
+        return steps.share(end - first, per_device, self._data_ranks, self._data_rank)
 
-    def _sources(self, chosen: NDArray[np.int64]) -> dict[str, Tensor]:
-        """`sources`, float32 [n, s]: 1 in the column of a row's source; nothing where there is no mixture."""
-        if not len(self._ends):
-            return {}
-        own = self._owners(chosen)[:, None] == np.arange(len(self._ends))
-        return {"sources": torch.from_numpy(own.astype(np.float32))}
+    def _seeds(self, number: int) -> NDArray[np.uint64]:
+        """Seeds of what is drawn for each sample of a step, uint64 [samples]."""
+        first, end = self._clock.slots(number)
+        return order.draw_seeds(self._plan.recipe.seed, np.arange(first, end))
 
-    def _lengths(self, chosen: NDArray[np.int64]) -> dict[str, Tensor]:
-        """`lengths`, int64 [n]: input tokens of each row; nothing where there is no noise on embeddings."""
-        if self._plan.recipe.model.neftune_alpha is None:
-            return {}
-        is_next_a_target = self._plan.recipe.data.facts.is_shifted
-        found = self._rows.column("lengths")[chosen] - int(is_next_a_target)
-        return {"lengths": torch.from_numpy(found.astype(np.int64))}
+    def _source_weights(self, indices: NDArray[np.int64]) -> tuple[float, ...]:
+        """The part of W of each source of a mixture."""
+        owners = self.micro_batches.owners(indices)
+        count = len(self.micro_batches.ends)
+        return tuple(self._weight(indices[owners == source]) for source in range(count))
+
+    def _weight(self, indices: NDArray[np.int64]) -> float:
+        """Number of samples or of label tokens, by `batch.weighting`."""
+        return float(len(indices) if self._by_sample else self._rows.counts[indices].sum())
+
+    def _pinned(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not self.pin:
+            return tensors
+        return {name: tensor.pin_memory() for name, tensor in tensors.items()}
 
 
 def micro_batch_tensors(
@@ -209,37 +249,3 @@ def as_tensors(arrays: Arrays, weights: NDArray[np.float64], dummy: bool) -> dic
         is_float = tensors["targets"].is_floating_point()
         tensors["targets"].fill_(float("nan") if is_float else IGNORED)
     return tensors
-
-
-def read_ahead(reader: StepReader, first: int, last: int) -> Iterator[Step]:
-    """Yield steps first..last in order, prepared in a thread while the device works."""
-    waiting: queue.Queue[Step | BaseException] = queue.Queue(maxsize=READ_AHEAD_STEPS)
-    stopped = threading.Event()
-
-    def put(item: Step | BaseException) -> None:
-        while not stopped.is_set():
-            try:
-                return waiting.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for number in range(first, last + 1):
-                put(reader.read(number))
-                if stopped.is_set():
-                    return
-        except BaseException as error:  # passed to the consumer, which raises it
-            put(error)
-
-    thread = threading.Thread(target=work, name="read-ahead", daemon=True)
-    thread.start()
-    try:
-        for _ in range(first, last + 1):
-            item = waiting.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
-        thread.join()

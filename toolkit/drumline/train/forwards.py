@@ -12,8 +12,9 @@ from drumline.phases import Phase
 from drumline.plan.model import Plan
 from drumline.plan.order import draw_seeds
 from drumline.plan.steps import share
-from drumline.train.batches import micro_batch_tensors
+from drumline.train.batches import MicroBatches, Request
 from drumline.train.engines import Engine
+from drumline.train.read_ahead import load
 from drumline.train.step_reduce import any_rank
 from drumline.train.watch import Watch
 
@@ -40,14 +41,19 @@ def forward_all(
     Yields the first and the end of its places in `indices`, equal for a dummy, and the tensor. All ranks make
     as many forwards. Raises `Asked` when any rank was asked to stop.
     """
-    by_sample = plan.recipe.batch.weighting == "sample"
     mesh = plan.mesh
     places = share(len(indices), per_device, mesh.data_ranks, mesh.data_rank(dist.get_rank()))
+    wanted = [
+        indices[start:stop] if stop > start else np.zeros(1, dtype=np.int64)
+        for start, stop in places
+    ]
+    requests = [
+        Request(chosen, draw_seeds(plan.recipe.seed, chosen, "evaluation"), start == stop)
+        for chosen, (start, stop) in zip(wanted, places, strict=True)
+    ]
+    tensors = load(MicroBatches(plan, rows), requests, plan.recipe.data.workers or 0)
     for number, (start, stop) in enumerate(places):
         watch.enter(phase, f"micro-batch {number + 1} of {len(places)}")
         if number % FORWARDS_PER_LOOK == 0 and any_rank(watch.stop_asked(), engine.device):
             raise Asked
-        chosen = indices[start:stop] if stop > start else np.zeros(1, dtype=np.int64)
-        seeds = draw_seeds(plan.recipe.seed, chosen, "evaluation")
-        tensors = micro_batch_tensors(rows, chosen, by_sample, stop == start, seeds)
-        yield start, stop, engine.evaluate(tensors, method)
+        yield start, stop, engine.evaluate(next(tensors), method)

@@ -18,7 +18,7 @@ from drumline.plan import noise, schedule
 from drumline.plan.model import Plan
 from drumline.train import loader
 from drumline.train.anomalies import Judge, find_culprits
-from drumline.train.batches import Step, StepReader, open_rows, read_ahead
+from drumline.train.batches import Step, StepReader, open_rows
 from drumline.train.commit import SaveCommit
 from drumline.train.engines import Engine, build_engine
 from drumline.train.evaluate import Evaluator
@@ -28,6 +28,7 @@ from drumline.train.garbage import GarbageControl
 from drumline.train.metrics import Logbook
 from drumline.train.models.build import base_fingerprint
 from drumline.train.noise import NoiseMeter, NoMeter, build_meter
+from drumline.train.read_ahead import read_ahead
 from drumline.train.reference import attach_reference, needs_reference
 from drumline.train.saver import SaveCadence, Saver
 from drumline.train.scaler import LossScaler
@@ -87,7 +88,8 @@ def train(
             if not course.stop and state.step >= plan.first_step:
                 saver.amend(state)
         first = plan.steps.total + 1 if course.is_over else state.step + 1
-        for step in logbook.timed(read_ahead(reader, first, plan.steps.total)):
+        workers = recipe.data.workers or 0
+        for step in logbook.timed(read_ahead(reader, first, plan.steps.total, workers)):
             watch.begin(step.number)
             losses = forward_backward(engine, step, watch, meter, timer)
             watch.enter(Phase.REDUCING)

@@ -19,6 +19,7 @@ def find_task(data: Data, project: str | None) -> Task:
     """The task of a recipe's data section; `custom` is made by a function of the recipe's project."""
     if data.task_factory is None:
         task: Task = import_module(f"{__name__}.{data.task}").build(data)
+        task.project = project
         return task
     made: Any = load_factory(data.task_factory, project)(**data.task_options)
     lacking = [name for name in ("encode", "collate") if not callable(getattr(made, name, None))]

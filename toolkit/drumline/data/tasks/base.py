@@ -49,6 +49,7 @@ class StoredRows(Protocol):
     """The stored rows that a task collates (`data/rows.py`)."""
 
     manifest: DatasetManifest
+    part: str
 
     def tokens(
         self, indices: NDArray[np.int64], width: int | None = None
@@ -74,7 +75,9 @@ class Task:
     columns to store, also for a part without rows. `sequences`: of tokens that a row holds, and which have a
     length each. `fewest_rows`: that a part must have. `draws`: samples are made with random choices while
     they are read (`collate_drawn` instead of `collate`). `counts_each_row`: rows of a stream are encoded by
-    `cut`. `masking`: the tokens that a task which masks some needs to know of.
+    `cut`. `feature_shape`: of samples that are made while they are read. `class_names`: of classes that rows
+    name by texts. `project`: the folder of the recipe's own code. `masking`: the tokens that a task which
+    masks some needs to know of.
     """
 
     is_stream = False
@@ -87,6 +90,9 @@ class Task:
     draws = False
     counts_each_row = False
     masking: MaskFacts | None = None
+    feature_shape: list[int] | None = None
+    class_names: list[str] | None = None
+    project: str | None = None
     data: Data
 
     def __init__(self, data: Data | None = None) -> None:

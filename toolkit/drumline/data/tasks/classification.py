@@ -23,8 +23,15 @@ class Classification(OfRows):
     label_columns = ("labels",)
 
     def label(self, row: Row) -> dict[str, Any]:
-        """The class."""
-        _, value = field_of(row, self.data.label_field)
+        """The class, by its number or, where classes have names, by its name."""
+        field, names = self.data.label_field, self.class_names or self.data.label_names
+        _, value = field_of(row, field)
+        if names and isinstance(value, str):
+            if value not in names:
+                raise DataError(
+                    f"data.label_field: {field}: {value!r:.40} is none of the classes {', '.join(names[:20])}"
+                )
+            value = names.index(value)
         if isinstance(value, str) and value.isascii() and value.isdigit():  # CSV holds text
             value = int(value)
         return {"label": class_number(value, self.data.label_field)}

@@ -6,10 +6,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drumline.data.dataset_manifest import DatasetManifest
+from drumline.data.images import Pipeline, check, pipeline
 from drumline.data.tasks.base import Arrays, Encoded, Row, StoredRows, Task, field_of, text_field
 from drumline.data.tokenizers import Request, Tokenizer
 from drumline.errors import DataError, PlanError
+from drumline.recipe.data_section import Data
 
+IMAGE = "image"
+"""The array with the bytes of an image's file."""
+TRAIN = "train"
+"""The part whose images are augmented."""
 SECOND = "second"
 """The array with the first token of a row's second text, where the model is told which text a token is of."""
 
@@ -24,6 +30,11 @@ class OfRows(Task):
     label_columns: tuple[str, ...] = ()
     _has_features = False
 
+    def __init__(self, data: Data) -> None:
+        super().__init__(data)
+        self.draws = data.image is not None
+        self._pipeline: Pipeline | None = None
+
     def label(self, row: Row) -> dict[str, Any]:
         """What of `Encoded` holds the label of a row, by name; DataError for an invalid one."""
         raise NotImplementedError
@@ -37,7 +48,12 @@ class OfRows(Task):
         raise NotImplementedError
 
     def begin(self, first: Row) -> None:
-        """Decide by the first row whether samples are text or features."""
+        """Decide by the first row whether samples are text or features, if they are no images."""
+        if self.data.image is not None:
+            self.needs_tokenizer = False
+            self.columns = (*self.label_columns, "counts")
+            self.feature_shape = self.images.shape
+            return
         has_text = isinstance(field_of(first, self.data.text_field)[1], str)
         self._has_features = "features" in first and not has_text
         self.needs_tokenizer = not self._has_features
@@ -46,12 +62,14 @@ class OfRows(Task):
 
     def requests(self, row: Row) -> list[Request]:
         """The text or the two texts, if there are any."""
-        if self._has_features:
+        if not self.needs_tokenizer:
             return []
         return [("encode_row", *self._texts(row))]
 
     def encode(self, row: Row, tokenizer: Tokenizer | None) -> Encoded | None:
         """Features or tokens, and the label; `count` is 0 for a text without a token."""
+        if self.data.image is not None:
+            return self._encode_image(row)
         if self._has_features:
             return Encoded(count=1, features=_features(row), **self.label(row))
         assert tokenizer
@@ -79,6 +97,31 @@ class OfRows(Task):
             second = np.concatenate(rows.array(SECOND, indices))[:, None]
             found["token_type_ids"] = mask * (np.arange(ids.shape[1]) >= second)
         return found
+
+    @property
+    def images(self) -> Pipeline:
+        """What becomes of an image; made once in each process."""
+        if self._pipeline is None:
+            assert self.data.image
+            self._pipeline = pipeline(self.data.image, self.project)
+        return self._pipeline
+
+    def _encode_image(self, row: Row) -> Encoded:
+        """The image's file, which can be decoded, and the label."""
+        _, raw = field_of(row, str(self.data.image_field))
+        check(raw)
+        label = self.label(row)
+        file = {IMAGE: np.frombuffer(raw, dtype=np.uint8)}
+        return Encoded(count=1, **{**label, "arrays": {**label.get("arrays", {}), **file}})
+
+    def collate_drawn(
+        self, rows: StoredRows, indices: NDArray[np.int64], seeds: NDArray[np.uint64]
+    ) -> Arrays:
+        """Features float32 [n, channels, height, width], augmented if the rows are trained; `targets`."""
+        is_trained = rows.part == TRAIN
+        files = zip(rows.array(IMAGE, indices), seeds.tolist(), strict=True)
+        pixels = [self.images.pixels(raw.tobytes(), seed, is_trained) for raw, seed in files]
+        return {"features": np.stack(pixels), "targets": self.targets(rows, indices)}
 
     def widen(self, arrays: Arrays, manifest: DatasetManifest) -> Arrays:
         """Pad the inputs to the longest row; targets are of a row, not of its tokens."""

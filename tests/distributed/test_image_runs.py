@@ -1,0 +1,110 @@
+"""Images with augmentation: one curve at every split and with any workers, bitwise resume, real processes."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from arena import STEPS, Arena
+
+from data.made_images import write_classes
+from drumline.plan.model import Plan
+
+pytestmark = [pytest.mark.xdist_group("kinds"), pytest.mark.heavy]
+
+SPLITS = [(6, 1, 2), (3, 2, 2), (2, 2, 3)]
+RUNS = [("ddp", split) for split in SPLITS] + [
+    ("fsdp", SPLITS[2]),
+    ("accelerate", SPLITS[1]),
+    ("zero2", SPLITS[2]),
+    ("zero3", SPLITS[1]),
+]
+VIT = {"source": "config", "architecture": "vit", "config": {
+    "image_size": 24, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 48, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}  # fmt: skip
+IMAGE = {"size": 24, "jitter": 0.3, "erase": 0.3, "rand_augment": {}}
+
+
+def plan_of(arena: Arena, engine: str, split: tuple[int, int, int], workers: int = 0) -> Plan:
+    folder = arena.folder / "pictures"
+    if not folder.exists():
+        write_classes(folder / "train", 13)
+        write_classes(folder / "val", 3)
+    data = {"path": str(folder / "train"), "task": "classification", "image_field": "image", "image": IMAGE,
+            "sequence_length": None, "workers": workers, "evaluation": {"source": "files", "path": str(folder / "val")}}  # fmt: skip
+    evaluation = {"every_steps": 4, "per_device": 2}
+    return arena.plan(engine, split, model=VIT, data=data, evaluation=evaluation)
+
+
+@pytest.fixture(scope="module")
+def arena(tmp_path_factory: pytest.TempPathFactory) -> Arena:
+    made = Arena(tmp_path_factory.mktemp("images"))
+    for engine, split in RUNS:
+        made.ask("train", f"{engine}-{split}", plan_of(made, engine, split))
+    made.ask("train", "workers", plan_of(made, "ddp", SPLITS[1], workers=2))
+    made.ask("verify", "verify", plan_of(made, "fsdp", SPLITS[1]), fault="")
+    made.ask("train", "stopped", plan_of(made, "ddp", SPLITS[1], workers=1), stop_after=5)
+    made.go()
+    made.ask("train", "stopped", plan_of(made, "ddp", SPLITS[1]))
+    made.go()
+    return made
+
+
+def lines(arena: Arena, name: str) -> list[dict[str, Any]]:
+    """Losses of steps and evaluations in order."""
+    found = map(json.loads, (arena.folder / name / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k in ("loss", "eval/loss", "eval/accuracy")} for line in found if "checkpoint/saved" not in line]  # fmt: skip
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_it_is_one_curve(arena: Arena, run: tuple[str, tuple[int, int, int]]) -> None:
+    """Under every engine, to rounding, evaluations too."""
+    engine, split = run
+    found, wanted = lines(arena, f"{engine}-{split}"), lines(arena, f"ddp-{SPLITS[0]}")
+    assert len(found) == STEPS + 2
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours == pytest.approx(theirs, rel=3e-5, abs=1e-5)
+
+
+def test_workers_and_a_resume_change_nothing(arena: Arena) -> None:
+    """Two workers or none, and a run that was stopped under one and goes on without: bitwise the same."""
+    wanted = lines(arena, f"ddp-{SPLITS[1]}")
+    assert lines(arena, "workers") == wanted
+    assert lines(arena, "stopped") == wanted
+
+
+def test_verification(arena: Arena) -> None:
+    """The step's gradient is that of single images with their augmentation; the loss is the model's own."""
+    assert arena.verdict("verify") == (True, True)
+    assert arena.own_loss("verify")
+
+
+def test_no_process_is_left(tmp_path: Path, forked: Any) -> None:
+    """A run through the launcher with workers ends by itself; its ranks leave no process behind."""
+    write_classes(tmp_path / "train", 9)
+    recipe = tmp_path / "pictures.yaml"
+    recipe.write_text(json.dumps({
+        "recipe": "pictures", "schema": 1, "model": VIT,
+        "data": {"source": "files", "path": "train", "task": "classification", "image_field": "image",
+                 "image": IMAGE, "validation": 0.2, "workers": 2},
+        "batch": {"effective": 8, "per_device": 2, "gpus": 2, "accumulation": 2},
+        "optimizer": {"name": "adamw", "lr": 3e-3}, "duration": {"steps": 4}, "evaluation": {"every_steps": 2}}))  # fmt: skip
+    done = forked("run", str(recipe), "--run-dir", "run", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 4
+    for _ in range(
+        100
+    ):  # the process that workers come from ends once it sees that its rank is gone
+        left = [link for link in Path("/proc").glob("[0-9]*/cwd") if _is_below(link, tmp_path)]
+        if not left:
+            break
+        time.sleep(0.1)
+    assert left == []
+
+
+def _is_below(link: Path, folder: Path) -> bool:
+    try:
+        return link.readlink().is_relative_to(folder)
+    except OSError:
+        return False
