@@ -59,6 +59,7 @@ def test_every_command_on_the_page_runs(
     """
     server = None if page.name == "README.md" else fork_server
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    shutil.copytree(ROOT / "docs/examples", tmp_path / "docs/examples")
     text = page.read_text()
     for line in commands(page):
         if line in ELSEWHERE or line.startswith(("python benchmarks/", "pip install", "git clone")):

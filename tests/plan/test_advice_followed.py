@@ -30,6 +30,7 @@ BASE: dict[str, Any] = {
 CLASSES = ["data.task=classification"]
 VIT = ["model.architecture=vit", "!model.config={}"]
 IMAGES = ["data={task: classification, image_field: image, image: {size: 224}}", *VIT]
+OWN = ["data={source: dataset, path: null, factory: 'm:f', task: custom, workers: 2}"]
 PAIRS = ["data.task=preference"]
 WARMUP = ["schedule.name=cosine"]
 SETS = "data.evaluation={source: files, path: /e.txt}"
@@ -67,6 +68,12 @@ FOLLOWED: list[tuple[list[str], str, list[list[str]]]] = [
     ([*IMAGES, "data.image.transform='m:f'", "data.workers=0"], "it needs a process of its own. Nearest: data.workers=4", [["data.workers=4"]]),
     ([*IMAGES, "model.config={num_channels: 1}"], "Nearest: data.image.channels=1, or model.config.num_channels=3",
      [["data.image.channels=1"], ["model.config.num_channels=3"]]),
+    ([*OWN, "data.workers=0"], "their own. Nearest: data.workers=4", [["data.workers=4"]]),
+    ([*OWN, "data.task=causal_lm"], "source dataset is for task custom, without task_factory. Nearest: data.task=custom", [["data.task=custom"]]),
+    ([*OWN, "data.evaluation={source: files, path: /e.txt}", "evaluation.every_steps=9"], "Nearest: evaluation={source: dataset, factory: ...}",
+     [["!data.evaluation={source: dataset, factory: 'm:g'}"]]),
+    (["data={source: mixture, path: null, mixture: [{weight: 1.0, source: files, path: /a.txt}, {weight: 1.0, source: dataset, factory: 'm:f'}]}"],
+     "Nearest: source dataset alone", [["data={source: dataset, factory: 'm:f', mixture: null, task: custom}"]]),
     ([*PAIRS, "objective.name=kto"], "kto learns from single ones with a label, and the prepared rows are pairs", [["objective.name=dpo"]]),
     ([*PAIRS, "objective={name: simpo, label_smoothing: 0.1, reference: stored}"], "label_smoothing, reference has no meaning for simpo",
      [["objective.label_smoothing=null", "objective.reference=null"]]),

@@ -143,6 +143,8 @@ def _words(found: dict[str, Any]) -> list[str]:
         lines.append(
             f"step {rate['step']}: rate {rate['taken']}, the schedule says {rate['wanted']}"
         )
+    if found["why_not_additive"]:
+        lines.append(f"the objective says why: {found['why_not_additive']}")
     return [*lines, f"{verdict} to the undivided batch, one row at a time, summed in fp64"]
 
 

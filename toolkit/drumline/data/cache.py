@@ -95,7 +95,7 @@ def _stamps_of_source(data: Data, project: str | None) -> list[Any]:
         stamps.append(platform.python_version())
     elif data.source == "files":
         stamps += [_stamp(path) for path in matching_files(data)]
-    elif data.source == "factory":
+    elif data.source in ("factory", "dataset"):
         assert data.factory
         stamps += _hashes(data.factory, project)
     return stamps

@@ -29,7 +29,7 @@ from drumline.data.files import classes_of
 from drumline.data.part_writer import PartWriter
 from drumline.data.publish import locked, publish, remove_abandoned
 from drumline.data.readers import Reading
-from drumline.data.rows import DTYPES, array_columns
+from drumline.data.rows import DTYPES, Rows, array_columns
 from drumline.data.source_row import SourceRow
 from drumline.data.tasks import Task, find_task
 from drumline.data.tokenize_ahead import TokenizeAhead
@@ -50,7 +50,11 @@ def prepare(data: Data, project: str | None, progress: Progress | None = None) -
     """Return the folder of prepared rows, writing it if it does not exist yet."""
     final = cache.cache_folder(data, project)
     if read_dataset_manifest(final) is not None:
-        return final
+        if not _has_changed(data, project, final):
+            return final
+        aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+        final.rename(aside / "old")
+        shutil.rmtree(aside)
     final.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(final)
     temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
@@ -70,6 +74,18 @@ def prepare(data: Data, project: str | None, progress: Progress | None = None) -
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def _has_changed(data: Data, project: str | None, folder: Path) -> bool:
+    """Whether a data set of the project has other samples than when it was prepared, by those seen then."""
+    if not data.is_map_style:
+        return False
+    parts = {TRAIN: data} | {part_of_set(name): own for name, own in data.evaluation_sets().items()}
+    for part, own in parts.items():
+        rows = Rows(folder, part, find_task(own, project))
+        if not rows.task.still_holds(rows):  # type: ignore[attr-defined]
+            return True
+    return False
 
 
 @dataclass

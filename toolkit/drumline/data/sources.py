@@ -13,6 +13,7 @@ from drumline.data.files import DataFile, class_of, is_image, matching_files, si
 from drumline.data.media import with_media
 from drumline.data.readers import Reading, read_file
 from drumline.data.source_row import SourceRow
+from drumline.data.tasks.map_style import open_dataset
 from drumline.errors import DataError
 from drumline.recipe.data_section import Data
 
@@ -21,6 +22,9 @@ def read(data: Data, project: str | None, reading: Reading | None = None) -> Ite
     """Iterate over the rows of the recipe's data source; `reading` is told how far its files are read."""
     if data.source == "files":
         return _from_files(data, reading or Reading(0))
+    if data.is_map_style:
+        size = len(open_dataset(data, project))
+        return (SourceRow({"index": n}, f"sample {n:,}") for n in range(size))
     found = _rows(data, project)
     return found if data.image_field is None else with_media(found, data, None)
 

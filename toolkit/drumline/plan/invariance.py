@@ -21,6 +21,8 @@ def split_invariance(
 ) -> SplitInvariance:
     """Level `rounding` if the result depends on the split only by rounding; else `none` with all reasons.
 
+    Of an objective of the project it is `unknown`.
+
     `config`: of the model, with that of a pretrained one. `batchnorm`: whether a factory's model has it.
     """
     reasons = []
@@ -57,6 +59,11 @@ def split_invariance(
         )
     if reasons:
         return SplitInvariance("none", "; ".join(reasons))
+    if recipe.objective.factory:
+        return SplitInvariance(
+            "unknown",
+            f"whether {recipe.objective.factory} is a sum over samples is not known before `drumline verify`",
+        )
     rounding = "rounding"
     if recipe.precision == "bf16-pure":
         rounding = "the rounding of bf16, in which gradients are summed, too,"

@@ -28,9 +28,12 @@ PLAN_VERSION = 1
 
 @dataclass(frozen=True)
 class SplitInvariance:
-    """Whether training is the same up to rounding under another split, and why or why not."""
+    """Whether training is the same up to rounding under another split, and why or why not.
 
-    level: Literal["rounding", "none"]
+    `unknown`: the project's own loss decides it, which `drumline verify` tries.
+    """
+
+    level: Literal["rounding", "none", "unknown"]
     why: str
 
 

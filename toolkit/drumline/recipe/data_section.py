@@ -93,11 +93,17 @@ TASKS = {
 """Properties of each value of `data.task`; the code of the tasks is in `data/tasks/`."""
 
 
-IMAGE_WORKERS = 4
-"""Processes that each rank reads images with, if the recipe does not say."""
+MOST_WORKERS = 4
+"""Processes that make samples while a rank trains, if the recipe does not say how many."""
 
 
-_SOURCES = {"builtin": "name", "files": "path", "hub": "name", "factory": "factory"}
+_SOURCES = {
+    "builtin": "name",
+    "files": "path",
+    "hub": "name",
+    "factory": "factory",
+    "dataset": "factory",
+}
 """The key that names the data, by `source`."""
 
 
@@ -142,7 +148,7 @@ _OF_TASKS = {
 class OtherSource(Section):
     """Data of their own; what is not stated here is as in `data`."""
 
-    source: Literal["builtin", "files", "hub", "factory"]
+    source: Literal["builtin", "files", "hub", "factory", "dataset"]
     name: Name | None = None
     path: str | list[str] | None = None
     factory: FactoryName | None = None
@@ -226,6 +232,8 @@ class Data(Section):
     of numbers (regression), or whether the completion is desirable (preference). `text_pair_field`: a second
     text of the row, for tasks that have labels.
 
+    `source: dataset`: `factory` returns a data set with `__len__` and `__getitem__`, and maybe `collate`.
+
     `image_field`: a column with images: paths, or the bytes of files; `image`: what becomes of them. A folder
     of folders of images is one, too: each folder is a class. `workers`: processes that each rank reads with.
 
@@ -250,7 +258,7 @@ class Data(Section):
 
     model_config = ConfigDict(json_schema_extra=_source_or_mixture)
 
-    source: Literal["builtin", "files", "hub", "factory", "mixture"]
+    source: Literal["builtin", "files", "hub", "factory", "dataset", "mixture"]
     name: Name | None = None
     path: str | list[str] | None = None
     factory: FactoryName | None = None
@@ -323,8 +331,9 @@ class Data(Section):
             base = sets.get(ALONE, {})  # an override of a set that was filled in before
             stated = {key: value for key, value in sets.items() if key != ALONE}
             filled["evaluation"] = {ALONE: {**base, **stated} if isinstance(base, dict) else sets}
-        if filled.get("workers") is None and filled.get("image"):
-            filled["workers"] = IMAGE_WORKERS
+        makes_samples = filled.get("image") or filled.get("source") == "dataset"
+        if filled.get("workers") is None and makes_samples:
+            filled["workers"] = MOST_WORKERS
         if filled.get("validation") and filled.get("validation_split") is None:
             # A resolved recipe states every key that there was, those with null too; a person does not.
             is_older = "validation_split" not in filled and set(filled) >= _RECORDED
@@ -342,7 +351,8 @@ class Data(Section):
             )
         if self.evaluation is not None and not self.evaluation:
             raise ValueError("evaluation names no data. Nearest: leave it out")
-        if (self.task == "custom") != (self.task_factory is not None):
+        self._check_datasets()
+        if (self.task == "custom") != (self.task_factory is not None or self.is_map_style):
             takes = "needs" if self.task == "custom" else "takes no"
             raise ValueError(f"task {self.task} {takes} task_factory, a module:function")
         if (self.image is None) != (self.image_field is None):
@@ -389,6 +399,35 @@ class Data(Section):
         if needs_length and self.sequence_length is None:
             raise ValueError(f"task {self.task} needs sequence_length, in tokens")
         return self
+
+    @property
+    def is_map_style(self) -> bool:
+        """Whether samples are those of a data set of the project, which is read while it is trained."""
+        return self.source == "dataset"
+
+    def _check_datasets(self) -> None:
+        sets = {**self.sources(), **self.evaluation_sets()} if self.source != "mixture" else {}
+        kinds = {own.is_map_style for own in (self, *sets.values())}
+        if any(own.source == "dataset" for own in self.mixture or ()):
+            raise ValueError(
+                "mixture: a data set of the project cannot be mixed. Nearest: source dataset alone"
+            )
+        if len(kinds) > 1:
+            raise ValueError(
+                "evaluation: samples of a data set of the project do not go with rows of other sources. "
+                "Nearest: evaluation={source: dataset, factory: ...}"
+            )
+        if not self.is_map_style:
+            return
+        if self.task != "custom" or self.task_factory is not None:
+            raise ValueError(
+                "source dataset is for task custom, without task_factory. Nearest: data.task=custom"
+            )
+        if self.workers == 0:
+            raise ValueError(
+                "workers: samples may draw from torch's generator, as training does, so they need a process "
+                "of their own. Nearest: data.workers=4"
+            )
 
     @property
     def facts(self) -> TaskFacts:

@@ -468,7 +468,7 @@ class Recipe(Section):
             )
         measured = metric.rpartition("/")[2]
         reported = ("loss", *self.data.metrics, *self.objective.facts.metrics)
-        if metric and measured not in reported:
+        if metric and measured not in reported and not self.objective.factory:
             raise ValueError(
                 f"early_stopping.metric: {metric}: task {self.data.task} has {', '.join(reported)}"
             )

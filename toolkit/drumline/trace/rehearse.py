@@ -274,7 +274,9 @@ def step_of(plan: Plan, tensors: dict[str, Tensor], count: int) -> Step:
 def rehearsal_batch(plan: Plan, manifest: DatasetManifest, rows: int) -> dict[str, Tensor]:
     """Tensors as from `StepReader`, of the largest shape, all zero."""
     task = find_task(plan.recipe.data, plan.recipe.project)
-    tensors = as_tensors(task.blank(rows, manifest), np.zeros(rows), dummy=False)
+    with _disable_current_modes():  # samples of the project are made of real values
+        blank = task.blank(rows, manifest)
+    tensors = as_tensors(blank, np.zeros(rows), dummy=False)
     if plan.recipe.model.neftune_alpha is not None:
         tensors["lengths"] = torch.ones(rows, dtype=torch.int64)
     return tensors

@@ -242,10 +242,15 @@ def micro_batch_tensors(
 
 
 def as_tensors(arrays: Arrays, weights: NDArray[np.float64], dummy: bool) -> dict[str, Tensor]:
-    """Arrays as host tensors, with `weights`; for a dummy all targets are -100, or NaN if they are floats."""
+    """Arrays as host tensors, with `weights`; for a dummy all targets are -100, or NaN if they are floats.
+
+    A dummy without targets, which only samples of the project have, has weights of zero.
+    """
     tensors = {name: torch.from_numpy(np.array(values)) for name, values in arrays.items()}
     tensors["weights"] = torch.from_numpy(weights.astype(np.float32))
-    if dummy:
+    if dummy and "targets" not in tensors:
+        tensors["weights"].zero_()
+    elif dummy:
         is_float = tensors["targets"].is_floating_point()
         tensors["targets"].fill_(float("nan") if is_float else IGNORED)
     return tensors

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from drumline.data.rows import Rows
+from drumline.errors import PlanError
 from drumline.phases import Phase
 from drumline.plan.model import Plan
 from drumline.plan.steps import is_due
@@ -42,6 +43,7 @@ class Evaluator:
 
     def __init__(self, plan: Plan, engine: Engine) -> None:
         self._plan, self._engine = plan, engine
+        _check_metric(plan, engine.module.objective.metrics)
         self.parts: dict[str, Rows] = {}
         self._sets: dict[str, Rows] = {}
         if plan.recipe.evaluation:
@@ -125,3 +127,13 @@ class Evaluator:
         for name, (numerator, denominator) in zip(names, sums.pairs, strict=True):
             result[f"{prefix}/{name}"] = numerator / denominator if denominator else float("nan")
         return result
+
+
+def _check_metric(plan: Plan, metrics: tuple[str, ...]) -> None:
+    """PlanError where early stopping waits for a metric that the project's objective does not report."""
+    rule = plan.recipe.early_stopping
+    if rule and rule.metric.rpartition("/")[2] not in ("loss", *metrics):
+        raise PlanError(
+            f"early_stopping.metric: {rule.metric}: {plan.recipe.objective.factory} reports "
+            f"{', '.join(('loss', *metrics))}. Nearest: early_stopping.metric=eval/loss"
+        )

@@ -9,6 +9,7 @@ from typing import Any
 
 from drumline.data.factory import load_factory
 from drumline.data.tasks.base import IGNORED, Arrays, Encoded, Task
+from drumline.data.tasks.map_style import MapStyle
 from drumline.errors import DataError
 from drumline.recipe.data_section import Data
 
@@ -17,6 +18,8 @@ __all__ = ["IGNORED", "Arrays", "Encoded", "Task", "find_task"]
 
 def find_task(data: Data, project: str | None) -> Task:
     """The task of a recipe's data section; `custom` is made by a function of the recipe's project."""
+    if data.is_map_style:
+        return MapStyle(data, project)
     if data.task_factory is None:
         task: Task = import_module(f"{__name__}.{data.task}").build(data)
         task.project = project

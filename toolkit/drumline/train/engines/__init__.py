@@ -40,6 +40,8 @@ def build_engine(
             f"installed. Nearest: pip install 'drumline[{plan.recipe.launch.launcher}]'"
         ) from None
     engine: Engine = engine_class(plan, manifest, device, progress=progress)
+    if why := engine.module.objective.why_not_additive:
+        engine.notes.append(f"another split would change the training: {why}")
     for note in engine.notes if dist.get_rank() == 0 else []:
         print(note, flush=True)
     return engine
