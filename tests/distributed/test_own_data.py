@@ -1,6 +1,7 @@
 """Data sets, models and losses of a project: the docs' examples at every split, with workers, resumed, refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
