@@ -14,7 +14,7 @@ from conftest import ROOT, SOURCES
 PRODUCT = {"drumline": ROOT / "toolkit/drumline", "drumline_launchers": ROOT / "launchers/drumline_launchers"}  # fmt: skip
 
 LAYERS: list[tuple[str, ...]] = [
-    ("errors", "units", "files", "output", "processes", "secrets", "phases", "rank_files", "hang_timeout", "metrics_file"),
+    ("errors", "units", "files", "output", "processes", "secrets", "phases", "rank_files", "hang_timeout", "metrics_file", "after_files"),
     ("recipe",),
     ("architectures",),
     ("data", "checkpoint"),

@@ -87,7 +87,7 @@ def test_what_reproduce_refuses_is_reached_as_it_says(
 ) -> None:
     """Trust, no --code, `drumline run` and `compare` for another training, --changed-data."""
     mlp, lm = str(here / "finished-mlp"), str(here / LM)
-    heard("the record names Python to run", refused("reproduce", mlp))
+    heard("the record names code to run", refused("reproduce", mlp))
     heard("holds no code", refused("reproduce", lm, "--code", "--trust-code"))
     done = forked("reproduce", mlp, "--trust-code", "--steps", "2", "--run-dir", "first")
     assert done.returncode == 0, done.stderr

@@ -143,7 +143,7 @@ def test_what_is_refused(fork_server: ForkServer, original: Path, tmp_path: Path
     record["recipe"]["seed"] = 6
     (copy / "record.json").write_text(json.dumps(record))
     for arguments, words in (
-        ([str(original)], "names Python to run: example_models:mlp"),
+        ([str(original)], "names code to run: example_models:mlp"),
         ([str(original), "--code"], "needs --trust-code"),
         ([str(original), TRUST, "seed=6"], "seed=6 would make it another training"),
         ([str(original), TRUST, "optimizer.lr=1e-2"], "would make it another training"),

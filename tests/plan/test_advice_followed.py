@@ -74,6 +74,8 @@ FOLLOWED: list[tuple[list[str], str, list[list[str]]]] = [
      [["!data.evaluation={source: dataset, factory: 'm:g'}"]]),
     (["data={source: mixture, path: null, mixture: [{weight: 1.0, source: files, path: /a.txt}, {weight: 1.0, source: dataset, factory: 'm:f'}]}"],
      "Nearest: source dataset alone", [["data={source: dataset, factory: 'm:f', mixture: null, task: custom}"]]),
+    (["evaluation={after: [{every_steps: 1, run: [a]}, {every_steps: 2, run: [a]}]}"], "two commands are called a. Nearest: a name for each",
+     [["evaluation={after: [{every_steps: 1, run: [a]}, {every_steps: 2, run: [a], name: b}]}"]]),
     ([*PAIRS, "objective.name=kto"], "kto learns from single ones with a label, and the prepared rows are pairs", [["objective.name=dpo"]]),
     ([*PAIRS, "objective={name: simpo, label_smoothing: 0.1, reference: stored}"], "label_smoothing, reference has no meaning for simpo",
      [["objective.label_smoothing=null", "objective.reference=null"]]),

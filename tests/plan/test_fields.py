@@ -35,6 +35,9 @@ IMAGE: dict[str, Any] = {
     "rand_augment": {"operations": 3, "magnitude": 5}, "erase": 0.1, "interpolation": "bicubic", "mean": [0.5], "std": [0.5],
     "processor": "/p", "transform": "m:f",
 }  # fmt: skip
+AFTER: list[dict[str, Any]] = [
+    {"every_steps": 3}, {"every_epochs": 1}, {"every_steps": 3, "name": "n"}, {"every_steps": 3, "timeout_minutes": 1.0},
+]  # fmt: skip
 HUB = {"data": {"source": "hub", "name": "a/b"}}
 CHANGES: dict[str, Any] = {
     "recipe": "other",
@@ -102,7 +105,7 @@ CHANGES: dict[str, Any] = {
                  {"name": "polynomial", "power": 2.0}, {"name": "wsd", "decay_ratio": 0.5},
                  {"name": "one_cycle", "start_ratio": 0.1}, {"name": "piecewise", "milestones": {"0.5": 0.1}}],
     "duration": [{"steps": 21}, {"steps": None, "epochs": 2}, {"steps": None, "tokens": 5000}],
-    "evaluation": [{"every_steps": 6}, {"every_steps": None, "every_epochs": 1}, {"at_start": True}, {"per_device": 5}],
+    "evaluation": [*({"after": [{"run": ["x"], **more}]} for more in AFTER), {"every_steps": 6}, {"every_steps": None, "every_epochs": 1}, {"at_start": True}, {"per_device": 5}],
     "ema": [{"decay": 0.9}, {"decay": 0.9, "evaluate": False}],
     "early_stopping": [{"metric": "eval/accuracy"}, {"mode": "max"}, {"patience": 6}, {"min_delta": 0.5}],
     "checkpoint": [{"every_steps": 11}, {"every_epochs": 0.5}, {"every_minutes": 5.0}, {"keep_last": 3}, {"keep_best": 0},
@@ -159,7 +162,7 @@ def test_every_field_matters() -> None:
                     "data.image.rand_augment.operations",
                     "data.image.rand_augment.magnitude",
                 }
-            if section in ("batch", "cluster", "model", "optimizer"):
+            if section in ("batch", "cluster", "model", "optimizer", "evaluation"):
                 covered |= {
                     f"{section}.{key}.{name}"
                     for key, value in change.items()

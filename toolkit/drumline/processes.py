@@ -40,6 +40,11 @@ class Process:
         return cls(os.getpid(), _started(os.getpid()) or 0, this_host())
 
     @classmethod
+    def of(cls, pid: int) -> Self:
+        """A process of this host that this one has started and not waited for."""
+        return cls(pid, _started(pid) or 0, this_host())
+
+    @classmethod
     def parse(cls, text: str) -> Self | None:
         """Parse what `str` wrote; None for any other text."""
         parts = text.split()

@@ -73,8 +73,16 @@ def remove_abandoned(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def apply_retention(folder: Path, spec: Checkpoint, state: TrainState) -> None:
-    """Delete all but the last `keep_last`, the best `keep_best`, and multiples of `keep_every` steps."""
+def apply_retention(
+    folder: Path,
+    spec: Checkpoint,
+    state: TrainState,
+    waits: Callable[[int], bool] = lambda step: False,
+) -> None:
+    """Delete all but the last `keep_last`, the best `keep_best`, and multiples of `keep_every` steps.
+
+    `waits`: whether the checkpoint of a step is kept until a command has read it.
+    """
     everything = find_checkpoints(folder)
     keep = set(everything[-spec.keep_last :])
     scored = [(badness(state, score), path) for path in everything
@@ -84,7 +92,7 @@ def apply_retention(folder: Path, spec: Checkpoint, state: TrainState) -> None:
         step = step_of(path)
         assert step is not None
         milestone = spec.keep_every and step % spec.keep_every == 0
-        if path not in keep and not milestone:
+        if path not in keep and not milestone and not waits(step):
             with contextlib.suppress(OSError):
                 _delete(path)
 

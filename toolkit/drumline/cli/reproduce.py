@@ -24,7 +24,7 @@ from drumline.errors import NOT_EQUAL_EXIT_CODE, DataError, PlanError, RecipeErr
 from drumline.plan.identity import plain_sha256, training_sha256
 from drumline.plan.model import Plan
 from drumline.recipe.load import override, validate
-from drumline.recipe.schema import Recipe, factories_of
+from drumline.recipe.schema import Recipe, commands_of, factories_of
 from drumline.runs import folder as run_folder
 from drumline.runs.closing import close_run, note_weights_sha256
 from drumline.runs.code import CODE, remove_worktree, restore_code
@@ -162,10 +162,10 @@ def _that_can_start(plan: Plan, force: bool, as_json: bool) -> Plan:
 
 
 def _refuse_foreign_code(recipe: Recipe, trust_code: bool) -> None:
-    named = factories_of(recipe)
+    named = [*factories_of(recipe), *commands_of(recipe)]
     if named and not trust_code:
         raise RecipeError(
-            f"the record names Python to run: {', '.join(named)} in {recipe.project}. Nearest: read it, "
+            f"the record names code to run: {', '.join(named)} in {recipe.project}. Nearest: read it, "
             "then --trust-code"
         )
 

@@ -57,6 +57,9 @@ from drumline.session.submit_checks import (
 )
 from drumline.session.train_here import train_here
 from drumline.session.trust import load_to_run, refuse_foreign_code
+from drumline.supervise.after import AfterWork
+from drumline.supervise.outcome import STOPPED_EXIT_CODE
+from drumline.supervise.signals import Signals
 from drumline.supervise.supervisor import close_lost_attempt
 from drumline_launchers.site import Site
 
@@ -129,6 +132,8 @@ def resume_command(
     """Resume from the newest sound checkpoint; split and strategy may change, the training may not."""
     folder = run_folder.open_run(run)
     if folder.read_record()["outcome"] == "finished":
+        if _run_owed_commands(folder, str(run), trust_code):
+            return None
         return _complete_record(folder)
     options = JobOptions(time=time, partition=partition, account=account, qos=qos, hold=hold)
     site = _site_to_resume(folder, site_file, to, trust_code, options)
@@ -156,6 +161,30 @@ def resume_command(
     if site is None:
         return _finish(folder, plan, "from scratch" if from_scratch else "resume", as_json)
     tell_submitted(folder, [submit_again(plan, site, folder, to, options)], to, as_json)
+
+
+def _run_owed_commands(folder: RunFolder, where: str, trust_code: bool) -> bool:
+    """Run the commands that checkpoints of a finished run are still owed; whether there were any."""
+    plan = folder.latest_plan()
+    if not plan.recipe.after:
+        return False
+    refuse_foreign_code(plan.recipe, where, trust_code)
+    last = folder.steps_reached()
+    with folder.locked(), Signals() as signals:
+        work = AfterWork(folder, plan, lambda line: print(line, file=sys.stderr))
+        try:
+            if not work.tick(last):
+                return False
+            if not work.finish(signals, last):
+                raise typer.Exit(STOPPED_EXIT_CODE)
+        finally:
+            work.stop()
+        close_run(folder, lambda line: print(line, file=sys.stderr))
+    print(
+        f"{folder.path}: this run is finished; the commands that it owed have ended",
+        file=sys.stderr,
+    )
+    return True
 
 
 def _complete_record(folder: RunFolder) -> None:

@@ -78,6 +78,7 @@ def _page(run: Logged, number: int) -> dict[str, Any]:
         "facts": _facts(run),
         "memory": _memory(record),
         "timeline": _timeline(record, run.events),
+        "commands": _commands(run.events),
         "environment": _environment(record),
         "verdict": (record.get("reproduced") or {}).get("words"),
         "parent": (record.get("parent") or {}).get("run"),
@@ -201,6 +202,23 @@ def _timeline(record: dict[str, Any], events: list[dict[str, Any]]) -> list[dict
             }
         )
         before = attempt["split"]
+    return rows
+
+
+def _commands(events: list[dict[str, Any]]) -> list[tuple[int, str, str, bool]]:
+    """Step, name, numbers and failure of every command that was run on a checkpoint."""
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    for line in events:
+        for key, value in line.items():
+            if key.startswith("after/"):
+                _, name, number = key.split("/", 2)
+                found.setdefault((line["step"], name), {})[number] = value
+    rows = []
+    for (step, name), values in sorted(found.items()):
+        code = values.pop("exit_code", None)
+        words = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+        failed = f"exit code {code}" if code else ""
+        rows.append((step, name, ", ".join(filter(None, (words, failed))) or "done", bool(code)))
     return rows
 
 

@@ -217,7 +217,7 @@ class _Adviser:
             per_node = self._plan.mesh.ranks_per_node
             change["batch"]["gpus"] = gpus
             change["cluster"] = {"nodes": gpus // per_node, "gpus_per_node": per_node}
-        evaluation = recipe.evaluation
+        evaluation = recipe.row_evaluation
         if evaluation and (evaluation.per_device or b) > b:
             change["evaluation"] = {"per_device": b}
         return change

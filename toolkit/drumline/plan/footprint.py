@@ -184,7 +184,7 @@ def capacity_of(gpu: Gpu, split: Split, host_bytes: int | None) -> int | None:
 def load_of(recipe: Recipe, shape: ModelShape, split: Split, gpu: Gpu, length: int | None) -> Load:
     """The closed form's input for one rank of this split; `length`: tokens of a row, None for images."""
     mesh = mesh_of(recipe, split.gpus)
-    evaluation, rule = recipe.evaluation, rule_of(recipe)
+    evaluation, rule = recipe.row_evaluation, rule_of(recipe)
     width = find_precision(recipe.precision, recipe.strategy.name).stored
     states = rule.states(recipe.optimizer, width)
     assert states is not None

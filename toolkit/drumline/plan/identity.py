@@ -20,7 +20,7 @@ _NOT_TRAINING = {
     "model": ("attention", "activation_checkpointing", "activation_offload", "compile"),
     "data": ("samples", "workers"),
     "batch": ("per_device", "gpus", "accumulation"),
-    "evaluation": ("per_device",),
+    "evaluation": ("per_device", "after"),
     "optimizer": ("implementation",),
     "loss": ("chunked",),
     "objective": ("reference",),

@@ -238,7 +238,7 @@ def _fill(recipe: Recipe, split: Split, start: StartFacts | None) -> Recipe:
     cluster.nodes is not filled in: it follows from the split, which a resume may change.
     """
     update: dict[str, Any] = {"batch": split.written_into(recipe.batch)}
-    if recipe.evaluation and recipe.evaluation.per_device is None:
+    if recipe.row_evaluation and recipe.evaluation and recipe.evaluation.per_device is None:
         update["evaluation"] = recipe.evaluation.model_copy(update={"per_device": split.per_device})
     update["optimizer"] = resolved_optimizer(recipe)
     if recipe.early_stopping and recipe.early_stopping.mode is None:
@@ -356,6 +356,7 @@ def _need_samples(recipe: Recipe) -> None:
     """PlanError where something is stated in epochs, and how long one is is not known."""
     stated = {
         "evaluation.every_epochs": recipe.evaluation and recipe.evaluation.every_epochs,
+        "evaluation.after": next(filter(None, (one.every_epochs for one in recipe.after)), None),
         "checkpoint.every_epochs": recipe.checkpoint.every_epochs,
         "schedule.warmup_epochs": recipe.schedule.warmup_epochs,
     }

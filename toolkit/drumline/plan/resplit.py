@@ -34,7 +34,7 @@ def with_smaller_per_device(recipe: Recipe, split: Split) -> Recipe | None:
     """
     rest = split.per_device * split.accumulation
     smaller = max((b for b in divisors(rest) if b < split.per_device), default=None)
-    evaluation = recipe.evaluation
+    evaluation = recipe.row_evaluation
     largest = evaluation.per_device if evaluation and evaluation.per_device else 1
     if smaller is None and largest == 1:
         return None

@@ -85,6 +85,6 @@ def _change(plan: Plan, b: int, gpus: int, strategy: str, checkpointing: str) ->
         "model": {"activation_checkpointing": checkpointing},
         "cluster": {"nodes": None, "gpus_per_node": per_node if stated else None},
     }  # fmt: skip
-    if recipe.evaluation and (recipe.evaluation.per_device or b) > b:
+    if recipe.row_evaluation and (recipe.row_evaluation.per_device or b) > b:
         change["evaluation"] = {"per_device": b}
     return change

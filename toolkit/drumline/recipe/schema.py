@@ -5,6 +5,7 @@ Rules across sections (the batch equation, the strategy table) are in `drumline.
 """
 
 import itertools
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -293,22 +294,68 @@ class Duration(Section):
         return self
 
 
+class After(Section):
+    """A command that is run on a saved checkpoint, every so many steps or epochs and after the last step.
+
+    `run`: its words, in which {checkpoint}, {run}, {step} and {numbers} are filled in; no shell reads them.
+    The numbers that it writes to {numbers}, or as a JSON object in its last line of output, become
+    `after/<name>/…` in the metrics. `name`: by default the command's.
+    """
+
+    name: Slug | None = None
+    every_steps: Count | None = None
+    every_epochs: Epochs | None = None
+    run: Annotated[list[Name], Field(min_length=1)]
+    timeout_minutes: Positive | None = None
+
+    @model_validator(mode="after")
+    def _has_one_cadence(self) -> Self:
+        _require_one_cadence(self.every_steps, self.every_epochs)
+        return self
+
+    @property
+    def label(self) -> str:
+        """What it is called in files and metrics."""
+        command = self.run[0].rpartition("/")[2].lower()
+        return self.name or re.sub(r"[^a-z0-9._-]+", "-", command).strip("-._") or "command"
+
+
+def _require_one_cadence(steps: int | None, epochs: float | None) -> None:
+    if (steps is None) == (epochs is None):
+        both = "both" if steps else "neither"
+        raise ValueError(f"exactly one of every_steps and every_epochs; given: {both}")
+
+
 class Evaluation(Section):
     """Evaluation on the rows for it, every so many optimizer steps or epochs, and after the last step.
 
-    `at_start`: also before the first one.
+    `at_start`: also before the first one. `after`: commands that are run on saved checkpoints, beside the
+    training; with them, there need be no rows to evaluate.
     """
 
     every_steps: Count | None = None
     every_epochs: Annotated[Epochs | None, AddedLater()] = None
     at_start: Annotated[bool, AddedLater()] = False
     per_device: Count | None = None
+    after: Annotated[list[After], AddedLater()] = []
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether rows are evaluated."""
+        return self.every_steps is not None or self.every_epochs is not None
 
     @model_validator(mode="after")
     def _has_one_cadence(self) -> Self:
-        if (self.every_steps is None) == (self.every_epochs is None):
-            both = "both" if self.every_steps else "neither"
-            raise ValueError(f"exactly one of every_steps and every_epochs; given: {both}")
+        if self.has_rows or not self.after:
+            _require_one_cadence(self.every_steps, self.every_epochs)
+        elif self.at_start:
+            raise ValueError(
+                "at_start: there are no rows to evaluate without every_steps or every_epochs"
+            )
+        labels = [one.label for one in self.after]
+        if len(set(labels)) < len(labels):
+            twice = next(label for label in labels if labels.count(label) > 1)
+            raise ValueError(f"after: two commands are called {twice}. Nearest: a name for each")
         return self
 
 
@@ -426,6 +473,16 @@ class Recipe(Section):
     logging: Logging = Logging.model_construct()
     start_from: Annotated[StartFrom | None, AddedLater()] = None
 
+    @property
+    def after(self) -> list[After]:
+        """The commands that checkpoints are owed."""
+        return self.evaluation.after if self.evaluation else []
+
+    @property
+    def row_evaluation(self) -> Evaluation | None:
+        """The section, if rows are evaluated."""
+        return self.evaluation if self.evaluation and self.evaluation.has_rows else None
+
     @model_validator(mode="before")
     @classmethod
     def _fill_in_objective(cls, values: Any) -> Any:
@@ -441,13 +498,13 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        if self.early_stopping and not self.evaluation:
+        if self.early_stopping and not self.row_evaluation:
             raise ValueError("early_stopping needs an evaluation section")
-        if self.evaluation and self.data.validation == 0 and not self.data.evaluation:
+        if self.row_evaluation and self.data.validation == 0 and not self.data.evaluation:
             raise ValueError(
                 "evaluation needs data.validation above 0, such as 0.01, or data.evaluation"
             )
-        if self.data.evaluation and not self.evaluation:
+        if self.data.evaluation and not self.row_evaluation:
             raise ValueError(
                 "data.evaluation is never evaluated. Nearest: evaluation.every_steps=100"
             )
@@ -563,3 +620,8 @@ def _check_milestones(milestones: dict[str, float]) -> None:
     fractions = [place < 1 for place in places]
     if any(fractions) and not all(fractions):
         raise ValueError(f"milestones: {places} mixes fractions of the run with steps")
+
+
+def commands_of(recipe: Recipe) -> list[str]:
+    """Return every command that the recipe has run on its checkpoints."""
+    return [" ".join(one.run) for one in recipe.after]

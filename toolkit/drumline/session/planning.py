@@ -130,6 +130,7 @@ def needs_data(recipe: Recipe) -> bool:
         or recipe.schedule.warmup_epochs is not None
         or recipe.checkpoint.every_epochs is not None
         or (evaluation is not None and evaluation.every_epochs is not None)
+        or any(one.every_epochs is not None for one in recipe.after)
     )
     goes_on = recipe.start_from is not None and recipe.start_from.what == "state"
     return goes_on or (counted and recipe.data.samples is None)

@@ -41,7 +41,7 @@ def longest_row(plan: Plan) -> int | None:
     longest = int(train.max())
     for lengths in evaluated:
         longest = max(longest, int(lengths.max()))
-        if plan.recipe.evaluation:
+        if plan.recipe.row_evaluation:
             read = max(read, int(lengths.max()))
     # A row's last token can be a target only, which is no input: the same for all rows.
     return manifest.longest - (longest - read)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from drumline.errors import RecipeError
 from drumline.recipe.load import load_recipe
-from drumline.recipe.schema import Recipe, factories_of
+from drumline.recipe.schema import Recipe, commands_of, factories_of
 
 _LARGEST = 1 << 20
 _OF_A_RUN = ("record.json", "metrics.jsonl", "checkpoints", "plan-0.json")
@@ -38,21 +38,21 @@ def is_from_a_run(where: str) -> bool:
 
 def refuse_foreign_code(recipe: Recipe, where: str, trust_code: bool) -> None:
     """Raise RecipeError if the recipe of a run folder names code of a project that is not remembered."""
-    named = factories_of(recipe)
+    named = [*factories_of(recipe), *commands_of(recipe)]
     if not named or trust_code:
         return
     if _resolved(recipe.project or ".") in _remembered():
         return
     place = recipe.project or "the current folder"
     raise RecipeError(
-        f"{where}: it names Python to run: {', '.join(named)} in {place}, and this user has not trained that "
+        f"{where}: it names code to run: {', '.join(named)} in {place}, and this user has not trained that "
         "project from a recipe of their own. Nearest: read it, then --trust-code"
     )
 
 
 def remember_project(recipe: Recipe) -> None:
     """Remember the project of a recipe that this user has given by hand, or has said to trust."""
-    if factories_of(recipe):
+    if factories_of(recipe) or commands_of(recipe):
         _remember(_resolved(recipe.project or "."))
 
 

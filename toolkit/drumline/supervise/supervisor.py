@@ -21,6 +21,7 @@ from drumline.runs.folder import RunFolder
 from drumline.runs.peaks import memory_entry
 from drumline.runs.record import attempt_entry, now
 from drumline.secrets import Secrets
+from drumline.supervise.after import AfterWork
 from drumline.supervise.attempt import Tick, end_ranks, run_attempt
 from drumline.supervise.outcome import LOG_ENDS, STOPPED_EXIT_CODE, Result
 from drumline.supervise.ranks import Ranks
@@ -62,10 +63,33 @@ def run_attempts(folder: RunFolder, plan: Plan, cause: str, around: Surroundings
         if over:
             return over
     with Signals() as signals:
-        result = _until_final(folder, plan, cause, around, signals, lost_at)
+        after = AfterWork(folder, plan, around.say)
+        try:
+            beside = replace(around, tick=_both(around.tick, after))
+            result = _until_final(folder, plan, cause, beside, signals, lost_at)
+            if result.outcome == "finished" and not after.finish(signals, result.step):
+                return replace(
+                    result.saying(
+                        "commands that checkpoints are owed were stopped; resume runs them"
+                    ),
+                    outcome="stopped",
+                    exit_code=STOPPED_EXIT_CODE,
+                )
+        finally:
+            after.stop()
     if result.outcome == "finished":
         close_run(folder, around.say)
     return result
+
+
+def _both(tick: Tick, after: AfterWork) -> Tick:
+    """Show progress, and start the commands that new checkpoints are owed."""
+
+    def both(folder: RunFolder) -> None:
+        tick(folder)
+        after.tick()
+
+    return both
 
 
 def _refuse_to_begin_anew(folder: RunFolder, is_automatic: bool) -> None:

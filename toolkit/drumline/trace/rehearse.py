@@ -103,9 +103,9 @@ def _play(plan: Plan, manifest: DatasetManifest, recorder: Recorder, micro_batch
     norm = engine.clip(recipe.optimizer.max_grad_norm)
     engine.step(recipe.optimizer.lr)
     del losses, total, norm, step, tensors
-    if recipe.evaluation:
+    if recipe.row_evaluation:
         recorder.phase(MemoryPhase.EVALUATION)
-        tensors = rehearsal_batch(plan, manifest, recipe.evaluation.per_device or 1)
+        tensors = rehearsal_batch(plan, manifest, recipe.row_evaluation.per_device or 1)
         engine.evaluate(tensors)
     recorder.phase(MemoryPhase.SAVE)
     engine.shards()

@@ -46,14 +46,14 @@ class Evaluator:
         _check_metric(plan, engine.module.objective.metrics)
         self.parts: dict[str, Rows] = {}
         self._sets: dict[str, Rows] = {}
-        if plan.recipe.evaluation:
+        if plan.recipe.row_evaluation:
             names = open_rows(plan, "train").manifest.evaluation_parts
             self.parts = {part: open_rows(plan, part) for part in names.values()}
             self._sets = {name: self.parts[part] for name, part in names.items()}
 
     def is_due(self, step: int, last: bool) -> bool:
         """Whether this optimizer step ends with an evaluation."""
-        spec = self._plan.recipe.evaluation
+        spec = self._plan.recipe.row_evaluation
         return spec is not None and (
             last or is_due(step, spec.every_steps, spec.every_epochs, self._plan.clock())
         )
@@ -101,7 +101,7 @@ class Evaluator:
 
     def _total(self, rows: Rows, watch: Watch, method: str) -> Tensor:
         """Σ over all rows of a set of what a method of the objective returns, float64, on every rank."""
-        spec = self._plan.recipe.evaluation
+        spec = self._plan.recipe.row_evaluation
         assert spec and spec.per_device
         indices = np.arange(len(rows))
         found = torch.zeros((), dtype=torch.float64, device=self._engine.device)

@@ -1,6 +1,7 @@
 """The training loop of one rank, from restoring a checkpoint to the last save."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from drumline.after_files import AfterFiles
 from drumline.checkpoint.retention import remove_abandoned
 from drumline.checkpoint.state import TrainState
 from drumline.data.rows import Rows
@@ -30,7 +32,7 @@ from drumline.train.models.build import base_fingerprint
 from drumline.train.noise import NoiseMeter, NoMeter, build_meter
 from drumline.train.read_ahead import read_ahead
 from drumline.train.reference import attach_reference, needs_reference
-from drumline.train.saver import SaveCadence, Saver
+from drumline.train.saver import SaveCadence, Saver, is_owed
 from drumline.train.scaler import LossScaler
 from drumline.train.start import begin_from
 from drumline.train.step_reduce import StepReduce, Verdict
@@ -76,7 +78,7 @@ def train(
     saver = _saver(plan, run_folder, attempt, state.step, logbook)
     judge = Judge(recipe.anomalies, state, suspect)
     clock = plan.clock()
-    cadence = SaveCadence(recipe.checkpoint, clock)
+    cadence = SaveCadence(recipe.checkpoint, clock, recipe.after)
     meter, timer = build_meter(plan, engine), ForwardTimer(device)
     course = _Course(stop=False, reason=_reason_to_stop(state, plan))
 
@@ -241,7 +243,21 @@ def _saver(plan: Plan, folder: Path, attempt: int, saved_step: int, logbook: Log
         before_publishing=logbook.sync,
         published=logbook.record_save,
         recipe=recipe.model_dump(by_alias=True),
+        waits=_waiting_for_commands(plan, folder),
     )
+
+
+def _waiting_for_commands(plan: Plan, folder: Path) -> Callable[[int], bool]:
+    """Whether a command of `evaluation.after` has yet to read the checkpoint of a step."""
+    files, clock = AfterFiles(folder), plan.clock()
+
+    def waits(step: int) -> bool:
+        return any(
+            is_owed(step, [one], clock) and not files.is_done(step, one.label)
+            for one in plan.recipe.after
+        )
+
+    return waits
 
 
 def _save(engine: Engine, saver: Saver, state: TrainState, watch: Watch, is_final: bool) -> None:
@@ -343,7 +359,7 @@ def _restore(
             fingerprint=plan.data.fingerprint,
             rows=plan.data.rows,
             base=base[0],
-            evaluation_due=bool(plan.recipe.evaluation and plan.recipe.evaluation.at_start),
+            evaluation_due=bool(plan.recipe.row_evaluation and plan.recipe.row_evaluation.at_start),
         )
         if plan.start:
             fresh = begin_from(engine, plan, fresh)

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
+from drumline.after_files import AfterFiles, metrics_of
 from drumline.checkpoint.state import TrainState
 from drumline.metrics_file import Kind, MetricsFile
 from drumline.plan.model import Plan
@@ -33,9 +34,11 @@ class Logbook:
         metrics: tuple[str, ...] = (),
     ) -> None:
         self._plan, self._gauge, self._metrics = plan, MemoryGauge(device), metrics
-        self._file = None
+        self._file, self._reached = None, state.step
         if dist.get_rank() == 0:
             self._file = MetricsFile(path, state.step, state.evaluation_due)
+            self._after = AfterFiles(path.parent)
+            self._after.forget_after(state.step)
         self._started = 0.0
 
     def timed(self, steps: Iterator[Step]) -> Iterator[Step]:
@@ -60,6 +63,7 @@ class Logbook:
         if self._file is None:
             return
         seconds = time.perf_counter() - self._started
+        self._reached = step.number
         self._file.add(
             Kind.STEP,
             step=step.number,
@@ -121,7 +125,17 @@ class Logbook:
     def flush(self) -> None:
         """Write the buffered lines; those that cannot be written now stay buffered."""
         if self._file:
+            told = self._add_results(self._file) if self._plan.recipe.after else []
             self._file.flush()
+            for step, name in told:
+                self._after.told(step, name)
+
+    def _add_results(self, file: MetricsFile) -> list[tuple[int, str]]:
+        """Add the numbers of commands that have ended since; returns their steps and names."""
+        results = self._after.untold(self._reached)
+        for step, name, result in results:
+            file.add(Kind.EVENT, step=step, **metrics_of(name, result))
+        return [(step, name) for step, name, _ in results]
 
     def sync(self) -> None:
         """Write every line to disk, before a checkpoint is published; OSError on failure."""

@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +26,7 @@ from drumline.checkpoint.weights import WEIGHTS, WeightSums, sum_weights
 from drumline.errors import CheckpointError, PeerLost
 from drumline.files import apply_umask, fsync_folder
 from drumline.plan.steps import Clock, is_due
-from drumline.recipe.schema import Checkpoint
+from drumline.recipe.schema import After, Checkpoint
 from drumline.train.commit import SaveCommit
 from drumline.train.tensor_shard import TensorShard
 
@@ -46,10 +46,13 @@ _UNMEASURED_BYTES_PER_S = 20e6
 
 
 class SaveCadence:
-    """When a checkpoint is due: by steps, by minutes, at a milestone, or at the best evaluation."""
+    """When a checkpoint is due: by steps or minutes, at a milestone or the best evaluation, for a command."""
 
-    def __init__(self, spec: Checkpoint, clock: Clock | None = None) -> None:
-        self._spec, self._clock, self._saved_when = spec, clock, time.monotonic()
+    def __init__(
+        self, spec: Checkpoint, clock: Clock | None = None, after: Sequence[After] = ()
+    ) -> None:
+        self._spec, self._clock, self._after = spec, clock, after
+        self._saved_when = time.monotonic()
 
     def time_is_up(self) -> bool:
         """Whether `every_minutes` have passed on this rank's clock; the loop uses rank 0's answer only."""
@@ -62,11 +65,16 @@ class SaveCadence:
         is_best = spec.keep_best > 0 and state.is_best
         is_kept = spec.keep_every is not None and state.step % spec.keep_every == 0
         by_count = is_due(state.step, spec.every_steps, spec.every_epochs, self._clock)
-        return is_best or is_kept or by_count
+        return is_best or is_kept or by_count or is_owed(state.step, self._after, self._clock)
 
     def saved(self) -> None:
         """Restart the count of minutes."""
         self._saved_when = time.monotonic()
+
+
+def is_owed(step: int, after: Sequence[After], clock: Clock | None) -> bool:
+    """Whether a checkpoint of this step is owed one of these commands."""
+    return any(is_due(step, one.every_steps, one.every_epochs, clock) for one in after)
 
 
 class Saver:
@@ -89,7 +97,9 @@ class Saver:
         before_publishing: Callable[[], None] = lambda: None,
         published: Callable[[int], None] = lambda step: None,
         recipe: dict[str, Any] | None = None,
+        waits: Callable[[int], bool] = lambda step: False,
     ) -> None:
+        self._waits = waits
         self._folder, self._spec, self._commit, self._rank = folder, spec, commit, rank
         self._before_publishing, self._published = before_publishing, published
         self._recipe = recipe
@@ -175,7 +185,7 @@ class Saver:
             path = self._folder / checkpoint_name(state.step)
             try:
                 manifest.write_amendment(path, asdict(state))
-                apply_retention(self._folder, self._spec, state)
+                apply_retention(self._folder, self._spec, state, self._waits)
             except OSError as failure:
                 error = [f"{path}: rank 0 cannot write: {failure.strerror or failure}"]
         dist.broadcast_object_list(error, src=0)
@@ -277,7 +287,7 @@ class Saver:
         except OSError as failure:
             return f"{final}: rank 0 cannot publish: {failure.strerror or failure}"
         self._published(state["step"])
-        apply_retention(self._folder, self._spec, TrainState(**state))
+        apply_retention(self._folder, self._spec, TrainState(**state), self._waits)
         return ""
 
 
