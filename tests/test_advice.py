@@ -19,6 +19,7 @@ ELSEWHERE = {
     "peft is not installed": "installs a package: test_each_extra_that_is_named_is_one",
     ": wandb is not installed": "installs a package: test_each_extra_that_is_named_is_one",
     ", which is not installed": "installs a package: test_each_extra_that_is_named_is_one",
+    "data.audio: ": "installs a package: test_each_extra_that_is_named_is_one",
     "pillow is not installed": "installs a package: test_each_extra_that_is_named_is_one",
     "kubeflow-trainer-api is not installed": "installs a package: test_each_extra_that_is_named_is_one",
     "--run-dir {}: {}. Nearest: {}another --run-dir": "runs/test_run_advice.py",
@@ -90,6 +91,11 @@ def test_each_extra_that_is_named_is_one() -> None:
     for path in (*(ROOT / "toolkit").rglob("*.py"), *(ROOT / "launchers").rglob("*.py")):
         named |= set(re.findall(r"drumline\[(\w+)\]", path.read_text()))
     assert "kubernetes" in named
-    packages = {"kubernetes": "kubeflow-trainer-api", "adapters": "peft", "images": "pillow"}
+    packages = {
+        "kubernetes": "kubeflow-trainer-api",
+        "adapters": "peft",
+        "images": "pillow",
+        "audio": "soundfile",
+    }
     for name in named:
         assert [p for p in extras[name] if p.startswith(packages.get(name, name))], name

@@ -152,7 +152,7 @@ def test_an_image_outside_of_classes_is_refused(tmp_path: Path) -> None:
     [
         ({"label": 0}, "no column 'image'; this row has: label"),
         ({"image": "gone.png", "label": 0}, "gone.png: No such file"),
-        ({"image": 5, "label": 0}, "int 5 is no image"),
+        ({"image": 5, "label": 0}, "int 5 is no file of an image"),
     ],
     ids=str,
 )

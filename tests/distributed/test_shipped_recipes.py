@@ -28,6 +28,7 @@ LEARNS: dict[str, tuple[list[str], str, float]] = {
     "tiny-masked": (["duration.steps=100", "evaluation.every_steps=50"], "eval/loss", 2.4),
     "tiny-t5": (["duration.steps=100", "evaluation.every_steps=50"], "eval/loss", 0.4),
     "tiny-vit": (["duration.steps=100", "evaluation.every_steps=50"], "eval/loss", 0.9),
+    "tiny-whisper": (["duration.steps=40", "evaluation.every_steps=20"], "eval/loss", 1.5),
     "tiny-mixture": (["duration.steps=40", "evaluation.every_steps=20"], "eval/reviews/loss", 3.3),
     "tiny-continue": (["duration.steps=40", "--from", "base"], "eval/loss", 2.7),
 }  # fmt: skip

@@ -35,6 +35,13 @@ IMAGE: dict[str, Any] = {
     "rand_augment": {"operations": 3, "magnitude": 5}, "erase": 0.1, "interpolation": "bicubic", "mean": [0.5], "std": [0.5],
     "processor": "/p", "transform": "m:f",
 }  # fmt: skip
+AUDIO: dict[str, Any] = {
+    "features": "waveform",
+    "sampling_rate": 8000,
+    "seconds": 9,
+    "mels": 128,
+    "processor": "/p",
+}
 AFTER: list[dict[str, Any]] = [
     {"every_steps": 3}, {"every_epochs": 1}, {"every_steps": 3, "name": "n"}, {"every_steps": 3, "timeout_minutes": 1.0},
 ]  # fmt: skip
@@ -69,7 +76,8 @@ CHANGES: dict[str, Any] = {
              {"task": "preference", "sequence_length": 9, "chosen_field": "c"}, {"task": "preference", "sequence_length": 9, "rejected_field": "r"},
              {"task": "token_classification", "sequence_length": 9, "label_names": ["O", "B-X"]},
              {"task": "seq2seq", "sequence_length": 9, "target_length": 5}, {"task": "masked_lm", "sequence_length": 9, "mask_probability": 0.3},
-             {"workers": 3}, *({"task": "classification", "image_field": "i", "image": {"size": 32, key: value}} for key, value in IMAGE.items()),
+             {"workers": 3}, *({"task": "seq2seq", "target_length": 9, "audio_field": "a", "audio": {"seconds": 5, key: value}} for key, value in AUDIO.items()),
+ *({"task": "classification", "image_field": "i", "image": {"size": 32, key: value}} for key, value in IMAGE.items()),
              {"validation_split": "periodic"}, {"validation_seed": 1},
              {"source": "mixture", "name": None, "mixture": [{"weight": 1.0, "source": "files", "path": "/a.jsonl"},
                                                              {"weight": 2.0, "source": "files", "path": "/b.jsonl"}]},
@@ -156,6 +164,8 @@ def test_every_field_matters() -> None:
                 covered |= {"optimizer.lr_scaling.rule", "optimizer.lr_scaling.reference_batch"}
             if isinstance(change, dict) and change.get("wandb"):
                 covered |= {"logging.wandb.project", "logging.wandb.mode", "logging.wandb.entity"}
+            if isinstance(change, dict) and "audio" in change:
+                covered |= {f"data.audio.{key}" for key in change["audio"]}
             if isinstance(change, dict) and "image" in change:
                 covered |= {f"data.image.{key}" for key in (*change["image"], "options")}
                 covered |= {

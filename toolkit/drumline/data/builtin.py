@@ -3,6 +3,7 @@
 import io
 import platform
 import sysconfig
+import wave
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -207,6 +208,35 @@ def synthetic_shapes(rows: int = 900, side: int = 40) -> Iterator[SourceRow]:
         yield SourceRow({"image": image, "label": label}, f"row {number + 1:,}")
 
 
+_TONES = {"low": 220, "middle": 440, "high": 880}
+
+
+def synthetic_tones(rows: int = 300) -> Iterator[SourceRow]:
+    """Tones of three pitches: audio, the bytes of a WAV file; text, their names; label, the first one."""
+    names, rate = list(_TONES), 16_000
+    for number in range(rows):
+        rng = np.random.Generator(np.random.Philox([20_31, number]))
+        pitches = [int(n) for n in rng.integers(0, 3, size=int(rng.integers(1, 4)))]
+        times = np.arange(rate // 4) / rate
+        parts = [
+            np.sin(2 * np.pi * _TONES[names[n]] * rng.uniform(0.97, 1.03) * times) for n in pitches
+        ]
+        sound = 0.4 * np.concatenate(parts)
+        sound += 0.02 * rng.standard_normal(len(sound))
+        raw = io.BytesIO()
+        with wave.open(raw, "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(rate)
+            file.writeframes((sound * 32767).astype("<i2").tobytes())
+        fields = {
+            "audio": raw.getvalue(),
+            "text": " ".join(names[n] for n in pitches),
+            "label": pitches[0],
+        }
+        yield SourceRow(fields, f"row {number + 1:,}")
+
+
 BUILTIN: dict[str, Callable[..., Iterator[SourceRow]]] = {
     "python-stdlib": python_stdlib,
     "synthetic-classification": synthetic_classification,
@@ -215,4 +245,5 @@ BUILTIN: dict[str, Callable[..., Iterator[SourceRow]]] = {
     "synthetic-preferences": synthetic_preferences,
     "synthetic-names": synthetic_names,
     "synthetic-shapes": synthetic_shapes,
+    "synthetic-tones": synthetic_tones,
 }

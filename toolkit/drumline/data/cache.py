@@ -43,6 +43,8 @@ def cache_folder(data: Data, project: str | None) -> Path:
             del own["weight"]
     if data.image is not None:  # what is done to images while they are read changes no row
         plain["image"] = [data.image.size, data.image.channels, data.image.processor]
+    if data.audio is not None:
+        plain["audio"] = [data.audio.seconds]
     plain["format"] = FORMAT_VERSION
     plain["stamps"] = _stamps(data, project)
     text = json.dumps(plain, sort_keys=True)

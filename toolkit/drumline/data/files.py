@@ -28,6 +28,8 @@ FORMATS = {
 }
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 """Suffixes of images, which are rows where the recipe has `data.image_field`."""
+RECORDINGS = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".au")
+"""Suffixes of recordings, which are rows where the recipe has `data.audio_field`."""
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 """Last suffixes of compressed files, before which the format's stands. Parquet compresses by itself."""
 
@@ -52,7 +54,7 @@ def matching_files(data: Data) -> list[DataFile]:
         literal = Path(_ESCAPED.sub(r"\1", pattern))
         if path.is_dir() or literal.is_dir():
             below = path if path.is_dir() else literal
-            found += _files_below(below, data.image_field is not None)
+            found += _files_below(below, data)
             continue
         found_paths = [literal] if literal.is_file() else map(Path, _matches(pattern))
         matches = [match for match in found_paths if match.is_file()]
@@ -67,7 +69,7 @@ def matching_files(data: Data) -> list[DataFile]:
             f"data.path: {twice} is matched twice. Nearest: patterns that do not overlap"
         )
     for file in found:
-        if format_of(file) is None and not (data.image_field and is_image(file)):
+        if format_of(file) is None and not is_media(file, data):
             raise DataError(
                 f"data.path: {file}: {file.suffix or 'no suffix'} is not a known format "
                 f"({', '.join(FORMATS)}; all but .parquet also with {', '.join(COMPRESSIONS)})"
@@ -75,24 +77,25 @@ def matching_files(data: Data) -> list[DataFile]:
     return found
 
 
-def is_image(file: DataFile) -> bool:
-    """Whether a file is an image, by its suffix."""
-    return file.suffix.lower() in IMAGES
+def is_media(file: DataFile, data: Data) -> bool:
+    """Whether a file is an image or a recording, by its suffix, and rows of these data are such."""
+    suffixes = IMAGES if data.image_field else RECORDINGS if data.audio_field else ()
+    return file.suffix.lower() in suffixes
 
 
 def classes_of(data: Data) -> list[str] | None:
-    """Names of the folders that images lie in, sorted; None where rows are not image files.
+    """Names of the folders that images or recordings lie in, sorted; None where rows are not such files.
 
-    DataError for an image that lies in no folder of a class.
+    DataError for one that lies in no folder of a class.
     """
-    if data.source != "files" or data.image_field is None:
+    if data.source != "files" or data.media_field is None or data.task == "seq2seq":
         return None
-    images = [file for file in matching_files(data) if is_image(file)]
-    return sorted({class_of(file, data) for file in images}) or None
+    files = [file for file in matching_files(data) if is_media(file, data)]
+    return sorted({class_of(file, data) for file in files}) or None
 
 
 def class_of(file: DataFile, data: Data) -> str:
-    """The first folder on the way from `data.path` to an image."""
+    """The first folder on the way from `data.path` to an image or a recording."""
     roots = [data.path] if isinstance(data.path, str) else data.path or []
     for root in roots:
         folder = Path(root)
@@ -120,10 +123,10 @@ def format_of(path: DataFile) -> str | None:
     return None if found == "parquet" else found
 
 
-def _files_below(folder: Path, has_images: bool) -> list[Path]:
+def _files_below(folder: Path, data: Data) -> list[Path]:
     """All files of known formats in a folder and the folders in it, sorted; hidden ones are left out.
 
-    Images are rows where there is no table that could name them.
+    Images and recordings are rows where there is no table that could name them.
     """
     seen = [
         path
@@ -132,8 +135,9 @@ def _files_below(folder: Path, has_images: bool) -> list[Path]:
         and path.is_file()
     ]
     found = [path for path in seen if format_of(path)]
-    if has_images:
-        found = [p for p in found if format_of(p) != "text"] or [p for p in seen if is_image(p)]
+    if data.media_field:
+        tables = [path for path in found if format_of(path) != "text"]
+        found = tables or [path for path in seen if is_media(path, data)]
     if not found:
         raise DataError(
             f"data.path: {folder} holds no file of a known format ({', '.join(FORMATS)})"

@@ -15,23 +15,27 @@ from drumline.recipe.data_section import Data
 
 
 def with_media(rows: Iterator[SourceRow], data: Data, folder: Path | None) -> Iterator[SourceRow]:
-    """The same rows with the bytes of the file in the column of `data.image_field`.
+    """The same rows with the bytes of the file in the column of `data.image_field` or `data.audio_field`.
 
     `folder`: what relative paths in the rows are relative to. A row whose file cannot be read has a problem.
     """
-    name = data.image_field
+    name = data.media_field
     assert name
     for row in rows:
         is_there, value = field_of(row.fields, name)
         try:
             if not is_there:
                 found = ", ".join(map(str, row.fields)) or "no columns"
-                raise DataError(f"data.image_field: no column {name!r}; this row has: {found}")
+                raise DataError(f"data.{_key(data)}: no column {name!r}; this row has: {found}")
             raw = _bytes_of(value, folder)
         except DataError as error:
             yield row if row.problem else replace(row, problem=str(error))
             continue
         yield replace(row, fields={**row.fields, name: raw})
+
+
+def _key(data: Data) -> str:
+    return "image_field" if data.image_field else "audio_field"
 
 
 def _bytes_of(value: Any, folder: Path | None) -> bytes:
@@ -57,4 +61,4 @@ def _bytes_of(value: Any, folder: Path | None) -> bytes:
         file = io.BytesIO()
         value.save(file, format="PNG")
         return file.getvalue()
-    raise DataError(f"data.image_field: {type(value).__name__} {value!r:.60} is no image")
+    raise DataError(f"{type(value).__name__} {value!r:.60} is no file of an image or a recording")

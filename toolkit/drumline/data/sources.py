@@ -9,7 +9,7 @@ from typing import Any
 
 from drumline.data import builtin
 from drumline.data.factory import load_factory
-from drumline.data.files import DataFile, class_of, is_image, matching_files, size_of
+from drumline.data.files import DataFile, class_of, is_media, matching_files, size_of
 from drumline.data.media import with_media
 from drumline.data.readers import Reading, read_file
 from drumline.data.source_row import SourceRow
@@ -26,7 +26,7 @@ def read(data: Data, project: str | None, reading: Reading | None = None) -> Ite
         size = len(open_dataset(data, project))
         return (SourceRow({"index": n}, f"sample {n:,}") for n in range(size))
     found = _rows(data, project)
-    return found if data.image_field is None else with_media(found, data, None)
+    return found if data.media_field is None else with_media(found, data, None)
 
 
 def _rows(data: Data, project: str | None) -> Iterator[SourceRow]:
@@ -66,18 +66,17 @@ def _from_files(data: Data, reading: Reading) -> Iterator[SourceRow]:
             raise DataError(f"data.path: {path} is empty (0 bytes)")
     reading.total = sum(size or 0 for size in sizes.values())
     for path, size in sizes.items():
-        is_one = data.image_field is not None and is_image(path)
-        rows = _image(path, data) if is_one else read_file(path, reading)
-        if data.image_field is not None:
+        rows = _one_file(path, data) if is_media(path, data) else read_file(path, reading)
+        if data.media_field is not None:
             rows = with_media(rows, data, path.parent if isinstance(path, Path) else None)
         yield from rows
         reading.done, reading.raw = reading.done + (size or 0), None
 
 
-def _image(path: DataFile, data: Data) -> Iterator[SourceRow]:
-    """An image file as a row, whose label is the name of its folder."""
-    assert data.image_field and isinstance(path, Path)
-    fields = {data.image_field: str(path.absolute()), data.label_field: class_of(path, data)}
+def _one_file(path: DataFile, data: Data) -> Iterator[SourceRow]:
+    """An image or a recording as a row, whose label is the name of its folder."""
+    assert data.media_field and isinstance(path, Path)
+    fields = {data.media_field: str(path.absolute()), data.label_field: class_of(path, data)}
     yield SourceRow(fields, str(path))
 
 
@@ -94,12 +93,14 @@ def _from_hub(data: Data) -> Iterator[dict[str, Any]]:
 
 
 def _undecoded(rows: Any, data: Data) -> Any:
-    """The rows with images as the bytes of their files, not decoded."""
-    if data.image_field is None or data.image_field not in (rows.features or {}):
+    """The rows with images and recordings as the bytes of their files, not decoded."""
+    name = data.media_field
+    if name is None or name not in (rows.features or {}):
         return rows
-    from datasets import Image
+    import datasets
 
-    return rows.cast_column(data.image_field, Image(decode=False))
+    kind = datasets.Image if data.image_field else datasets.Audio
+    return rows.cast_column(name, kind(decode=False))
 
 
 def _load_dataset() -> Any:

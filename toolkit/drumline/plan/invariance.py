@@ -49,6 +49,10 @@ def split_invariance(
         reasons.append(
             f"adapter.dropout {recipe.model.adapter.dropout:g} draws its masks per micro-batch"
         )
+    if recipe.data.audio and config.get(
+        "apply_spec_augment", recipe.model.architecture != "whisper"
+    ):
+        reasons.append("apply_spec_augment masks parts of each micro-batch at random")
     if recipe.precision == "fp16":
         reasons.append("fp16 loss scaling overflows at places that depend on the split")
     if shape is None and recipe.model.source != "factory" and not dropout:

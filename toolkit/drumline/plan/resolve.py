@@ -493,6 +493,8 @@ def shape_of(recipe: Recipe, world: World) -> ModelShape | str:
     if model.source != "config" and world.model_config is None:
         return f"the config of {model.name or model.path} is not at hand"
     architecture, config = _whole_config(recipe, world)
+    if recipe.data.audio:
+        return f"no closed form for {architecture}, which hears recordings"
     check_config(architecture, model.config)
     check_model(recipe, architecture, config)
     check_image(recipe, config)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
+from drumline.recipe.audio_section import Audio
 from drumline.recipe.image_section import Image
 from drumline.recipe.section import (
     AddedLater,
@@ -139,6 +140,8 @@ _OF_TASKS = {
     "label_names": ("token_classification", "classification"),
     "image_field": ("classification", "regression", "multi_label"),
     "image": ("classification", "regression", "multi_label"),
+    "audio_field": ("classification", "regression", "multi_label", "seq2seq"),
+    "audio": ("classification", "regression", "multi_label", "seq2seq"),
     "target_length": ("seq2seq",),
     "mask_probability": ("masked_lm",),
 }
@@ -157,6 +160,7 @@ class OtherSource(Section):
     text_field: str | None = None
     text_pair_field: Annotated[str | None, AddedLater()] = None
     image_field: Annotated[str | None, AddedLater()] = None
+    audio_field: Annotated[str | None, AddedLater()] = None
     prompt_field: str | None = None
     completion_field: str | None = None
     chosen_field: Annotated[str | None, AddedLater()] = None
@@ -237,6 +241,8 @@ class Data(Section):
     `image_field`: a column with images: paths, or the bytes of files; `image`: what becomes of them. A folder
     of folders of images is one, too: each folder is a class. `workers`: processes that each rank reads with.
 
+    `audio_field` and `audio`: the same of recordings; in task seq2seq their text is `completion_field`.
+
     Of task preference: the columns with the completions, or chats, `chosen_field` and `rejected_field`; the
     prompt is in `prompt_field`, or what both begin with.
 
@@ -282,6 +288,8 @@ class Data(Section):
     text_pair_field: Annotated[Name | None, AddedLater()] = None
     image_field: Annotated[Name | None, AddedLater()] = None
     image: Annotated[Image | None, AddedLater()] = None
+    audio_field: Annotated[Name | None, AddedLater()] = None
+    audio: Annotated[Audio | None, AddedLater()] = None
     prompt_field: str = "prompt"
     completion_field: str = "completion"
     chosen_field: Annotated[Name, AddedLater()] = "chosen"
@@ -331,7 +339,9 @@ class Data(Section):
             base = sets.get(ALONE, {})  # an override of a set that was filled in before
             stated = {key: value for key, value in sets.items() if key != ALONE}
             filled["evaluation"] = {ALONE: {**base, **stated} if isinstance(base, dict) else sets}
-        makes_samples = filled.get("image") or filled.get("source") == "dataset"
+        makes_samples = (
+            filled.get("image") or filled.get("audio") or filled.get("source") == "dataset"
+        )
         if filled.get("workers") is None and makes_samples:
             filled["workers"] = MOST_WORKERS
         if filled.get("validation") and filled.get("validation_split") is None:
@@ -359,6 +369,11 @@ class Data(Section):
             lacks = "image" if self.image is None else "image_field"
             fix = "image={size: 224}" if lacks == "image" else "image_field=image"
             raise ValueError(f"image_field and image go together. Nearest: data.{fix}")
+        if (self.audio is None) != (self.audio_field is None):
+            fix = "audio={seconds: 30}" if self.audio is None else "audio_field=audio"
+            raise ValueError(f"audio_field and audio go together. Nearest: data.{fix}")
+        if self.audio and self.image:
+            raise ValueError("image and audio: a row is one or the other. Nearest: data.image=null")
         if self.image and self.image.transform and not self.workers:
             raise ValueError(
                 "image.transform: the project's function may draw from torch's generator, as training does, "
@@ -395,7 +410,11 @@ class Data(Section):
         }.get(self.task, ("none",))
         if self.packing not in (None, *legal):
             raise ValueError(f"packing {self.packing}: task {self.task} has {' or '.join(legal)}")
-        needs_length = self.facts.is_per_token and self.task != "custom"
+        if self.audio and self.task == "seq2seq" and self.target_length is None:
+            raise ValueError(
+                "a text of a recording needs target_length, in tokens. Nearest: data.target_length=448"
+            )
+        needs_length = self.facts.is_per_token and self.task != "custom" and not self.audio
         if needs_length and self.sequence_length is None:
             raise ValueError(f"task {self.task} needs sequence_length, in tokens")
         return self
@@ -439,6 +458,11 @@ class Data(Section):
         """What evaluations of this task report beside the loss; F1 of entities where names tell them."""
         names = self.label_names or ()
         return (*self.facts.metrics, *(["f1"] if any(n.startswith("B-") for n in names) else []))
+
+    @property
+    def media_field(self) -> str | None:
+        """The column with files of images or recordings."""
+        return self.image_field or self.audio_field
 
     @property
     def packs_documents(self) -> bool:

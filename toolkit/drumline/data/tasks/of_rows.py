@@ -5,9 +5,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from drumline.data.audio import AudioPipeline
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.data.images import Pipeline, check, pipeline
 from drumline.data.tasks.base import Arrays, Encoded, Row, StoredRows, Task, field_of, text_field
+from drumline.data.tasks.recordings import encode_recording, heard, silence
 from drumline.data.tokenizers import Request, Tokenizer
 from drumline.errors import DataError, PlanError
 from drumline.recipe.data_section import Data
@@ -34,6 +36,7 @@ class OfRows(Task):
         super().__init__(data)
         self.draws = data.image is not None
         self._pipeline: Pipeline | None = None
+        self.recordings = AudioPipeline(data.audio) if data.audio else None
 
     def label(self, row: Row) -> dict[str, Any]:
         """What of `Encoded` holds the label of a row, by name; DataError for an invalid one."""
@@ -54,6 +57,10 @@ class OfRows(Task):
             self.columns = (*self.label_columns, "counts")
             self.feature_shape = self.images.shape
             return
+        if self.data.audio is not None:
+            self.needs_tokenizer = False
+            self.columns = (*self.label_columns, "counts")
+            return
         has_text = isinstance(field_of(first, self.data.text_field)[1], str)
         self._has_features = "features" in first and not has_text
         self.needs_tokenizer = not self._has_features
@@ -70,6 +77,8 @@ class OfRows(Task):
         """Features or tokens, and the label; `count` is 0 for a text without a token."""
         if self.data.image is not None:
             return self._encode_image(row)
+        if self.data.audio is not None:
+            return encode_recording(self.recordings, row, self.data, self.label(row), is_cut=True)
         if self._has_features:
             return Encoded(count=1, features=_features(row), **self.label(row))
         assert tokenizer
@@ -88,6 +97,8 @@ class OfRows(Task):
         Also token_type_ids int64 [n, L], 1 from the second text on, where the tokenizer has them.
         """
         targets = self.targets(rows, indices)
+        if self.data.audio is not None:
+            return {**heard(self.recordings, rows, indices), "targets": targets}
         if rows.manifest.feature_shape is not None:
             return {"features": rows.column("features")[indices], "targets": targets}
         ids, inside = rows.tokens(indices)
@@ -125,11 +136,15 @@ class OfRows(Task):
 
     def widen(self, arrays: Arrays, manifest: DatasetManifest) -> Arrays:
         """Pad the inputs to the longest row; targets are of a row, not of its tokens."""
+        if self.data.audio is not None:
+            return arrays
         return {**super().widen(arrays, manifest), "targets": arrays["targets"]}
 
     def blank(self, count: int, manifest: DatasetManifest) -> Arrays:
         """The arrays of `collate`, all zero; the last token of each row is masked, as in a padded batch."""
         targets = self.blank_targets(count, manifest)
+        if self.data.audio is not None:
+            return {**silence(self.recordings, count), "targets": targets}
         if manifest.feature_shape is not None:
             features = np.zeros((count, *manifest.feature_shape), dtype=np.float32)
             return {"features": features, "targets": targets}

@@ -1,14 +1,14 @@
-"""Sequence to sequence: an encoder reads one text, and a decoder writes another."""
+"""Sequence to sequence: an encoder reads a text, or hears a recording, and a decoder writes a text."""
 
 import numpy as np
 from numpy.typing import NDArray
 
+from drumline.data.audio import AudioPipeline
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.data.tasks.base import IGNORED, Arrays, Encoded, Row, StoredRows, Task, text_field
+from drumline.data.tasks.recordings import encode_recording, heard, silence
 from drumline.data.tokenizers import Request, Tokenizer
 from drumline.recipe.data_section import Data
-
-DECODER_TARGETS = "targets"
 
 
 def build(data: Data) -> Task:
@@ -24,13 +24,19 @@ class Seq2Seq(Task):
     """
 
     needs_end = False
-    sequences = 2
     columns = ("tokens", "starts", "lengths", "counts")
+
+    def __init__(self, data: Data) -> None:
+        super().__init__(data)
+        self.recordings = AudioPipeline(data.audio) if data.audio else None
+        self.sequences = 1 if data.audio else 2
 
     def requests(self, row: Row) -> list[Request]:
         """Both texts."""
-        source, target = self._texts(row)
         data = self.data
+        if data.audio:
+            return [("encode_row", self._target(row), self._most, None)]
+        source, target = self._texts(row)
         return [
             ("encode_row", source, data.sequence_length, None),
             ("encode_row", target, self._most, None),
@@ -39,6 +45,14 @@ class Seq2Seq(Task):
     def encode(self, row: Row, tokenizer: Tokenizer | None) -> Encoded | None:
         """Both sequences; `count` is 0 where one of them has no token."""
         assert tokenizer
+        if self.data.audio:
+            found = tokenizer.encode_row(self._target(row), self._most)
+            parts = {
+                "count": len(found.tokens),
+                "tokens": found.tokens,
+                "was_truncated": found.was_cut,
+            }
+            return encode_recording(self.recordings, row, self.data, parts, is_cut=False)
         source, target = self._texts(row)
         read = tokenizer.encode_row(source, self.data.sequence_length)
         written = tokenizer.encode_row(target, self._most)
@@ -54,6 +68,10 @@ class Seq2Seq(Task):
 
     def collate(self, rows: StoredRows, indices: NDArray[np.int64]) -> Arrays:
         """input_ids and attention_mask, int64 [n, L], and targets, int64 [n, M], -100 in the padding."""
+        if self.data.audio:
+            written, there = rows.tokens(indices)
+            targets = np.where(there, written, IGNORED)
+            return {**heard(self.recordings, rows, indices), "targets": targets}
         ids, inside = rows.tokens(2 * indices)
         mask = inside.astype(np.int64)
         written, there = rows.tokens(2 * indices + 1)
@@ -62,6 +80,9 @@ class Seq2Seq(Task):
 
     def widen(self, arrays: Arrays, manifest: DatasetManifest) -> Arrays:
         """Pad both sequences to the longest ones that a row may have."""
+        if self.data.audio:
+            missing = max(0, (manifest.row_tokens or 0) - arrays["targets"].shape[1])
+            return {**arrays, "targets": np.pad(arrays["targets"], ((0, 0), (0, missing)))}
         most = {"targets": min(self._most or 0, manifest.row_tokens or 0)}
         return {
             name: np.pad(
@@ -73,6 +94,9 @@ class Seq2Seq(Task):
 
     def blank(self, count: int, manifest: DatasetManifest) -> Arrays:
         """All-zero arrays of `collate`; the last token that is read is masked out, as in a padded batch."""
+        if self.data.audio:
+            written = np.zeros((count, manifest.longest or self._most or 1), dtype=np.int64)
+            return {**silence(self.recordings, count), "targets": written}
         assert manifest.row_tokens
         ids = np.zeros((count, manifest.row_tokens), dtype=np.int64)
         mask = np.ones_like(ids)
@@ -84,8 +108,11 @@ class Seq2Seq(Task):
     def _most(self) -> int | None:
         return self.data.target_length or self.data.sequence_length
 
+    def _target(self, row: Row) -> str:
+        return text_field(row, self.data.completion_field, "completion_field")
+
     def _texts(self, row: Row) -> tuple[str, str]:
         return (
             text_field(row, self.data.prompt_field, "prompt_field"),
-            text_field(row, self.data.completion_field, "completion_field"),
+            self._target(row),
         )

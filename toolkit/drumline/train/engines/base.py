@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -302,8 +303,12 @@ class Engine:
         return leaf not in self.module.get_submodule(path)._non_persistent_buffers_set
 
     def _seed_dropout(self, step: int, first_slot: int) -> None:
-        """Seed only this device's generator, because torch.manual_seed seeds those of every device type."""
+        """Seed only this device's generator, because torch.manual_seed seeds those of every device type.
+
+        And numpy's, which models of speech draw their masks from.
+        """
         seed = derived_seed("step", self.plan.recipe.seed, step, first_slot)
+        np.random.seed(seed % 2**32)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
         else:

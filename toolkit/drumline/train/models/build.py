@@ -61,7 +61,7 @@ def _from_config(recipe: Recipe, manifest: DatasetManifest) -> nn.Module:
 
     spec = recipe.model
     assert spec.architecture
-    kind = _kind(recipe.data.facts.head, spec.architecture)
+    kind = _kind(recipe, spec.architecture)
     fields = _fields(recipe, None, manifest)
     try:
         known = transformers.AutoConfig.for_model(spec.architecture)
@@ -90,13 +90,12 @@ def _from_weights(recipe: Recipe, manifest: DatasetManifest) -> Built:
     spec = recipe.model
     folder = _folder_of(recipe)
     where = str(folder)
-    head = recipe.data.facts.head
     try:
         saved = transformers.PreTrainedConfig.get_config_dict(where)[0]
         config = transformers.AutoConfig.from_pretrained(
             where, trust_remote_code=False, **_fields(recipe, saved, manifest)
         )
-        kind = _kind(head, config.model_type)
+        kind = _kind(recipe, config.model_type)
         _check_padding(recipe, config)
         form = _on_meta(kind, config, recipe)
     except (OSError, ValueError) as error:
@@ -142,7 +141,8 @@ def base_dtype(recipe: Recipe) -> torch.dtype:
 
 def _check_padding(recipe: Recipe, config: Any) -> None:
     """PlanError where a classifier could not tell the last token of a row from its padding."""
-    is_text = recipe.data.facts.head == "classification" and not reads_images(config.model_type)
+    is_text = recipe.data.facts.head == "classification" and not recipe.data.audio
+    is_text = is_text and not reads_images(config.model_type)
     if is_text and config.pad_token_id is None and recipe.batch.per_device != 1:
         raise no_padding(config.model_type)
 
@@ -177,10 +177,16 @@ _AUTO_CLASSES = {
 }
 
 
-def _kind(head: str, model_type: str) -> Any:
-    """The transformers auto class for this head on a model of this type."""
+def _kind(recipe: Recipe, model_type: str) -> Any:
+    """The transformers auto class of this task for a model of this type."""
     import transformers
 
+    head = recipe.data.facts.head
+    if recipe.data.audio:
+        speech = head == "seq2seq"
+        return getattr(
+            transformers, f"AutoModelFor{'SpeechSeq2Seq' if speech else 'AudioClassification'}"
+        )
     if head == "classification" and reads_images(model_type):
         return transformers.AutoModelForImageClassification
     return getattr(transformers, _AUTO_CLASSES[head])
