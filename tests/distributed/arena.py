@@ -1,6 +1,7 @@
 """Trains plans under every engine, all jobs of a world size in one start of its ranks."""
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ ENGINES: dict[str, dict[str, Any]] = {
     },
 }
 STEPS = 8
+
+Split = tuple[int, int, int]
+Run = tuple[str, Split]
+"""An engine, and a split."""
 
 
 class Arena:
@@ -57,6 +62,31 @@ class Arena:
             if jobs:
                 run_jobs(world, jobs, self.folder / f"ranks-{self._round}-{world}")
                 jobs.clear()
+
+    def train_kinds(
+        self,
+        kinds: Iterable[str],
+        runs: Iterable[Run],
+        plan_of: Callable[["Arena", str, str, Split], Plan],
+        split: Split,
+    ) -> None:
+        """Train each kind in all these runs, verify it under FSDP2, and stop and resume it under DDP.
+
+        The jobs are called KIND-ENGINE-SPLIT, verify-KIND and stopped-KIND; `split`: of the last two.
+        """
+        for kind in kinds:
+            for engine, one in runs:
+                self.ask("train", f"{kind}-{engine}-{one}", plan_of(self, kind, engine, one))
+            self.ask("verify", f"verify-{kind}", plan_of(self, kind, "fsdp", split), fault="")
+            self.ask("train", f"stopped-{kind}", plan_of(self, kind, "ddp", split), stop_after=5)
+        self.go()
+        for kind in kinds:
+            self.ask("train", f"stopped-{kind}", plan_of(self, kind, "ddp", split))
+        self.go()
+
+    def values(self, name: str, key: str = "loss") -> list[float]:
+        """One value of each step."""
+        return [line[key] for line in self.lines(name)]
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """Its steps."""

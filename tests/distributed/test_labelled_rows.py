@@ -62,20 +62,8 @@ def plan_of(arena: Arena, kind: str, engine: str, split: tuple[int, int, int]) -
 @pytest.fixture(scope="module")
 def arena(tmp_path_factory: pytest.TempPathFactory) -> Arena:
     made = Arena(tmp_path_factory.mktemp("labelled"))
-    for kind in KINDS:
-        for engine, split in RUNS:
-            made.ask("train", f"{kind}-{engine}-{split}", plan_of(made, kind, engine, split))
-        made.ask("verify", f"verify-{kind}", plan_of(made, kind, "fsdp", SPLITS[1]), fault="")
-        made.ask("train", f"stopped-{kind}", plan_of(made, kind, "ddp", SPLITS[1]), stop_after=5)
-    made.go()
-    for kind in KINDS:
-        made.ask("train", f"stopped-{kind}", plan_of(made, kind, "ddp", SPLITS[1]))
-    made.go()
+    made.train_kinds(KINDS, RUNS, plan_of, SPLITS[1])
     return made
-
-
-def losses(arena: Arena, name: str) -> list[float]:
-    return [line["loss"] for line in arena.lines(name)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -83,9 +71,9 @@ def losses(arena: Arena, name: str) -> list[float]:
 def test_it_is_one_curve(arena: Arena, kind: str, run: tuple[str, tuple[int, int, int]]) -> None:
     """Under every engine, to rounding; eight steps learn all but the two classes of pairs."""
     engine, split = run
-    found = losses(arena, f"{kind}-{engine}-{split}")
+    found = arena.values(f"{kind}-{engine}-{split}")
     assert len(found) == STEPS
-    assert found == pytest.approx(losses(arena, f"{kind}-ddp-{SPLITS[0]}"), rel=2e-5, abs=1e-5)
+    assert found == pytest.approx(arena.values(f"{kind}-ddp-{SPLITS[0]}"), rel=2e-5, abs=1e-5)
     assert kind == "pairs" or min(found[-3:]) < found[0]
 
 
@@ -94,7 +82,7 @@ def test_verification_and_resume(arena: Arena, kind: str) -> None:
     """The step's gradient is that of single rows, the loss is transformers' own; a resume is bitwise."""
     assert arena.verdict(f"verify-{kind}") == (True, True)
     assert arena.own_loss(f"verify-{kind}")
-    assert losses(arena, f"stopped-{kind}") == losses(arena, f"{kind}-ddp-{SPLITS[1]}")
+    assert arena.values(f"stopped-{kind}") == arena.values(f"{kind}-ddp-{SPLITS[1]}")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -71,20 +71,8 @@ def plan_of(arena: Arena, kind: str, engine: str, split: tuple[int, int, int]) -
 @pytest.fixture(scope="module")
 def arena(tmp_path_factory: pytest.TempPathFactory) -> Arena:
     made = Arena(tmp_path_factory.mktemp("preferences"))
-    for kind in KINDS:
-        for engine, split in RUNS:
-            made.ask("train", f"{kind}-{engine}-{split}", plan_of(made, kind, engine, split))
-        made.ask("verify", f"verify-{kind}", plan_of(made, kind, "fsdp", SPLITS[1]), fault="")
-        made.ask("train", f"stopped-{kind}", plan_of(made, kind, "ddp", SPLITS[1]), stop_after=5)
-    made.go()
-    for kind in KINDS:
-        made.ask("train", f"stopped-{kind}", plan_of(made, kind, "ddp", SPLITS[1]))
-    made.go()
+    made.train_kinds(KINDS, RUNS, plan_of, SPLITS[1])
     return made
-
-
-def values(arena: Arena, name: str, key: str = "loss") -> list[float]:
-    return [line[key] for line in arena.lines(name)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -93,13 +81,13 @@ def test_it_is_one_curve(arena: Arena, kind: str, run: tuple[str, tuple[int, int
     """Under every engine, to rounding, the metrics too; eight steps learn."""
     engine, split = run
     name, reference = f"{kind}-{engine}-{split}", f"{kind}-ddp-{SPLITS[0]}"
-    assert len(values(arena, name)) == STEPS
+    assert len(arena.values(name)) == STEPS
     for key in ("loss", "reward_accuracy", "reward_chosen", "logp_rejected"):
-        found, wanted = values(arena, name, key), values(arena, reference, key)
+        found, wanted = arena.values(name, key), arena.values(reference, key)
         if key == "reward_accuracy":  # before the first update, rewards are zero but for rounding
             found, wanted = found[1:], wanted[1:]
         assert found == pytest.approx(wanted, rel=3e-5, abs=3e-5), key
-    losses = values(arena, name)
+    losses = arena.values(name)
     assert min(losses[-3:]) < losses[0]
 
 
@@ -107,7 +95,7 @@ def test_it_is_one_curve(arena: Arena, kind: str, run: tuple[str, tuple[int, int
 def test_verification_and_resume(arena: Arena, kind: str) -> None:
     """The step's gradient is that of single rows; a resume is bitwise."""
     assert arena.verdict(f"verify-{kind}") == (True, True)
-    assert values(arena, f"stopped-{kind}") == values(arena, f"{kind}-ddp-{SPLITS[1]}")
+    assert arena.values(f"stopped-{kind}") == arena.values(f"{kind}-ddp-{SPLITS[1]}")
 
 
 def log_probs(model: Any, ids: torch.Tensor, targets: torch.Tensor) -> list[tuple[float, int]]:

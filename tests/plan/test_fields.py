@@ -14,7 +14,8 @@ from drumline.plan.resolve import World, resolve
 from drumline.plan.start import Parent
 from drumline.plan.steps import Place
 from drumline.recipe.load import load_recipe, merge, validate
-from drumline.recipe.schema import Duration, Recipe, StartFrom
+from drumline.recipe.schedule_section import Duration
+from drumline.recipe.schema import Recipe, StartFrom
 from drumline_launchers import LAUNCHERS
 from drumline_launchers.base import Job
 

@@ -20,7 +20,7 @@ from drumline.plan.schedule import (
 )
 from drumline.plan.steps import Clock
 from drumline.recipe.load import merge, validate
-from drumline.recipe.schema import Schedule
+from drumline.recipe.schedule_section import Schedule
 from drumline.session.show import plan_table
 
 DO_NOT_DECAY = {"constant", "inverse_sqrt", "piecewise"}

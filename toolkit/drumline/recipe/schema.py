@@ -5,14 +5,15 @@ Rules across sections (the batch equation, the strategy table) are in `drumline.
 """
 
 import itertools
-import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from drumline.recipe.data_section import ALONE, TASKS, Data
+from drumline.recipe.evaluation_section import After, EarlyStopping, Evaluation
 from drumline.recipe.model_section import Model
 from drumline.recipe.objective_section import Loss, Objective
+from drumline.recipe.schedule_section import Duration, Schedule
 from drumline.recipe.section import (
     AddedLater,
     Count,
@@ -22,7 +23,6 @@ from drumline.recipe.section import (
     Name,
     NonNegative,
     Positive,
-    Ratio,
     Samples,
     Section,
     Slug,
@@ -207,158 +207,6 @@ class Optimizer(Section):
         return self
 
 
-class Schedule(Section):
-    """The learning rate as a function of the optimizer step; formulas in `plan/schedule.py`.
-
-    `horizon_steps`: the steps that the curve is drawn over, where they are not those of the run; a longer run
-    keeps the last rate.
-    `warmup_start_ratio`: the rate before the first step, as a share of the peak. `min_lr`: the end of the
-    curve, where `min_lr_ratio` states it as a share of the peak.
-    """
-
-    name: Literal[
-        "constant",
-        "linear",
-        "cosine",
-        "cosine_restarts",
-        "polynomial",
-        "inverse_sqrt",
-        "wsd",
-        "one_cycle",
-        "piecewise",
-    ] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
-    warmup_ratio: Fraction | None = None
-    warmup_epochs: Annotated[Epochs | None, AddedLater()] = None
-    warmup_start_ratio: Annotated[Ratio, AddedLater()] = 0.0
-    min_lr_ratio: Ratio = 0.0
-    min_lr: Annotated[NonNegative | None, AddedLater()] = None
-    horizon_steps: Annotated[Count | None, AddedLater()] = None
-    unit: Literal["step", "epoch"] = "step"
-    cycles: Count = 1
-    power: Positive = 1.0
-    decay_ratio: Annotated[float, Field(gt=0, le=1)] = 0.2
-    start_ratio: Ratio = 0.04
-    milestones: dict[str, Ratio] = {}
-
-    @model_validator(mode="after")
-    def _keys_belong_to_the_shape(self) -> Self:
-        owner = {
-            "cycles": "cosine_restarts",
-            "power": "polynomial",
-            "decay_ratio": "wsd",
-            "start_ratio": "one_cycle",
-            "milestones": "piecewise",
-        }
-        for key, name in owner.items():
-            default = type(self).model_fields[key].default
-            if name != self.name and getattr(self, key) != default:
-                raise ValueError(f"{key} belongs to schedule {name}, not {self.name}")
-        given = {
-            key: value
-            for key in ("warmup_steps", "warmup_ratio", "warmup_epochs")
-            if (value := getattr(self, key)) is not None
-        }
-        if len(given) > 1:
-            stated = " and ".join(f"{key} {value}" for key, value in given.items())
-            raise ValueError(f"{stated} exclude each other; keep one")
-        if self.min_lr is not None and self.min_lr_ratio:
-            raise ValueError(
-                f"min_lr {self.min_lr:g} and min_lr_ratio {self.min_lr_ratio:g} exclude each other; keep one"
-            )
-        if self.warmup_start_ratio and self.name == "one_cycle":
-            raise ValueError(
-                "warmup_start_ratio: one_cycle begins at its own start_ratio. Nearest: "
-                f"start_ratio {self.warmup_start_ratio:g}"
-            )
-        if self.name == "piecewise":
-            _check_milestones(self.milestones)
-        return self
-
-
-class Duration(Section):
-    """How long to train: exactly one of steps, epochs, tokens (ends at the first step that reaches it)."""
-
-    steps: Count | None = None
-    epochs: Epochs | None = None
-    tokens: Count | None = None
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Self:
-        given = [key for key in ("steps", "epochs", "tokens") if getattr(self, key) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                f"exactly one of steps, epochs, tokens; given: {', '.join(given) or 'none'}"
-                + (" (set the other to null)" if given else "")
-            )
-        return self
-
-
-class After(Section):
-    """A command that is run on a saved checkpoint, every so many steps or epochs and after the last step.
-
-    `run`: its words, in which {checkpoint}, {run}, {step} and {numbers} are filled in; no shell reads them.
-    The numbers that it writes to {numbers}, or as a JSON object in its last line of output, become
-    `after/<name>/…` in the metrics. `name`: by default the command's.
-    """
-
-    name: Slug | None = None
-    every_steps: Count | None = None
-    every_epochs: Epochs | None = None
-    run: Annotated[list[Name], Field(min_length=1)]
-    timeout_minutes: Positive | None = None
-
-    @model_validator(mode="after")
-    def _has_one_cadence(self) -> Self:
-        _require_one_cadence(self.every_steps, self.every_epochs)
-        return self
-
-    @property
-    def label(self) -> str:
-        """What it is called in files and metrics."""
-        command = self.run[0].rpartition("/")[2].lower()
-        return self.name or re.sub(r"[^a-z0-9._-]+", "-", command).strip("-._") or "command"
-
-
-def _require_one_cadence(steps: int | None, epochs: float | None) -> None:
-    if (steps is None) == (epochs is None):
-        both = "both" if steps else "neither"
-        raise ValueError(f"exactly one of every_steps and every_epochs; given: {both}")
-
-
-class Evaluation(Section):
-    """Evaluation on the rows for it, every so many optimizer steps or epochs, and after the last step.
-
-    `at_start`: also before the first one. `after`: commands that are run on saved checkpoints, beside the
-    training; with them, there need be no rows to evaluate.
-    """
-
-    every_steps: Count | None = None
-    every_epochs: Annotated[Epochs | None, AddedLater()] = None
-    at_start: Annotated[bool, AddedLater()] = False
-    per_device: Count | None = None
-    after: Annotated[list[After], AddedLater()] = []
-
-    @property
-    def has_rows(self) -> bool:
-        """Whether rows are evaluated."""
-        return self.every_steps is not None or self.every_epochs is not None
-
-    @model_validator(mode="after")
-    def _has_one_cadence(self) -> Self:
-        if self.has_rows or not self.after:
-            _require_one_cadence(self.every_steps, self.every_epochs)
-        elif self.at_start:
-            raise ValueError(
-                "at_start: there are no rows to evaluate without every_steps or every_epochs"
-            )
-        labels = [one.label for one in self.after]
-        if len(set(labels)) < len(labels):
-            twice = next(label for label in labels if labels.count(label) > 1)
-            raise ValueError(f"after: two commands are called {twice}. Nearest: a name for each")
-        return self
-
-
 class Ema(Section):
     """An exponential moving average of the trained weights, in fp32, beside the weights.
 
@@ -368,17 +216,6 @@ class Ema(Section):
 
     decay: Annotated[float, Field(gt=0, lt=1)]
     evaluate: bool = True
-
-
-class EarlyStopping(Section):
-    """Stop when the metric has not improved by `min_delta` for `patience` evaluations."""
-
-    metric: Annotated[str, Field(pattern=r"^eval/([a-z0-9][a-z0-9._-]*/)?[a-z0-9_]+$")] = (
-        "eval/loss"
-    )
-    mode: Literal["min", "max"] | None = None
-    patience: Count = 5
-    min_delta: NonNegative = 0.0
 
 
 class Checkpoint(Section):
@@ -497,7 +334,7 @@ class Recipe(Section):
         return values
 
     @model_validator(mode="after")
-    def _sections_agree(self) -> Self:
+    def _evaluation_has_rows(self) -> Self:
         if self.early_stopping and not self.row_evaluation:
             raise ValueError("early_stopping needs an evaluation section")
         if self.row_evaluation and self.data.validation == 0 and not self.data.evaluation:
@@ -508,6 +345,10 @@ class Recipe(Section):
             raise ValueError(
                 "data.evaluation is never evaluated. Nearest: evaluation.every_steps=100"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _metric_is_reported(self) -> Self:
         metric = self.early_stopping.metric if self.early_stopping else ""
         named = [name for name in self.data.evaluation or () if name != ALONE]
         if self.data.mixture and self.data.validation:
@@ -529,6 +370,10 @@ class Recipe(Section):
             raise ValueError(
                 f"early_stopping.metric: {metric}: task {self.data.task} has {', '.join(reported)}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _objective_suits_the_task(self) -> Self:
         wanted, objective = self.data.facts.objectives, str(self.objective.name)
         if objective not in (*wanted, "custom"):
             raise ValueError(
@@ -546,6 +391,10 @@ class Recipe(Section):
                 "objective.reference: stored is the model before training, which start_from.what=state has "
                 "left. Nearest: start_from.what=weights, whose weights are then the reference"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _duration_counts_tokens(self) -> Self:
         if self.duration.tokens and not self.data.facts.counts_tokens:
             raise ValueError(f"duration.tokens needs task causal_lm, not {self.data.task}")
         if self.duration.tokens and self.data.packs_documents:
@@ -553,20 +402,16 @@ class Recipe(Section):
                 "duration.tokens counts full rows, and rows of documents are not full. Nearest: "
                 "duration.epochs or duration.steps"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _loss_suits_the_task(self) -> Self:
+        objective = str(self.objective.name)
         added = "label_smoothing" if self.loss.label_smoothing else "z_loss"
         if not self.loss.is_plain and objective != "cross_entropy":
             whose = "the project's objective" if objective == "custom" else objective
             raise ValueError(
                 f"loss.{added} is of cross_entropy, not of {whose}. Nearest: loss.{added}=0.0"
-            )
-        if self.model.neftune_alpha and (
-            self.model.source == "factory"
-            or self.data.task in ("custom", "preference")
-            or self.data.packs_documents
-        ):
-            raise ValueError(
-                "model.neftune_alpha is for a row of one text's tokens, in a model of transformers. Nearest: "
-                "model.neftune_alpha=null"
             )
         if self.loss.z_loss and not self.data.facts.is_per_token:
             raise ValueError("loss.z_loss is for tokens, not classes. Nearest: loss.z_loss=0.0")
@@ -579,6 +424,20 @@ class Recipe(Section):
             raise ValueError(
                 "loss.chunked needs the length of the longest row. Nearest: state data.sequence_length, or "
                 "loss.chunked=false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _noise_suits_the_task(self) -> Self:
+        has_one_text = (
+            self.data.task not in ("custom", "preference", "seq2seq")
+            and self.data.media_field is None
+            and not self.data.packs_documents
+        )
+        if self.model.neftune_alpha and (self.model.source == "factory" or not has_one_text):
+            raise ValueError(
+                "model.neftune_alpha is for a row of one text's tokens, in a model of transformers. Nearest: "
+                "model.neftune_alpha=null"
             )
         return self
 
@@ -597,29 +456,6 @@ def factories_of(recipe: Recipe) -> list[str]:
         recipe.optimizer.factory,
     )
     return [name for name in named if name]
-
-
-def _check_milestones(milestones: dict[str, float]) -> None:
-    """Check that the keys ascend, all fractions of the run or all steps: {"0.5": 0.1} or {"1000": 0.1}."""
-    if not milestones:
-        raise ValueError('piecewise needs milestones, such as {"0.5": 0.1, "0.75": 0.01}')
-    try:
-        places = [float(place) for place in milestones]
-    except ValueError:
-        raise ValueError(f"milestones: {list(milestones)} must be numbers in quotes") from None
-    if places != sorted(places) or not all(0 < place < 1e15 for place in places):
-        raise ValueError(f"milestones: {places} must ascend from above 0")
-    if any(place > 1 and place != int(place) for place in places):
-        raise ValueError(f"milestones: {places}: a step is a whole number, a fraction is below 1")
-    for text, place in zip(milestones, places, strict=True):
-        if place >= 1 and not text.isdigit():
-            raise ValueError(
-                f"milestones: {text!r}: a fraction of the run is below 1, a step is written without a "
-                f"point. Nearest: a fraction such as 0.9, or the step {str(int(place))!r} in quotes"
-            )
-    fractions = [place < 1 for place in places]
-    if any(fractions) and not all(fractions):
-        raise ValueError(f"milestones: {places} mixes fractions of the run with steps")
 
 
 def commands_of(recipe: Recipe) -> list[str]:

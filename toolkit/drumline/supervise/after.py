@@ -17,7 +17,7 @@ from drumline.metrics_file import Kind, MetricsFile, last_step_line
 from drumline.plan.model import Plan
 from drumline.plan.steps import is_due
 from drumline.processes import Process
-from drumline.recipe.schema import After
+from drumline.recipe.evaluation_section import After
 from drumline.runs.folder import RunFolder
 from drumline.supervise.signals import Signals
 

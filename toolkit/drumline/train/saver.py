@@ -26,7 +26,8 @@ from drumline.checkpoint.weights import WEIGHTS, WeightSums, sum_weights
 from drumline.errors import CheckpointError, PeerLost
 from drumline.files import apply_umask, fsync_folder
 from drumline.plan.steps import Clock, is_due
-from drumline.recipe.schema import After, Checkpoint
+from drumline.recipe.evaluation_section import After
+from drumline.recipe.schema import Checkpoint
 from drumline.train.commit import SaveCommit
 from drumline.train.tensor_shard import TensorShard
 
