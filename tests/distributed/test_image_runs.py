@@ -1,12 +1,15 @@
 """Images with augmentation: one curve at every split and with any workers, bitwise resume, real processes."""
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from arena import STEPS, Arena
+from fork_server import ForkServer
 
 from data.made_images import write_classes
 from drumline.plan.model import Plan
@@ -80,8 +83,8 @@ def test_verification(arena: Arena) -> None:
     assert arena.own_loss("verify")
 
 
-def test_no_process_is_left(tmp_path: Path, forked: Any) -> None:
-    """A run through the launcher with workers ends by itself; its ranks leave no process behind."""
+def test_no_process_is_left(tmp_path: Path, forked: Any, fork_server: ForkServer) -> None:
+    """A run with workers that ends by itself leaves no process behind, and one whose supervisor is killed neither."""
     write_classes(tmp_path / "train", 9)
     recipe = tmp_path / "pictures.yaml"
     recipe.write_text(json.dumps({
@@ -93,10 +96,26 @@ def test_no_process_is_left(tmp_path: Path, forked: Any) -> None:
     done = forked("run", str(recipe), "--run-dir", "run", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 4
+    assert_nothing_is_left(tmp_path)
+    child = fork_server.drumline(
+        tmp_path, "run", str(recipe), "duration.steps=100000", "--run-dir", "killed"
+    )
+    end = time.monotonic() + 60
+    while (
+        not (tmp_path / "killed/metrics.jsonl").exists()
+        or not (tmp_path / "killed/metrics.jsonl").stat().st_size
+    ):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    os.kill(child.pid, signal.SIGKILL)
+    assert_nothing_is_left(tmp_path)
+
+
+def assert_nothing_is_left(folder: Path) -> None:
     for _ in range(
         100
     ):  # the process that workers come from ends once it sees that its rank is gone
-        left = [link for link in Path("/proc").glob("[0-9]*/cwd") if _is_below(link, tmp_path)]
+        left = [link for link in Path("/proc").glob("[0-9]*/cwd") if _is_below(link, folder)]
         if not left:
             break
         time.sleep(0.1)

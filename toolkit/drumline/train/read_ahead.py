@@ -5,20 +5,24 @@ order, so that their number changes nothing but the speed.
 """
 
 import multiprocessing
+import os
 import queue
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from drumline.processes import STOP_SIGNALS
+from drumline.processes import STOP_SIGNALS, Process
 from drumline.train.batches import MicroBatches, Request, Step, StepReader
 
 READ_AHEAD_STEPS = 2
+_RANK_POLL_S = 1.0
 _PER_WORKER = 2
 """Micro-batches that each worker has ready at most."""
 
@@ -51,17 +55,28 @@ def load(
         batch_size=None,
         sampler=requests,
         num_workers=workers,
-        worker_init_fn=_heed_no_signal,
+        worker_init_fn=partial(_be_a_worker, Process.current()),
         **options,
     )
     yield from loader
 
 
-def _heed_no_signal(worker: int) -> None:
-    """Leave signals to the rank, which saves and then ends its workers."""
+def _be_a_worker(rank: Process, worker: int) -> None:
+    """Leave signals to the rank, which saves and then ends its workers; end when it is gone.
+
+    torch's own watch is for the parent, which here is the server that workers are forked from: it lives as
+    long as they do.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+    def look() -> None:
+        while rank.is_alive:
+            time.sleep(_RANK_POLL_S)
+        os._exit(1)
+
+    threading.Thread(target=look, name="rank", daemon=True).start()
 
 
 def _in_a_thread(reader: StepReader, first: int, last: int) -> Iterator[Step]:
