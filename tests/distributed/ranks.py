@@ -28,7 +28,7 @@ def run_jobs(world: int, jobs: list[dict[str, Any]], folder: Path) -> None:
             command = [sys.executable, __file__, str(folder / "jobs.json")]
             processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
     try:
-        codes = [process.wait(timeout=200) for process in processes]
+        codes = [process.wait(timeout=400) for process in processes]
     finally:
         for process in processes:
             process.kill()
