@@ -1,5 +1,7 @@
 """Final weights in a few numbers: equal exactly where the weights are, and as far apart as they are."""
 
+import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from drumline.checkpoint.manifest import sha256, shard_name, write_manifest, write_rank_manifest
+from drumline.checkpoint.manifest import (
+    sha256,
+    shard_name,
+    verify,
+    write_manifest,
+    write_rank_manifest,
+)
+from drumline.checkpoint.state import TrainState
 from drumline.checkpoint.weights import distance, weight_facts
 
 
@@ -102,3 +111,16 @@ def test_other_shapes_are_infinitely_far(tmp_path: Path) -> None:
     assert distance(save(tmp_path / "a", some_weights(1)), save(tmp_path / "b", other)) == float(
         "inf"
     )
+
+
+def test_an_undefined_metric_damages_no_checkpoint(tmp_path: Path) -> None:
+    """0/0, as F1 of no entities, is kept as undefined, and an infinite loss as none."""
+    state = TrainState(step=7, loss=math.inf, evaluation={"eval/loss": 0.5, "eval/f1": math.nan})
+    folder = tmp_path / "step-7"
+    save(folder, {"model.a": np.ones(3)})
+    (entry,) = folder.glob("rank-*.json") if list(folder.glob("rank-*.json")) else [None]
+    write_manifest(folder, dataclasses.asdict(state), [sha256(entry.read_bytes())])
+    found = verify(folder)
+    assert found.loss is None
+    assert found.evaluation and math.isnan(found.evaluation.pop("eval/f1"))
+    assert found.evaluation == {"eval/loss": 0.5}

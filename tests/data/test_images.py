@@ -2,6 +2,8 @@
 
 import io
 import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image as Pillow
 from pyarrow import parquet
-from transformers import ViTImageProcessor
+from transformers import ConvNextImageProcessor, ViTImageProcessor
 
 from advice import heard
 from data.made_images import CLASSES, picture, write_classes
@@ -97,6 +99,17 @@ def test_tables_and_parquet_name_the_same_images(tmp_path: Path) -> None:
         assert np.array_equal(found["targets"], whole["targets"]), path
 
 
+def deep_colours() -> bytes:
+    """A PNG with 16 bits in each of three channels, which Pillow does not write."""
+    rows = b"".join(b"\0" + bytes(4 * 6) for _ in range(4))
+    found = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
+    for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        found += struct.pack(">I", len(body)) + kind + body
+        found += struct.pack(">I", zlib.crc32(kind + body))
+    return found
+
+
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
@@ -105,8 +118,9 @@ def test_tables_and_parquet_name_the_same_images(tmp_path: Path) -> None:
         (b"text", "no image that can be read"),
         (b"", "no image that can be read"),
         (file_of(Pillow.fromarray(np.zeros((9, 9), dtype=np.uint16)), "PNG"), "with more than 8 bits a channel"),
+        (deep_colours(), "with more than 8 bits a channel"),
     ],
-    ids=["cut jpeg", "cut png", "text", "empty", "16 bits"],
+    ids=["cut jpeg", "cut png", "text", "empty", "16 bits", "3 x 16 bits"],
 )  # fmt: skip
 def test_what_is_no_image_is_refused(tmp_path: Path, raw: bytes, words: str) -> None:
     """Before anything starts, with the file; a row like this can be skipped."""
@@ -193,7 +207,9 @@ def test_pixels_follow_from_the_seed(tmp_path: Path) -> None:
 
 def test_a_processor_without_a_size_needs_one(tmp_path: Path) -> None:
     """Stated beside it, as the message says."""
-    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
+    (tmp_path / "preprocessor_config.json").write_text(
+        '{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5]}'
+    )
     with pytest.raises(DataError) as caught:
         pipeline(Image.model_validate({"processor": str(tmp_path)}), None)
     heard("states no size. Nearest: data.image.size=224", str(caught.value))
@@ -214,6 +230,87 @@ def test_evaluation_is_what_the_model_s_processor_does(tmp_path: Path, resample:
         found = made.pixels(file_of(image, "PNG"), 0, is_trained=False)
         (wanted,) = processor(image, return_tensors="np")["pixel_values"]
         assert np.abs(found - wanted).max() <= 1.01 / 255 / 0.2
+
+
+@pytest.mark.parametrize("edge", [56, 384])
+def test_convnext_resizes_large_images_otherwise(edge: int, tmp_path: Path) -> None:
+    """From 384 pixels on, its processor resizes both sides and cuts nothing off."""
+    processor = ConvNextImageProcessor(size={"shortest_edge": edge}, crop_pct=0.875)
+    processor.save_pretrained(tmp_path)
+    made = pipeline(Image.model_validate({"processor": str(tmp_path)}), None)
+    image = picture(1, 1).resize((90, 60))
+    (wanted,) = processor(image, return_tensors="np")["pixel_values"]
+    found = made.pixels(file_of(image, "PNG"), 0, is_trained=False)
+    assert np.abs(found - wanted).max() <= 2.01 / 255 / 0.22
+
+
+VIT = {"size": {"height": 24, "width": 24}, "image_mean": [0.5] * 3, "image_std": [0.2] * 3}
+
+
+def made_by(folder: Path, config: dict[str, Any], **stated: Any) -> Any:
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+    return pipeline(Image.model_validate({"processor": str(folder), **stated}), None)
+
+
+def refused(folder: Path, config: dict[str, Any]) -> str:
+    with pytest.raises(DataError) as caught:
+        made_by(folder, {**VIT, **config})
+    return str(caught.value)
+
+
+def test_a_processor_that_is_not_followed_is_refused(tmp_path: Path) -> None:
+    """Whatever changes pixels in another way; what the recipe states instead is taken."""
+    own = "is not followed here. Nearest: data.image.transform, a function of your own"
+    heard("is not followed here. Nearest: data.image.transform, a function of your own", refused(tmp_path, {"do_flip_channel_order": True}))  # fmt: skip
+    for odd in ({"include_top": True}, {"do_pad": True}, {"do_thumbnail": True}):
+        assert own in refused(tmp_path, odd)
+    assert made_by(tmp_path, {**VIT, "do_pad": False}).shape == [3, 24, 24]
+    for scale in ({"rescale_factor": 1 / 127.5}, {"do_rescale": False}):
+        heard("and not 1/255. Nearest: data.image.transform, a function of your own", refused(tmp_path, scale))  # fmt: skip
+    assert made_by(tmp_path, {**VIT, "rescale_factor": 0.00392156862745098}).height == 24
+    heard("is not stated. Nearest: data.image.mean=[0.5]", refused(tmp_path, {"image_mean": None}))
+    assert made_by(tmp_path, {**VIT, "image_mean": None}, mean=[0.5]).mean.tolist() == [[[0.5]]] * 3
+    heard("leaves images of any size. Nearest: data.image.size=224", refused(tmp_path, {"do_resize": False}))  # fmt: skip
+    crop = {"do_center_crop": True, "crop_size": 20}
+    heard("size has a height, before a crop. Nearest: data.image.size=224", refused(tmp_path, crop))
+    edge = {"size": {"shortest_edge": 30}}
+    heard("keeps the shape of each image, and a batch has one size. Nearest: data.image.size=30", refused(tmp_path, edge))  # fmt: skip
+    for config, size in ((crop, 224), (edge, 30), ({"do_resize": False}, 224)):
+        assert made_by(tmp_path, {**VIT, **config}, size=size).shape == [3, size, size]
+
+
+def test_a_processor_need_not_normalise(tmp_path: Path) -> None:
+    """Pixels are then from 0 to 1."""
+    made = made_by(tmp_path, {**VIT, "do_normalize": False})
+    image = Pillow.new("RGB", (30, 30), (255, 0, 51))
+    pixels = made.pixels(file_of(image, "PNG"), 0, is_trained=False)
+    assert pixels[:, 3, 3] == pytest.approx([1.0, 0.0, 0.2])
+
+
+def test_another_processor_makes_other_data(tmp_path: Path) -> None:
+    """What it states is part of the fingerprint, which a resume and a reproduction compare."""
+    folder, found = write_classes(tmp_path / "train", 2), []
+    for mean in (0.5, 0.6):
+        (tmp_path / "preprocessor_config.json").write_text(
+            json.dumps({**VIT, "image_mean": [mean] * 3})
+        )
+        rows = rows_of(section(folder, image={"processor": str(tmp_path)}))
+        found.append((rows.manifest.fingerprint, rows.manifest.rows))
+    assert found[0][0] != found[1][0]
+    assert found[0][1] != found[1][1]
+
+
+def test_one_class_is_refused(tmp_path: Path) -> None:
+    """A second folder makes two."""
+    folder = write_classes(tmp_path / "train", 2)
+    others = [one for one in folder.iterdir() if one.name != "cats"]
+    for number, other in enumerate(others):
+        other.rename(tmp_path / str(number))
+    with pytest.raises(DataError) as caught:
+        prepare(section(folder), None)
+    heard("so nothing can be learnt. Nearest: a folder for each class", str(caught.value))
+    (tmp_path / "0").rename(folder / others[0].name)
+    assert len(rows_of(section(folder))) == 4
 
 
 def test_the_middle_is_cut_out(tmp_path: Path) -> None:

@@ -174,3 +174,29 @@ def test_sources_of_a_mixture_must_agree(tmp_path: Path) -> None:
         DataError, match=r"its rows are labelled texts .* training rows are pairs of"
     ):
         prepare(data, None)
+
+
+SYSTEM = {"prompt": "p", "chosen": "a", "rejected": "b", "system": "Be kind."}
+BESIDE = {"prompt": "Hi there", "chosen": "yes", "rejected": "no"}
+WITHIN = {"prompt": "Hi there", "chosen": "Hi there yes", "rejected": "Hi there no"}
+
+
+def refused_then(folder: Path, wrong: list[dict[str, Any]], right: int) -> str:
+    with pytest.raises(DataError) as caught:
+        prepare(data_of(folder, *wrong), None)
+    assert len(prepared(data_of(folder, wrong[right]))) == 1
+    return str(caught.value)
+
+
+def test_rows_of_two_ways_are_refused(tmp_path: Path) -> None:
+    """A prompt that some completions repeat, or that some lack, and a system message that no text has."""
+    told = refused_then(tmp_path, [BESIDE, WITHIN], 1)
+    heard("and those of the first row do not. Nearest: write all rows one way", told)
+    told = refused_then(tmp_path, [WITHIN, {**WITHIN, "prompt": None}], 0)
+    heard("is empty, and the first row has one. Nearest: write all rows one way", told)
+    with pytest.raises(DataError) as caught:
+        prepare(data_of(tmp_path, SYSTEM), None)
+    heard("put it at the beginning of prompt, or write the rows as chats", str(caught.value))
+    assert len(prepared(data_of(tmp_path, {**SYSTEM, "prompt": "Be kind. p", "system": ""}))) == 1
+    chats = {name: says((A, SYSTEM[name])) for name in ("chosen", "rejected")}
+    assert len(prepared(data_of(tmp_path, {**SYSTEM, **chats}, chat_template="chatml"))) == 1

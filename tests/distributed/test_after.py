@@ -196,6 +196,10 @@ def test_numbers_of_a_command(tmp_path: Path) -> None:
     assert numbers_in(numbers, log) == {"acc": 0.5, "task/f1": 1}
     numbers.write_text('{"acc": 2}')
     assert numbers_in(numbers, log) == {"acc": 2}
+    numbers.write_text('{"huge": 1' + 400 * "0" + ', "acc": 2}')
+    assert numbers_in(numbers, log) == {"acc": 2}
+    numbers.write_text(200_000 * '{"a":')
+    assert numbers_in(numbers, log) == {}
     numbers.write_text("[1]")
     assert numbers_in(numbers, log) == {}
     log.write_text("no numbers\n")

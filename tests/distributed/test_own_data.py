@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from arena import ENGINES, Arena
@@ -12,12 +13,16 @@ from arena import ENGINES, Arena
 from advice import heard
 from conftest import ROOT
 from drumline.data.prepare import prepare
+from drumline.data.rows import Rows
+from drumline.data.tasks import find_task
+from drumline.data.tasks.map_style import _stacked
 from drumline.errors import DrumlineError
 from drumline.plan.model import Plan
 from drumline.recipe.load import load_recipe, merge, validate
 from drumline.session.planning import make_plan, with_trace
 from drumline.session.prepare import prepare_data
 from drumline.trace.rehearse import rehearse
+from drumline.train.batches import micro_batch_tensors, open_rows
 
 pytestmark = [pytest.mark.xdist_group("kinds"), pytest.mark.heavy]
 
@@ -148,6 +153,23 @@ class Data:
         return torch.tensor([float(number), torch.rand(()).item()]), number % 2
 
 
+KINDS = {
+    "unequal": lambda number: {"x": torch.ones(1 + number)},
+    "lacking": lambda number: {"x": torch.ones(1)} | ({"y": torch.ones(1)} if number == 1 else {}),
+    "types": lambda number: {"x": torch.ones(1) if number % 2 else torch.ones(1).long()},
+    "texts": lambda number: {"x": torch.ones(1), "name": "a"},
+    "taken": lambda number: {"x": torch.ones(1), "weights": torch.zeros(())},
+    "drawn": lambda number: {"x": np.random.default_rng().random(4)},
+    "narrow": lambda number: {"x": torch.ones(2, dtype=torch.bfloat16) / 2},
+    "masked": lambda number: {"x": torch.ones(1), "attention_mask": torch.full((3,), 0.5)},
+}
+
+
+class Kind(Data):
+    def __getitem__(self, number):
+        return KINDS[self.wrong](number)
+
+
 class Collated(Data):
     def collate(self, samples):
         return {"x": torch.stack([one for one, _ in samples]), "n": len(samples) * torch.ones(len(samples))}
@@ -159,6 +181,8 @@ class Odd(Data):
 
 
 def data(size=6, wrong=""):
+    if wrong in KINDS:
+        return Kind(size, wrong)
     return {"": Data, "fails": Data, "kind": Data, "collated": Collated, "odd": Odd}[wrong](size, wrong) if wrong != "none" else object()
 """
 
@@ -178,6 +202,11 @@ def section(folder: Path, **options: Any) -> Any:
         ({"wrong": "kind"}, "not list. Nearest: a method collate(samples) of the data set"),
         ({"wrong": "odd"}, "a batch is a mapping of names to tensors, not list"),
         ({"wrong": "fails"}, "sample 3: ValueError: no such file"),
+        ({"wrong": "lacking"}, "sample 1 has x (float32), y (float32), and sample 0 has x (float32). Nearest: the same names and types in all"),
+        ({"wrong": "types"}, "sample 1 has x (float32), and sample 0 has x (int64). Nearest"),
+        ({"wrong": "texts"}, "'name' holds <U1, and not numbers. Nearest: a tensor"),
+        ({"wrong": "taken"}, "samples 0: ValueError: 'weights' is the name of something else. Nearest: another name"),
+        ({"wrong": "drawn"}, "sample 0 is another one each time that it is read. Nearest: draw from random, numpy.random or torch"),
         ({"unknown": 1}, "do not suit mine:data"),
         ({"size": 0}, "the source has no rows"),
     ],
@@ -206,6 +235,43 @@ def test_advice_on_data_sets_is_followed(tmp_path: Path) -> None:
     assert prepare(section(tmp_path), str(tmp_path)).is_dir()
     heard("Nearest: a method collate(samples) of the data set", refused(tmp_path, wrong="kind"))
     assert prepare(section(tmp_path, wrong="collated"), str(tmp_path)).is_dir()
+    told = refused(tmp_path, wrong="lacking")
+    heard("and sample 0 has x (float32). Nearest: the same names and types in all", told)
+    heard("and not numbers. Nearest: a tensor", refused(tmp_path, wrong="texts"))
+    heard("is the name of something else. Nearest: another name", refused(tmp_path, wrong="taken"))
+    told = refused(tmp_path, wrong="drawn")  # `Data` above draws from torch, and is accepted
+    heard("Nearest: draw from random, numpy.random or torch, which are seeded by (seed", told)
+
+
+def test_samples_that_cannot_be_stacked(tmp_path: Path) -> None:
+    """Are told with their numbers when they meet: names that only some have, and unequal shapes."""
+    with pytest.raises(DrumlineError) as caught:
+        rows_of(tmp_path, "unequal").collate(np.arange(3), np.zeros(3, dtype=np.uint64))
+    assert "samples 0, 1, 2: " in str(caught.value)
+    heard("'x' has the shapes (1,) and (2,) and (3,). Nearest: a method collate(samples) of the data set that", str(caught.value))  # fmt: skip
+    padded = torch.nn.utils.rnn.pad_sequence([torch.ones(1 + n) for n in range(3)])
+    assert padded.shape == (3, 3)
+    with pytest.raises(ValueError, match="only some") as caught:
+        _stacked([{"x": 1.0}, {"x": 1.0, "y": 2.0}])
+    heard("only some have 'y'. Nearest: the same names in all", str(caught.value))
+
+
+def rows_of(folder: Path, kind: str, *, keeps_masks: bool = False) -> Rows:
+    data = section(folder, wrong=kind)
+    task = find_task(data, str(folder))
+    return Rows(prepare(data, str(folder)), "train", task, keeps_masks=keeps_masks)
+
+
+def test_what_samples_hold_reaches_the_loss(tmp_path: Path) -> None:
+    """bf16 becomes fp32; a mask of their own is never left out, whatever is in it."""
+    narrow = rows_of(tmp_path, "narrow").collate(np.arange(2), np.zeros(2, dtype=np.uint64))
+    assert narrow["x"].dtype == np.float32
+    assert (narrow["x"] == 0.5).all()
+    rows = rows_of(tmp_path, "masked", keeps_masks=True)
+    found = micro_batch_tensors(rows, np.arange(2), True, False, np.zeros(2, dtype=np.uint64))
+    assert found["attention_mask"].tolist() == [[0.5] * 3] * 2
+    plan = plan_of("quantiles", "ddp", (6, 1, 2))
+    assert open_rows(plan, "train").keeps_masks
 
 
 def test_a_metric_that_the_loss_does_not_report(tmp_path: Path, forked: Any) -> None:

@@ -1,5 +1,6 @@
 """The stored reference of a preference run: computed once, kept, gone on with, and that of the right weights."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from test_preferences import rows_in
 from unequal import unequal_plan
 
@@ -22,6 +24,7 @@ from drumline.plan.model import Plan
 from drumline.rank_files import Heartbeat
 from drumline.train import reference
 from drumline.train.loop import Outcome, train
+from drumline.train.reference import reference_key
 from drumline.train.watch import Watch
 
 
@@ -142,6 +145,23 @@ def test_the_reference_is_what_the_run_begins_from(tmp_path: Path) -> None:
     heard("of the reference are gone, and the model has been trained since", str(caught.value))
     assert run(child, tmp_path / "anew").outcome == "finished"
     assert run(child, tmp_path / "child").outcome == "finished"
+
+
+def test_weights_that_are_drawn_anew_have_another_reference(tmp_path: Path) -> None:
+    """Edits of a pretrained model draw by the seed, so two seeds share no reference."""
+    plan = plan_of(tmp_path)
+    save_file({"weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    pretrained = {"source": "folder", "path": str(tmp_path), "architecture": None, "config": {}}
+    recipe = plan.recipe
+
+    def key(edits: list[str], seed: int) -> str:
+        model = recipe.model.model_copy(update={**pretrained, "edits": edits})
+        changed = recipe.model_copy(update={"model": model, "seed": seed, "project": str(tmp_path)})
+        return reference_key(dataclasses.replace(plan, recipe=changed), "rows", False)
+
+    (tmp_path / "ed.py").write_text("def edit(model):\n    pass\n")
+    assert key([], 1) == key([], 2)
+    assert key(["ed:edit"], 1) != key(["ed:edit"], 2)
 
 
 def test_a_model_that_computes_nothing_is_refused(tmp_path: Path) -> None:

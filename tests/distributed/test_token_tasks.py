@@ -149,6 +149,9 @@ def test_entities_are_counted_over_all_rows(arena: Arena) -> None:
         ("B-PER I-LOC I-LOC O", [("PER", 0, 1), ("LOC", 1, 3)]),
         ("O O", []),
         ("B-LOC B-LOC", [("LOC", 0, 1), ("LOC", 1, 2)]),
+        ("S-PER O S-LOC", [("PER", 0, 1), ("LOC", 2, 3)]),
+        ("B-PER I-PER E-PER I-PER", [("PER", 0, 3), ("PER", 3, 4)]),
+        ("U-PER B-LOC L-LOC", [("PER", 0, 1), ("LOC", 1, 3)]),
     ],
 )
 def test_entities(labels: str, wanted: list[Any]) -> None:

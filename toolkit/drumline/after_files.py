@@ -91,7 +91,7 @@ def numbers_in(path: Path, log: Path) -> dict[str, float]:
             text = lines[-1] if lines else ""
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return dict(_flat(found, "")) if isinstance(found, dict) else {}
 
@@ -102,8 +102,9 @@ def _flat(value: dict[str, Any], prefix: str) -> list[tuple[str, float]]:
         name = f"{prefix}{key}"
         if isinstance(item, dict):
             found += _flat(item, f"{name}/")
-        elif isinstance(item, int | float) and not isinstance(item, bool) and math.isfinite(item):
-            found.append((name, item))
+        elif isinstance(item, int | float) and not isinstance(item, bool):
+            with contextlib.suppress(OverflowError):  # of a whole number beyond float64
+                found += [(name, item)] if math.isfinite(item) else []
     return found
 
 

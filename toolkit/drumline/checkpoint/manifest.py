@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from drumline.checkpoint.boxes import Box, Boxes, boxes_of_range, fit, make_up
-from drumline.checkpoint.state import TrainState, read_state
+from drumline.checkpoint.state import TrainState, read_state, without_undefined
 from drumline.errors import CheckpointError, CheckpointUnreadable
 from drumline.files import RECORD_LIMIT, fsync_folder, open_regular, parse_json, write_durably
 
@@ -112,7 +112,7 @@ def write_manifest(
 
     `recipe`: the resolved recipe, so that the run can be reproduced from the checkpoint alone.
     """
-    raw = _encode(state)
+    raw = _encode(without_undefined(state))
     write_durably(folder / STATE, raw)
     files = {rank_manifest_name(rank): digest for rank, digest in enumerate(rank_digests)}
     content = {"format": FORMAT_VERSION, "step": state["step"], "ranks": len(rank_digests),
@@ -411,4 +411,4 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
 
 def _encode(value: dict[str, Any]) -> bytes:
     """Canonical JSON bytes, so that a file can be compared with its re-encoded content."""
-    return json.dumps(value, separators=(",", ":")).encode()
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()

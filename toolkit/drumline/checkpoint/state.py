@@ -1,5 +1,6 @@
 """The state in a checkpoint besides tensors."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +54,8 @@ def read_state(plain: Any) -> TrainState:
     """The state from plain data; ValueError for a field that is missing, unknown or of another type."""
     from pydantic import TypeAdapter, ValidationError
 
+    if isinstance(plain, dict) and isinstance(plain.get("evaluation"), dict):
+        plain = {**plain, "evaluation": _with_undefined(plain["evaluation"])}
     unknown = (
         set(plain) - set(TrainState.__dataclass_fields__) if isinstance(plain, dict) else {"it"}
     )
@@ -64,6 +67,20 @@ def read_state(plain: Any) -> TrainState:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ValueError(f"{where}: {first['msg']}") from None
+
+
+def without_undefined(plain: Any) -> Any:
+    """The same with None for numbers that are not finite, which JSON does not have."""
+    if isinstance(plain, dict):
+        return {key: without_undefined(value) for key, value in plain.items()}
+    if isinstance(plain, list | tuple):
+        return [without_undefined(value) for value in plain]
+    return None if isinstance(plain, float) and not math.isfinite(plain) else plain
+
+
+def _with_undefined(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The result of an evaluation with NaN for None: a metric of 0/0 is undefined."""
+    return {name: math.nan if value is None else value for name, value in evaluation.items()}
 
 
 def badness(state: TrainState, metric: float) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 
 from drumline.data.factory import factory_files
 from drumline.data.files import DataFile, matching_files
+from drumline.data.processors import processor_digests
 from drumline.errors import DataError
 from drumline.recipe.data_section import ALONE, Data
 from drumline.recipe.section import without_later_defaults
@@ -85,6 +86,9 @@ def _stamps(data: Data, project: str | None) -> Any:
         if not Path(data.chat_template).is_file():
             raise DataError(f"data.chat_template: {data.chat_template} is no file")
         stamps += [_stamp(Path(data.chat_template))]
+    media = data.image or data.audio
+    if media and (media.processor or "").startswith("/"):
+        stamps += [processor_digests(data)]
     if data.tokenizer.startswith("/"):
         folder = Path(data.tokenizer)
         stamps += [_stamp(path) for path in sorted(folder.glob("*")) if path.is_file()]

@@ -5,13 +5,13 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from drumline.data.factory import load_factory
+from drumline.data.processors import processor_file
 from drumline.errors import DataError
 from drumline.recipe.image_section import Image
 
@@ -22,6 +22,8 @@ _PILLOW_MODES = {1: "L", 3: "RGB"}
 _IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 """Mean and standard deviation of ImageNet's pixels, which most models were trained with."""
 _DEEP_MODES = ("I;16", "I", "F", "I;16B")
+_PNG, _PNG_DEPTH = b"\x89PNG\r\n\x1a\n", 24
+"""What a PNG begins with, and the byte with its bits per channel, which Pillow cuts to 8 of colours."""
 _ATTEMPTS = 10
 _CENTRE = 0.875
 """Share of the shorter side that is kept in evaluation, where `resize` is not stated."""
@@ -149,7 +151,7 @@ def pipeline(spec: Image, project: str | None) -> Pipeline:
         raise DataError(
             "data.image: pillow is not installed. Nearest: pip install 'drumline[images]'"
         ) from None
-    stated = _processor(spec.processor) if spec.processor else {}
+    stated = _processor(spec) if spec.processor else {}
     size = spec.size if spec.size is not None else stated.get("size")
     if size is None:
         raise DataError(
@@ -184,7 +186,7 @@ def decoded(raw: bytes, channels: int) -> Any:
 
     try:
         with Pillow.open(io.BytesIO(raw)) as image:
-            _refuse_deep(image.mode)
+            _refuse_deep(image.mode, raw)
             return ImageOps.exif_transpose(image).convert(_PILLOW_MODES[channels])
     except (OSError, ValueError, SyntaxError, Pillow.DecompressionBombError) as error:
         raise DataError(f"no image that can be read: {error}") from None
@@ -196,15 +198,16 @@ def check(raw: bytes) -> None:
 
     try:
         with Pillow.open(io.BytesIO(raw)) as image:
-            _refuse_deep(image.mode)
+            _refuse_deep(image.mode, raw)
             image.draft("RGB", (1, 1))  # of a JPEG, an eighth of its size; all of the file is read
             image.load()
     except (OSError, ValueError, SyntaxError, Pillow.DecompressionBombError) as error:
         raise DataError(f"no image that can be read: {error}") from None
 
 
-def _refuse_deep(mode: str) -> None:
-    if mode in _DEEP_MODES:
+def _refuse_deep(mode: str, raw: bytes) -> None:
+    is_deep_png = raw.startswith(_PNG) and raw[_PNG_DEPTH] > 8
+    if mode in _DEEP_MODES or is_deep_png:
         raise DataError(
             f"an image of mode {mode}, with more than 8 bits a channel, which converting would clip. "
             "Nearest: save it with 8 bits a channel"
@@ -216,25 +219,84 @@ def _per_channel(values: list[float], channels: int) -> Pixels:
     return np.array(whole, dtype=np.float32).reshape(-1, 1, 1)
 
 
-def _processor(name: str) -> dict[str, Any]:
-    """Size (and the shorter side before it), mean, std and interpolation of a preprocessor_config.json."""
-    path = Path(name) / "preprocessor_config.json" if name.startswith("/") else _cached(name)
+_HARMLESS = {
+    "image_processor_type", "feature_extractor_type", "processor_class", "size", "crop_size", "crop_pct",
+    "do_resize", "do_center_crop", "do_normalize", "do_rescale", "do_convert_rgb", "image_mean", "image_std",
+    "resample", "rescale_factor", "default_to_square", "_valid_processor_keys", "data_format",
+    "input_data_format", "return_tensors", "device", "num_channels", "image_seq_length",
+    "disable_grouping",
+}  # fmt: skip
+"""Keys of a preprocessor_config.json that are followed, or that change no pixel."""
+_WARPED_FROM = 384
+"""From this shorter side on, ConvNeXt's processor resizes both sides and cuts nothing off."""
+
+
+def _processor(spec: Image) -> dict[str, Any]:
+    """Size (and the shorter side before it), mean, std and interpolation of a preprocessor_config.json.
+
+    DataError where it says anything else that changes pixels.
+    """
+    assert spec.processor
+    path = processor_file(spec.processor)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = _scale(config, spec) | (_cut(config) if spec.size is None else {})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise DataError(f"data.image.processor: {path}: {error}") from None
-    found: dict[str, Any] = {}
-    size, crop = _sides(config.get("size")), _sides(config.get("crop_size"))
-    if config.get("do_center_crop") and crop:
-        found = {"size": list(crop), "resize": min(size) if size else None}
-    elif size:
-        found = {"size": list(size)}
-        if share := config.get("crop_pct"):  # ConvNeXt's
-            found["resize"] = int(min(size) / share)
-    for key, theirs in (("mean", "image_mean"), ("std", "image_std"), ("resample", "resample")):
-        if config.get(theirs) is not None:
-            found[key] = config[theirs]
+    if config.get("resample") is not None:
+        found["resample"] = config["resample"]
+    odd = [
+        key for key, value in config.items() if key not in _HARMLESS and value not in (None, False)
+    ]
+    if odd:
+        raise DataError(
+            f"data.image.processor: {path}: {odd[0]}: {config[odd[0]]!r} is not followed here. Nearest: "
+            "data.image.transform, a function of your own"
+        )
     return found
+
+
+def _scale(config: dict[str, Any], spec: Image) -> dict[str, Any]:
+    """The mean and std that a processor states; ValueError where the recipe must."""
+    factor = config.get("rescale_factor", 1 / 255)
+    if config.get("do_rescale", True) is False or abs(factor * 255 - 1) > 1e-3:
+        raise ValueError(
+            f"rescale_factor: {factor if config.get('do_rescale', True) else 1} and not 1/255. Nearest: "
+            "data.image.transform, a function of your own"
+        )
+    if config.get("do_normalize", True) is False:
+        return {"mean": [0.0], "std": [1.0]}
+    found = {"mean": config.get("image_mean"), "std": config.get("image_std")}
+    lacking = [key for key, value in found.items() if not value and not getattr(spec, key)]
+    if lacking:
+        raise ValueError(
+            f"image_{lacking[0]} is not stated. Nearest: data.image.{lacking[0]}=[0.5]"
+        )
+    return {
+        key: value if isinstance(value, list) else [value] for key, value in found.items() if value
+    }
+
+
+def _cut(config: dict[str, Any]) -> dict[str, Any]:
+    """The size of what is cut out, and of the shorter side before; ValueError for sizes that vary."""
+    size, crop = _sides(config.get("size")), _sides(config.get("crop_size"))
+    if config.get("do_resize", True) is False:
+        raise ValueError("do_resize: false leaves images of any size. Nearest: data.image.size=224")
+    if config.get("do_center_crop") and crop:
+        if isinstance(config["size"], dict) and "height" in config["size"]:
+            raise ValueError("size has a height, before a crop. Nearest: data.image.size=224")
+        return {"size": list(crop), "resize": min(size) if size else None}
+    if not size:
+        return {}
+    if share := config.get("crop_pct"):  # ConvNeXt's
+        is_warped = min(size) >= _WARPED_FROM
+        return {"size": list(size), "resize": None if is_warped else int(min(size) / share)}
+    if isinstance(config["size"], dict) and "shortest_edge" in config["size"]:
+        raise ValueError(
+            "size: shortest_edge keeps the shape of each image, and a batch has one size. Nearest: "
+            f"data.image.size={min(size)}"
+        )
+    return {"size": list(size)}
 
 
 def _sides(size: Any) -> tuple[int, int] | None:
@@ -247,18 +309,6 @@ def _sides(size: Any) -> tuple[int, int] | None:
         if "shortest_edge" in size:
             return int(size["shortest_edge"]), int(size["shortest_edge"])
     return None
-
-
-def _cached(name: str) -> Path:
-    """The file of a model of the hub, which `prepare` fetches where it is not cached."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(name, "preprocessor_config.json"))
-    except Exception as error:
-        raise DataError(
-            f"data.image.processor: {name} cannot be loaded: {str(error).strip().splitlines()[0]}"
-        ) from None
 
 
 def _erase(values: Pixels, rng: np.random.Generator) -> None:

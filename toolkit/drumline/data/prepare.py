@@ -27,6 +27,7 @@ from drumline.data.dataset_manifest import (
 )
 from drumline.data.files import classes_of
 from drumline.data.part_writer import PartWriter
+from drumline.data.processors import processor_digests
 from drumline.data.publish import locked, publish, remove_abandoned
 from drumline.data.readers import Reading
 from drumline.data.rows import DTYPES, Rows, array_columns
@@ -103,7 +104,13 @@ def _class_names(data: Data) -> list[str] | None:
     if data.label_names is not None:
         return data.label_names
     found = [classes_of(own) or [] for own in data.sources().values()]
-    return sorted(set().union(*found)) or None
+    names = sorted(set().union(*found))
+    if len(names) == 1:
+        raise DataError(
+            f"data.path: all images lie in one folder of a class, {names[0]}, so nothing can be learnt. "
+            "Nearest: a folder for each class"
+        )
+    return names or None
 
 
 def _open(data: Data, project: str | None, names: list[str] | None) -> _Source:
@@ -362,6 +369,7 @@ def _fingerprint(
         "feature_shape": shape,
         "parts": {part: writer.hash.hexdigest() for part, writer in writers.items()},
         **({"mixture": list(mixture.values())} if mixture else {}),
+        **processor_digests(data),
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return f"{sources.source_label(data)}:{digest}"

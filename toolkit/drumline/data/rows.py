@@ -45,15 +45,16 @@ def lengths_of(folder: Path, part: str, sequences: int) -> NDArray[np.int32]:
 class Rows:
     """The samples of one part (`train` or `validation`), memory-mapped.
 
-    `counts`: int32 [N], the label tokens of each sample. `added`: columns in memory, by name.
+    `counts`: int32 [N], the label tokens of each sample. `added`: columns in memory, by name. `keeps_masks`:
+    an attention_mask of ones is given to the model, too, since code of the project may read it.
     """
 
-    def __init__(self, folder: Path, part: str, task: Task) -> None:
+    def __init__(self, folder: Path, part: str, task: Task, *, keeps_masks: bool = False) -> None:
         manifest = read_dataset_manifest(folder)
         if manifest is None:
             raise DataError(f"{folder}: no prepared data; run `drumline prepare`")
         self.manifest: DatasetManifest = manifest
-        self.task, self.part = task, part
+        self.task, self.part, self.keeps_masks = task, part, keeps_masks
         self._folder = folder / part
         self._columns: dict[str, NDArray[Any]] = {}
         self.added: dict[str, NDArray[Any]] = {}

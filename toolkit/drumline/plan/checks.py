@@ -210,8 +210,8 @@ def check_image(recipe: Recipe, config: Mapping[str, Any]) -> None:
     if spec is None:
         return
     config = {**config, **(config.get("vision_config") or {})}
-    channels = config.get("num_channels")
-    if channels is not None and channels != spec.channels:
+    channels = config.get("num_channels", spec.channels if recipe.model.factory else 3)
+    if channels != spec.channels:
         raise PlanError(
             f"data.image.channels: {spec.channels}, and the model reads {channels}. Nearest: "
             f"data.image.channels={channels}, or model.config.num_channels={spec.channels}"

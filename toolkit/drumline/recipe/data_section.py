@@ -456,8 +456,11 @@ class Data(Section):
     @property
     def metrics(self) -> tuple[str, ...]:
         """What evaluations of this task report beside the loss; F1 of entities where names tell them."""
-        names = self.label_names or ()
-        return (*self.facts.metrics, *(["f1"] if any(n.startswith("B-") for n in names) else []))
+        marks = {
+            mark for mark, dash, _ in (n.partition("-") for n in self.label_names or ()) if dash
+        }
+        tells_entities = "B" in marks and marks <= set("BIOESLU")
+        return (*self.facts.metrics, *(["f1"] if tells_entities else []))
 
     @property
     def media_field(self) -> str | None:

@@ -170,6 +170,8 @@ def _absolute_paths(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
         values = result.get(section)
         if isinstance(values, dict) and key in values:
             result[section] = {**values, key: _absolute((section, key), values[key], folder)}
+    if isinstance(result.get("data"), dict):
+        result["data"] = _with_absolute_processors(result["data"], folder)
     if _evaluation_sets(raw):
         data = result["data"]
         sets = data["evaluation"]
@@ -184,6 +186,17 @@ def _absolute_paths(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
         result["data"] = {**result["data"], "mixture": moved_sources}
     if isinstance(result.get("project"), str):
         result["project"] = _expanded(result["project"], folder)
+    return result
+
+
+def _with_absolute_processors(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The data section with folders of processors absolute; a name of the hub stays."""
+    result = dict(data)
+    for kind in ("image", "audio"):
+        section = data.get(kind)
+        name = section.get("processor") if isinstance(section, dict) else None
+        if isinstance(name, str) and name.startswith((".", "~", "/")):
+            result[kind] = {**data[kind], "processor": _expanded(name, folder)}
     return result
 
 

@@ -61,7 +61,9 @@ def open_rows(plan: Plan, part: str) -> Rows:
     """The plan's prepared rows of `train` or `validation`."""
     assert plan.data.cache
     data = plan.recipe.data
-    return Rows(Path(plan.data.cache), part, find_task(data, plan.recipe.project))
+    reads_masks = data.source == "dataset" or data.task_factory or plan.recipe.objective.factory
+    task = find_task(data, plan.recipe.project)
+    return Rows(Path(plan.data.cache), part, task, keeps_masks=bool(reads_masks))
 
 
 class Request(NamedTuple):
@@ -234,7 +236,8 @@ def micro_batch_tensors(
     """
     weights = 1.0 / rows.counts[indices] if by_sample else np.ones(len(indices))
     arrays = rows.collate(indices, seeds)
-    if "attention_mask" in arrays and arrays["attention_mask"].all():
+    is_there = "attention_mask" in arrays and not rows.keeps_masks
+    if is_there and arrays["attention_mask"].all():
         del arrays[
             "attention_mask"
         ]  # it masks nothing, and testing that on a GPU would synchronise

@@ -30,6 +30,7 @@ from drumline.train.garbage import GarbageControl
 from drumline.train.metrics import Logbook
 from drumline.train.models.build import base_fingerprint
 from drumline.train.noise import NoiseMeter, NoMeter, build_meter
+from drumline.train.objectives.base import baseline_of
 from drumline.train.read_ahead import read_ahead
 from drumline.train.reference import attach_reference, needs_reference
 from drumline.train.saver import SaveCadence, Saver, is_owed
@@ -175,7 +176,8 @@ def forward_backward(
     timer: ForwardTimer | None = None,
 ) -> list[Tensor]:
     """Run all micro-batches of one step on this rank; returns what `Engine.accumulate` does, of each."""
-    watch.enter(Phase.FORWARD)
+    if baseline_of(engine.module.objective):
+        watch.enter(Phase.FORWARD, "the baseline")
     engine.measure_baseline([one.tensors for one in step.micro_batches])
     losses, meter, timer = [], meter or NoMeter(), timer or ForwardTimer(engine.device)
     count = len(step.micro_batches)

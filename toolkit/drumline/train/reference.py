@@ -93,7 +93,9 @@ def reference_key(plan: Plan, rows: str, is_mean: bool) -> str:
     identity: dict[str, Any] = {
         "model": {key: value for key, value in model.items() if key not in _DO_NOT_MATTER},
         "code": [hashlib.sha256(path.read_bytes()).hexdigest() for path in code],
-        "weights": weights or recipe.seed,
+        "weights": weights,
+        # What is not in the files, the model is given anew: by its initialisation, or by edits.
+        "seed": None if weights and not recipe.model.edits else recipe.seed,
         "start": start and [start.training_sha256, start.step, start.sha256],
         "adapter": start and recipe.model.adapter and recipe.model.adapter.model_dump(),
         "rows": rows,

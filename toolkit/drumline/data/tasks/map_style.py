@@ -18,6 +18,8 @@ from drumline.recipe.data_section import ALONE, Data
 
 INDEX, PROBE = "index", "probe"
 """The arrays with the number of a sample, and with the digest of one that was looked at in advance."""
+_RESERVED = {"weights", "sources", "lengths", "reference", "desirable"}
+"""Names that a batch has for other things."""
 PROBES = 64
 """Samples that are hashed by `prepare`, so that other data under the same code are noticed."""
 
@@ -55,6 +57,7 @@ class MapStyle(Task):
         self.project = project
         self._open: dict[str, Any] = {}
         self._step = 1
+        self._first: dict[str, Any] = {}
 
     def begin(self, first: Row) -> None:
         """Choose which samples are looked at."""
@@ -75,7 +78,7 @@ class MapStyle(Task):
         number = int(row["index"])
         digest = np.zeros(0, dtype=np.uint8)
         if number % self._step == 0:
-            digest = np.frombuffer(self._digest_of(self.dataset("train"), number), dtype=np.uint8)
+            digest = np.frombuffer(self._probe(self.dataset("train"), number), dtype=np.uint8)
         index = np.array([number], dtype=np.int64)
         return Encoded(count=1, arrays={INDEX: index, PROBE: digest})
 
@@ -89,9 +92,28 @@ class MapStyle(Task):
             if len(digest)
         )
 
+    def _probe(self, dataset: Any, number: int) -> bytes:
+        """The digest of a sample; DataError where it is not like the first one, or another the next time."""
+        arrays = self._batch(dataset, [number], [0])
+        kinds = {name: values.dtype.name for name, values in arrays.items()}
+        self._first = self._first or kinds
+        if kinds != self._first:
+            raise DataError(
+                f"data.factory: {self.data.factory}: sample {number:,} has {_listed(kinds)}, and sample 0 "
+                f"has {_listed(self._first)}. Nearest: the same names and types in all"
+            )
+        found = _digest(arrays)
+        if self._digest_of(dataset, number) != found:
+            raise DataError(
+                f"data.factory: {self.data.factory}: sample {number:,} is another one each time that it is "
+                "read. Nearest: draw from random, numpy.random or torch, which are seeded by (seed, epoch, "
+                "sample) before each sample"
+            )
+        return found
+
     def _digest_of(self, dataset: Any, number: int) -> bytes:
         """SHA-256 of a sample as a batch, made with seed 0."""
-        return _digest(self._batch(dataset, [self._sample(dataset, int(number), 0)]))
+        return _digest(self._batch(dataset, [int(number)], [0]))
 
     def collate_drawn(
         self, rows: StoredRows, indices: NDArray[np.int64], seeds: NDArray[np.uint64]
@@ -99,8 +121,7 @@ class MapStyle(Task):
         """The arrays of the data set's `collate`, or its samples stacked."""
         dataset = self.dataset(rows.part)
         numbers = np.concatenate(rows.array(INDEX, indices)).tolist()
-        both = zip(numbers, seeds.tolist(), strict=True)
-        return self._batch(dataset, [self._sample(dataset, number, seed) for number, seed in both])
+        return self._batch(dataset, numbers, seeds.tolist())
 
     def widen(self, arrays: Arrays, manifest: DatasetManifest) -> Arrays:
         """As they are: the largest sample is not known."""
@@ -109,7 +130,7 @@ class MapStyle(Task):
     def blank(self, count: int, manifest: DatasetManifest) -> Arrays:
         """The first sample as often as there are samples, all zero."""
         dataset = self.dataset("train")
-        arrays = self._batch(dataset, [self._sample(dataset, 0, 0)] * count)
+        arrays = self._batch(dataset, [0] * count, [0] * count)
         return {name: np.zeros_like(values) for name, values in arrays.items()}
 
     def _sample(self, dataset: Any, number: int, seed: int) -> Any:
@@ -126,16 +147,26 @@ class MapStyle(Task):
                 f"data.factory: {self.data.factory}: sample {number:,}: {type(error).__name__}: {error}"
             ) from error
 
-    def _batch(self, dataset: Any, samples: list[Any]) -> Arrays:
-        """Named arrays of several samples."""
+    def _batch(self, dataset: Any, numbers: list[int], seeds: list[int]) -> Arrays:
+        """Named arrays of the samples of these numbers."""
+        samples = [self._sample(dataset, *both) for both in zip(numbers, seeds, strict=True)]
         collate: Callable[[list[Any]], Any] = getattr(dataset, "collate", _stacked)
-        found = collate(samples)
-        if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        try:
+            found = collate(samples)
+            if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+                raise TypeError(
+                    f"a batch is a mapping of names to tensors, not {type(found).__name__}"
+                )
+            if taken := sorted(_RESERVED & found.keys()):
+                raise ValueError(
+                    f"{taken[0]!r} is the name of something else. Nearest: another name"
+                )
+            return {name: _array(name, value) for name, value in found.items()}
+        except Exception as error:
+            which = ", ".join(f"{number:,}" for number in numbers[:4])
             raise DataError(
-                f"data.factory: {self.data.factory}: a batch is a mapping of names to tensors, not "
-                f"{type(found).__name__}"
-            )
-        return {name: _array(value) for name, value in found.items()}
+                f"data.factory: {self.data.factory}: samples {which}: {type(error).__name__}: {error}"
+            ) from error
 
 
 def _stacked(samples: list[Any]) -> dict[str, Any]:
@@ -143,17 +174,38 @@ def _stacked(samples: list[Any]) -> dict[str, Any]:
     if isinstance(samples[0], tuple | list) and len(samples[0]) == 2:
         samples = [{"features": one, "targets": other} for one, other in samples]
     if not isinstance(samples[0], dict):
-        raise DataError(
-            "data.factory: a sample is a mapping, or a pair of input and target, not "
+        raise TypeError(
+            "a sample is a mapping, or a pair of input and target, not "
             f"{type(samples[0]).__name__}. Nearest: a method collate(samples) of the data set"
         )
-    return {name: np.stack([_array(one[name]) for one in samples]) for name in samples[0]}
+    found = {}
+    for name in dict.fromkeys(name for one in samples for name in one):
+        if any(name not in one for one in samples):
+            raise ValueError(f"only some have {name!r}. Nearest: the same names in all")
+        arrays = [_array(name, one[name]) for one in samples]
+        shapes = {values.shape for values in arrays}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"{name!r} has the shapes {' and '.join(map(str, sorted(shapes)))}. Nearest: a method "
+                "collate(samples) of the data set that pads them"
+            )
+        found[name] = np.stack(arrays)
+    return found
 
 
-def _array(value: Any) -> NDArray[Any]:
+def _array(name: str, value: Any) -> NDArray[Any]:
     """A tensor or anything like an array as one of numpy; floats have 32 bits."""
-    found = np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
-    return found.astype(np.float32) if found.dtype == np.float64 else found
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = (value.float() if value.is_floating_point() else value).numpy()
+    found = np.asarray(value)
+    if found.dtype.kind not in "biuf":
+        raise TypeError(f"{name!r} holds {found.dtype}, and not numbers. Nearest: a tensor")
+    return found.astype(np.float32) if found.dtype.kind == "f" else found
+
+
+def _listed(kinds: dict[str, str]) -> str:
+    return ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "nothing"
 
 
 def _digest(arrays: Arrays) -> bytes:

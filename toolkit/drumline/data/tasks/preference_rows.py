@@ -26,13 +26,15 @@ class PreferenceForm:
     """How all rows of a source are written. `chats`: whether completions are lists of messages.
 
     `prompt`: where the prompt stands: in a column (its name), or "" where it is what the completions begin
-    with. `chat`: of labelled rows, the column with the whole chat, or "".
+    with. `is_repeated`: the prompt stands in a column, and the completions begin with it. `chat`: of labelled
+    rows, the column with the whole chat, or "".
     """
 
     is_paired: bool
     chats: bool
     prompt: str
     chat: str = ""
+    is_repeated: bool = False
 
     @property
     def words(self) -> str:
@@ -72,9 +74,8 @@ def _paired(first: Row, chosen: Any, rejected: Any, data: Data) -> PreferenceFor
     if not is_chat:
         texts = (chosen, rejected, prompt)
         is_within = all(isinstance(one, str) for one in texts) and _begin_with(prompt, texts[:2])
-        return PreferenceForm(
-            True, False, data.prompt_field if has_prompt and not is_within else ""
-        )
+        where = data.prompt_field if has_prompt and not is_within else ""
+        return PreferenceForm(True, False, where, is_repeated=is_within)
     whole = messages_in([chosen] if isinstance(chosen, dict) else chosen, data.chosen_field)
     if whole[0]["role"] != "assistant":
         _refuse_other_prompt(whole, prompt, data)
@@ -108,6 +109,11 @@ def completions_of(row: Row, form: PreferenceForm, data: Data) -> list[Row]:
     Both are texts, or both lists of messages. DataError where the row is not written as the first one is.
     """
     rest = {name: row[name] for name in _PASSED_ON if name in row}
+    if not form.chats and rest.get("system"):
+        raise DataError(
+            "data: system: the rows are texts, which no chat template puts a system message before. Nearest: "
+            f"put it at the beginning of {data.prompt_field}, or write the rows as chats"
+        )
     split = _SPLITTERS[form.is_paired, form.chats]
     return [
         {PROMPT: prompt, COMPLETION: completion, **rest}
@@ -134,8 +140,18 @@ def _texts_of_pair(row: Row, form: PreferenceForm, data: Data) -> list[tuple[Any
     ]
     if form.prompt:
         prompt = text_field(row, form.prompt, "prompt_field")
+        if len(prompt.split()) > 1 and _begin_with(prompt, both):  # one word may be a coincidence
+            raise DataError(
+                f"data.prompt_field: {data.prompt_field}: both texts begin with it, and those of the "
+                "first row do not. Nearest: write all rows one way"
+            )
         return [(prompt, text) for text in both]
     given = field_of(row, data.prompt_field)[1]
+    if form.is_repeated and not given:
+        raise DataError(
+            f"data.prompt_field: {data.prompt_field} is empty, and the first row has one. Nearest: write all "
+            "rows one way"
+        )
     if isinstance(given, str) and given and not _begin_with(given, both):
         raise DataError(
             f"data.prompt_field: {data.prompt_field}: the first row's texts begin with their prompt, and "

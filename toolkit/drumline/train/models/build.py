@@ -158,7 +158,12 @@ def _fields(
         if problem:
             fields.setdefault("problem_type", problem)
         if labels and not (saved and labels == len(saved.get("id2label") or ())):
-            fields["num_labels"] = labels  # else the names of the saved labels stay
+            names = manifest.class_names if labels == len(manifest.class_names or ()) else None
+            if names and "id2label" not in fields:
+                fields["id2label"] = dict(enumerate(names))
+                fields["label2id"] = {name: number for number, name in enumerate(names)}
+            else:
+                fields["num_labels"] = labels  # else the names of the saved labels stay
     # Keys and values would be copied into a cache that training never reads.
     fields.setdefault("use_cache", False)
     return fields

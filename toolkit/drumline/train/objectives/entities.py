@@ -1,4 +1,4 @@
-"""F1 of entities, such as names of persons: their words are labelled B-… (the first) and I-… (the others)."""
+"""F1 of entities, such as names of persons, whose words have labels such as B-PER and I-PER."""
 
 from collections.abc import Sequence
 
@@ -9,6 +9,10 @@ from drumline.data.tasks.base import IGNORED
 
 Entity = tuple[str, int, int]
 """The kind of an entity, its first word, and the word after its last one."""
+
+
+_FIRST, _LATER, _ENDS = ("B", "S", "U"), ("I", "E", "L"), ("E", "L", "S", "U")
+"""Marks of BIO, BIOES and BILOU: of words that begin an entity, of the others, of its last word."""
 
 
 def entity_f1(said: Tensor, targets: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -31,15 +35,18 @@ def entity_f1(said: Tensor, targets: Tensor, names: Sequence[str]) -> tuple[Tens
 
 
 def entities(labels: Sequence[str]) -> list[Entity]:
-    """The entities of a row's labels. An I- that continues nothing of its kind begins an entity."""
+    """The entities of a row's labels. An I- that continues nothing of its kind begins one."""
     found: list[Entity] = []
     kind, first = "", 0
     for place, label in enumerate([*labels, "O"]):
         mark, _, own = label.partition("-")
-        goes_on = mark == "I" and own == kind
+        goes_on = mark in _LATER and own == kind
         if kind and not goes_on:
             found.append((kind, first, place))
             kind = ""
-        if not goes_on and mark in ("B", "I") and own:
+        if not goes_on and mark in (*_FIRST, *_LATER) and own:
             kind, first = own, place
+        if kind and mark in _ENDS:
+            found.append((kind, first, place + 1))
+            kind = ""
     return found
