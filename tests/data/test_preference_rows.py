@@ -164,7 +164,7 @@ def test_a_whole_chat_needs_no_prompt(tmp_path: Path) -> None:
 
 
 def test_sources_of_a_mixture_must_agree(tmp_path: Path) -> None:
-    """Pairs and labelled rows are not mixed."""
+    """Pairs and labelled rows are not mixed, nor texts and chats."""
     pairs, labelled = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     pairs.write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}) + "\n")
     labelled.write_text(json.dumps({"prompt": "p", "completion": "a", "label": True}) + "\n")
@@ -174,6 +174,12 @@ def test_sources_of_a_mixture_must_agree(tmp_path: Path) -> None:
         DataError, match=r"its rows are labelled texts .* training rows are pairs of"
     ):
         prepare(data, None)
+    row = {"prompt": "p", "chosen": says((A, "a")), "rejected": says((A, "b"))}
+    labelled.write_text(json.dumps(row) + "\n")
+    with pytest.raises(
+        DataError, match=r"its rows are pairs of chats .* training rows are pairs of texts"
+    ):
+        prepare(data.model_copy(update={"chat_template": "chatml"}), None)
 
 
 SYSTEM = {"prompt": "p", "chosen": "a", "rejected": "b", "system": "Be kind."}

@@ -206,7 +206,7 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
 
 def _refuse_others(task: Task, other: Task) -> None:
     """DataError where the rows of two sources cannot lie side by side: chats and pairs, or other columns."""
-    if other.sequences != task.sequences or bool(other.style) != bool(task.style):
+    if any(getattr(other, key) != getattr(task, key) for key in ("sequences", "is_chat")):
         raise DataError(
             f"data: its rows are {other.style or 'prompts and completions'}, and the training rows are "
             f"{task.style or 'prompts and completions'}"

@@ -108,6 +108,8 @@ class Task:
 
     style = ""
     """What the rows were recognised as, to be told, if there are several styles."""
+    is_chat = False
+    """Whether the rows are chats, which a template turns into text."""
 
     def begin(self, first: Row) -> None:
         """Inspect the first row, for a task whose stored columns depend on it."""

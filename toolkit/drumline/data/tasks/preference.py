@@ -58,7 +58,7 @@ class Preference(Task):
     def begin(self, first: Row) -> None:
         """Recognise the style of the rows by the first one."""
         self._form = recognise_preference(first, self.data)
-        self.style = self._form.words
+        self.style, self.is_chat = self._form.words, self._form.chats
         self.sequences = 2 if self._form.is_paired else 1
         if not self._form.is_paired:
             self.columns = (*self.columns, "labels")

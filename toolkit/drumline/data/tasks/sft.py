@@ -40,6 +40,7 @@ class Sft(Task):
     def begin(self, first: Row) -> None:
         """Recognise the style of the rows by the first one."""
         self._form = recognise(first, self.data)
+        self.is_chat = self._form is not None
         self.style = "" if self._form is None else self._form.words
         self._waiting: dict[int, Rendered] = {}
 
