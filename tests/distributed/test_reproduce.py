@@ -302,7 +302,7 @@ def test_no_secret_is_ever_written(
 def test_many_kills(fork_server: ForkServer, tmp_path: Path) -> None:
     """The command and its ranks killed at any moment: record and metrics are readable, and it resumes.
 
-    Thirty kills of runs that are resumed each time; each run that gets to its end is bitwise the straight one.
+    Thirty kills of runs that are resumed each time, more where few met a step; each run that gets to its end is bitwise the straight one.
     """
     sections: dict[str, Any] = {
         "duration": {"steps": 60},
@@ -311,10 +311,11 @@ def test_many_kills(fork_server: ForkServer, tmp_path: Path) -> None:
     began = time.monotonic()
     straight = run(fork_server, tmp_path, "straight", **sections)
     whole_s = time.monotonic() - began
-    draw, halfway, path = random.Random(3), 0, tmp_path / "r"
+    draw, kills, halfway, path = random.Random(3), 0, 0, tmp_path / "r"
     first = ("run", write_recipe(tmp_path, **sections), "--run-dir", "r")
     child = fork_server.drumline(tmp_path, *first)
-    for _ in range(30):
+    while kills < 30 or (halfway < 8 and kills < 90):
+        kills += 1
         while not wait_or_kill(child, draw.uniform(0.02, 0.9 * whole_s)):  # ended before the kill
             code = child.wait()
             if code == 4:  # it had made steps and no save: it never begins anew in silence

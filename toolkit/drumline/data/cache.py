@@ -15,7 +15,6 @@ from typing import Any
 
 from drumline.data.factory import factory_files
 from drumline.data.files import DataFile, matching_files
-from drumline.data.processors import processor_digests
 from drumline.errors import DataError
 from drumline.recipe.data_section import ALONE, Data
 from drumline.recipe.section import without_later_defaults
@@ -88,6 +87,8 @@ def _stamps(data: Data, project: str | None) -> Any:
         stamps += [_stamp(Path(data.chat_template))]
     media = data.image or data.audio
     if media and (media.processor or "").startswith("/"):
+        from drumline.data.processors import processor_digests
+
         stamps += [processor_digests(data)]
     if data.tokenizer.startswith("/"):
         folder = Path(data.tokenizer)
