@@ -11,15 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from drumline.checkpoint.boxes import Box
 from drumline.checkpoint.manifest import (
     sha256,
     shard_name,
     verify,
+    write_amendment,
     write_manifest,
     write_rank_manifest,
 )
 from drumline.checkpoint.state import TrainState
-from drumline.checkpoint.weights import distance, weight_facts
+from drumline.checkpoint.weights import distance, sum_weights, weight_facts
+from drumline.errors import CheckpointError
 
 
 def save(folder: Path, tensors: dict[str, Any], ranks: int = 1) -> dict[str, Any]:
@@ -124,3 +127,20 @@ def test_an_undefined_metric_damages_no_checkpoint(tmp_path: Path) -> None:
     assert found.loss is None
     assert found.evaluation and math.isnan(found.evaluation.pop("eval/f1"))
     assert found.evaluation == {"eval/loss": 0.5}
+    state.evaluation = {"eval/f1": math.nan}
+    write_amendment(folder, dataclasses.asdict(state))
+    amended = verify(folder).evaluation
+    assert amended and math.isnan(amended["eval/f1"])
+
+
+def test_weights_that_are_not_finite_damage_nothing(tmp_path: Path) -> None:
+    """The checkpoint is sound, and its facts say why there is no norm."""
+    sums = sum_weights("a", "float32", [2], ((Box((0,), (2,))),), np.array([1.0, np.inf], dtype="<f4").view(np.uint8))  # fmt: skip
+    folder = tmp_path / "step-7"
+    folder.mkdir()
+    save_file({}, folder / shard_name(0))
+    digest = write_rank_manifest(folder, 0, {}, sums.to_plain())
+    write_manifest(folder, {"step": 7}, [digest])
+    assert verify(folder).step == 7
+    with pytest.raises(CheckpointError, match="some of its weights are not finite"):
+        weight_facts(folder)

@@ -205,7 +205,7 @@ def section(folder: Path, **options: Any) -> Any:
         ({"wrong": "lacking"}, "sample 1 has x (float32), y (float32), and sample 0 has x (float32). Nearest: the same names and types in all"),
         ({"wrong": "types"}, "sample 1 has x (float32), and sample 0 has x (int64). Nearest"),
         ({"wrong": "texts"}, "'name' holds <U1, and not numbers. Nearest: a tensor"),
-        ({"wrong": "taken"}, "samples 0: ValueError: 'weights' is the name of something else. Nearest: another name"),
+        ({"wrong": "taken"}, "samples 0: DataError: data: 'weights' is the name of what each row counts in a batch. Nearest: another name"),
         ({"wrong": "drawn"}, "sample 0 is another one each time that it is read. Nearest: draw from random, numpy.random or torch"),
         ({"unknown": 1}, "do not suit mine:data"),
         ({"size": 0}, "the source has no rows"),
@@ -238,7 +238,10 @@ def test_advice_on_data_sets_is_followed(tmp_path: Path) -> None:
     told = refused(tmp_path, wrong="lacking")
     heard("and sample 0 has x (float32). Nearest: the same names and types in all", told)
     heard("and not numbers. Nearest: a tensor", refused(tmp_path, wrong="texts"))
-    heard("is the name of something else. Nearest: another name", refused(tmp_path, wrong="taken"))
+    heard(
+        "is the name of what each row counts in a batch. Nearest: another name",
+        refused(tmp_path, wrong="taken"),
+    )
     told = refused(tmp_path, wrong="drawn")  # `Data` above draws from torch, and is accepted
     heard("Nearest: draw from random, numpy.random or torch, which are seeded by (seed", told)
 

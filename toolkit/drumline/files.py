@@ -7,6 +7,7 @@ link, opens regular files only, and stops at a size and depth limit.
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 import stat
@@ -83,6 +84,15 @@ def parse_json(raw: bytes | str) -> Any:
         elif isinstance(value, list):
             waiting += [(item, depth + 1) for item in value if isinstance(item, dict | list)]
     return found
+
+
+def without_undefined(plain: Any) -> Any:
+    """The same with None for numbers that are not finite, which JSON does not have."""
+    if isinstance(plain, dict):
+        return {key: without_undefined(value) for key, value in plain.items()}
+    if isinstance(plain, list | tuple):
+        return [without_undefined(value) for value in plain]
+    return None if isinstance(plain, float) and not math.isfinite(plain) else plain
 
 
 def write_durably(path: Path, raw: bytes) -> None:

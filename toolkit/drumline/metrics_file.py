@@ -9,7 +9,6 @@ Files written before the `kind` field existed can be read too; see `with_kind`.
 
 import errno
 import json
-import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from drumline.errors import RunError
-from drumline.files import free_name, open_regular, parse_json
+from drumline.files import free_name, open_regular, parse_json, without_undefined
 
 _BLOCK = 1 << 16
 _LONGEST_LINE = 4 << 20
@@ -54,7 +53,7 @@ class MetricsFile:
 
     def add(self, kind: Kind, **values: Any) -> None:
         """Append one line; non-finite numbers become null."""
-        plain = {"kind": kind, **{name: _finite(value) for name, value in values.items()}}
+        plain = {"kind": kind, **without_undefined(values)}
         line = json.dumps(plain)
         with self._lock:
             self._waiting.append(line)
@@ -281,7 +280,3 @@ def _lines_from_end(path: Path) -> Iterator[tuple[int, Line | None]]:
                 yield start, parsed_line(raw)
             rest = first
         yield 0, parsed_line(rest)
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

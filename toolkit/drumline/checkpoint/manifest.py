@@ -28,9 +28,16 @@ from pathlib import Path
 from typing import Any
 
 from drumline.checkpoint.boxes import Box, Boxes, boxes_of_range, fit, make_up
-from drumline.checkpoint.state import TrainState, read_state, without_undefined
+from drumline.checkpoint.state import TrainState, read_state
 from drumline.errors import CheckpointError, CheckpointUnreadable
-from drumline.files import RECORD_LIMIT, fsync_folder, open_regular, parse_json, write_durably
+from drumline.files import (
+    RECORD_LIMIT,
+    fsync_folder,
+    open_regular,
+    parse_json,
+    without_undefined,
+    write_durably,
+)
 
 FORMAT_VERSION = 3
 READABLE_VERSIONS = (2, FORMAT_VERSION)
@@ -97,7 +104,9 @@ def write_rank_manifest(
         header = file.read(start)
         size = os.fstat(file.fileno()).st_size
     described = {"bytes": size, "header_sha256": sha256(header), "tensors": tensors}
-    raw = _encode({**described, "weight_sums": weight_sums} if weight_sums else described)
+    if weight_sums:
+        described["weight_sums"] = without_undefined(weight_sums)
+    raw = _encode(described)
     write_durably(folder / rank_manifest_name(rank), raw)
     return sha256(raw)
 
@@ -143,7 +152,7 @@ def verify(path: Path, ranks: Iterable[int] | None = None) -> TrainState:
 
 def write_amendment(path: Path, state: dict[str, Any]) -> None:
     """Write amendment.json with the newer state of a published checkpoint, atomically."""
-    write_durably(path / AMENDMENT, _encode(_with_digest({"state": state})))
+    write_durably(path / AMENDMENT, _encode(_with_digest({"state": without_undefined(state)})))
     fsync_folder(path)
 
 

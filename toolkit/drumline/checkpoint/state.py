@@ -69,15 +69,6 @@ def read_state(plain: Any) -> TrainState:
         raise ValueError(f"{where}: {first['msg']}") from None
 
 
-def without_undefined(plain: Any) -> Any:
-    """The same with None for numbers that are not finite, which JSON does not have."""
-    if isinstance(plain, dict):
-        return {key: without_undefined(value) for key, value in plain.items()}
-    if isinstance(plain, list | tuple):
-        return [without_undefined(value) for value in plain]
-    return None if isinstance(plain, float) and not math.isfinite(plain) else plain
-
-
 def _with_undefined(evaluation: dict[str, Any]) -> dict[str, Any]:
     """The result of an evaluation with NaN for None: a metric of 0/0 is undefined."""
     return {name: math.nan if value is None else value for name, value in evaluation.items()}

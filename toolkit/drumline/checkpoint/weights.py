@@ -76,7 +76,9 @@ class WeightSums:
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Self:
         """From the JSON form in a rank's manifest."""
-        return cls(plain["elements"], plain["squares"], np.array(plain["sketch"]), plain["lanes"])
+        squares = math.nan if plain["squares"] is None else plain["squares"]
+        sketch = np.array(plain["sketch"], dtype=np.float64)
+        return cls(plain["elements"], squares, sketch, plain["lanes"])
 
 
 def sum_weights(
@@ -141,6 +143,8 @@ def weight_facts(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path}: the sums of its weights are not what was saved: {error}"
             ) from None
+    if not math.isfinite(total.squares):
+        raise CheckpointError(f"{path}: some of its weights are not finite")
     return {
         "step": index["step"],
         "checksum": _checksum(total),

@@ -365,6 +365,10 @@ class Data(Section):
         if (self.task == "custom") != (self.task_factory is not None or self.is_map_style):
             takes = "needs" if self.task == "custom" else "takes no"
             raise ValueError(f"task {self.task} {takes} task_factory, a module:function")
+        return self
+
+    @model_validator(mode="after")
+    def _media_have_their_sections(self) -> Self:
         if (self.image is None) != (self.image_field is None):
             lacks = "image" if self.image is None else "image_field"
             fix = "image={size: 224}" if lacks == "image" else "image_field=image"
@@ -383,6 +387,10 @@ class Data(Section):
             given = "text_pair_field" if self.text_pair_field else "tokenizer"
             if getattr(self, given) != type(self).model_fields[given].default:
                 raise ValueError(f"{given}: rows are images, which have no text")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_belong_to_the_task(self) -> Self:
         if self.label_names is not None and len(set(self.label_names)) < len(self.label_names):
             twice = next(n for n in self.label_names if self.label_names.count(n) > 1)
             raise ValueError(f"label_names: {twice} stands twice")

@@ -5,6 +5,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from drumline.files import without_undefined
 from drumline.memory.ranges import ByteRange
 from drumline.plan.advise import change_words
 from drumline.plan.model import VERDICT_WORDS, Plan, StartFacts
@@ -206,8 +207,8 @@ def run_facts(
     return {
         "run": str(run) if run else None,
         "steps": steps,
-        "loss": loss if loss is not None and math.isfinite(loss) else None,
-        "eval": evaluation and {k: v if math.isfinite(v) else None for k, v in evaluation.items()},
+        "loss": without_undefined(loss),
+        "eval": without_undefined(evaluation),
         "seconds": round(seconds, 3),
         "outcome": outcome,
     }

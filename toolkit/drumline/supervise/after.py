@@ -44,8 +44,7 @@ class AfterWork:
     """
 
     def __init__(self, folder: RunFolder, plan: Plan, say: Callable[[str], None]) -> None:
-        evaluation = plan.recipe.evaluation
-        self._specs = evaluation.after if evaluation else []
+        self._specs = plan.recipe.after
         self._folder, self._plan, self._say = folder, plan, say
         self._files = AfterFiles(folder.path)
         self._running: _Running | None = None

@@ -4,7 +4,7 @@
 before it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from drumline.data.rows import Rows
 from drumline.data.tasks import IGNORED, Arrays, find_task
+from drumline.data.tasks.base import WEIGHTS, refuse_own_weights
 from drumline.data.validation_split import TRAIN
 from drumline.plan import order, steps
 from drumline.plan.model import Plan, read_plan
@@ -146,22 +147,25 @@ class StepReader:
             for which in [slice(0, 1) if start == stop else slice(start, stop)]
         ]
 
-    def read(self, number: int, tensors: Iterable[dict[str, Tensor]] | None = None) -> Step:
-        """Build one step with this rank's micro-batches, from their `tensors` if they were read elsewhere."""
+    def read(self, number: int, tensors: Iterator[dict[str, Tensor]] | None = None) -> Step:
+        """Build one step with this rank's micro-batches.
+
+        `tensors`: where they come from, in order, if they are read (and pinned) elsewhere.
+        """
         indices = self.step_indices(number)
         counts = self._rows.counts[indices]
         first_slot = self._clock.slots(number)[0]
         if tensors is None:
-            tensors = map(self.micro_batches.__getitem__, self.requests(number))
+            tensors = map(self._read_here, self.requests(number))
         micro_batches = [
             MicroBatch(
-                tensors=self._pinned(own),
+                tensors=next(tensors),
                 first_slot=first_slot + start,
                 is_dummy=start == stop,
                 indices=indices[start:stop],
                 weight=self._weight(indices[start:stop]),
             )
-            for (start, stop), own in zip(self._places(number), tensors, strict=True)
+            for start, stop in self._places(number)
         ]
         row = self._plan.batch.per_device_at(number) * self._data_ranks
         return Step(
@@ -217,7 +221,8 @@ class StepReader:
         """Number of samples or of label tokens, by `batch.weighting`."""
         return float(len(indices) if self._by_sample else self._rows.counts[indices].sum())
 
-    def _pinned(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _read_here(self, request: Request) -> dict[str, Tensor]:
+        tensors = self.micro_batches[request]
         if not self.pin:
             return tensors
         return {name: tensor.pin_memory() for name, tensor in tensors.items()}
@@ -236,6 +241,7 @@ def micro_batch_tensors(
     """
     weights = 1.0 / rows.counts[indices] if by_sample else np.ones(len(indices))
     arrays = rows.collate(indices, seeds)
+    refuse_own_weights(arrays)
     is_there = "attention_mask" in arrays and not rows.keeps_masks
     if is_there and arrays["attention_mask"].all():
         del arrays[
@@ -250,9 +256,9 @@ def as_tensors(arrays: Arrays, weights: NDArray[np.float64], dummy: bool) -> dic
     A dummy without targets, which only samples of the project have, has weights of zero.
     """
     tensors = {name: torch.from_numpy(np.array(values)) for name, values in arrays.items()}
-    tensors["weights"] = torch.from_numpy(weights.astype(np.float32))
+    tensors[WEIGHTS] = torch.from_numpy(weights.astype(np.float32))
     if dummy and "targets" not in tensors:
-        tensors["weights"].zero_()
+        tensors[WEIGHTS].zero_()
     elif dummy:
         is_float = tensors["targets"].is_floating_point()
         tensors["targets"].fill_(float("nan") if is_float else IGNORED)

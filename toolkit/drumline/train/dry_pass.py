@@ -10,7 +10,7 @@ import math
 import numpy as np
 import torch
 
-from drumline.data.tasks.preference import REFERENCE
+from drumline.data.tasks.base import REFERENCE
 from drumline.errors import DrumlineError, PlanError
 from drumline.plan.model import Plan
 from drumline.plan.order import draw_seeds

@@ -16,7 +16,7 @@ from drumline.plan.model import Plan
 from drumline.train.batches import Step, micro_batch_tensors
 from drumline.train.engines.base import autocast_dtype
 from drumline.train.objectives import ObjectiveModule
-from drumline.train.objectives.base import model_inputs
+from drumline.train.objectives.base import model_input_names, model_inputs
 
 _OWN = ("cross_entropy", "mse", "bce")
 """Objectives that models of transformers have themselves."""
@@ -79,7 +79,7 @@ def _as_both_take_it(
     Where the next token's label is a token's target, the row's last target is left out.
     """
     ones = torch.ones_like(batch["weights"])
-    inputs = {n: t for n, t in batch.items() if n not in ("targets", "weights")}
+    inputs = {name: batch[name] for name in model_input_names(batch)}
     targets = batch["targets"]
     if not is_shifted:
         return {**batch, "weights": ones}, {**inputs, "labels": targets}

@@ -34,16 +34,18 @@ def read_ahead(reader: StepReader, first: int, last: int, workers: int = 0) -> I
         return
     numbers = range(first, last + 1)
     wanted = (request for number in numbers for request in reader.requests(number))
-    tensors = load(reader.micro_batches, wanted, workers)
+    tensors = load(reader.micro_batches, wanted, workers, reader.pin)
     for number in numbers:
-        own = [next(tensors) for _ in reader.requests(number)]
-        yield reader.read(number, own)
+        yield reader.read(number, tensors)
 
 
 def load(
-    micro_batches: MicroBatches, requests: Iterable[Request], workers: int
+    micro_batches: MicroBatches, requests: Iterable[Request], workers: int, pin: bool = False
 ) -> Iterator[dict[str, Tensor]]:
-    """The tensors of these micro-batches in order, from so many processes, or from this one (0)."""
+    """The tensors of these micro-batches in order, from so many processes, or from this one (0).
+
+    `pin`: what comes from processes is pinned, in a thread of the DataLoader.
+    """
     if not workers:
         yield from map(micro_batches.__getitem__, requests)
         return
@@ -55,6 +57,7 @@ def load(
         batch_size=None,
         sampler=requests,
         num_workers=workers,
+        pin_memory=pin,
         worker_init_fn=partial(_be_a_worker, Process.current()),
         **options,
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 from drumline.data.cache import cache_root
 from drumline.data.factory import factory_files
 from drumline.data.rows import Rows
-from drumline.data.tasks.preference import REFERENCE
+from drumline.data.tasks.base import REFERENCE
 from drumline.errors import CheckpointError, DataError
 from drumline.phases import Phase
 from drumline.plan.model import Plan

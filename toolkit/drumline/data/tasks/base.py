@@ -19,6 +19,24 @@ TURNS = "turns"
 SEGMENTS = "segments"
 """The array of a row with the first token of every document in it."""
 
+REFERENCE = "reference"
+"""The log-probabilities of the reference model, which are added to prepared rows in memory."""
+BASELINE = "baseline_"
+"""Prefix of the inputs and targets of mismatched completions."""
+WEIGHTS = "weights"
+"""The weight of each counted token of a row, which the reader adds to every micro-batch."""
+NOT_INPUTS = {
+    "targets",
+    WEIGHTS,
+    "sources",
+    "lengths",
+    REFERENCE,
+    "desirable",
+    BASELINE + "input_ids",
+    BASELINE + "targets",
+}
+"""Tensors of a micro-batch that the model is not given."""
+
 Arrays = dict[str, NDArray[Any]]
 Row = dict[str, Any]
 
@@ -43,6 +61,14 @@ class Encoded:
     arrays: Arrays = field(default_factory=dict)
     sequences: "tuple[Encoded, ...]" = ()
     was_truncated: bool = False
+
+
+def refuse_own_weights(arrays: Arrays) -> None:
+    """DataError for an array of the project's that the reader would replace."""
+    if WEIGHTS in arrays:
+        raise DataError(
+            f"data: {WEIGHTS!r} is the name of what each row counts in a batch. Nearest: another name"
+        )
 
 
 class StoredRows(Protocol):

@@ -11,15 +11,13 @@ from numpy.typing import NDArray
 
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.data.factory import load_factory
-from drumline.data.tasks.base import Arrays, Encoded, Row, StoredRows, Task
+from drumline.data.tasks.base import Arrays, Encoded, Row, StoredRows, Task, refuse_own_weights
 from drumline.data.tokenizers import Tokenizer
 from drumline.errors import DataError
 from drumline.recipe.data_section import ALONE, Data
 
 INDEX, PROBE = "index", "probe"
 """The arrays with the number of a sample, and with the digest of one that was looked at in advance."""
-_RESERVED = {"weights", "sources", "lengths", "reference", "desirable"}
-"""Names that a batch has for other things."""
 PROBES = 64
 """Samples that are hashed by `prepare`, so that other data under the same code are noticed."""
 
@@ -157,11 +155,9 @@ class MapStyle(Task):
                 raise TypeError(
                     f"a batch is a mapping of names to tensors, not {type(found).__name__}"
                 )
-            if taken := sorted(_RESERVED & found.keys()):
-                raise ValueError(
-                    f"{taken[0]!r} is the name of something else. Nearest: another name"
-                )
-            return {name: _array(name, value) for name, value in found.items()}
+            arrays = {name: _array(name, value) for name, value in found.items()}
+            refuse_own_weights(arrays)
+            return arrays
         except Exception as error:
             which = ", ".join(f"{number:,}" for number in numbers[:4])
             raise DataError(

@@ -5,7 +5,9 @@ from numpy.typing import NDArray
 
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.data.tasks.base import (
+    BASELINE,
     IGNORED,
+    REFERENCE,
     TURNS,
     Arrays,
     Encoded,
@@ -27,11 +29,6 @@ from drumline.data.tasks.preference_rows import (
 from drumline.data.tasks.sft import Sft
 from drumline.data.tokenizers import Request, Tokenizer
 from drumline.recipe.data_section import Data
-
-REFERENCE = "reference"
-"""The column with the reference model's log-probabilities, which is added to prepared rows in memory."""
-BASELINE = "baseline_"
-"""Prefix of the inputs and targets of mismatched completions."""
 
 
 def build(data: Data) -> Task:

@@ -6,21 +6,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from drumline.data.tasks.preference import BASELINE, REFERENCE
+from drumline.data.tasks.base import NOT_INPUTS
 from drumline.train.models.masks import positions_given
 
 Batch = dict[str, Tensor]
-
-_NOT_INPUTS = {
-    "targets",
-    "weights",
-    "sources",
-    "lengths",
-    REFERENCE,
-    "desirable",
-    BASELINE + "input_ids",
-    BASELINE + "targets",
-}
 
 
 @dataclass(frozen=True)
@@ -119,7 +108,7 @@ def model_inputs(model: nn.Module, batch: Batch) -> Any:
 
 def model_input_names(batch: Batch) -> list[str]:
     """The names of the tensors of a micro-batch that the model is given."""
-    return [name for name in batch if name not in _NOT_INPUTS]
+    return [name for name in batch if name not in NOT_INPUTS]
 
 
 def at_least_fp32(logits: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ before the step, so it does not depend on the split.
 import torch
 from torch import Tensor, nn
 
-from drumline.data.tasks.base import IGNORED
-from drumline.data.tasks.preference import BASELINE
+from drumline.data.tasks.base import BASELINE, IGNORED
 from drumline.recipe.schema import Recipe
 from drumline.train.objectives.base import Batch, Objective, Sums
 from drumline.train.objectives.preference import Pair, Preference

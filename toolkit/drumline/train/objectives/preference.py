@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drumline.data.tasks.base import IGNORED
-from drumline.data.tasks.preference import REFERENCE
+from drumline.data.tasks.base import IGNORED, REFERENCE
 from drumline.memory.load import chunks_of
 from drumline.recipe.schema import Recipe
 from drumline.train.models.adapter import without_adapter
