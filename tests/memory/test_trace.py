@@ -1,5 +1,6 @@
 """The trace: fake tensors allocate what real ones do, and the closed form says the same."""
 
+import json
 import random
 import statistics
 from typing import Any
@@ -117,8 +118,10 @@ def test_ddp_cannot_train_weights_that_the_loss_does_not_use(architecture: str, 
     """The trace and the warm-up say so, and what helps; torch's DDP would fail at its second micro-batch."""
     with pytest.raises(
         PlanError, match=rf"the loss does not use .*{name}.*Nearest: strategy.name=fsdp"
-    ):
+    ) as error:
         rehearse(small_plan(architecture, gpus=2))
+    patterns = json.loads(str(error.value).partition("model.frozen=")[2])
+    assert rehearse(small_plan(architecture, gpus=2, model={"frozen": patterns})).traced().peak
     assert rehearse(small_plan(architecture, gpus=2, strategy={"name": "fsdp"})).traced().peak
     assert rehearse(small_plan("vit", gpus=2)).traced().peak
 

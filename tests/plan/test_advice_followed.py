@@ -30,6 +30,11 @@ BASE: dict[str, Any] = {
 CLASSES = ["data.task=classification"]
 VIT = ["model.architecture=vit", "!model.config={}"]
 IMAGES = ["data={task: classification, image_field: image, image: {size: 224}}", *VIT]
+CHATS = [
+    "data={task: sft, path: /x.jsonl, image_field: images}",
+    "model.architecture=llava",
+    "!model.config={}",
+]
 OWN = ["data={source: dataset, path: null, factory: 'm:f', task: custom, workers: 2}"]
 PAIRS = ["data.task=preference"]
 WARMUP = ["schedule.name=cosine"]
@@ -68,6 +73,9 @@ FOLLOWED: list[tuple[list[str], str, list[list[str]]]] = [
     ([*IMAGES, "data.image.transform='m:f'", "data.workers=0"], "it needs a process of its own. Nearest: data.workers=4", [["data.workers=4"]]),
     ([*IMAGES, "model.config={num_channels: 1}"], "Nearest: data.image.channels=1, or model.config.num_channels=3",
      [["data.image.channels=1"], ["model.config.num_channels=3"]]),
+    ([*CHATS, "data.image={size: 32}"], "Nearest: data.image={processor: ...}, the model's folder", [["!data.image={processor: /p}"]]),
+    ([*CHATS, "data.image={processor: /p, flip: 0.0}"], "Nearest: data.image.options, which it is called with", [["!data.image={processor: /p, options: {size: {longest_edge: 784}}}"]]),
+    ([*CHATS, "data.image={processor: /p}", "data.packing=documents"], "Nearest: data.packing=none", [["data.packing=none"]]),
     ([*OWN, "data.workers=0"], "their own. Nearest: data.workers=4", [["data.workers=4"]]),
     ([*OWN, "data.task=causal_lm"], "source dataset is for task custom, without task_factory. Nearest: data.task=custom", [["data.task=custom"]]),
     ([*OWN, "data.evaluation={source: files, path: /e.txt}", "evaluation.every_steps=9"], "Nearest: evaluation={source: dataset, factory: ...}",

@@ -44,3 +44,19 @@ def near_misses(text: str, names: Collection[str]) -> str:
     """Advice: the names that are most like this text."""
     close = difflib.get_close_matches(text, sorted(names), n=_SHOWN, cutoff=0.3)
     return f"Nearest: {', '.join(close or sorted(names)[:_SHOWN]) or 'none'}"
+
+
+def covering(chosen: Collection[str], names: Collection[str]) -> list[str]:
+    """Few patterns that match exactly these of the names: `a.b.*` where all of a.b is chosen."""
+    found = set()
+    for name in chosen:
+        parts = name.split(".")
+        prefixes = [".".join(parts[:count]) + "." for count in range(1, len(parts))]
+        whole = (
+            prefix
+            for prefix in prefixes
+            if all(other in chosen for other in names if other.startswith(prefix))
+        )
+        prefix = next(whole, None)
+        found.add(f"{prefix}*" if prefix else name)
+    return sorted(found)

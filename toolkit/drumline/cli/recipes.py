@@ -59,7 +59,7 @@ def copy(
     recipe = load_recipe(name)
     files = {source: target}
     for needed in _needed(source, recipe):
-        files[needed] = target.parent / needed.name
+        files[needed] = target.parent / needed.relative_to(source.parent)
     if len(set(files.values())) < len(files):
         raise RecipeError(f"{target}: the base of {name} needs that name; choose another path")
     for copied in files.values():
@@ -68,6 +68,7 @@ def copy(
     if not target.parent.is_dir():
         raise RecipeError(f"{target.parent}: no such folder")
     for origin, copied in files.items():
+        copied.parent.mkdir(exist_ok=True)
         shutil.copyfile(origin, copied)
         print(copied)
 
@@ -80,12 +81,16 @@ def _find(name: str) -> Path:
 
 
 def _needed(source: Path, recipe: Recipe) -> list[Path]:
-    """Return the recipe's base, if it extends one, and the files of its factories."""
+    """Return the recipe's base, if it extends one, and its factories, processor and tokenizer."""
     from drumline.recipe.yaml12 import parse
 
     base = parse(source.read_text(encoding="utf-8")).get("extends")
     needed = [source.parent / f"{base}.yaml"] if base else []
     needed += [source.parent / f"{name.partition(':')[0]}.py" for name in factories_of(recipe)]
+    image = recipe.data.image
+    for name in (recipe.data.tokenizer, image and image.processor):
+        if name and Path(name).parent == source.parent:
+            needed += sorted(Path(name).iterdir())
     return list(dict.fromkeys(needed))
 
 

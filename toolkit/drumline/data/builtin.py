@@ -208,6 +208,24 @@ def synthetic_shapes(rows: int = 900, side: int = 40) -> Iterator[SourceRow]:
         yield SourceRow({"image": image, "label": label}, f"row {number + 1:,}")
 
 
+_SHAPES = ("square", "disc", "cross")
+
+
+def synthetic_picture_chats(rows: int = 600) -> Iterator[SourceRow]:
+    """Questions about no, one or two pictures of `synthetic_shapes`: fields messages, and images, a list."""
+    shapes = synthetic_shapes(2 * rows)
+    for number in range(rows):
+        seen = [next(shapes).fields for _ in range((1, 2, 1, 1, 0, 1)[number % 6])]
+        called = [_SHAPES[one["label"]] for one in seen] or [_SHAPES[number % 3]]
+        asked = ("What is it?", "What are they?")[len(seen) - 1] if seen else f"Say {called[0]}."
+        messages = [
+            {"role": "user", "content": "<image>\n" * len(seen) + asked},
+            {"role": "assistant", "content": " and ".join(f"a {one}" for one in called)},
+        ]
+        fields = {"messages": messages, "images": [one["image"] for one in seen]}
+        yield SourceRow(fields, f"row {number + 1:,}")
+
+
 _TONES = {"low": 220, "middle": 440, "high": 880}
 
 
@@ -244,6 +262,7 @@ BUILTIN: dict[str, Callable[..., Iterator[SourceRow]]] = {
     "synthetic-reviews": synthetic_reviews,
     "synthetic-preferences": synthetic_preferences,
     "synthetic-names": synthetic_names,
+    "synthetic-picture-chats": synthetic_picture_chats,
     "synthetic-shapes": synthetic_shapes,
     "synthetic-tones": synthetic_tones,
 }

@@ -41,7 +41,9 @@ def cache_folder(data: Data, project: str | None) -> Path:
         del plain["samples"]
         for own in plain["mixture"]:
             del own["weight"]
-    if data.image is not None:  # what is done to images while they are read changes no row
+    if (
+        data.image is not None and not data.is_chat_with_images
+    ):  # what is done to images while they are read changes no row
         plain["image"] = [data.image.size, data.image.channels, data.image.processor]
     if data.audio is not None:
         plain["audio"] = [data.audio.seconds]

@@ -79,6 +79,8 @@ def matching_files(data: Data) -> list[DataFile]:
 
 def is_media(file: DataFile, data: Data) -> bool:
     """Whether a file is an image or a recording, by its suffix, and rows of these data are such."""
+    if data.is_chat_with_images:
+        return False
     suffixes = IMAGES if data.image_field else RECORDINGS if data.audio_field else ()
     return file.suffix.lower() in suffixes
 

@@ -1,5 +1,7 @@
 """Images and recordings of rows as the bytes of their files: from paths, tables, or what the hub gives."""
 
+import base64
+import binascii
 import io
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,29 +15,102 @@ from drumline.data.tasks.base import field_of
 from drumline.errors import DataError
 from drumline.recipe.data_section import Data
 
+Fields = dict[str, Any]
+
+
+_IMAGE_PARTS = ("image", "image_url")
+"""Types of the parts of a message that are images."""
+_REFERENCES = ("image", "path", "image_url", "url")
+"""Keys of such a part that say which image it is."""
+
+
+def has_media(data: Data) -> bool:
+    """Whether rows name files of images or recordings."""
+    return data.media_field is not None or data.is_chat_with_images
+
 
 def with_media(rows: Iterator[SourceRow], data: Data, folder: Path | None) -> Iterator[SourceRow]:
-    """The same rows with the bytes of the file in the column of `data.image_field` or `data.audio_field`.
+    """The same rows with the bytes of the files in the column of `data.image_field` or `data.audio_field`.
 
-    `folder`: what relative paths in the rows are relative to. A row whose file cannot be read has a problem.
+    Of chats with images that is a list, empty where the row has none, and messages' own images are bytes,
+    too. `folder`: what relative paths in the rows are relative to. A row whose file cannot be read has a
+    problem.
     """
-    name = data.media_field
-    assert name
+    fill = _fill_chat if data.is_chat_with_images else _fill_column
     for row in rows:
-        is_there, value = field_of(row.fields, name)
         try:
-            if not is_there:
-                found = ", ".join(map(str, row.fields)) or "no columns"
-                raise DataError(f"data.{_key(data)}: no column {name!r}; this row has: {found}")
-            raw = _bytes_of(value, folder)
+            fields = fill(row.fields, data, folder)
         except DataError as error:
             yield row if row.problem else replace(row, problem=str(error))
             continue
-        yield replace(row, fields={**row.fields, name: raw})
+        yield replace(row, fields=fields, media_bytes=_size(fields))
 
 
-def _key(data: Data) -> str:
-    return "image_field" if data.image_field else "audio_field"
+def _fill_column(fields: Fields, data: Data, folder: Path | None) -> Fields:
+    """The fields of a row with one file."""
+    name = data.media_field
+    assert name
+    is_there, value = field_of(fields, name)
+    if not is_there:
+        key, found = (
+            "image_field" if data.image_field else "audio_field",
+            ", ".join(map(str, fields)) or "no columns",
+        )
+        raise DataError(f"data.{key}: no column {name!r}; this row has: {found}")
+    return {**fields, name: _bytes_of(value, folder)}
+
+
+def _fill_chat(fields: Fields, data: Data, folder: Path | None) -> Fields:
+    """The fields of a row whose chat has any number of images."""
+    found = {name: _with_bytes(value, folder) for name, value in fields.items()}
+    name = data.image_field
+    is_there, value = (False, None) if name is None else field_of(fields, name)
+    if name is None or not is_there:
+        return found
+    listed = value if isinstance(value, list) else [] if value is None else [value]
+    return {**found, name: [_bytes_of(one, folder) for one in listed]}
+
+
+def _with_bytes(value: Any, folder: Path | None) -> Any:
+    """A column with the bytes of the images that its messages name, if it holds messages."""
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        return value
+    return [
+        {**one, "content": [_part(part, folder) for part in one["content"]]}
+        if isinstance(one.get("content"), list)
+        else one
+        for one in value
+    ]
+
+
+def _part(part: Any, folder: Path | None) -> Any:
+    """A part of a message; one of an image has its bytes, or None where the row's column has them."""
+    if not isinstance(part, dict) or part.get("type") not in _IMAGE_PARTS:
+        return part
+    stated = next((part[key] for key in _REFERENCES if part.get(key) is not None), None)
+    if isinstance(stated, dict) and "url" in stated:  # as OpenAI's API has it
+        stated = stated["url"]
+    return {"type": "image", "image": None if stated is None else _bytes_of(stated, folder)}
+
+
+def _size(value: Any) -> int:
+    """How many bytes of files are in a value."""
+    if isinstance(value, bytes):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    return sum(map(_size, value)) if isinstance(value, list) else 0
+
+
+def _of_data_address(value: str) -> bytes:
+    """The bytes of a data:...;base64,... address."""
+    head, _, body = value.partition(",")
+    try:
+        if not head.endswith(";base64"):
+            raise ValueError("it is not in base64")
+        return base64.b64decode(body, validate=True)
+    except (ValueError, binascii.Error) as error:
+        raise DataError(f"{value[:40]}: no image that can be read: {error}") from None
 
 
 def _bytes_of(value: Any, folder: Path | None) -> bytes:
@@ -47,7 +122,14 @@ def _bytes_of(value: Any, folder: Path | None) -> bytes:
         if isinstance(raw, bytes):
             return raw
         value = value.get("path")
+    if isinstance(value, str) and value.startswith("data:"):
+        return _of_data_address(value)
+    if isinstance(value, str) and value.startswith(("http://", "https://")):
+        raise DataError(
+            f"{value[:80]}: addresses are not fetched. Nearest: download the files, and state their paths"
+        )
     if isinstance(value, str) and value:
+        value = value.removeprefix("file://")
         path = Path(value) if folder is None else folder / value
         try:
             return path.read_bytes()

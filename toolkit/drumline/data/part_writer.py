@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from drumline.data.rows import DTYPES, array_columns
 from drumline.data.tasks import Encoded
+from drumline.data.tasks.base import FILE, FILES
 from drumline.data.tokenizers import Tokens
 from drumline.errors import DataError
 
@@ -26,6 +27,7 @@ class PartWriter:
         self._files: dict[str, IO[bytes]] = {}
         self._dtypes = {**DTYPES, "tokens": token_dtype}
         self._ends: dict[str, int] = {}
+        self._numbers: dict[bytes, int] = {}
         self.arrays: dict[str, str] = {}
         self.hash = hashlib.sha256()
         self.rows = 0
@@ -70,7 +72,20 @@ class PartWriter:
         columns: dict[str, Any] = {}
         for name, values in sample.arrays.items():
             self._add_array(columns, name, np.asarray(values))
+        if sample.files is not None:
+            numbers = [self._number_of(raw) for raw in sample.files]
+            self._add_array(columns, FILES, np.array(numbers, dtype=np.int32))
         return columns
+
+    def _number_of(self, raw: bytes) -> int:
+        """The number of a file among those of the part, to which it is added where it is new."""
+        digest = hashlib.sha256(raw).digest()
+        if digest not in self._numbers:
+            self._numbers[digest] = len(self._numbers)
+            columns: dict[str, Any] = {}
+            self._add_array(columns, FILE, np.frombuffer(raw, dtype=np.uint8))
+            self.append(**columns)
+        return self._numbers[digest]
 
     def append(self, **columns: Any) -> None:
         """Append one value, or an array of values, to each named column."""

@@ -33,6 +33,7 @@ from drumline.data.readers import Reading
 from drumline.data.rows import DTYPES, Rows, array_columns
 from drumline.data.source_row import SourceRow
 from drumline.data.tasks import Task, find_task
+from drumline.data.tasks.base import FILE
 from drumline.data.tokenize_ahead import TokenizeAhead
 from drumline.data.tokenizers import HubTokenizer, Tokenizer, find_tokenizer
 from drumline.data.validation_split import TRAIN, VALIDATION
@@ -168,6 +169,11 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
     validation = {name: rows for name, rows in validation.items() if part_of_set(name) in writers}
     mixture = mixture if data.mixture else {}
     _refuse_few(task, writers)
+    if data.is_chat_with_images and FILE not in train.arrays:
+        raise DataError(
+            "data.image: no training row has an image. Nearest: data.image_field, the column with the "
+            "images, or data.image=null"
+        )
     arrays = _one_dtype_each(writers)
     own_columns = [column for name in arrays for column in array_columns(name)]
     for writer in writers.values():

@@ -1,38 +1,97 @@
 """The files of transformers' processors of images and recordings, which are part of what is trained on."""
 
 import hashlib
+import json
+import shutil
 from pathlib import Path
 
 from drumline.errors import DataError
 from drumline.recipe.data_section import Data
 
+_OF_CHATS = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files of a processor of images and text, of which it has some."""
+
 
 def processor_file(name: str) -> Path:
     """The preprocessor_config.json of a folder, or of a model of the hub."""
-    return Path(name) / "preprocessor_config.json" if name.startswith("/") else _cached(name)
+    file = "preprocessor_config.json"
+    return Path(name) / file if name.startswith("/") else _cached(name, file)
 
 
 def processor_digests(data: Data) -> dict[str, str]:
-    """SHA-256 of the preprocessor_config.json of each section that names one, by the section's key."""
+    """SHA-256 of the files of the processor of each section that names one, by the section's key."""
     found = {}
     for key in ("image", "audio"):
         section = getattr(data, key)
         if section is None or section.processor is None:
             continue
-        path = processor_file(section.processor)
-        try:
-            found[f"{key}_processor"] = hashlib.sha256(path.read_bytes()).hexdigest()
-        except OSError as error:
-            raise DataError(f"data.{key}.processor: {path}: {error.strerror}") from None
+        digest = hashlib.sha256()
+        if data.is_chat_with_images:
+            digest.update(json.dumps(section.options, sort_keys=True).encode())
+            paths = _files_of_chats(section.processor)
+        else:
+            paths = [processor_file(section.processor)]
+        for path in paths:
+            try:
+                digest.update(path.read_bytes())
+            except OSError as error:
+                raise DataError(f"data.{key}.processor: {path}: {error.strerror}") from None
+        found[f"{key}_processor"] = digest.hexdigest()
     return found
 
 
-def _cached(name: str) -> Path:
-    """The file of a model of the hub, which `prepare` fetches where it is not cached."""
+def save_processor(data: Data, target: Path) -> None:
+    """Write the files of the processors that a recipe names beside an exported model."""
+    if data.audio is not None:
+        from drumline.data.audio import AudioPipeline
+
+        AudioPipeline(data.audio).extractor.save_pretrained(target)
+    if data.image is None or data.image.processor is None or data.image.transform is not None:
+        return
+    name = data.image.processor
+    for path in _files_of_chats(name) if data.is_chat_with_images else [processor_file(name)]:
+        shutil.copyfile(path, target / path.name)
+
+
+def _files_of_chats(name: str) -> list[Path]:
+    """The files that say what a processor of images and text does; DataError where there is none."""
+    if name.startswith("/"):
+        found = [Path(name) / file for file in _OF_CHATS if (Path(name) / file).is_file()]
+    else:
+        from huggingface_hub import file_exists, try_to_load_from_cache
+
+        found = []
+        for file in _OF_CHATS:
+            cached = try_to_load_from_cache(name, file)
+            if isinstance(cached, str):
+                found.append(Path(cached))
+            elif cached is None and not _is_offline() and file_exists(name, file):
+                found.append(_cached(name, file))
+    if not found:
+        raise DataError(
+            f"data.image.processor: {name} has none of {', '.join(_OF_CHATS[:2])}. Nearest: the folder of "
+            "the model that reads the images"
+        )
+    return found
+
+
+def _is_offline() -> bool:
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    return bool(HF_HUB_OFFLINE)
+
+
+def _cached(name: str, file: str) -> Path:
+    """A file of a model of the hub, which `prepare` fetches where it is not cached."""
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(name, "preprocessor_config.json"))
+        return Path(hf_hub_download(name, file))
     except Exception as error:
         raise DataError(
             f"data: the processor {name} cannot be loaded: {str(error).strip().splitlines()[0]}"

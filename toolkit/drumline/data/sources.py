@@ -10,7 +10,7 @@ from typing import Any
 from drumline.data import builtin
 from drumline.data.factory import load_factory
 from drumline.data.files import DataFile, class_of, is_media, matching_files, size_of
-from drumline.data.media import with_media
+from drumline.data.media import has_media, with_media
 from drumline.data.readers import Reading, read_file
 from drumline.data.source_row import SourceRow
 from drumline.data.tasks.map_style import open_dataset
@@ -26,7 +26,7 @@ def read(data: Data, project: str | None, reading: Reading | None = None) -> Ite
         size = len(open_dataset(data, project))
         return (SourceRow({"index": n}, f"sample {n:,}") for n in range(size))
     found = _rows(data, project)
-    return found if data.media_field is None else with_media(found, data, None)
+    return with_media(found, data, None) if has_media(data) else found
 
 
 def _rows(data: Data, project: str | None) -> Iterator[SourceRow]:
@@ -67,7 +67,7 @@ def _from_files(data: Data, reading: Reading) -> Iterator[SourceRow]:
     reading.total = sum(size or 0 for size in sizes.values())
     for path, size in sizes.items():
         rows = _one_file(path, data) if is_media(path, data) else read_file(path, reading)
-        if data.media_field is not None:
+        if has_media(data):
             rows = with_media(rows, data, path.parent if isinstance(path, Path) else None)
         yield from rows
         reading.done, reading.raw = reading.done + (size or 0), None
@@ -99,8 +99,9 @@ def _undecoded(rows: Any, data: Data) -> Any:
         return rows
     import datasets
 
-    kind = datasets.Image if data.image_field else datasets.Audio
-    return rows.cast_column(name, kind(decode=False))
+    kind = (datasets.Image if data.image_field else datasets.Audio)(decode=False)
+    is_list = isinstance(rows.features[name], datasets.List)
+    return rows.cast_column(name, datasets.List(kind) if is_list else kind)
 
 
 def _load_dataset() -> Any:

@@ -138,7 +138,7 @@ def _chunks(task: Task, rows: Iterable[SourceRow]) -> Iterator[_Chunk]:
         try:
             for row in itertools.islice(source, most):
                 chunk.rows.append(row)
-                letters += _ask(task, row, chunk.requests)
+                letters += _ask(task, row, chunk.requests) + row.media_bytes
                 if letters >= _MOST_LETTERS:
                     break
             is_read = len(chunk.rows) < most and letters < _MOST_LETTERS

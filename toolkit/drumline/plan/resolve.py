@@ -495,6 +495,8 @@ def shape_of(recipe: Recipe, world: World) -> ModelShape | str:
     architecture, config = _whole_config(recipe, world)
     if recipe.data.audio:
         return f"no closed form for {architecture}, which hears recordings"
+    if recipe.data.is_chat_with_images:
+        return f"no closed form for {architecture}, which reads images and text"
     check_config(architecture, model.config)
     check_model(recipe, architecture, config)
     check_image(recipe, config)

@@ -138,8 +138,8 @@ _OF_TASKS = {
     "chosen_field": ("preference",),
     "rejected_field": ("preference",),
     "label_names": ("token_classification", "classification"),
-    "image_field": ("classification", "regression", "multi_label"),
-    "image": ("classification", "regression", "multi_label"),
+    "image_field": ("classification", "regression", "multi_label", "sft"),
+    "image": ("classification", "regression", "multi_label", "sft"),
     "audio_field": ("classification", "regression", "multi_label", "seq2seq"),
     "audio": ("classification", "regression", "multi_label", "seq2seq"),
     "target_length": ("seq2seq",),
@@ -240,6 +240,9 @@ class Data(Section):
 
     `image_field`: a column with images: paths, or the bytes of files; `image`: what becomes of them. A folder
     of folders of images is one, too: each folder is a class. `workers`: processes that each rank reads with.
+
+    Of task sft, `image_field` is a column with the image or the list of images of a chat, which stand where
+    the text has <image> or a part of type image; `image` then has the model's `processor` and its `options`.
 
     `audio_field` and `audio`: the same of recordings; in task seq2seq their text is `completion_field`.
 
@@ -369,7 +372,9 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _media_have_their_sections(self) -> Self:
-        if (self.image is None) != (self.image_field is None):
+        if self.is_chat_with_images:
+            self._check_chat_images()
+        elif (self.image is None) != (self.image_field is None):
             lacks = "image" if self.image is None else "image_field"
             fix = "image={size: 224}" if lacks == "image" else "image_field=image"
             raise ValueError(f"image_field and image go together. Nearest: data.{fix}")
@@ -383,7 +388,13 @@ class Data(Section):
                 "image.transform: the project's function may draw from torch's generator, as training does, "
                 "so it needs a process of its own. Nearest: data.workers=4"
             )
-        if self.image and (self.text_pair_field or "tokenizer" in self.model_fields_set):
+        if self.image and self.image.options and not (self.image.transform or self.task == "sft"):
+            raise ValueError("image.options are those of transform, a module:function")
+        if (
+            self.image
+            and self.task != "sft"
+            and (self.text_pair_field or "tokenizer" in self.model_fields_set)
+        ):
             given = "text_pair_field" if self.text_pair_field else "tokenizer"
             if getattr(self, given) != type(self).model_fields[given].default:
                 raise ValueError(f"{given}: rows are images, which have no text")
@@ -426,6 +437,31 @@ class Data(Section):
         if needs_length and self.sequence_length is None:
             raise ValueError(f"task {self.task} needs sequence_length, in tokens")
         return self
+
+    def _check_chat_images(self) -> None:
+        """ValueError where images of chats are not left to the processor of a model that also reads text."""
+        assert self.image
+        if self.image.processor is None:
+            raise ValueError(
+                "image: chats with images need the processor of their model. Nearest: "
+                "data.image={processor: ...}, the model's folder or its name on the hub"
+            )
+        own = sorted(self.image.model_fields_set - {"processor", "options"})
+        own = [k for k in own if getattr(self.image, k) != type(self.image).model_fields[k].default]
+        if own:
+            raise ValueError(
+                f"image.{own[0]}: the processor of a model that also reads text makes its pixels. Nearest: "
+                "data.image.options, which it is called with, such as {size: {longest_edge: 501760}}"
+            )
+        if self.packing == "documents":
+            raise ValueError(
+                "packing documents: chats with images are not packed. Nearest: data.packing=none"
+            )
+
+    @property
+    def is_chat_with_images(self) -> bool:
+        """Whether rows are chats in which images stand, for a model that reads both."""
+        return self.task == "sft" and self.image is not None
 
     @property
     def is_map_style(self) -> bool:

@@ -36,6 +36,9 @@ class Image(Section):
     `processor`: a folder or a model of the hub with a preprocessor_config.json, whose size, mean, std and
     interpolation hold where they are not stated. `transform`: a function of the recipe's project, called with
     the image, a numpy generator and whether it is trained; it returns an array [channels, height, width].
+
+    Of chats, `processor` is that of the model (its folder, or its name on the hub), which is called with
+    `options`, such as a size; no other key is for them.
     """
 
     size: Count | Annotated[list[Count], Field(min_length=2, max_length=2)] | None = None
@@ -68,6 +71,4 @@ class Image(Section):
             values = getattr(self, key)
             if values is not None and len(values) not in (1, self.channels):
                 raise ValueError(f"{key} has {len(values)} values for {self.channels} channels")
-        if self.options and not self.transform:
-            raise ValueError("options are those of transform, a module:function")
         return self

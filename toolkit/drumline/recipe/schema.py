@@ -432,6 +432,7 @@ class Recipe(Section):
         has_one_text = (
             self.data.task not in ("custom", "preference", "seq2seq")
             and self.data.media_field is None
+            and self.data.image is None
             and not self.data.packs_documents
         )
         if self.model.neftune_alpha and (self.model.source == "factory" or not has_one_text):

@@ -17,11 +17,14 @@ from drumline.runs.code import factory_hashes
 from drumline.session.row_lengths import manifest_of_run
 from drumline.session.world import model_config
 
-TRACE_VERSION = 2
+TRACE_VERSION = 3
 """To raise when a trace of the same step would hold something else."""
 
 _OF_THE_STEP = ("model", "strategy", "precision", "optimizer", "loss", "objective", "evaluation")
-_OF_THE_ROWS = ("task", "task_factory", "task_options", "sequence_length")
+_OF_THE_ROWS = (
+    "task", "task_factory", "task_options", "sequence_length", "target_length", "packing", "source",
+    "factory", "options", "image", "audio",
+)  # fmt: skip
 _RATES = ("lr", "betas", "eps", "lr_scaling")
 """Keys of the recipe and of its `data` on which a step's allocations depend; the optimizer's that do not."""
 _LARGEST = 1 << 30
@@ -52,6 +55,8 @@ def _file(plan: Plan) -> Path:
     for name in _RATES:
         recipe["optimizer"].pop(name)
     rows: Any = manifest and [manifest.row_tokens, manifest.feature_shape, manifest.classes]
+    if manifest and plan.recipe.data.is_chat_with_images:  # of which the largest is traced
+        rows.append(manifest.rows)
     depends = {
         "version": TRACE_VERSION,
         "step": {name: recipe[name] for name in _OF_THE_STEP},

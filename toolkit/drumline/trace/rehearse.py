@@ -28,7 +28,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from drumline.architectures.fields import sides
 from drumline.data.dataset_manifest import DatasetManifest
-from drumline.data.tasks import find_task
+from drumline.data.tasks import Arrays, find_task
+from drumline.data.validation_split import TRAIN
 from drumline.errors import PlanError
 from drumline.memory.recording import Recording
 from drumline.phases import MemoryPhase, Phase
@@ -37,8 +38,9 @@ from drumline.plan.model import Plan
 from drumline.plan.resolve import DEFAULT_CLASSES
 from drumline.recipe.schema import Recipe
 from drumline.trace.kernels import cuda_kernels
+from drumline.trace.known_values import KnownValues
 from drumline.trace.recorder import Recorder
-from drumline.train.batches import MicroBatch, Step, as_tensors
+from drumline.train.batches import MicroBatch, Step, as_tensors, open_rows
 from drumline.train.engines.torch import TorchEngine
 from drumline.train.loop import forward_backward
 from drumline.train.models import ModelBuilder, build, builder
@@ -58,6 +60,7 @@ def rehearse(
     assert not dist.is_initialized(), "a rehearsal makes a process group of its own"
     _refuse_what_cannot_be_rehearsed(plan)
     recorder = Recorder()
+    known = KnownValues() if fake and plan.recipe.data.is_chat_with_images else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(_other_ranks(plan.mesh.ranks))
         stack.enter_context(_quiet_propagation(recorder))
@@ -65,9 +68,11 @@ def rehearse(
         stack.enter_context(cuda_kernels())
         if fake:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        if known:
+            stack.enter_context(known)
         stack.enter_context(recorder)
         try:
-            _play(plan, manifest or blank_manifest(plan), recorder, micro_batches)
+            _play(plan, manifest or blank_manifest(plan), recorder, micro_batches, known)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise PlanError(
                 f"--trace: this model's forward looks at values, which a trace has not: {error}"
@@ -75,7 +80,13 @@ def rehearse(
     return recorder.recording
 
 
-def _play(plan: Plan, manifest: DatasetManifest, recorder: Recorder, micro_batches: int) -> None:
+def _play(
+    plan: Plan,
+    manifest: DatasetManifest,
+    recorder: Recorder,
+    micro_batches: int,
+    known: KnownValues | None,
+) -> None:
     """Build, warm up, run one step, evaluate and save, as `train` does."""
     recipe = plan.recipe
     recorder.phase(MemoryPhase.LOAD)
@@ -83,7 +94,7 @@ def _play(plan: Plan, manifest: DatasetManifest, recorder: Recorder, micro_batch
     _label(engine, recorder)
     config = getattr(engine.module.model, "config", None)
     recorder.recording.vocabulary = getattr(config, "vocab_size", None)
-    tensors = rehearsal_batch(plan, manifest, plan.batch.per_device)
+    tensors = rehearsal_batch(plan, manifest, plan.batch.per_device, known)
     step, phases = step_of(plan, tensors, micro_batches), _Phases(recorder)
     if engine.wrapped is not engine.module:
         # DDP's gradients exist after the warm-up.
@@ -105,7 +116,7 @@ def _play(plan: Plan, manifest: DatasetManifest, recorder: Recorder, micro_batch
     del losses, total, norm, step, tensors
     if recipe.row_evaluation:
         recorder.phase(MemoryPhase.EVALUATION)
-        tensors = rehearsal_batch(plan, manifest, recipe.row_evaluation.per_device or 1)
+        tensors = rehearsal_batch(plan, manifest, recipe.row_evaluation.per_device or 1, known)
         engine.evaluate(tensors)
     recorder.phase(MemoryPhase.SAVE)
     engine.shards()
@@ -271,15 +282,34 @@ def step_of(plan: Plan, tensors: dict[str, Tensor], count: int) -> Step:
     )
 
 
-def rehearsal_batch(plan: Plan, manifest: DatasetManifest, rows: int) -> dict[str, Tensor]:
-    """Tensors as from `StepReader`, of the largest shape, all zero."""
+def rehearsal_batch(
+    plan: Plan, manifest: DatasetManifest, rows: int, known: KnownValues | None = None
+) -> dict[str, Tensor]:
+    """Tensors as from `StepReader`, of the largest shape: all zero, or copies of the largest prepared row."""
     task = find_task(plan.recipe.data, plan.recipe.project)
     with _disable_current_modes():  # samples of the project are made of real values
-        blank = task.blank(rows, manifest)
-    tensors = as_tensors(blank, np.zeros(rows), dummy=False)
+        blank = (
+            _largest(plan, manifest, rows)
+            if task.is_traced_by_a_row
+            else task.blank(rows, manifest)
+        )
+        real = as_tensors(blank, np.zeros(rows), dummy=False)
+    tensors = known.tell(real) if known else as_tensors(blank, np.zeros(rows), dummy=False)
     if plan.recipe.model.neftune_alpha is not None:
         tensors["lengths"] = torch.ones(rows, dtype=torch.int64)
     return tensors
+
+
+def _largest(plan: Plan, manifest: DatasetManifest, rows: int) -> Arrays:
+    """So many copies of the largest row, where the shape of a sample is known of prepared rows only."""
+    if plan.data.cache is None:
+        raise PlanError(
+            "--trace: how many images a chat has, and of which sizes, is not known until the data are "
+            "prepared. Nearest: `drumline prepare`"
+        )
+    prepared = open_rows(plan, TRAIN)
+    which = np.full(rows, prepared.task.largest(prepared), dtype=np.int64)
+    return prepared.task.widen(prepared.collate(which), manifest)
 
 
 def blank_manifest(plan: Plan) -> DatasetManifest:

@@ -101,7 +101,12 @@ class MicroBatches:
 
     def __getitem__(self, request: Request) -> dict[str, Tensor]:
         chosen, seeds, is_dummy = request
+        beside = self.rows.task.companion(self.rows, chosen)
+        if beside is not None:
+            chosen, seeds = np.append(chosen, beside), np.append(seeds, np.uint64(0))
         tensors = micro_batch_tensors(self.rows, chosen, self._by_sample, is_dummy, seeds)
+        if beside is not None:
+            tensors["targets"][-1] = IGNORED
         return tensors | self.sources(chosen) | self.lengths(chosen)
 
     def owners(self, indices: NDArray[np.int64]) -> NDArray[np.intp]:
@@ -187,7 +192,7 @@ class StepReader:
         count = min(self._plan.batch.per_device, len(self._rows))
         rows = self._rows
         manifest = rows.manifest.with_rows_of(self._plan.data.row_tokens)
-        first = np.zeros(count, dtype=np.int64)
+        first = np.full(count, rows.task.largest(rows), dtype=np.int64)
         seeds = np.zeros(count, dtype=np.uint64)
         arrays = rows.task.widen(rows.collate(first, seeds), manifest)
         nothing = np.zeros(0, dtype=np.int64)

@@ -10,6 +10,7 @@ from drumline.checkpoint.boxes import whole
 from drumline.checkpoint.manifest import read_entries, read_manifest, shard_name
 from drumline.checkpoint.weights import WEIGHTS
 from drumline.data.dataset_manifest import DatasetManifest
+from drumline.data.processors import save_processor
 from drumline.data.tokenizers import find_tokenizer, save_tokenizer
 from drumline.errors import CheckpointError
 from drumline.files import apply_umask
@@ -76,6 +77,7 @@ def export(
         written = sum(p.numel() for p in model.parameters())
     if tokenizer_counts(plan, manifest):
         save_tokenizer(plan.recipe.data.tokenizer, target)
+    save_processor(plan.recipe.data, target)
     for path in target.iterdir():
         apply_umask(path, 0o666)
     return written

@@ -20,6 +20,8 @@ from drumline.train.objectives.base import model_input_names, model_inputs
 
 _OWN = ("cross_entropy", "mse", "bce")
 """Objectives that models of transformers have themselves."""
+_OF_TOKENS = {"input_ids", "position_ids", "mm_token_type_ids", "token_type_ids"}
+"""Inputs with a value for each token of a row."""
 
 _ROUNDING = 1e-2
 """Relative distance of two losses of the same logits, in any precision."""
@@ -44,7 +46,7 @@ def compare_with_own_loss(
         which = slice(place, place + 1)
         one = micro_batch_tensors(rows, step.indices[which], True, False, step.seeds[which])
         batch = {name: tensor.to(device) for name, tensor in one.items()}
-        pair = _as_both_take_it(batch, facts.is_shifted)
+        pair = _as_both_take_it(batch, facts.is_shifted, plan.recipe.data.is_chat_with_images)
         if pair is None:
             continue
         mine, theirs = pair
@@ -72,7 +74,7 @@ def _shifts_labels(output: Any, labels: Tensor) -> bool:
 
 
 def _as_both_take_it(
-    batch: dict[str, Tensor], is_shifted: bool
+    batch: dict[str, Tensor], is_shifted: bool, has_images: bool
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """The row for our objective with weights of one, and for transformers with its labels; None if too short.
 
@@ -83,11 +85,10 @@ def _as_both_take_it(
     targets = batch["targets"]
     if not is_shifted:
         return {**batch, "weights": ones}, {**inputs, "labels": targets}
-    is_known = set(inputs) <= {"input_ids", "position_ids"}
-    if not is_known or not (targets[:, :-1] != IGNORED).any():
+    if not (set(inputs) <= _OF_TOKENS or has_images) or not (targets[:, :-1] != IGNORED).any():
         return None
     labels = torch.full_like(targets, IGNORED)
     labels[:, 1:] = targets[:, :-1]
-    cut = {name: value[:, :-1] for name, value in inputs.items()}
+    cut = {name: v[:, :-1] if name in _OF_TOKENS else v for name, v in inputs.items()}
     mine = {**cut, "targets": targets[:, :-1], "weights": ones}
     return mine, {**inputs, "labels": labels}

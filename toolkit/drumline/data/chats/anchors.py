@@ -92,7 +92,11 @@ def _core(render: Render, messages: list[Message], number: int, whole: str) -> S
 def _filled(message: Message, fill: str) -> Message:
     """The message with other words in all of its fields."""
     changed = copy.deepcopy(message)
-    if changed.get("content", "").strip():
+    if isinstance(changed.get("content"), list):
+        for part in changed["content"]:
+            if part["type"] == "text" and part["text"].strip():
+                part["text"] = fill
+    elif changed.get("content", "").strip():
         changed["content"] = fill
     for name in ("reasoning_content", "thinking", "reasoning"):
         if changed.get(name):
@@ -130,6 +134,8 @@ def _check_words(message: Message, number: int, said: str) -> None:
     """DataError where the template leaves out or rewrites what the assistant says, such as its thoughts."""
     for name in ("content", "reasoning_content", "thinking", "reasoning"):
         words = message.get(name)
+        if isinstance(words, list):  # an assistant's has one part
+            words = "".join(part["text"] for part in words)
         if isinstance(words, str) and words.strip() and words.strip() not in said:
             what = f"reaches the template's text with another {name} than it has"
             raise DataError(_of(number, what, ", or data.train_on=last_assistant"))

@@ -7,8 +7,9 @@ pair      prompt and completion, each a list of messages
 """
 
 import json
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from drumline.data.tasks.base import Row, field_of
@@ -24,16 +25,26 @@ _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "ass
           "chatgpt": "assistant", "system": "system", "tool": "tool", "observation": "tool",
           "function_response": "tool"}  # fmt: skip
 """ShareGPT's names of roles."""
+PLACE = "\ue0ff"
+"""The letter that stands for an image in a message's text."""
+_IMAGES = f"images {PLACE}"
+"""Of a message, until the chat has them: the bytes of its own images, None for one of the row's column."""
+_PLACES = re.compile(rf"(\n?<image>\n?|{PLACE})")
+"""An image, or how public data write its place; the line that it stands in ends with it."""
 _KNOWN = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
 class Chat:
-    """One conversation. `trained`: of each message, whether it may be trained, were it the assistant's."""
+    """One conversation. `trained`: of each message, whether it may be trained, were it the assistant's.
+
+    `images`: the bytes of the files that stand in the messages' texts as `PLACE`, in order.
+    """
 
     messages: list[Message]
     tools: list[Any] | None
     trained: list[bool]
+    images: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,7 +104,90 @@ def chat_of(row: Row, form: ChatFormat, data: Data) -> Chat:
         begins = len(messages) - len(field_of(row, data.completion_field)[1])
         assert begins <= first + 1
         trained = [allowed and place >= begins for place, allowed in enumerate(trained)]
-    return Chat(messages, _tools(row), trained)
+    chat = Chat(messages, _tools(row), trained)
+    if data.is_chat_with_images:
+        return with_images(chat, _images_of(row, messages, data))
+    if number := next((n for n, one in enumerate(messages, 1) if _IMAGES in one), None):
+        raise DataError(
+            f"message {number} ({messages[number - 1]['role']}): an image is no text. Nearest: "
+            "data.image={processor: ...}, of a model that reads both"
+        )
+    return chat
+
+
+def with_images(chat: Chat, of_row: list[bytes]) -> Chat:
+    """The chat with its images: those of its messages, and of the row where a message says <image>.
+
+    Images of a row whose messages have no place for any stand before the first text of the user, as
+    everybody's processors of chats have it. DataError where there are more places than images, or fewer.
+    """
+    slots: list[list[bytes | None]] = []
+    for number, message in enumerate(chat.messages, start=1):
+        own: list[bytes | None] = message.pop(_IMAGES, [])
+        if message["role"] == "assistant" and own:
+            raise DataError(f"message {number} (assistant): an image, and models say texts only")
+        if message["content"].count(PLACE) != len(own):
+            raise DataError(
+                f"message {number}: {PLACE!a}, a private letter that stands for an image"
+            )
+        slots.append(own)
+        if of_row and message["role"] != "assistant":
+            message["content"], slots[-1] = _with_marked(message["content"], own)
+    free = sum(one is None for own in slots for one in own)
+    if of_row and not free:
+        first = next(n for n, one in enumerate(chat.messages) if one["role"] == "user")
+        chat.messages[first]["content"] = PLACE * len(of_row) + chat.messages[first]["content"]
+        slots[first] = [*(None for _ in of_row), *slots[first]]
+    elif free != len(of_row):
+        raise DataError(
+            f"{len(of_row)} images, and {free} places for them in the messages (<image>, or a part of type "
+            "image)"
+        )
+    given = iter(of_row)
+    return replace(
+        chat, images=tuple(next(given) if one is None else one for own in slots for one in own)
+    )
+
+
+def _with_marked(text: str, own: list[bytes | None]) -> tuple[str, list[bytes | None]]:
+    """A message's text with a place for every <image> in it, and its images, None for those."""
+    waiting, slots, pieces = iter(own), [], _PLACES.split(text)
+    for number in range(1, len(pieces), 2):  # what the pattern found stands between the others
+        slots.append(next(waiting) if pieces[number] == PLACE else None)
+        pieces[number] = PLACE
+    return "".join(pieces), slots
+
+
+def in_parts(chat: Chat) -> Chat:
+    """The chat with messages of parts, texts and images, as templates of processors read them."""
+    messages = [
+        {
+            **one,
+            "content": [
+                {"type": "image"} if piece == PLACE else {"type": "text", "text": piece}
+                for piece in re.split(f"({PLACE})", one["content"])
+                if piece
+            ],
+        }
+        for one in chat.messages
+    ]
+    return replace(chat, messages=messages)
+
+
+def _images_of(row: Row, messages: list[Message], data: Data) -> list[bytes]:
+    """The images in the row's column; DataError where a message says <image>, and there is no such column."""
+    is_there, value = False, None
+    if data.image_field is not None:
+        is_there, value = field_of(row, data.image_field)
+    marked = [n for n, one in enumerate(messages, start=1) if "<image>" in one["content"]]
+    if marked and not is_there:
+        column = "names no column" if data.image_field is None else f"is {data.image_field!r}"
+        raise DataError(
+            f"message {marked[0]}: <image>, data.image_field {column}, and this row has "
+            f"{', '.join(map(str, row))}. Nearest: the column with its images, an empty list where <image> "
+            "is text"
+        )
+    return list(value or ())
 
 
 def find_chat(row: Row, data: Data) -> str:
@@ -191,7 +285,7 @@ _READERS: dict[Style, Callable[[Row, ChatFormat, Data], list[Message]]] = {
 
 
 def _message(one: Any, number: int) -> Message:
-    """A message with text content; DataError for an unknown role, for no content, or for an image."""
+    """A message with text content, in which images are `PLACE`; DataError for an unknown role, or without."""
     if not isinstance(one, dict):
         raise DataError(f"message {number}: {one!r:.60} is no message")
     role = one.get("role")
@@ -201,11 +295,18 @@ def _message(one: Any, number: int) -> Message:
     content = found.get("content")
     if isinstance(content, list):
         others = [
-            part for part in content if not isinstance(part, dict) or part.get("type") != "text"
+            part
+            for part in content
+            if not isinstance(part, dict) or part.get("type") not in ("text", "image")
         ]
         if others:
             raise DataError(f"message {number} ({role}): {others[0]!r:.60} is no text")
-        content = found["content"] = "".join(str(part.get("text", "")) for part in content)
+        images = [part.get("image") for part in content if part["type"] == "image"]
+        if images:
+            found[_IMAGES] = images
+        content = found["content"] = "".join(
+            PLACE if part["type"] == "image" else str(part.get("text", "")) for part in content
+        )
     calls = found.get("tool_calls")
     if content is None and calls:
         content = found["content"] = ""

@@ -6,15 +6,17 @@ a message that look like a special token, such as <|im_end|>, are tokenised as t
 """
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from drumline.data.chats.anchors import Span
-from drumline.data.chats.messages import Chat, ChatFormat, chat_of
+from drumline.data.chats.messages import Chat, ChatFormat, chat_of, in_parts
+from drumline.data.chats.processor import ChatProcessor
 from drumline.data.chats.template import ChatTemplate, find_template
 from drumline.data.tasks.base import Row
 from drumline.data.tokenizers import Request, Tokenizer, Tokens
@@ -26,16 +28,23 @@ _PRIVATE = 0xE100
 
 @dataclass(frozen=True)
 class Rendered:
-    """A chat's text; `spans`: the letters that are trained; `words`: what private letters of the text are."""
+    """A chat's text; `spans`: the letters that are trained; `words`: what private letters of the text are.
+
+    `images`: the files of its images, whose tokens stand at `places`, which are not trained. `template_text`:
+    the text before each place had all of its image's tokens.
+    """
 
     text: str
     spans: list[Span]
     words: dict[str, str]
+    images: tuple[bytes, ...] = ()
+    places: tuple[Span, ...] = ()
+    template_text: str = ""
 
     @property
     def bounds(self) -> tuple[int, ...]:
         """The places where what is trained begins or ends."""
-        return tuple(sorted({place for span in self.spans for place in span}))
+        return tuple(sorted({place for span in (*self.spans, *self.places) for place in span}))
 
     @property
     def request(self) -> Request | None:
@@ -46,11 +55,20 @@ class Rendered:
 class ChatRows:
     """Renders and tokenises the chats of one source."""
 
-    def __init__(self, form: ChatFormat, data: Data, tokenizer: Tokenizer) -> None:
-        self.form, self._data = form, data
+    def __init__(
+        self,
+        form: ChatFormat,
+        data: Data,
+        tokenizer: Tokenizer,
+        processor: ChatProcessor | None = None,
+    ) -> None:
+        self.form, self._data, self._processor = form, data, processor
         facts = tokenizer.chat
+        own = processor.inner.chat_template if processor else None
         self._template: ChatTemplate = find_template(
-            data.chat_template, facts.template, {**facts.variables, **data.chat_template_options}
+            data.chat_template,
+            own or facts.template,
+            {**facts.variables, **data.chat_template_options},
         )
         self._specials = () if data.special_tokens_in_text else tuple(filter(None, facts.specials))
 
@@ -58,19 +76,41 @@ class ChatRows:
         """The text of a row; DataError where its chat is wrong, or what is trained cannot be told."""
         chat = chat_of(row, self.form, self._data)
         chat, words = self._guarded(self._last_only(chat))
+        if self._processor:
+            chat = in_parts(chat)
         text, spans = self._template.text_of(chat)
         if self._data.train_on == "all":
-            return Rendered(text, [(0, len(text))], words)
-        turns = [n for n, one in enumerate(chat.messages) if one["role"] == "assistant"]
-        kept = [span for n, span in zip(turns, spans, strict=True) if chat.trained[n]]
-        return Rendered(text, kept, words)
+            spans = [(0, len(text))]
+        else:
+            turns = [n for n, one in enumerate(chat.messages) if one["role"] == "assistant"]
+            spans = [span for n, span in zip(turns, spans, strict=True) if chat.trained[n]]
+        if self._processor is None:
+            return Rendered(text, spans, words)
+        return self._with_images(text, spans, words, chat.images)
+
+    def _with_images(
+        self, text: str, spans: list[Span], words: dict[str, str], images: tuple[bytes, ...]
+    ) -> Rendered:
+        """A chat whose images have all of their tokens."""
+        assert self._processor
+        whole, places = self._processor.expand(text, images)
+        added = [end - start - len(self._processor.place) for start, end in places]
+        starts = [start - sum(added[:n]) for n, (start, _) in enumerate(places)]
+
+        def moved(letter: int) -> int:
+            return letter + sum(added[: bisect_left(starts, letter)])
+
+        moved_spans = [(moved(start), moved(end)) for start, end in spans]
+        return Rendered(whole, moved_spans, words, images, tuple(places), text)
 
     def tokens(self, rendered: Rendered, tokenizer: Tokenizer) -> tuple[Tokens, NDArray[np.bool_]]:
         """Token ids, and which of them are trained, bool [n]."""
         if not rendered.words:
             ids, places = tokenizer.encode_offsets(rendered.text, rendered.bounds)
             if not _crosses(places, rendered.bounds):
-                return ids, _inside(places, rendered.spans)
+                if self._processor:
+                    self._processor.check_tokens(rendered.template_text, rendered.images, ids)
+                return ids, _inside(places, rendered.spans) & ~_inside(places, rendered.places)
         parts = list(_parts(rendered, tokenizer))
         return (
             np.concatenate([ids for ids, _ in parts]).astype(np.uint32),
@@ -82,7 +122,7 @@ class ChatRows:
             return chat
         last = len(chat.messages) - 1
         trained = [allowed and n == last for n, allowed in enumerate(chat.trained)]
-        return Chat(chat.messages, chat.tools, trained)
+        return replace(chat, trained=trained)
 
     def _guarded(self, chat: Chat) -> tuple[Chat, dict[str, str]]:
         """The chat with a private letter for every word in it that looks like a special token."""
@@ -102,10 +142,10 @@ class ChatRows:
             return value
 
         messages = [{**guard(one), "role": one["role"]} for one in chat.messages]
-        return Chat(messages, guard(chat.tools), chat.trained), words
+        return replace(chat, messages=messages, tools=guard(chat.tools)), words
 
 
-def _inside(places: NDArray[np.int64], spans: list[Span]) -> NDArray[np.bool_]:
+def _inside(places: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool_]:
     """Which tokens lie wholly within one of the spans, and have a letter."""
     found = np.zeros(len(places), dtype=bool)
     for start, end in spans:
@@ -134,4 +174,5 @@ def _parts(rendered: Rendered, tokenizer: Tokenizer) -> Iterator[tuple[Tokens, N
             yield ids, np.full(len(ids), is_in)
         else:
             ids, places = tokenizer.encode_offsets(piece, ())
-            yield ids, _inside(places + start, rendered.spans)
+            trained = _inside(places + start, rendered.spans)
+            yield ids, trained & ~_inside(places + start, rendered.places)

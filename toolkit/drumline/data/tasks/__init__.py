@@ -1,6 +1,7 @@
 """Turns rows of a source into samples: one class per task, selected by the recipe's `data.task`.
 
-The task named `x` is what `build(data)` of `data/tasks/x.py` returns. To add one: that file, and its name
+The task named `x` is what `build(data)` of `data/tasks/x.py` returns; chats with images, which are `sft`,
+too, have a file of their own. To add one: that file, and its name
 and facts in `recipe/data_section.py`.
 """
 
@@ -21,7 +22,8 @@ def find_task(data: Data, project: str | None) -> Task:
     if data.is_map_style:
         return MapStyle(data, project)
     if data.task_factory is None:
-        task: Task = import_module(f"{__name__}.{data.task}").build(data)
+        name = "chat_images" if data.is_chat_with_images else data.task
+        task: Task = import_module(f"{__name__}.{name}").build(data)
         task.project = project
         return task
     made: Any = load_factory(data.task_factory, project)(**data.task_options)

@@ -18,6 +18,8 @@ TURNS = "turns"
 """The array of a row with the first token and end of every piece that is trained, one after the other."""
 SEGMENTS = "segments"
 """The array of a row with the first token of every document in it."""
+FILE, FILES = "file", "files"
+"""The arrays of a part's distinct files, and of the numbers of a row's files among them."""
 
 REFERENCE = "reference"
 """The log-probabilities of the reference model, which are added to prepared rows in memory."""
@@ -48,8 +50,9 @@ class Encoded:
     `tokens`: uint32 [n]. `prompt_targets`: number of leading targets to ignore. `label`: a class from 0.
     `outputs`: how many outputs of the head the labels need, where they are no class. `features`: float32,
     the same shape for all samples. `arrays`: other arrays of the task by name, each of one dimension and any
-    length. `sequences`: of tokens, each a sample of its own, where a row holds several instead of `tokens`.
-    `count`: label tokens, the sample's weight under `weighting: token`.
+    length. `files`: of its images, each stored once in a part whatever number of samples have it; None where
+    samples have none. `sequences`: of tokens, each a sample of its own, where a row holds several instead of
+    `tokens`. `count`: label tokens, the sample's weight under `weighting: token`.
     """
 
     count: int
@@ -59,6 +62,7 @@ class Encoded:
     outputs: int | None = None
     features: NDArray[np.float32] | None = None
     arrays: Arrays = field(default_factory=dict)
+    files: tuple[bytes, ...] | None = None
     sequences: "tuple[Encoded, ...]" = ()
     was_truncated: bool = False
 
@@ -103,7 +107,8 @@ class Task:
     they are read (`collate_drawn` instead of `collate`). `counts_each_row`: rows of a stream are encoded by
     `cut`. `feature_shape`: of samples that are made while they are read. `class_names`: of classes that rows
     name by texts. `project`: the folder of the recipe's own code. `masking`: the tokens that a task which
-    masks some needs to know of.
+    masks some needs to know of. `is_traced_by_a_row`: the shapes of a micro-batch follow from prepared rows
+    only, so a trace takes the largest instead of `blank`.
     """
 
     is_stream = False
@@ -115,6 +120,7 @@ class Task:
     fewest_rows = 1
     draws = False
     counts_each_row = False
+    is_traced_by_a_row = False
     masking: MaskFacts | None = None
     feature_shape: list[int] | None = None
     class_names: list[str] | None = None
@@ -174,6 +180,17 @@ class Task:
         It then depends on the recipe's seed, the epoch and the sample, not on the split, workers or resume.
         """
         raise NotImplementedError
+
+    def companion(self, rows: StoredRows, indices: NDArray[np.int64]) -> int | None:
+        """A row that a micro-batch of these needs beside them, with all targets ignored; None without one.
+
+        Of a model that reads images, every forward on every rank must use the same weights.
+        """
+        return None
+
+    def largest(self, rows: StoredRows) -> int:
+        """The row of which copies make the largest micro-batch, once `widen` has padded them."""
+        return 0
 
     def widen(self, arrays: Arrays, manifest: DatasetManifest) -> Arrays:
         """Pad the arrays to the largest shape of a micro-batch with this number of rows."""

@@ -64,7 +64,8 @@ class Sft(Task):
         """
         assert tokenizer and tokenizer.end is not None and self.data.sequence_length
         if self._chats is not None:
-            return self._encode_chat(self._chats, row, tokenizer)
+            rendered = self._waiting.pop(id(row), None) or self._chats.render(row)
+            return self._encode_rendered(self._chats, rendered, tokenizer)
         most = self.data.sequence_length + 1
         both, of_prompt = tokenizer.encode_pair(*self._texts(row))
         begin = np.array([] if tokenizer.begin is None else [tokenizer.begin], dtype=np.uint32)
@@ -82,9 +83,11 @@ class Sft(Task):
             was_truncated=was_truncated,
         )
 
-    def _encode_chat(self, chats: ChatRows, row: Row, tokenizer: Tokenizer) -> Encoded:
+    def _encode_rendered(
+        self, chats: ChatRows, rendered: Rendered, tokenizer: Tokenizer
+    ) -> Encoded:
+        """A chat as a sample; `count` is 0 where nothing that is trained fits into the row."""
         assert self.data.sequence_length
-        rendered = self._waiting.pop(id(row), None) or chats.render(row)
         tokens, trained = chats.tokens(rendered, tokenizer)
         begin = tokenizer.begin if self.data.bos is True else None
         if begin is not None and begin not in tokens[:1]:

@@ -4,6 +4,7 @@ An engine handles ranks, wrapping and precision; schedules, save cadence and fil
 """
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from drumline.architectures.patterns import covering
 from drumline.checkpoint.boxes import whole
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.errors import PlanError
@@ -169,10 +171,12 @@ class Engine:
             if parameter.requires_grad and parameter.grad is None
         ]
         if unused:
+            names = [name.removeprefix("model.") for name, _ in self.module.named_parameters()]
+            patterns = json.dumps(covering(set(unused), names))
             more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
             raise PlanError(
                 f"strategy.name: the loss does not use {', '.join(unused[:3])}{more}, and DDP waits for a "
-                "gradient of every weight. Nearest: strategy.name=fsdp"
+                f"gradient of every weight. Nearest: strategy.name=fsdp, or model.frozen={patterns}"
             )
 
     @torch.no_grad()

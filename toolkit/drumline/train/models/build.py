@@ -187,6 +187,8 @@ def _kind(recipe: Recipe, model_type: str) -> Any:
     import transformers
 
     head = recipe.data.facts.head
+    if recipe.data.is_chat_with_images:
+        return transformers.AutoModelForImageTextToText
     if recipe.data.audio:
         speech = head == "seq2seq"
         return getattr(
@@ -207,7 +209,9 @@ def reads_images(model_type: str) -> bool:
 
 def check_vocabulary(model: Any, manifest: DatasetManifest, is_pretrained: bool) -> None:
     """Raise PlanError where the tokenizer's vocabulary is larger than the model's."""
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    config: Any = getattr(model, "config", None)
+    of_text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    vocabulary = getattr(of_text, "vocab_size", None)
     if (
         vocabulary is not None
         and manifest.vocabulary is not None

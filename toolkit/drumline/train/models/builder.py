@@ -71,6 +71,7 @@ class ModelBuilder:
         built = build_model(recipe, manifest)
         self.model: Any = built.model
         self._weights = built.weights
+        self._rules = _InitRules(self.model)
         self._names = {id(module): name for name, module in self.model.named_modules()}
         self.notes: list[str] = []
         new = built.weights.missing if built.weights else []
@@ -144,10 +145,10 @@ class ModelBuilder:
             if self._weights:
                 self._read(self._weights, name, base)
             else:
-                _allocate(base, torch.device("cpu"), is_poisoned=True)
+                made = _allocate(base, torch.device("cpu"), is_poisoned=True)
                 torch.manual_seed(derived_seed("init", self._seed, name))
-                _initialise(self.model, base)
-                _fill_what_is_left(base, self._names)
+                _initialise(self._rules, base)
+                _fill_what_is_left(made, self._names)
             self._draw_adapters(modules)
 
     def _draw_adapters(self, modules: list[nn.Module]) -> None:
@@ -170,13 +171,14 @@ class ModelBuilder:
             _put(*places[name], value)
         self._tie()
         left = [m for m in modules if any(tensor.is_meta for tensor in own_tensors(m))]
-        _allocate(left, torch.device("cpu"))
+        made = _allocate(left, torch.device("cpu"), is_poisoned=True)
         new = {name.rpartition(".")[0] for name in weights.missing if name in places}
         for name in sorted(new):
             torch.manual_seed(derived_seed("init", self._seed, name))
-            _initialise(self.model, [m for m in modules if self._names.get(id(m)) == name])
+            _initialise(self._rules, [m for m in modules if self._names.get(id(m)) == name])
         torch.manual_seed(derived_seed("init", self._seed, unit))
-        _initialise(self.model, left)  # what no file holds: buffers that follow from the config
+        _initialise(self._rules, left)  # what no file holds: buffers that follow from the config
+        _fill_what_is_left(made, self._names, is_pretrained=True)
 
     def _tie(self) -> None:
         if self._weights:
@@ -192,7 +194,7 @@ class ModelBuilder:
         if self._is_empty and source != _rank():
             _allocate(modules, self._device)
             with _without_draws():
-                _initialise(self.model, modules)
+                _initialise(self._rules, modules)
         for module in modules:
             for store in (module._parameters, module._buffers):
                 for name, tensor in store.items():
@@ -214,17 +216,57 @@ class ModelBuilder:
             store[name] = tensor.to(self._device)
 
 
-def _allocate(modules: list[nn.Module], device: torch.device, is_poisoned: bool = False) -> None:
-    """Replace meta tensors by uninitialised ones on `device`; by NaN, to see which of them stay so."""
+class _InitRules:
+    """transformers' rule for the first values of each module: that of the innermost model that it is part of.
+
+    A model of several, such as one of images and one of text, has a rule for each.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._whole = model
+        self._owners: dict[int, Any] = {}
+        if hasattr(model, "_init_weights"):
+            self._assign(model, model)
+
+    def _assign(self, module: Any, owner: Any) -> None:
+        own = module if hasattr(module, "_init_weights") else owner
+        self._owners[id(module)] = own
+        for child in module.children():
+            self._assign(child, own)
+
+    def apply(self, module: nn.Module) -> None:
+        """Give a module's own tensors their first values."""
+        self._owners.get(id(module), self._whole)._init_weights(module)
+
+
+Made = list[tuple[nn.Module, str]]
+"""Modules, and the names of their tensors that were allocated."""
+
+
+def _allocate(modules: list[nn.Module], device: torch.device, is_poisoned: bool = False) -> Made:
+    """Replace meta tensors by uninitialised ones on `device`, and tell which these are.
+
+    `is_poisoned`: they are NaN, or the least number of their dtype, to see which of them stay so.
+    """
+    made = []
     for module in modules:
         for store in (module._parameters, module._buffers):
             for leaf, tensor in store.items():
                 if tensor is None or not tensor.is_meta:
                     continue
                 empty = torch.empty_like(tensor, device=device)
-                if is_poisoned and empty.is_floating_point():
-                    empty.fill_(torch.nan)
+                if is_poisoned:
+                    empty.fill_(_poison(empty.dtype))
                 _put(module, leaf, empty, is_initialised=False)
+                made.append((module, leaf))
+    return made
+
+
+def _poison(dtype: torch.dtype) -> float | int:
+    """A value that no weight begins with; of truth values there is none."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return torch.nan
+    return 0 if dtype is torch.bool else torch.iinfo(dtype).min
 
 
 def _put(module: nn.Module, leaf: str, value: Tensor, is_initialised: bool = True) -> None:
@@ -239,7 +281,7 @@ def _put(module: nn.Module, leaf: str, value: Tensor, is_initialised: bool = Tru
 
 
 @torch.no_grad()
-def _initialise(model: Any, modules: list[nn.Module]) -> None:
+def _initialise(rules: _InitRules, modules: list[nn.Module]) -> None:
     """Initialise these modules with transformers' own rules, children before parents.
 
     Initialised parameters are marked, so that a parent's rule does not initialise them again.
@@ -248,22 +290,21 @@ def _initialise(model: Any, modules: list[nn.Module]) -> None:
 
     with guard_torch_init_functions():
         for module in reversed(modules):
-            model._init_weights(module)
+            rules.apply(module)
     for module in modules:
         for parameter in module.parameters(recurse=False):
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
-def _fill_what_is_left(modules: list[nn.Module], names: dict[int, str]) -> None:
-    """Give weights that transformers' rules leave out the values that their own module begins with.
+def _fill_what_is_left(made: Made, names: dict[int, str], is_pretrained: bool = False) -> None:
+    """Give tensors that transformers' rules leave out the values that their own module begins with.
 
     PlanError where it has none: a model that is built with storage keeps what its constructor wrote.
     """
-    for module in modules:
-        unset = _unset(module)
-        if not unset:
-            continue
+    left = [(module, leaf) for module, leaf in made if _is_unset(module, leaf)]
+    for module in {id(module): module for module, _ in left}.values():
+        unset = {leaf for own, leaf in left if own is module}
         own = module.named_parameters(recurse=False)
         kept = {name: value.clone() for name, value in own if name not in unset}
         reset = getattr(module, "reset_parameters", None)
@@ -271,22 +312,26 @@ def _fill_what_is_left(modules: list[nn.Module], names: dict[int, str]) -> None:
             reset()
             for name, value in kept.items():
                 module._parameters[name].data.copy_(value)  # type: ignore[union-attr]
-        if left := _unset(module):
+        if still := sorted(leaf for leaf in unset if _is_unset(module, leaf)):
             where = names.get(id(module), type(module).__name__)
+            fix = "model.source=folder, of what from_config makes"
+            if is_pretrained:
+                fix = "model.factory, a function of yours that loads it"
             raise PlanError(
-                f"model: transformers has no rule for the first values of {where}.{left[0]}, so they would "
-                "be what stood in memory. Nearest: model.source=folder, of what from_config makes"
+                f"model: transformers has no rule for the first values of {where}.{still[0]}, so they would "
+                f"be what stood in memory. Nearest: {fix}"
             )
 
 
-def _unset(module: nn.Module) -> list[str]:
-    """Names of this module's weights and buffers whose first value is NaN, as `_allocate` left them."""
-    own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-    return [
-        name
-        for name, tensor in own
-        if tensor.numel() and not isinstance(tensor, DTensor) and bool(tensor.flatten()[0].isnan())
-    ]
+def _is_unset(module: nn.Module, leaf: str) -> bool:
+    """Whether a tensor still begins with what `_allocate` wrote."""
+    tensor = module._parameters.get(leaf)
+    if tensor is None:
+        tensor = module._buffers.get(leaf)  # type: ignore[assignment]
+    if tensor is None or not tensor.numel() or isinstance(tensor, DTensor):
+        return False
+    first, poison = tensor.flatten()[0], _poison(tensor.dtype)
+    return bool(first.isnan()) if poison != poison else poison != 0 and bool(first == poison)
 
 
 @contextlib.contextmanager

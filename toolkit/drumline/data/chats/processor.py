@@ -1,0 +1,235 @@
+"""The processor of a model that reads images and text: how many tokens an image is, and its pixels.
+
+transformers' own does both. In a chat's text a place of an image, one token, becomes as many tokens as the
+model makes features of the image, and marks around them.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drumline.data.images import check, decoded
+from drumline.data.tasks.base import Arrays
+from drumline.errors import DataError
+from drumline.recipe.image_section import Image
+
+_OF_TEXT = ("input_ids", "attention_mask", "text_replacement_offsets")
+"""What a processor returns of the text, but for the types of tokens."""
+_TYPES = ("mm_token_type_ids", "token_type_ids")
+"""Names of the types of tokens: 1 of an image, 0 of text."""
+_CHATS_CHECKED = 3
+"""Chats of known sizes of images whose tokens are compared with the processor's own."""
+
+
+class ChatProcessor:
+    """The processor that `data.image` names; it is loaded on first use, once in each process."""
+
+    def __init__(self, spec: Image) -> None:
+        self.spec = spec
+        self._tokens_of: dict[tuple[int, int], str] = {}
+        self._checked = 0
+
+    @cached_property
+    def inner(self) -> Any:
+        """Transformers' processor; DataError where it cannot be loaded, or is none of images and text."""
+        assert self.spec.processor
+        name = self.spec.processor
+        try:
+            found = _load(name)
+        except (OSError, ValueError, ImportError, TypeError, AttributeError, KeyError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DataError(f"data.image.processor: {name} cannot be loaded: {first}") from None
+        lacking = [
+            part
+            for part in ("tokenizer", "image_processor", "replace_image_token", "image_token")
+            if getattr(found, part, None) is None
+        ]
+        if lacking:
+            raise DataError(
+                f"data.image.processor: {name} is a {type(found).__name__} without {lacking[0]}, so where "
+                "its images stand in a text cannot be told"
+            )
+        return found
+
+    @property
+    def place(self) -> str:
+        """The token that stands for an image in the text that the chat template writes."""
+        return str(self.inner.image_token)
+
+    def expand(self, text: str, files: Sequence[bytes]) -> tuple[str, list[tuple[int, int]]]:
+        """A chat's text with all tokens of its images, and where these stand, from first letter to end.
+
+        A processor chooses them by the size of an image, so it is asked once for each size. DataError for
+        another number of places than files.
+        """
+        places = [one.start() for one in re.finditer(re.escape(self.place), text)]
+        if len(places) != len(files):
+            raise DataError(
+                f"{len(files)} images, and the chat template wrote {len(places)} times {self.place}. "
+                "Nearest: data.chat_template, the one of the processor"
+            )
+        pieces: list[str] = []
+        spans: list[tuple[int, int]] = []
+        done = length = 0
+        for place, raw in zip(places, files, strict=True):
+            tokens = self._tokens(raw)
+            before = text[done:place]
+            start = length + len(before)
+            pieces += [before, tokens]
+            spans.append((start, start + len(tokens)))
+            done, length = place + len(self.place), start + len(tokens)
+        return "".join((*pieces, text[done:])), spans
+
+    def _tokens(self, raw: bytes) -> str:
+        check(raw)
+        size = _size_of(raw)
+        if size not in self._tokens_of:
+            found = self._call(text=[self.place], images=[[decoded(raw, 3)]])
+            (replaced,) = found["text_replacement_offsets"][0]
+            self._tokens_of[size] = replaced["replacement"]
+        return self._tokens_of[size]
+
+    def check_tokens(self, text: str, files: Sequence[bytes], tokens: NDArray[np.uint32]) -> None:
+        """DataError where the processor makes other tokens of a chat's text and images than these.
+
+        `text` is that of the template, before `expand`. After a few chats only those are looked at that have
+        an image of a new size.
+        """
+        seen = len(self._tokens_of) + _CHATS_CHECKED
+        if self._checked >= seen:
+            return
+        self._checked += 1
+        images = {"images": [[decoded(raw, 3) for raw in files]]} if files else {}
+        found = self._call(text=[text], **images)
+        ids = np.asarray(found["input_ids"][0], dtype=np.uint32)
+        if not np.array_equal(ids, tokens):
+            raise DataError(
+                f"data.image.processor: its own tokenizer makes {len(ids)} tokens of this row, and "
+                f"data.tokenizer {len(tokens)}, or others. Nearest: data.tokenizer, the processor's folder"
+            )
+        for name in found.keys() - {*_OF_TEXT, *self._input_names}:
+            types = self.types(ids[None])
+            if name != self.types_name or not np.array_equal(np.asarray(found[name]), types):
+                raise DataError(
+                    f"data.image.processor: {type(self.inner).__name__} gives its model {name}, which is not "
+                    "made here"
+                )
+
+    @cached_property
+    def _input_names(self) -> set[str]:
+        """Names of the inputs that images become."""
+        return set(self._call(images=[[_blank()]])) - {*_OF_TEXT, *_TYPES}
+
+    @cached_property
+    def types_name(self) -> str | None:
+        """The name under which the model is given the types of tokens, if it is."""
+        found = self._call(text=[self.place], images=[[_blank()]])
+        return next((name for name in _TYPES if name in found), None)
+
+    def types(self, ids: NDArray[Any]) -> NDArray[np.int64]:
+        """The types of tokens, int64 of the same shape: 1 where a feature of an image stands."""
+        if self.types_name is None:
+            return np.zeros(ids.shape, dtype=np.int64)
+        found = self.inner.create_mm_token_type_ids(ids.astype(np.int64).tolist())
+        return np.asarray(found, dtype=np.int64)
+
+    def is_feature(self, ids: NDArray[Any]) -> NDArray[np.bool_]:
+        """Where a feature of an image stands."""
+        own = [one for one in self.inner.image_token_ids if one is not None]
+        return np.isin(ids, own)
+
+    def inputs(self, rows: Sequence[Sequence[bytes]]) -> Arrays:
+        """The model's inputs of the images of these rows by name, such as pixel_values."""
+        if not any(rows):
+            return {}
+        found = self._call(images=[[decoded(raw, 3) for raw in files] for files in rows])
+        return {name: _array(found[name]) for name in sorted(self._input_names & found.keys())}
+
+    def _call(self, **given: Any) -> Any:
+        """What the processor makes of these; DataError where it refuses."""
+        options = {"add_special_tokens": False} if "text" in given else {}
+        if "text" in given:
+            options["return_text_replacement_offsets"] = True
+        try:
+            return self.inner(**given, **options, **self.spec.options, return_tensors="np")
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DataError(f"data.image.processor: it refuses the images: {first[:200]}") from None
+
+
+def _array(values: Any) -> NDArray[Any]:
+    found = np.asarray(values)
+    return found.astype(np.float32) if found.dtype.kind == "f" else found
+
+
+def _blank() -> Any:
+    from PIL import Image as Pillow
+
+    return Pillow.new("RGB", (64, 64))
+
+
+def _size_of(raw: bytes) -> tuple[int, int]:
+    """Width and height of an image that stands upright."""
+    from PIL import Image as Pillow
+
+    with Pillow.open(io.BytesIO(raw)) as image:
+        turned = image.getexif().get(0x0112, 1) >= 5  # of the orientations, those on their side
+        width, height = image.size
+        return (height, width) if turned else (width, height)
+
+
+def _load(name: str) -> Any:
+    """The processor of a folder or a model of the hub; one of videos, too, also without torchvision."""
+    import transformers
+    from transformers.utils import is_torchvision_available
+
+    if is_torchvision_available():
+        return transformers.AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    kind = _class_of(name)
+    if "video_processor" not in kind.get_attributes():
+        return transformers.AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    # transformers' processors of videos need torchvision; those of images do not.
+    images = transformers.AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    parts = {"image_processor": images, "tokenizer": tokenizer, "video_processor": None}
+    only_images: Any = type(kind.__name__, (kind,), {"check_argument_for_proper_class": _no_check})
+    stated, _ = kind.get_processor_dict(name)
+    arguments = [parts[part] for part in kind.get_attributes()]
+    return only_images.from_args_and_dict(arguments, stated)
+
+
+def _no_check(processor: Any, name: str, part: Any) -> None:
+    """In place of a check that the video processor is one."""
+
+
+def _class_of(name: str) -> Any:
+    """The class of a processor, as its files or its model's config state it; ValueError where none does."""
+    import json
+
+    import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+    from transformers.utils import cached_file
+
+    files = (
+        "processor_config.json",
+        "preprocessor_config.json",
+        "tokenizer_config.json",
+        "config.json",
+    )
+    for file in files:
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        if path is None:
+            continue
+        with open(path, encoding="utf-8") as text:
+            config = json.load(text)
+        stated = config.get("processor_class")
+        if file == "config.json":
+            stated = PROCESSOR_MAPPING_NAMES.get(config.get("model_type"))
+        if stated and hasattr(transformers, stated):
+            return getattr(transformers, stated)
+    raise ValueError("its files state no processor_class that transformers has")
