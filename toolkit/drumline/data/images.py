@@ -24,6 +24,8 @@ _IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 _DEEP_MODES = ("I;16", "I", "F", "I;16B")
 _PNG, _PNG_DEPTH = b"\x89PNG\r\n\x1a\n", 24
 """What a PNG begins with, and the byte with its bits per channel, which Pillow cuts to 8 of colours."""
+_INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+"""Pillow's numbers."""
 _ATTEMPTS = 10
 _CENTRE = 0.875
 """Share of the shorter side that is kept in evaluation, where `resize` is not stated."""
@@ -165,8 +167,9 @@ def pipeline(spec: Image, project: str | None) -> Pipeline:
         shorter = None
     mean = spec.mean or stated.get("mean") or _IMAGENET[0][: spec.channels]
     std = spec.std or stated.get("std") or _IMAGENET[1][: spec.channels]
-    names = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
-    number = stated.get("resample", 2) if spec.interpolation is None else names[spec.interpolation]
+    number = stated.get("resample", 2)
+    if spec.interpolation is not None:
+        number = _INTERPOLATIONS[spec.interpolation]
     return Pipeline(
         spec=spec,
         height=height,
@@ -240,6 +243,8 @@ def _processor(spec: Image) -> dict[str, Any]:
     path = processor_file(spec.processor)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+        if "pretrained_cfg" in config:
+            return _of_timm(config["pretrained_cfg"], spec)
         found = _scale(config, spec) | (_cut(config) if spec.size is None else {})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise DataError(f"data.image.processor: {path}: {error}") from None
@@ -253,6 +258,25 @@ def _processor(spec: Image) -> dict[str, Any]:
             f"data.image.processor: {path}: {odd[0]}: {config[odd[0]]!r} is not followed here. Nearest: "
             "data.image.transform, a function of your own"
         )
+    return found
+
+
+def _of_timm(config: dict[str, Any], spec: Image) -> dict[str, Any]:
+    """What timm's own transform does in evaluation; ValueError for a crop that is not its middle."""
+    if config.get("crop_mode", "center") != "center":
+        raise ValueError(
+            f"crop_mode: {config['crop_mode']} is not followed here. Nearest: data.image.transform, a "
+            "function of your own"
+        )
+    found = {
+        "mean": list(config["mean"]),
+        "std": list(config["std"]),
+        "resample": _INTERPOLATIONS[config.get("interpolation") or "bicubic"],
+    }
+    if spec.size is None:
+        _, height, width = config["input_size"]
+        share = config.get("crop_pct") or _CENTRE
+        found |= {"size": [height, width], "resize": math.floor(min(height, width) / share)}
     return found
 
 

@@ -18,9 +18,15 @@ _OF_CHATS = (
 
 
 def processor_file(name: str) -> Path:
-    """The preprocessor_config.json of a folder, or of a model of the hub."""
+    """The preprocessor_config.json of a folder or a model of the hub, or the config.json of one of timm."""
     file = "preprocessor_config.json"
-    return Path(name) / file if name.startswith("/") else _cached(name, file)
+    if not name.startswith("/"):
+        return _cached(name, "config.json" if name.startswith("timm/") else file)
+    path = Path(name) / file
+    of_timm = Path(name) / "config.json"
+    if path.exists() or not of_timm.is_file() or b"pretrained_cfg" not in of_timm.read_bytes():
+        return path
+    return of_timm
 
 
 def processor_digests(data: Data) -> dict[str, str]:
@@ -55,7 +61,8 @@ def save_processor(data: Data, target: Path) -> None:
         return
     name = data.image.processor
     for path in _files_of_chats(name) if data.is_chat_with_images else [processor_file(name)]:
-        shutil.copyfile(path, target / path.name)
+        if path.name != "config.json":  # which an export has of its own
+            shutil.copyfile(path, target / path.name)
 
 
 def _files_of_chats(name: str) -> list[Path]:

@@ -514,7 +514,8 @@ def shape_of(recipe: Recipe, world: World) -> ModelShape | str:
 def _whole_config(recipe: Recipe, world: World) -> tuple[str, dict[str, Any]]:
     """The architecture, and the recipe's config on top of the pretrained model's; empty where not known."""
     saved = world.model_config or {}
-    architecture = recipe.model.architecture or str(saved.get("model_type", ""))
+    of_timm = "timm_wrapper" if "pretrained_cfg" in saved else ""
+    architecture = recipe.model.architecture or str(saved.get("model_type", of_timm))
     return architecture, {**saved, **recipe.model.config}
 
 

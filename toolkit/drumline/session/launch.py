@@ -18,6 +18,7 @@ from drumline.runs.folder import RunFolder
 from drumline.runs.trackers import wanted
 from drumline.secrets import Secrets
 from drumline.session.show import run_facts
+from drumline.session.world import model_config
 from drumline.units import format_bytes
 from drumline_launchers import LAUNCHERS, Command
 from drumline_launchers.base import Job
@@ -35,7 +36,7 @@ class Node:
 
 
 def check_offered(recipe: Recipe) -> None:
-    """Raise LaunchError if the recipe's launcher or one of its trackers is not installed."""
+    """Raise LaunchError if the launcher, a tracker or what builds the model is not installed."""
     launcher = recipe.launch.launcher
     if launcher != "torchrun" and find_spec(launcher) is None:
         raise LaunchError(
@@ -46,12 +47,25 @@ def check_offered(recipe: Recipe) -> None:
         raise LaunchError(
             "model.adapter: peft is not installed. Nearest: pip install 'drumline[adapters]'"
         )
+    if _is_of_timm(recipe) and not (find_spec("timm") and find_spec("torchvision")):
+        raise LaunchError(
+            "model: it is one of timm, which is not installed whole. Nearest: pip install timm torchvision, "
+            "of versions that go with torch"
+        )
     for tracker in wanted(recipe):
         if find_spec(tracker) is None:
             raise LaunchError(
                 f"logging.{tracker}: {tracker} is not installed. "
                 f"Nearest: pip install 'drumline[{tracker}]'; metrics.jsonl holds every step in any case"
             )
+
+
+def _is_of_timm(recipe: Recipe) -> bool:
+    """Whether the model is built by timm, as the recipe or the files of the model say."""
+    if recipe.model.architecture == "timm_wrapper":
+        return True
+    config = model_config(recipe.model, []) or {}
+    return "pretrained_cfg" in config or config.get("model_type") == "timm_wrapper"
 
 
 def refuse_secrets(held: Recipe | Site, secrets: Secrets) -> None:

@@ -319,6 +319,9 @@ def blank_manifest(plan: Plan) -> DatasetManifest:
     if model.architecture and reads_images(model.architecture):
         config = {**model.config, **(model.config.get("vision_config") or {})}
         features = [config.get("num_channels", 3), *sides(config, "image_size", 224)]
+    if data.image and data.image.size and not data.is_chat_with_images:
+        size = data.image.size
+        features = [data.image.channels, *([size, size] if isinstance(size, int) else size)]
     return DatasetManifest(
         task=data.task,
         fingerprint="",

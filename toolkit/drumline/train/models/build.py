@@ -72,7 +72,7 @@ def _from_config(recipe: Recipe, manifest: DatasetManifest) -> nn.Module:
     _check_padding(recipe, config)
     try:
         return _on_meta(kind, config, recipe)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise PlanError(f"model: {spec.architecture}: {_first_line(error)}") from None
 
 
@@ -98,7 +98,7 @@ def _from_weights(recipe: Recipe, manifest: DatasetManifest) -> Built:
         kind = _kind(recipe, config.model_type)
         _check_padding(recipe, config)
         form = _on_meta(kind, config, recipe)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         key = "name" if spec.name else "path"
         raise PlanError(f"model.{key}: {where}: {_first_line(error)}") from None
     weights = PretrainedWeights(form, folder, has_new_head=recipe.data.facts.has_labels)
@@ -164,6 +164,12 @@ def _fields(
                 fields["label2id"] = {name: number for number, name in enumerate(names)}
             else:
                 fields["num_labels"] = labels  # else the names of the saved labels stay
+    if saved and "pretrained_cfg" in saved:  # timm is given the number of classes by itself
+        stated = saved.get("model_args") or {}
+        fields["model_args"] = {key: v for key, v in stated.items() if key != "num_classes"}
+        if "id2label" in fields:
+            names = list(fields["id2label"].values())
+            fields |= {"num_labels": len(names), "label_names": names}
     # Keys and values would be copied into a cache that training never reads.
     fields.setdefault("use_cache", False)
     return fields

@@ -5,7 +5,8 @@ when the recipe's `adapter` and `frozen` are applied. `model.edits` name functio
 weights are loaded before these, all of them on every rank.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Any
 
 from torch import nn
 
@@ -60,11 +61,25 @@ def head_of(model: nn.Module, recipe: Recipe) -> list[str]:
     """Names of a classifier's parameters outside the pretrained model's body; none of other models."""
     if not recipe.data.facts.has_labels or not hasattr(model, "base_model_prefix"):
         return []
-    body = body_of(model)
-    return [name for name, _ in model.named_parameters() if name.partition(".")[0] not in body]
+    is_of_head = head_rule(model)
+    return [name for name, _ in model.named_parameters() if is_of_head(name)]
 
 
-def body_of(model: nn.Module) -> set[str]:
+def head_rule(model: Any) -> Callable[[str], bool]:
+    """Whether a weight of this name lies outside the pretrained model's body.
+
+    timm's models say which of their layers are the classifier.
+    """
+    wrapped = getattr(model, "timm_model", None)
+    if wrapped is not None:
+        stated = wrapped.pretrained_cfg.get("classifier") or ()
+        names = [stated] if isinstance(stated, str) else stated
+        return lambda name: name.startswith(tuple(f"timm_model.{one}." for one in names))
+    body = _body_of(model)
+    return lambda name: name.partition(".")[0] not in body
+
+
+def _body_of(model: nn.Module) -> set[str]:
     """How names of the base model's weights begin, with and without its prefix.
 
     All but the last part of a model that is its own base model, such as SigLIP's classifier.

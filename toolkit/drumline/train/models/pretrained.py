@@ -22,7 +22,7 @@ from drumline.architectures.weight_names import (
     wrapper_of,
 )
 from drumline.errors import PlanError
-from drumline.train.models.edits import body_of
+from drumline.train.models.edits import head_rule
 
 
 class PretrainedWeights:
@@ -84,7 +84,7 @@ class PretrainedWeights:
     def _account(self, has_new_head: bool) -> list[str]:
         """What the files lack, by a load of shapes alone; PlanError for any key that should not be so."""
         form, guesses = self._form, "MaskedLM" in type(self._form).__name__
-        body = body_of(form)
+        is_outside = head_rule(form)
         empty = {key: torch.empty(shape, device="meta") for key, shape in self._shapes.items()}
         info = self._load(empty, "meta")
         self._absent = set(info.missing_keys)
@@ -98,8 +98,7 @@ class PretrainedWeights:
         }
 
         def is_of_a_head(name: str) -> bool:
-            parts = name.split(".")
-            return has_new_head and (parts[0] not in body or "pooler" in parts)
+            return has_new_head and (is_outside(name) or "pooler" in name.split("."))
 
         mismatched = {name for name, *_ in info.mismatched_keys}
         wrong = [
