@@ -33,7 +33,6 @@ RUNS = [
     ("ddp", SPLITS[2]),
     ("fsdp", SPLITS[2]),
     ("accelerate", SPLITS[1]),
-    ("zero2", SPLITS[1]),
 ]
 
 

@@ -24,7 +24,6 @@ SPLITS = [(6, 1, 2), (3, 2, 2), (2, 2, 3)]
 RUNS = [("ddp", split) for split in SPLITS] + [
     ("fsdp", SPLITS[2]),
     ("accelerate", SPLITS[1]),
-    ("zero2", SPLITS[2]),
     ("zero3", SPLITS[1]),
 ]
 LORA = {"adapter": {"rank": 2, "alpha": 8.0}}

@@ -30,7 +30,6 @@ pytestmark = [pytest.mark.xdist_group("kinds"), pytest.mark.heavy]
 SPLITS = [(6, 1, 2), (3, 2, 2), (2, 2, 3)]
 RUNS = [("ddp", split) for split in SPLITS] + [
     ("fsdp", SPLITS[2]),
-    ("zero2", SPLITS[1]),
     ("zero3", SPLITS[1]),
 ]
 WHISPER = {"source": "config", "architecture": "whisper", "config": {

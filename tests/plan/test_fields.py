@@ -80,6 +80,7 @@ CHANGES: dict[str, Any] = {
              {"workers": 3}, *({"task": "seq2seq", "target_length": 9, "audio_field": "a", "audio": {"seconds": 5, key: value}} for key, value in AUDIO.items()),
  *({"task": "classification", "image_field": "i", "image": {"size": 32, key: value}} for key, value in IMAGE.items()),
              {"task": "sft", "sequence_length": 9, "image_field": "i", "image": {"processor": "/p"}},
+             {"source": "hub", "name": "a/b", "config": "c"},
              {"validation_split": "periodic"}, {"validation_seed": 1},
              {"source": "mixture", "name": None, "mixture": [{"weight": 1.0, "source": "files", "path": "/a.jsonl"},
                                                              {"weight": 2.0, "source": "files", "path": "/b.jsonl"}]},

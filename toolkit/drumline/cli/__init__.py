@@ -9,9 +9,11 @@ import signal
 import sys
 from importlib import import_module
 from types import ModuleType
+from typing import Annotated
 
 import typer
 
+from drumline import __version__
 from drumline.errors import DrumlineError, LaunchError
 from drumline.output import ForgivingOutput, printable
 from drumline.processes import heeded
@@ -49,14 +51,25 @@ OUTPUT_FAILED_EXIT_CODE = 74
 app = typer.Typer(
     name="drumline",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
 
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"drumline {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _group() -> None:
+def _group(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
     """Plan, train and resume distributed training from one recipe.
 
     `--debug` anywhere on the command line shows the traceback of an error.

@@ -83,7 +83,9 @@ def _one_file(path: DataFile, data: Data) -> Iterator[SourceRow]:
 def _from_hub(data: Data) -> Iterator[dict[str, Any]]:
     load_dataset = _load_dataset()
     try:
-        rows = load_dataset(data.name, split=data.split, streaming=True, **data.options)
+        rows = load_dataset(
+            data.name, data.config, split=data.split, streaming=True, **data.options
+        )
         yield from _undecoded(rows, data)
     except (ConnectionError, OSError, ValueError) as error:
         raise DataError(

@@ -108,7 +108,7 @@ _SOURCES = {
 """The key that names the data, by `source`."""
 
 
-_NAMED_BY = ("name", "path", "factory")
+_NAMED_BY = ("name", "path", "factory", "config")
 """Keys that never hold for another source as well."""
 
 
@@ -157,6 +157,7 @@ class OtherSource(Section):
     factory: FactoryName | None = None
     options: dict[str, Any] = {}
     split: str | None = None
+    config: Annotated[str | None, AddedLater()] = None
     text_field: str | None = None
     text_pair_field: Annotated[str | None, AddedLater()] = None
     image_field: Annotated[str | None, AddedLater()] = None
@@ -236,6 +237,8 @@ class Data(Section):
     of numbers (regression), or whether the completion is desirable (preference). `text_pair_field`: a second
     text of the row, for tasks that have labels.
 
+    `config`: of a data set of the hub that has several, such as wikitext's wikitext-2-raw-v1.
+
     `source: dataset`: `factory` returns a data set with `__len__` and `__getitem__`, and maybe `collate`.
 
     `image_field`: a column with images: paths, or the bytes of files; `image`: what becomes of them. A folder
@@ -273,6 +276,7 @@ class Data(Section):
     factory: FactoryName | None = None
     options: dict[str, Any] = {}
     split: str = "train"
+    config: Annotated[Name | None, AddedLater()] = None
     task: Literal[
         "causal_lm",
         "sft",
@@ -365,6 +369,10 @@ class Data(Section):
         if self.evaluation is not None and not self.evaluation:
             raise ValueError("evaluation names no data. Nearest: leave it out")
         self._check_datasets()
+        if self.config is not None and self.source not in ("hub", "mixture"):
+            raise ValueError(
+                f"config: of a set of the hub, not of {self.source}. Nearest: config null"
+            )
         if (self.task == "custom") != (self.task_factory is not None or self.is_map_style):
             takes = "needs" if self.task == "custom" else "takes no"
             raise ValueError(f"task {self.task} {takes} task_factory, a module:function")

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from drumline.recipe.section import (
     AddedLater,
@@ -40,6 +40,11 @@ class Adapter(Section):
         return self
 
 
+def _policy_of(value: Any) -> Any:
+    """Yes and no, as other tools state it, are full and none."""
+    return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
+
+
 class Model(Section):
     """The model; `architecture` and the fields of `config` are those of transformers.
 
@@ -58,7 +63,9 @@ class Model(Section):
     revision: Annotated[Name | None, AddedLater()] = None
     factory: FactoryName | None = None
     attention: Literal["sdpa", "eager", "flash"] = "sdpa"
-    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    activation_checkpointing: Annotated[
+        Literal["none", "full", "selective"], BeforeValidator(_policy_of)
+    ] = "none"
     activation_offload: Annotated[bool, AddedLater()] = False
     sync_batchnorm: bool = False
     compile: bool = False

@@ -1,5 +1,6 @@
 """Turns pydantic's errors into drumline's messages: path, value, what is wrong, nearest legal fix."""
 
+import json
 import re
 from typing import Any, get_args
 
@@ -60,11 +61,17 @@ def _explain(item: Any, root: type[BaseModel]) -> str:
         )
         if deeper:
             return f"{path}: unknown key. Did you mean '{deeper[0]}.{path}'?"
+        if known := _of_another_tool(loc[-1], value):
+            return f"{path}: unknown key{known}"
         return f"{path}: unknown key{_did_you_mean(loc[-1], _keys(section), 'keys here')}"
     if kind == "missing":
         return f"{path}: missing; the recipe needs it"
     if kind == "literal_error":
         legal = [str(choice) for choice in _literals(root, loc)] or [item["ctx"]["expected"]]
+        is_ours = str(value).lower() in {choice.lower() for choice in legal}
+        name = {"optimizer.name": "optim", "schedule.name": "lr_scheduler"}.get(path, "")
+        if not is_ours and (known := _of_another_tool(name, value)):
+            return f"{path}: {value!r} is not one of the choices{known}"
         return (
             f"{path}: {value!r} is not one of the choices{_did_you_mean(value, legal, 'choices')}"
         )
@@ -76,6 +83,25 @@ def _explain(item: Any, root: type[BaseModel]) -> str:
     if kind == "value_error":
         return f"{path}: {message}" if path else message
     return f"{path}: {value!r}: {message[0].lower()}{message[1:]}"
+
+
+def _of_another_tool(name: str, value: Any) -> str:
+    """What a recipe calls what another tool calls so, as an ending of a message; "" for an unknown name."""
+    from drumline.recipe.other_names import NotOffered, keys_for
+
+    try:
+        found = keys_for(name, value)
+    except NotOffered as error:
+        return f": {error}"
+    except (TypeError, ValueError):
+        return ""
+    if not found:
+        return ""
+    return f". Nearest: {' '.join(f'{key}={_written(one)}' for key, one in found.items())}"
+
+
+def _written(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, bool | list | dict) else str(value)
 
 
 def _section_at(root: type[BaseModel], loc: list[str]) -> type[BaseModel] | None:
