@@ -31,10 +31,11 @@ _IMAGES_FIRST = (  # whatever their order in a message; marks what the assistant
 )
 
 
-def tokenizer(*extra: str, **named: str) -> Any:
+def tokenizer(*extra: str, merges: tuple[tuple[str, str], ...] = (), **named: str) -> Any:
     """A byte-level tokenizer with <|im_start|>, <|im_end|> and these special tokens."""
     letters = {letter: n for n, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    inner = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    letters |= {"".join(pair): len(letters) + n for n, pair in enumerate(merges)}
+    inner = Tokenizer(models.BPE(vocab=letters, merges=list(merges)))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     found = transformers.PreTrainedTokenizerFast(
@@ -102,6 +103,7 @@ def _qwen() -> tuple[Any, Any]:
 def _gemma() -> tuple[Any, Any]:
     words = tokenizer(
         "<start_of_image>", "<end_of_image>", "<image_soft_token>", boi_token="<start_of_image>",
+        merges=(("\u010a", "\u010a"), ("\u010a\u010a", "\u010a")),  # of line breaks, as Gemma's has them
         eoi_token="<end_of_image>", image_token="<image_soft_token>",
     )  # fmt: skip
     processor = transformers.Gemma3Processor(

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,17 @@ import pytest
 import transformers
 
 from advice import heard
+from conftest import tiny_recipe
+from drumline.data.chats.template import save_template
 from drumline.data.prepare import prepare
-from drumline.data.processors import processor_digests
+from drumline.data.processors import processor_digests, save_processor
 from drumline.data.rows import Rows
 from drumline.data.show import show
 from drumline.data.tasks import find_task
-from drumline.errors import DataError
+from drumline.errors import DataError, PlanError
 from drumline.recipe.data_section import Data
+from drumline.recipe.load import validate
+from drumline.session.prepare import prepare_data
 from vision_folders import FAMILIES, chats_in, model_folder, picture, tokenizer
 
 
@@ -186,6 +191,146 @@ def test_a_chat_whose_images_do_not_fit_is_left_out(folders: Path, tmp_path: Pat
     assert rows.tokens(np.array([1]))[0].shape == (1, 65)
 
 
+def test_an_image_that_ends_at_the_last_token_does_not_fit(folders: Path, tmp_path: Path) -> None:
+    """The last token is a target only, so its feature would be missing."""
+    for number in range(2):
+        picture(number).save(tmp_path / f"{number}.png")
+    messages = [said("user", "<image>a?"), said("assistant", "red"), said("user", "<image>b?"), said("assistant", "green")]  # fmt: skip
+    row = {"messages": messages, "images": ["0.png", "1.png"]}
+    path = written(tmp_path, answered("which?", images=["0.png"]), row)
+    ids = prepared(section(folders, path)).tokens(np.array([1]))[0][0]
+    last = int(np.flatnonzero(ids == ids[np.isin(ids, [260, 261])][0])[-1])
+    assert len(prepared(section(folders, path, sequence_length=last))) == 1
+    assert len(prepared(section(folders, path, sequence_length=last + 1))) == 2
+
+
+def test_images_stand_where_they_are_named(folders: Path, tmp_path: Path) -> None:
+    """By their index; lines of their own go at the beginning and end of a message, and stay within it."""
+    for number in range(2):
+        picture(number).save(tmp_path / f"{number}.png")
+    own = {"images": ["0.png", "1.png"]}
+    turned = answered(
+        {"type": "image", "index": 1}, {"type": "image", "index": 0}, text("?"), **own
+    )
+    within = answered("One:\n<image>\nand:\n<image>\nalike?\n", **own)
+    ends = answered("<image>\nalike?\n<image>", **own)
+    rows = prepared(section(folders, written(tmp_path, turned, within, ends)))
+    whole = tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    said_by = [
+        whole.decode(rows.tokens(np.array([n]))[0][0]).replace("<|image_pad|>", "")
+        for n in range(3)
+    ]
+    pixels = rows.collate(np.array([0]))["image_grid_thw"]
+    assert pixels.tolist() == rows.collate(np.array([1]))["image_grid_thw"].tolist()[::-1]
+    mark = "<|vision_start|><|vision_end|>"
+    assert f"One:\n{mark}\nand:\n{mark}\nalike?\n" in said_by[1]
+    assert f"user\n{mark}alike?{mark}<|im_end|>" in said_by[2]
+
+
+def test_a_turned_picture_is_as_wide_as_it_stands(folders: Path, tmp_path: Path) -> None:
+    """A TIFF whose orientation Pillow follows when it opens the file, and a JPEG whose it does not."""
+    upright = picture(0).resize((28, 84))
+    upright.save(tmp_path / "up.png")
+    exif = upright.getexif()
+    exif[0x0112] = 6
+    for name in ("t.tiff", "t.jpg"):
+        upright.transpose(2).save(tmp_path / name, exif=exif)
+    path = written(
+        tmp_path, *(answered("which?", images=[name]) for name in ("t.tiff", "t.jpg", "up.png"))
+    )
+    rows = prepared(section(folders, path, "llava_next"))
+    for number in range(3):
+        batch = rows.collate(np.array([number]))
+        width, height = batch["image_sizes"][0][::-1]
+        assert (int(width), int(height)) == (28, 84) or number == 0
+        features = int((batch["input_ids"] == 259).sum())
+        assert (
+            features == int((rows.collate(np.array([2]))["input_ids"] == 259).sum()) or number == 0
+        )
+
+
+@pytest.mark.parametrize("style", ["{{ m.content }}", "{{ m.content | trim }}"])
+def test_templates_that_take_texts_for_some_messages(
+    folders: Path, style: str, tmp_path: Path
+) -> None:
+    """A list of parts is not printed as Python would."""
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'user' %}{% for p in m.content %}"
+        "{% if p.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ p.text }}{% endif %}{% endfor %}"
+        "{% else %}" + style + "{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    picture(0).save(tmp_path / "0.png")
+    path = written(tmp_path, answered("which?", images=["0.png"]))
+    rows = prepared(section(folders, path, chat_template=str(template)))
+    targets = rows.collate(np.array([0]))["targets"][0]
+    whole = tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    assert whole.decode(targets[targets >= 0]) == "red<|im_end|>"
+
+
+def test_another_tokenizer_is_not_skipped_row_by_row(folders: Path) -> None:
+    data = section(folders, folders / "chats.jsonl", "llava", tokenizer=str(folders / "gemma3"), on_bad_row="skip")  # fmt: skip
+    with pytest.raises(DataError, match="its own tokenizer makes"):
+        prepared(data)
+
+
+def test_a_replaced_file_is_noticed(folders: Path, tmp_path: Path) -> None:
+    """By its size and time; files that are gone are kept."""
+    picture(0).save(tmp_path / "0.png")
+    data = section(folders, written(tmp_path, answered("which?", images=["0.png"])))
+    first = prepared(data).manifest.fingerprint
+    picture(1).save(tmp_path / "0.png")
+    assert prepared(data).manifest.fingerprint != first
+    assert prepared(data).array("file", np.array([0]))[0].tobytes() == png(1)
+    (tmp_path / "0.png").unlink()
+    assert prepared(data).array("file", np.array([0]))[0].tobytes() == png(1)
+
+
+def test_chats_within_other_columns(folders: Path, tmp_path: Path) -> None:
+    picture(0).save(tmp_path / "0.png")
+    row = answered({"type": "image", "image": "0.png"}, text("which?"))
+    path = written(tmp_path, {"chat": row})
+    rows = prepared(section(folders, path, image_field=None, messages_field="chat.messages"))
+    assert rows.array("file", np.array([0]))[0].tobytes() == png(0)
+
+
+def test_an_export_has_the_options_and_the_template(folders: Path, tmp_path: Path) -> None:
+    """What a chat was trained with, not what the processor's folder says."""
+    options = {"size": {"longest_edge": 784, "shortest_edge": 784}}
+    for family, file in (
+        ("qwen2_5_vl", "preprocessor_config.json"),
+        ("llava", "processor_config.json"),
+    ):
+        target = tmp_path / family
+        target.mkdir()
+        data = section(folders, folders / "chats.jsonl", family, image={"processor": str(folders / family), "options": options})  # fmt: skip
+        save_processor(data, target)
+        config = json.loads((target / file).read_text())
+        assert config.get("image_processor", config)["size"] == options["size"]
+        save_template(str(plain(folders)), target)
+        assert "eos_token" in (target / "chat_template.jinja").read_text()
+
+
+def test_a_model_that_looks_for_another_token(folders: Path, tmp_path: Path) -> None:
+    """It would fail at its first image."""
+    wrong = tmp_path / "wrong"
+    shutil.copytree(folders / "llava", wrong)
+    config = json.loads((wrong / "config.json").read_text())
+    (wrong / "config.json").write_text(
+        json.dumps({**config, "image_token_id": 100, "image_token_index": 100})
+    )
+    own = str(wrong)
+    recipe = validate(tiny_recipe(
+        model={"source": "folder", "path": own, "factory": None, "config": {}},
+        data={"source": "files", "name": None, "path": str(folders / "chats.jsonl"), "task": "sft", "image_field": "images",
+              "image": {"processor": own}, "tokenizer": own, "sequence_length": 99, "samples": None},
+    ), "r")  # fmt: skip
+    with pytest.raises(PlanError) as error:
+        prepare_data(recipe)
+    assert heard("Nearest: data.image.processor, the folder of this model", str(error.value))
+
+
 def test_rows_are_shown_with_their_images(folders: Path) -> None:
     shown = show(section(folders, folders / "chats.jsonl"), None, 2)
     rows = list(shown.rows)
@@ -201,6 +346,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no image": (answered("which?", images=["rows-0.jsonl"]), "no image that can be read"),
     "half an image": (answered("which?", images=["half.png"]), "no image that can be read"),
     "bad base64": (answered("which?", images=["data:image/png;base64,%"]), "no image that can be read"),
+    "a part that is not followed": (answered({"type": "image", "base64": "AAAA"}, text("which?")), "base64: 'AAAA', which is not followed"),
+    "numbers that do not fit": (answered({"type": "image", "index": 1}, text("which?"), images=["0.png", "0.png"]), "parts with the index 1"),
+    "no text": (answered(text("so"), {"type": "text", "text": None}, images=["0.png"]), "a part of type text holds None"),
     "the assistant's": ({"messages": [said("user", "draw"), said("assistant", {"type": "image", "image": "0.png"}, text("so"))]},
                         "message 2 (assistant): an image"),
     "a private letter": (answered("which \ue0ff?", images=["0.png"]), "private letter"),
@@ -224,6 +372,13 @@ def test_images_of_the_web_are_not_fetched(folders: Path, tmp_path: Path) -> Non
     with pytest.raises(DataError) as error:
         prepared(section(folders, path))
     assert heard("addresses are not fetched. Nearest: download the files", str(error.value))
+
+
+def test_what_a_part_says_beside_its_image(folders: Path, tmp_path: Path) -> None:
+    path = written(tmp_path, answered({"type": "image", "base64": "AAAA"}, text("which?")))
+    with pytest.raises(DataError) as error:
+        prepared(section(folders, path))
+    heard("which is not followed. Nearest: image, the path of its file", str(error.value))
 
 
 def test_a_column_of_another_name_is_noticed(folders: Path, tmp_path: Path) -> None:
@@ -273,7 +428,7 @@ def test_a_processor_of_other_words(folders: Path) -> None:
     assert heard("Nearest: the folder of the model that reads the images", str(error.value))
     with pytest.raises(DataError) as error:
         prepared(section(folders, folders / "chats.jsonl", chat_template_options={}, chat_template=str(plain(folders))))  # fmt: skip
-    assert heard("Nearest: data.chat_template, the one of the processor", str(error.value))
+    assert heard("Nearest: the processor's own data.chat_template", str(error.value))
 
 
 def plain(folder: Path) -> Path:
@@ -293,5 +448,19 @@ def test_options_of_the_processor_are_part_of_the_data(folders: Path) -> None:
     assert found[0].collate(np.array([1]))["pixel_values"].shape == (4, 1176)
     assert found[1].collate(np.array([1]))["pixel_values"].shape == (16, 1176)
     assert processor_digests(small) != processor_digests(usual)
-    with pytest.raises(DataError, match="it refuses"):
-        prepared(section(folders, path, image={"processor": str(folders / "qwen2_5_vl"), "options": {"size": 3}}))  # fmt: skip
+    for options, words in (
+        ({"size": 3}, "it refuses"),
+        ({"max_pixles": 784}, "Nearest: max_pixels"),
+        ({"images": []}, "the rows give it. Nearest: leave it out"),
+    ):
+        with pytest.raises(DataError) as error:
+            prepared(section(folders, path, image={"processor": str(folders / "qwen2_5_vl"), "options": options}))  # fmt: skip
+        assert words in str(error.value)
+    assert heard("the rows give it. Nearest: leave it out", str(error.value))
+
+
+def test_an_option_that_the_processor_lacks(folders: Path) -> None:
+    own = {"processor": str(folders / "qwen2_5_vl"), "options": {"max_pixles": 784}}
+    with pytest.raises(DataError) as error:
+        prepared(section(folders, folders / "chats.jsonl", image=own))
+    assert heard(" has no such option. Nearest: max_pixels", str(error.value))

@@ -33,6 +33,7 @@ RUNS = [
     ("ddp", SPLITS[2]),
     ("fsdp", SPLITS[2]),
     ("accelerate", SPLITS[1]),
+    ("zero2", SPLITS[1]),
 ]
 
 

@@ -82,6 +82,7 @@ FOLLOWED: list[tuple[list[str], str, list[list[str]]]] = [
      [["data.image.channels=1"], ["model.config.num_channels=3"]]),
     ([*CHATS, "data.image={size: 32}"], "Nearest: data.image={processor: ...}, the model's folder", [["!data.image={processor: /p}"]]),
     ([*CHATS, "data.image={processor: /p, flip: 0.0}"], "Nearest: data.image.options, which it is called with", [["!data.image={processor: /p, options: {size: {longest_edge: 784}}}"]]),
+    ([*CHATS, "data.image={processor: /p}", "data.chat_template=chatml"], "Nearest: data.chat_template=null", [["data.chat_template=null"]]),
     ([*CHATS, "data.image={processor: /p}", "data.packing=documents"], "Nearest: data.packing=none", [["data.packing=none"]]),
     ([*OWN, "data.workers=0"], "their own. Nearest: data.workers=4", [["data.workers=4"]]),
     ([*OWN, "data.task=causal_lm"], "source dataset is for task custom, without task_factory. Nearest: data.task=custom", [["data.task=custom"]]),

@@ -5,6 +5,7 @@
     ├── PlanError          2   the batch equation, the steps, the strategy table
     │   └── DoesNotFit     3   the plan is sound but its peak memory exceeds the GPU
     ├── DataError          2   a file that is missing, empty or not in its stated format
+    │   └── OfAllRows          what is wrong with every row of a source, which skipping bad rows would hide
     ├── LaunchError        2   this machine cannot start what the plan asks for
     ├── CheckpointError    4   no sound checkpoint, or one of another training
     │   └── CheckpointUnreadable   its files cannot be read now, which says nothing about their content
@@ -46,6 +47,10 @@ class DoesNotFit(PlanError):
 
 class DataError(DrumlineError):
     """The data are missing, empty, or not what the recipe says."""
+
+
+class OfAllRows(DataError):
+    """Every row of a source is wrong in the same way, such as by another tokenizer; none may be skipped."""
 
 
 class LaunchError(DrumlineError):

@@ -3,6 +3,8 @@
 import base64
 import binascii
 import io
+import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,7 @@ _IMAGE_PARTS = ("image", "image_url")
 """Types of the parts of a message that are images."""
 _REFERENCES = ("image", "path", "image_url", "url")
 """Keys of such a part that say which image it is."""
+_KNOWN_KEYS = ("type", "text", "index", "detail", *_REFERENCES)
 
 
 def has_media(data: Data) -> bool:
@@ -29,24 +32,72 @@ def has_media(data: Data) -> bool:
     return data.media_field is not None or data.is_chat_with_images
 
 
-def with_media(rows: Iterator[SourceRow], data: Data, folder: Path | None) -> Iterator[SourceRow]:
+class MediaFiles:
+    """The files that rows name: where each was read, of how many bytes and when changed last."""
+
+    NAME = "media.txt"
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self._lines: list[str] = []
+
+    def of_another(self) -> "MediaFiles":
+        """The same notes, for a source with a folder of its own."""
+        found = MediaFiles()
+        found._lines = self._lines
+        return found
+
+    def read(self, path: Path) -> bytes:
+        """The bytes of a file, which is noted."""
+        with path.open("rb") as file:
+            self._lines.append(_stamped(path, os.fstat(file.fileno())))
+            return file.read()
+
+    def write(self, folder: Path) -> None:
+        """Keep the notes beside the rows that were prepared of these files."""
+        (folder / self.NAME).write_text(
+            "".join(dict.fromkeys(self._lines)), encoding="utf-8", errors="surrogateescape"
+        )
+
+    @classmethod
+    def have_changed(cls, folder: Path) -> bool:
+        """Whether a file that was read then is another now; one that is gone is none."""
+        try:
+            text = (folder / cls.NAME).read_text(encoding="utf-8", errors="surrogateescape")
+        except FileNotFoundError:
+            return False
+        for line in text.splitlines():
+            path = Path(json.loads(line)[0])
+            try:
+                if _stamped(path, path.stat()) != f"{line}\n":
+                    return True
+            except OSError:
+                continue
+        return False
+
+
+def _stamped(path: Path, status: os.stat_result) -> str:
+    return json.dumps([str(path), status.st_size, status.st_mtime_ns]) + "\n"
+
+
+def with_media(rows: Iterator[SourceRow], data: Data, files: MediaFiles) -> Iterator[SourceRow]:
     """The same rows with the bytes of the files in the column of `data.image_field` or `data.audio_field`.
 
     Of chats with images that is a list, empty where the row has none, and messages' own images are bytes,
-    too. `folder`: what relative paths in the rows are relative to. A row whose file cannot be read has a
-    problem.
+    too. Relative paths are relative to the folder of `files`, which notes what is read. A row whose file
+    cannot be read has a problem.
     """
     fill = _fill_chat if data.is_chat_with_images else _fill_column
     for row in rows:
         try:
-            fields = fill(row.fields, data, folder)
+            fields = fill(row.fields, data, files)
         except DataError as error:
             yield row if row.problem else replace(row, problem=str(error))
             continue
         yield replace(row, fields=fields, media_bytes=_size(fields))
 
 
-def _fill_column(fields: Fields, data: Data, folder: Path | None) -> Fields:
+def _fill_column(fields: Fields, data: Data, files: MediaFiles) -> Fields:
     """The fields of a row with one file."""
     name = data.media_field
     assert name
@@ -57,40 +108,52 @@ def _fill_column(fields: Fields, data: Data, folder: Path | None) -> Fields:
             ", ".join(map(str, fields)) or "no columns",
         )
         raise DataError(f"data.{key}: no column {name!r}; this row has: {found}")
-    return {**fields, name: _bytes_of(value, folder)}
+    return {**fields, name: _bytes_of(value, files)}
 
 
-def _fill_chat(fields: Fields, data: Data, folder: Path | None) -> Fields:
+def _fill_chat(fields: Fields, data: Data, files: MediaFiles) -> Fields:
     """The fields of a row whose chat has any number of images."""
-    found = {name: _with_bytes(value, folder) for name, value in fields.items()}
+    found = {name: _with_bytes(value, files) for name, value in fields.items()}
     name = data.image_field
     is_there, value = (False, None) if name is None else field_of(fields, name)
     if name is None or not is_there:
         return found
     listed = value if isinstance(value, list) else [] if value is None else [value]
-    return {**found, name: [_bytes_of(one, folder) for one in listed]}
+    return {**found, name: [_bytes_of(one, files) for one in listed]}
 
 
-def _with_bytes(value: Any, folder: Path | None) -> Any:
+def _with_bytes(value: Any, files: MediaFiles) -> Any:
     """A column with the bytes of the images that its messages name, if it holds messages."""
+    if isinstance(value, dict):
+        return {name: _with_bytes(one, files) for name, one in value.items()}
     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
         return value
     return [
-        {**one, "content": [_part(part, folder) for part in one["content"]]}
+        {**one, "content": [_part(part, files) for part in one["content"]]}
         if isinstance(one.get("content"), list)
         else one
         for one in value
     ]
 
 
-def _part(part: Any, folder: Path | None) -> Any:
+def _part(part: Any, files: MediaFiles) -> Any:
     """A part of a message; one of an image has its bytes, or None where the row's column has them."""
     if not isinstance(part, dict) or part.get("type") not in _IMAGE_PARTS:
         return part
+    odd = [k for k, v in part.items() if k not in _KNOWN_KEYS and v not in (None, "")]
+    if odd:
+        raise DataError(
+            f"a part of type image with {odd[0]}: {part[odd[0]]!r:.40}, which is not followed. Nearest: "
+            "image, the path of its file"
+        )
     stated = next((part[key] for key in _REFERENCES if part.get(key) is not None), None)
     if isinstance(stated, dict) and "url" in stated:  # as OpenAI's API has it
         stated = stated["url"]
-    return {"type": "image", "image": None if stated is None else _bytes_of(stated, folder)}
+    if stated is not None:
+        return {"type": "image", "image": _bytes_of(stated, files)}
+    if part.get("index") is not None:
+        return {"type": "image", "index": int(part["index"])}
+    return {"type": "image", "image": None}
 
 
 def _size(value: Any) -> int:
@@ -113,7 +176,7 @@ def _of_data_address(value: str) -> bytes:
         raise DataError(f"{value[:40]}: no image that can be read: {error}") from None
 
 
-def _bytes_of(value: Any, folder: Path | None) -> bytes:
+def _bytes_of(value: Any, files: MediaFiles) -> bytes:
     """The bytes of an encoded file, by what stands in its column."""
     if isinstance(value, bytes):
         return value
@@ -130,9 +193,9 @@ def _bytes_of(value: Any, folder: Path | None) -> bytes:
         )
     if isinstance(value, str) and value:
         value = value.removeprefix("file://")
-        path = Path(value) if folder is None else folder / value
+        path = Path(value) if files.folder is None else files.folder / value
         try:
-            return path.read_bytes()
+            return files.read(path.absolute())
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}") from None
     if isinstance(value, np.ndarray) and value.dtype == np.uint8:

@@ -26,6 +26,7 @@ from drumline.data.dataset_manifest import (
     sizes,
 )
 from drumline.data.files import classes_of
+from drumline.data.media import MediaFiles, has_media
 from drumline.data.part_writer import PartWriter
 from drumline.data.processors import processor_digests
 from drumline.data.publish import locked, publish, remove_abandoned
@@ -79,7 +80,12 @@ def prepare(data: Data, project: str | None, progress: Progress | None = None) -
 
 
 def _has_changed(data: Data, project: str | None, folder: Path) -> bool:
-    """Whether a data set of the project has other samples than when it was prepared, by those seen then."""
+    """Whether a data set of the project has other samples than when it was prepared, by those seen then.
+
+    Or whether an image or a recording that rows name is another file.
+    """
+    if has_media(data):
+        return MediaFiles.have_changed(folder)
     if not data.is_map_style:
         return False
     parts = {TRAIN: data} | {part_of_set(name): own for name, own in data.evaluation_sets().items()}
@@ -114,9 +120,9 @@ def _class_names(data: Data) -> list[str] | None:
     return names or None
 
 
-def _open(data: Data, project: str | None, names: list[str] | None) -> _Source:
+def _open(data: Data, project: str | None, names: list[str] | None, media: MediaFiles) -> _Source:
     reading = Reading(0)
-    task, rows = find_task(data, project), sources.read(data, project, reading)
+    task, rows = find_task(data, project), sources.read(data, project, reading, media.of_another())
     task.class_names = names
     first = next(rows, None)
     if first is None:
@@ -126,11 +132,11 @@ def _open(data: Data, project: str | None, names: list[str] | None) -> _Source:
 
 
 def _write(data: Data, project: str | None, folder: Path, progress: Progress) -> None:
-    seen, opened = Seen(), {}
+    seen, opened, media = Seen(), {}, MediaFiles()
     names = _class_names(data)
     for label, own in data.sources().items():
         with cache.told_of(cache.key_of_source(data, label)):
-            opened[label] = _open(own, project, names)
+            opened[label] = _open(own, project, names, media)
     task, tokenizer = next(iter(opened.values())).task, None
     if task.needs_tokenizer:
         tokenizer = find_tokenizer(
@@ -162,7 +168,7 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
         part = part_of_set(name)
         writers[part] = PartWriter(folder / part, dtype)
         with cache.told_of(cache.key_of_set(name)):
-            source = _open(own, project, names)
+            source = _open(own, project, names, media)
             _refuse_others(task, source.task)
             seen.add(_write_set(source, tokenizer, writers[part], seen, progress))
         validation[name] = writers[part].rows
@@ -171,13 +177,14 @@ def _write(data: Data, project: str | None, folder: Path, progress: Progress) ->
     _refuse_few(task, writers)
     if data.is_chat_with_images and FILE not in train.arrays:
         raise DataError(
-            "data.image: no training row has an image. Nearest: data.image_field, the column with the "
-            "images, or data.image=null"
+            "data.image: no training row has an image. Nearest: data.image_field, the column with the images"
         )
     arrays = _one_dtype_each(writers)
     own_columns = [column for name in arrays for column in array_columns(name)]
     for writer in writers.values():
         writer.close([*task.columns, *own_columns])
+    if has_media(data):
+        media.write(folder)
     DatasetManifest(
         task=data.task,
         fingerprint=_fingerprint(data, tokenizer, writers, seen.feature_shape, mixture),

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from drumline.errors import DataError
 from drumline.recipe.data_section import Data
@@ -60,9 +61,26 @@ def save_processor(data: Data, target: Path) -> None:
     if data.image is None or data.image.processor is None or data.image.transform is not None:
         return
     name = data.image.processor
-    for path in _files_of_chats(name) if data.is_chat_with_images else [processor_file(name)]:
+    if data.is_chat_with_images:
+        for path in _files_of_chats(name):
+            _copy_with(data.image.options, path, target / path.name)
+        return
+    for path in [processor_file(name)]:
         if path.name != "config.json":  # which an export has of its own
             shutil.copyfile(path, target / path.name)
+
+
+def _copy_with(options: dict[str, Any], path: Path, target: Path) -> None:
+    """A file of a processor, with the options that its images were processed with."""
+    shutil.copyfile(path, target)
+    if not options or path.suffix != ".json" or path.name == "chat_template.json":
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    is_whole = path.name == "processor_config.json"
+    if is_whole and "image_processor" not in config:
+        return
+    (config["image_processor"] if is_whole else config).update(options)
+    target.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _files_of_chats(name: str) -> list[Path]:

@@ -10,7 +10,7 @@ from typing import Any
 from drumline.data import builtin
 from drumline.data.factory import load_factory
 from drumline.data.files import DataFile, class_of, is_media, matching_files, size_of
-from drumline.data.media import has_media, with_media
+from drumline.data.media import MediaFiles, has_media, with_media
 from drumline.data.readers import Reading, read_file
 from drumline.data.source_row import SourceRow
 from drumline.data.tasks.map_style import open_dataset
@@ -18,15 +18,24 @@ from drumline.errors import DataError
 from drumline.recipe.data_section import Data
 
 
-def read(data: Data, project: str | None, reading: Reading | None = None) -> Iterator[SourceRow]:
-    """Iterate over the rows of the recipe's data source; `reading` is told how far its files are read."""
+def read(
+    data: Data,
+    project: str | None,
+    reading: Reading | None = None,
+    media: MediaFiles | None = None,
+) -> Iterator[SourceRow]:
+    """Iterate over the rows of the recipe's data source; `reading` is told how far its files are read.
+
+    `media` notes the images and recordings that rows name.
+    """
+    media = media or MediaFiles()
     if data.source == "files":
-        return _from_files(data, reading or Reading(0))
+        return _from_files(data, reading or Reading(0), media)
     if data.is_map_style:
         size = len(open_dataset(data, project))
         return (SourceRow({"index": n}, f"sample {n:,}") for n in range(size))
     found = _rows(data, project)
-    return with_media(found, data, None) if has_media(data) else found
+    return with_media(found, data, media) if has_media(data) else found
 
 
 def _rows(data: Data, project: str | None) -> Iterator[SourceRow]:
@@ -59,7 +68,7 @@ def source_label(data: Data) -> str:
     return "mixture" if data.mixture else "sha256"
 
 
-def _from_files(data: Data, reading: Reading) -> Iterator[SourceRow]:
+def _from_files(data: Data, reading: Reading, media: MediaFiles) -> Iterator[SourceRow]:
     sizes = {path: size_of(path) for path in matching_files(data)}
     for path, size in sizes.items():
         if size == 0:
@@ -68,7 +77,8 @@ def _from_files(data: Data, reading: Reading) -> Iterator[SourceRow]:
     for path, size in sizes.items():
         rows = _one_file(path, data) if is_media(path, data) else read_file(path, reading)
         if has_media(data):
-            rows = with_media(rows, data, path.parent if isinstance(path, Path) else None)
+            media.folder = path.parent if isinstance(path, Path) else None
+            rows = with_media(rows, data, media)
         yield from rows
         reading.done, reading.raw = reading.done + (size or 0), None
 

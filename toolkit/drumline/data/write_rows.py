@@ -11,7 +11,7 @@ from drumline.data.source_row import SourceRow
 from drumline.data.tasks import Encoded, Task
 from drumline.data.tokenizers import Tokenizer, Tokens
 from drumline.data.validation_split import TRAIN, Placed, split_of
-from drumline.errors import DataError
+from drumline.errors import DataError, OfAllRows
 from drumline.recipe.data_section import Data
 
 _FEW_BAD_ROWS = 10
@@ -242,7 +242,7 @@ def _encoded(task: Task, row: SourceRow, tokenizer: Tokenizer | None, seen: Seen
             seen.note(sample)
     except DataError as error:
         problem = f"{row.where}: {error}"
-        if task.data.on_bad_row == "stop":
+        if task.data.on_bad_row == "stop" or isinstance(error, OfAllRows):
             raise DataError(f"data: {problem}") from None
         seen.skip(problem)
         return None

@@ -461,6 +461,11 @@ class Data(Section):
                 f"image.{own[0]}: the processor of a model that also reads text makes its pixels. Nearest: "
                 "data.image.options, which it is called with, such as {size: {longest_edge: 501760}}"
             )
+        if self.chat_template == "chatml":
+            raise ValueError(
+                "chat_template: chatml has no place for an image. Nearest: data.chat_template=null, the "
+                "processor's own"
+            )
         if self.packing == "documents":
             raise ValueError(
                 "packing documents: chats with images are not packed. Nearest: data.packing=none"

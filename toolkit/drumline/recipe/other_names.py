@@ -54,6 +54,7 @@ RENAMED = {
     "label_smoothing_factor": "loss.label_smoothing",
     "neftune_noise_alpha": "model.neftune_alpha",
     "max_seq_length": "data.sequence_length",
+    "model_max_length": "data.sequence_length",
     "max_length": "data.sequence_length",
     "max_seq_len": "data.sequence_length",
     "cutoff_len": "data.sequence_length",

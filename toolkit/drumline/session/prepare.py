@@ -4,6 +4,7 @@ import sys
 import time
 from pathlib import Path
 
+from drumline.errors import PlanError
 from drumline.recipe.schema import Recipe
 
 _SHOW_EVERY_S = 0.2
@@ -20,6 +21,8 @@ def prepare_data(recipe: Recipe) -> Path:
         from drumline.architectures.hub import fetch
 
         fetch(recipe.model.name, recipe.model.revision)
+    if recipe.data.is_chat_with_images:
+        _refuse_another_image_token(recipe)
     if not sys.stderr.isatty():
         return prepare(recipe.data, recipe.project)
     from rich.console import Console
@@ -48,3 +51,19 @@ def prepare_data(recipe: Recipe) -> Path:
             bar.update(task, description=words, completed=share)
 
         return prepare(recipe.data, recipe.project, show)
+
+
+def _refuse_another_image_token(recipe: Recipe) -> None:
+    """PlanError where the model looks for its images at another token than the processor writes."""
+    from drumline.data.chats.processor import ChatProcessor
+    from drumline.session.world import model_config
+
+    assert recipe.data.image
+    config = {**(model_config(recipe.model, []) or {}), **recipe.model.config}
+    stated = next((config[k] for k in ("image_token_id", "image_token_index") if k in config), None)
+    written = ChatProcessor(recipe.data.image).feature_tokens
+    if stated is not None and stated not in written:
+        raise PlanError(
+            f"model.config.image_token_id: {stated}, and the processor {recipe.data.image.processor} writes "
+            f"{', '.join(map(str, written))}. Nearest: data.image.processor, the folder of this model"
+        )

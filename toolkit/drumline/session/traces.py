@@ -56,7 +56,7 @@ def _file(plan: Plan) -> Path:
         recipe["optimizer"].pop(name)
     rows: Any = manifest and [manifest.row_tokens, manifest.feature_shape, manifest.classes]
     if manifest and plan.recipe.data.is_chat_with_images:  # of which the largest is traced
-        rows.append(manifest.rows)
+        rows.append(manifest.fingerprint)
     depends = {
         "version": TRACE_VERSION,
         "step": {name: recipe[name] for name in _OF_THE_STEP},

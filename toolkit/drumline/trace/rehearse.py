@@ -293,23 +293,28 @@ def rehearsal_batch(
             if task.is_traced_by_a_row
             else task.blank(rows, manifest)
         )
-        real = as_tensors(blank, np.zeros(rows), dummy=False)
-    tensors = known.tell(real) if known else as_tensors(blank, np.zeros(rows), dummy=False)
+        count = len(blank["targets"]) if "targets" in blank else rows
+        real = as_tensors(blank, np.zeros(count), dummy=False)
+    tensors = known.tell(real) if known else as_tensors(blank, np.zeros(count), dummy=False)
     if plan.recipe.model.neftune_alpha is not None:
         tensors["lengths"] = torch.ones(rows, dtype=torch.int64)
     return tensors
 
 
 def _largest(plan: Plan, manifest: DatasetManifest, rows: int) -> Arrays:
-    """So many copies of the largest row, where the shape of a sample is known of prepared rows only."""
+    """The largest prepared rows, where the shape of a sample is known of these only; evaluated ones, too."""
     if plan.data.cache is None:
         raise PlanError(
             "--trace: how many images a chat has, and of which sizes, is not known until the data are "
             "prepared. Nearest: `drumline prepare`"
         )
-    prepared = open_rows(plan, TRAIN)
-    which = np.full(rows, prepared.task.largest(prepared), dtype=np.int64)
-    return prepared.task.widen(prepared.collate(which), manifest)
+    read = [TRAIN, *(manifest.evaluation_parts.values() if plan.recipe.row_evaluation else ())]
+    parts = [open_rows(plan, part) for part in read]
+    made = [
+        rows_of.collate(rows_of.task.largest(rows_of, rows)) for rows_of in parts if len(rows_of)
+    ]
+    largest = max(made, key=lambda arrays: sum(values.size for values in arrays.values()))
+    return parts[0].task.widen(largest, manifest)
 
 
 def blank_manifest(plan: Plan) -> DatasetManifest:

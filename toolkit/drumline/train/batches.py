@@ -192,7 +192,8 @@ class StepReader:
         count = min(self._plan.batch.per_device, len(self._rows))
         rows = self._rows
         manifest = rows.manifest.with_rows_of(self._plan.data.row_tokens)
-        first = np.full(count, rows.task.largest(rows), dtype=np.int64)
+        first = rows.task.largest(rows, count)
+        count = len(first)
         seeds = np.zeros(count, dtype=np.uint64)
         arrays = rows.task.widen(rows.collate(first, seeds), manifest)
         nothing = np.zeros(0, dtype=np.int64)

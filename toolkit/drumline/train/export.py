@@ -9,6 +9,7 @@ from safetensors import safe_open
 from drumline.checkpoint.boxes import whole
 from drumline.checkpoint.manifest import read_entries, read_manifest, shard_name
 from drumline.checkpoint.weights import WEIGHTS
+from drumline.data.chats.template import save_template
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.data.processors import save_processor
 from drumline.data.tokenizers import find_tokenizer, save_tokenizer
@@ -78,6 +79,8 @@ def export(
     if tokenizer_counts(plan, manifest):
         save_tokenizer(plan.recipe.data.tokenizer, target)
     save_processor(plan.recipe.data, target)
+    if plan.recipe.data.chat_template is not None:
+        save_template(plan.recipe.data.chat_template, target)
     for path in target.iterdir():
         apply_umask(path, 0o666)
     return written

@@ -17,6 +17,8 @@ from drumline.errors import DataError
 from drumline.recipe.data_section import Data
 
 Message = dict[str, Any]
+Slot = bytes | int | None
+"""An image of a message: its bytes, its number among the row's, or the next of these."""
 Style = Literal["openai", "sharegpt", "alpaca", "pair"]
 
 _LISTS = ("messages", "conversations", "conversation")
@@ -29,8 +31,13 @@ PLACE = "\ue0ff"
 """The letter that stands for an image in a message's text."""
 _IMAGES = f"images {PLACE}"
 """Of a message, until the chat has them: the bytes of its own images, None for one of the row's column."""
-_PLACES = re.compile(rf"(\n?<image>\n?|{PLACE})")
-"""An image, or how public data write its place; the line that it stands in ends with it."""
+_REPRS = ("[{'type':", "{'type': 'text'")
+"""How a template shows that it took a list of parts for a text."""
+_PLACES = re.compile(rf"(<image>|{PLACE})")
+"""An image, or how public data write its place."""
+_FIRST_LINES = re.compile(r"^\s*(?:<image>\n?)+")
+_LAST_LINES = re.compile(r"(?:\n?<image>)+\s*$")
+"""Images at the beginning or the end of a message, each of which may have a line of its own."""
 _KNOWN = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -121,9 +128,9 @@ def with_images(chat: Chat, of_row: list[bytes]) -> Chat:
     Images of a row whose messages have no place for any stand before the first text of the user, as
     everybody's processors of chats have it. DataError where there are more places than images, or fewer.
     """
-    slots: list[list[bytes | None]] = []
+    slots: list[list[Slot]] = []
     for number, message in enumerate(chat.messages, start=1):
-        own: list[bytes | None] = message.pop(_IMAGES, [])
+        own: list[Slot] = message.pop(_IMAGES, [])
         if message["role"] == "assistant" and own:
             raise DataError(f"message {number} (assistant): an image, and models say texts only")
         if message["content"].count(PLACE) != len(own):
@@ -134,6 +141,9 @@ def with_images(chat: Chat, of_row: list[bytes]) -> Chat:
         if of_row and message["role"] != "assistant":
             message["content"], slots[-1] = _with_marked(message["content"], own)
     free = sum(one is None for own in slots for one in own)
+    numbered = {one for own in slots for one in own if isinstance(one, int)}
+    if numbered:
+        return _by_number(chat, slots, of_row, free)
     if of_row and not free:
         first = next(n for n, one in enumerate(chat.messages) if one["role"] == "user")
         chat.messages[first]["content"] = PLACE * len(of_row) + chat.messages[first]["content"]
@@ -145,12 +155,34 @@ def with_images(chat: Chat, of_row: list[bytes]) -> Chat:
         )
     given = iter(of_row)
     return replace(
-        chat, images=tuple(next(given) if one is None else one for own in slots for one in own)
+        chat,
+        images=tuple(
+            one if isinstance(one, bytes) else next(given) for own in slots for one in own
+        ),
     )
 
 
-def _with_marked(text: str, own: list[bytes | None]) -> tuple[str, list[bytes | None]]:
+def _by_number(chat: Chat, slots: list[list[Slot]], of_row: list[bytes], free: int) -> Chat:
+    """The chat whose parts say by `index` which image of the row they are; DataError unless all are used."""
+    whole = [one for own in slots for one in own]
+    used = {one for one in whole if isinstance(one, int)}
+    if free or used != set(range(len(of_row))):
+        raise DataError(
+            f"{len(of_row)} images, and parts with the index {', '.join(map(str, sorted(used)))}"
+            + (f" beside {free} without one" if free else "")
+        )
+    return replace(
+        chat,
+        images=tuple(
+            of_row[one] if isinstance(one, int) else one for one in whole if one is not None
+        ),
+    )
+
+
+def _with_marked(text: str, own: list[Slot]) -> tuple[str, list[Slot]]:
     """A message's text with a place for every <image> in it, and its images, None for those."""
+    for lines in (_FIRST_LINES, _LAST_LINES):
+        text = lines.sub(lambda found: found[0].replace("\n", ""), text)
     waiting, slots, pieces = iter(own), [], _PLACES.split(text)
     for number in range(1, len(pieces), 2):  # what the pattern found stands between the others
         slots.append(next(waiting) if pieces[number] == PLACE else None)
@@ -158,10 +190,12 @@ def _with_marked(text: str, own: list[bytes | None]) -> tuple[str, list[bytes | 
     return "".join(pieces), slots
 
 
-def in_parts(chat: Chat) -> Chat:
-    """The chat with messages of parts, texts and images, as templates of processors read them."""
+def in_parts(chat: Chat, all_of_them: bool) -> Chat:
+    """The chat with messages of parts, texts and images; without an image only if `all_of_them`."""
     messages = [
-        {
+        one
+        if PLACE not in one["content"] and not all_of_them
+        else {
             **one,
             "content": [
                 {"type": "image"} if piece == PLACE else {"type": "text", "text": piece}
@@ -172,6 +206,18 @@ def in_parts(chat: Chat) -> Chat:
         for one in chat.messages
     ]
     return replace(chat, messages=messages)
+
+
+def refuse_lost_words(chat: Chat, text: str) -> None:
+    """DataError where the template did not write what a message says, or wrote its parts as Python does."""
+    said = [piece.strip() for one in chat.messages for piece in one["content"].split(PLACE)]
+    lost = next((piece for piece in said if piece and piece not in text), None)
+    is_repr = any(mark in text and not any(mark in piece for piece in said) for mark in _REPRS)
+    if lost is not None or is_repr:
+        what = f"loses {lost[:40]!r}" if lost is not None else "prints the parts of a message"
+        raise DataError(
+            f"the chat template {what}. Nearest: the processor's own data.chat_template"
+        )
 
 
 def _images_of(row: Row, messages: list[Message], data: Data) -> list[bytes]:
@@ -301,11 +347,13 @@ def _message(one: Any, number: int) -> Message:
         ]
         if others:
             raise DataError(f"message {number} ({role}): {others[0]!r:.60} is no text")
-        images = [part.get("image") for part in content if part["type"] == "image"]
+        images = [
+            part.get("image", part.get("index")) for part in content if part["type"] == "image"
+        ]
         if images:
             found[_IMAGES] = images
         content = found["content"] = "".join(
-            PLACE if part["type"] == "image" else str(part.get("text", "")) for part in content
+            PLACE if part["type"] == "image" else _text_in(part, number) for part in content
         )
     calls = found.get("tool_calls")
     if content is None and calls:
@@ -317,6 +365,13 @@ def _message(one: Any, number: int) -> Message:
     if calls:
         found["tool_calls"] = [_call(call, number) for call in calls]
     return found
+
+
+def _text_in(part: Message, number: int) -> str:
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise DataError(f"message {number}: a part of type text holds {text!r:.40}")
+    return text
 
 
 def _call(call: Any, number: int) -> Any:

@@ -4,26 +4,39 @@ transformers' own does both. In a chat's text a place of an image, one token, be
 model makes features of the image, and marks around them.
 """
 
-import io
 import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from drumline.data.images import check, decoded
+from drumline.data.images import decoded
 from drumline.data.tasks.base import Arrays
-from drumline.errors import DataError
+from drumline.errors import DataError, OfAllRows
 from drumline.recipe.image_section import Image
 
 _OF_TEXT = ("input_ids", "attention_mask", "text_replacement_offsets")
 """What a processor returns of the text, but for the types of tokens."""
 _TYPES = ("mm_token_type_ids", "token_type_ids")
 """Names of the types of tokens: 1 of an image, 0 of text."""
+_OLD_OPTIONS = ("min_pixels", "max_pixels")
+"""Options that Qwen-VL's processor takes beside those that it lists."""
 _CHATS_CHECKED = 3
 """Chats of known sizes of images whose tokens are compared with the processor's own."""
+
+
+class Expanded(NamedTuple):
+    """A chat's text with all tokens of its images; `places`: where these stand, from first letter to end.
+
+    `elements`: of each image, how many numbers the model is given.
+    """
+
+    text: str
+    places: list[tuple[int, int]]
+    elements: list[int]
 
 
 class ChatProcessor:
@@ -32,6 +45,7 @@ class ChatProcessor:
     def __init__(self, spec: Image) -> None:
         self.spec = spec
         self._tokens_of: dict[tuple[int, int], str] = {}
+        self._elements_of: dict[tuple[int, int], int] = {}
         self._checked = 0
 
     @cached_property
@@ -56,13 +70,38 @@ class ChatProcessor:
             )
         return found
 
+    def begin(self) -> None:
+        """Try the processor on an image of its own, before the first row; DataError where it cannot work."""
+        taken = self.spec.options.keys() & {"text", "images", "return_tensors", "videos", "audio"}
+        if taken:
+            raise DataError(
+                f"data.image.options.{taken.pop()}: the rows give it. Nearest: leave it out"
+            )
+        known = getattr(self.inner.image_processor, "valid_kwargs", None)
+        if known is not None:
+            names = known.__optional_keys__ | known.__required_keys__ | set(_OLD_OPTIONS)
+            odd = sorted(self.spec.options.keys() - names)
+            if odd:
+                close = get_close_matches(odd[0], names, n=1)
+                raise DataError(
+                    f"data.image.options.{odd[0]}: {type(self.inner).__name__} has no such option. "
+                    f"Nearest: {close[0] if close else ', '.join(sorted(names))}"
+                )
+        assert self.types_name is None or self._input_names
+
+    @property
+    def template(self) -> str | None:
+        """The processor's chat template, if it has one."""
+        found = self.inner.chat_template
+        return found.get("default") if isinstance(found, dict) else found
+
     @property
     def place(self) -> str:
         """The token that stands for an image in the text that the chat template writes."""
         return str(self.inner.image_token)
 
-    def expand(self, text: str, files: Sequence[bytes]) -> tuple[str, list[tuple[int, int]]]:
-        """A chat's text with all tokens of its images, and where these stand, from first letter to end.
+    def expand(self, text: str, files: Sequence[bytes]) -> Expanded:
+        """A chat's text with all tokens of its images.
 
         A processor chooses them by the size of an image, so it is asked once for each size. DataError for
         another number of places than files.
@@ -70,29 +109,36 @@ class ChatProcessor:
         places = [one.start() for one in re.finditer(re.escape(self.place), text)]
         if len(places) != len(files):
             raise DataError(
-                f"{len(files)} images, and the chat template wrote {len(places)} times {self.place}. "
-                "Nearest: data.chat_template, the one of the processor"
+                f"{len(files)} images, and {self.place} stands {len(places)} times in the chat's text. "
+                "Nearest: the processor's own data.chat_template, and data.special_tokens_in_text=false"
             )
         pieces: list[str] = []
         spans: list[tuple[int, int]] = []
+        elements: list[int] = []
         done = length = 0
         for place, raw in zip(places, files, strict=True):
-            tokens = self._tokens(raw)
+            tokens, size = self._tokens(raw)
+            elements.append(size)
             before = text[done:place]
             start = length + len(before)
             pieces += [before, tokens]
             spans.append((start, start + len(tokens)))
             done, length = place + len(self.place), start + len(tokens)
-        return "".join((*pieces, text[done:])), spans
+        return Expanded("".join((*pieces, text[done:])), spans, elements)
 
-    def _tokens(self, raw: bytes) -> str:
-        check(raw)
-        size = _size_of(raw)
-        if size not in self._tokens_of:
-            found = self._call(text=[self.place], images=[[decoded(raw, 3)]])
+    def _tokens(self, raw: bytes) -> tuple[str, int]:
+        """What replaces the place of an image, and how many elements its inputs have."""
+        image = decoded(raw, 3)
+        if image.size not in self._tokens_of:
+            found = self._call(text=[self.place], images=[[image]])
             (replaced,) = found["text_replacement_offsets"][0]
-            self._tokens_of[size] = replaced["replacement"]
-        return self._tokens_of[size]
+            self._tokens_of[image.size] = replaced["replacement"]
+            self._elements_of[image.size] = self._elements(found)
+        return self._tokens_of[image.size], self._elements_of[image.size]
+
+    def _elements(self, found: Any) -> int:
+        """How many elements the inputs of an image have."""
+        return sum(int(np.asarray(found[name]).size) for name in self._input_names & found.keys())
 
     def check_tokens(self, text: str, files: Sequence[bytes], tokens: NDArray[np.uint32]) -> None:
         """DataError where the processor makes other tokens of a chat's text and images than these.
@@ -103,22 +149,22 @@ class ChatProcessor:
         seen = len(self._tokens_of) + _CHATS_CHECKED
         if self._checked >= seen:
             return
-        self._checked += 1
         images = {"images": [[decoded(raw, 3) for raw in files]]} if files else {}
         found = self._call(text=[text], **images)
         ids = np.asarray(found["input_ids"][0], dtype=np.uint32)
         if not np.array_equal(ids, tokens):
-            raise DataError(
+            raise OfAllRows(
                 f"data.image.processor: its own tokenizer makes {len(ids)} tokens of this row, and "
                 f"data.tokenizer {len(tokens)}, or others. Nearest: data.tokenizer, the processor's folder"
             )
         for name in found.keys() - {*_OF_TEXT, *self._input_names}:
             types = self.types(ids[None])
             if name != self.types_name or not np.array_equal(np.asarray(found[name]), types):
-                raise DataError(
+                raise OfAllRows(
                     f"data.image.processor: {type(self.inner).__name__} gives its model {name}, which is not "
                     "made here"
                 )
+        self._checked += 1
 
     @cached_property
     def _input_names(self) -> set[str]:
@@ -140,8 +186,12 @@ class ChatProcessor:
 
     def is_feature(self, ids: NDArray[Any]) -> NDArray[np.bool_]:
         """Where a feature of an image stands."""
-        own = [one for one in self.inner.image_token_ids if one is not None]
-        return np.isin(ids, own)
+        return np.isin(ids, self.feature_tokens)
+
+    @property
+    def feature_tokens(self) -> list[int]:
+        """The ids of the tokens where features of images stand."""
+        return [int(one) for one in self.inner.image_token_ids if one is not None]
 
     def inputs(self, rows: Sequence[Sequence[bytes]]) -> Arrays:
         """The model's inputs of the images of these rows by name, such as pixel_values."""
@@ -158,8 +208,8 @@ class ChatProcessor:
         try:
             return self.inner(**given, **options, **self.spec.options, return_tensors="np")
         except (ValueError, TypeError, KeyError, IndexError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise DataError(f"data.image.processor: it refuses the images: {first[:200]}") from None
+            told = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(f"data.image.processor: it refuses the images: {told[:400]}") from None
 
 
 def _array(values: Any) -> NDArray[Any]:
@@ -171,16 +221,6 @@ def _blank() -> Any:
     from PIL import Image as Pillow
 
     return Pillow.new("RGB", (64, 64))
-
-
-def _size_of(raw: bytes) -> tuple[int, int]:
-    """Width and height of an image that stands upright."""
-    from PIL import Image as Pillow
-
-    with Pillow.open(io.BytesIO(raw)) as image:
-        turned = image.getexif().get(0x0112, 1) >= 5  # of the orientations, those on their side
-        width, height = image.size
-        return (height, width) if turned else (width, height)
 
 
 def _load(name: str) -> Any:

@@ -6,6 +6,7 @@ a message that look like a special token, such as <|im_end|>, are tokenised as t
 """
 
 import itertools
+import json
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,23 +16,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drumline.data.chats.anchors import Span
-from drumline.data.chats.messages import Chat, ChatFormat, chat_of, in_parts
+from drumline.data.chats.messages import (
+    Chat,
+    ChatFormat,
+    chat_of,
+    in_parts,
+    refuse_lost_words,
+)
 from drumline.data.chats.processor import ChatProcessor
 from drumline.data.chats.template import ChatTemplate, find_template
 from drumline.data.tasks.base import Row
 from drumline.data.tokenizers import Request, Tokenizer, Tokens
+from drumline.errors import DataError
 from drumline.recipe.data_section import Data
 
-_PRIVATE = 0xE100
-"""First of the letters that stand for words like a special token while a template is rendered."""
+_PRIVATE, _PRIVATE_END = 0xE100, 0xF8FF
+"""Letters that stand for words like a special token while a template is rendered."""
 
 
 @dataclass(frozen=True)
 class Rendered:
     """A chat's text; `spans`: the letters that are trained; `words`: what private letters of the text are.
 
-    `images`: the files of its images, whose tokens stand at `places`, which are not trained. `template_text`:
-    the text before each place had all of its image's tokens.
+    `images`: the files of its images, whose tokens stand at `places`, which are not trained, and have so many
+    `elements` as inputs of the model. `template_text`: the text before each place had all of its image's
+    tokens.
     """
 
     text: str
@@ -39,12 +48,13 @@ class Rendered:
     words: dict[str, str]
     images: tuple[bytes, ...] = ()
     places: tuple[Span, ...] = ()
+    elements: tuple[int, ...] = ()
     template_text: str = ""
 
     @property
     def bounds(self) -> tuple[int, ...]:
         """The places where what is trained begins or ends."""
-        return tuple(sorted({place for span in (*self.spans, *self.places) for place in span}))
+        return tuple(sorted({place for span in self.spans for place in span}))
 
     @property
     def request(self) -> Request | None:
@@ -63,8 +73,9 @@ class ChatRows:
         processor: ChatProcessor | None = None,
     ) -> None:
         self.form, self._data, self._processor = form, data, processor
+        self._takes_parts = True
         facts = tokenizer.chat
-        own = processor.inner.chat_template if processor else None
+        own = processor.template if processor else None
         self._template: ChatTemplate = find_template(
             data.chat_template,
             own or facts.template,
@@ -76,9 +87,7 @@ class ChatRows:
         """The text of a row; DataError where its chat is wrong, or what is trained cannot be told."""
         chat = chat_of(row, self.form, self._data)
         chat, words = self._guarded(self._last_only(chat))
-        if self._processor:
-            chat = in_parts(chat)
-        text, spans = self._template.text_of(chat)
+        text, spans = self._written(chat)
         if self._data.train_on == "all":
             spans = [(0, len(text))]
         else:
@@ -88,12 +97,33 @@ class ChatRows:
             return Rendered(text, spans, words)
         return self._with_images(text, spans, words, chat.images)
 
+    def _written(self, chat: Chat) -> tuple[str, list[Span]]:
+        """The template's text and the assistant's words in it.
+
+        Templates of processors take contents as parts, as texts where there is no image, or both; the form
+        that worked for the row before is tried first.
+        """
+        if self._processor is None:
+            return self._template.text_of(chat)
+        first_error: DataError | None = None
+        for has_parts in (self._takes_parts, not self._takes_parts):
+            try:
+                text, spans = self._template.text_of(in_parts(chat, all_of_them=has_parts))
+                refuse_lost_words(chat, text)
+            except DataError as error:
+                first_error = first_error or error
+                continue
+            self._takes_parts = has_parts
+            return text, spans
+        assert first_error
+        raise first_error
+
     def _with_images(
         self, text: str, spans: list[Span], words: dict[str, str], images: tuple[bytes, ...]
     ) -> Rendered:
         """A chat whose images have all of their tokens."""
         assert self._processor
-        whole, places = self._processor.expand(text, images)
+        whole, places, elements = self._processor.expand(text, images)
         added = [end - start - len(self._processor.place) for start, end in places]
         starts = [start - sum(added[:n]) for n, (start, _) in enumerate(places)]
 
@@ -101,16 +131,17 @@ class ChatRows:
             return letter + sum(added[: bisect_left(starts, letter)])
 
         moved_spans = [(moved(start), moved(end)) for start, end in spans]
-        return Rendered(whole, moved_spans, words, images, tuple(places), text)
+        return Rendered(whole, moved_spans, words, images, tuple(places), tuple(elements), text)
 
     def tokens(self, rendered: Rendered, tokenizer: Tokenizer) -> tuple[Tokens, NDArray[np.bool_]]:
         """Token ids, and which of them are trained, bool [n]."""
+        if self._processor:
+            plain, _ = tokenizer.encode_offsets(rendered.text, ())
+            self._processor.check_tokens(rendered.template_text, rendered.images, plain)
         if not rendered.words:
             ids, places = tokenizer.encode_offsets(rendered.text, rendered.bounds)
             if not _crosses(places, rendered.bounds):
-                if self._processor:
-                    self._processor.check_tokens(rendered.template_text, rendered.images, ids)
-                return ids, _inside(places, rendered.spans) & ~_inside(places, rendered.places)
+                return ids, _inside(places, rendered.spans) & ~_touching(places, rendered.places)
         parts = list(_parts(rendered, tokenizer))
         return (
             np.concatenate([ids for ids, _ in parts]).astype(np.uint32),
@@ -127,6 +158,8 @@ class ChatRows:
     def _guarded(self, chat: Chat) -> tuple[Chat, dict[str, str]]:
         """The chat with a private letter for every word in it that looks like a special token."""
         words: dict[str, str] = {}
+        written = set(json.dumps([chat.messages, chat.tools], ensure_ascii=False))
+        free = (letter for n in range(_PRIVATE, _PRIVATE_END) if (letter := chr(n)) not in written)
 
         def guard(value: Any) -> Any:
             if isinstance(value, dict):
@@ -136,7 +169,7 @@ class ChatRows:
             if isinstance(value, str):
                 for special in self._specials:
                     if special in value:
-                        letter = chr(_PRIVATE + len(words))
+                        letter = next(free)
                         words[letter] = special
                         value = value.replace(special, letter)
             return value
@@ -150,6 +183,14 @@ def _inside(places: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool
     found = np.zeros(len(places), dtype=bool)
     for start, end in spans:
         found |= (places[:, 0] >= start) & (places[:, 1] <= end) & (places[:, 1] > places[:, 0])
+    return found
+
+
+def _touching(places: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool_]:
+    """Which tokens have a letter within one of the spans."""
+    found = np.zeros(len(places), dtype=bool)
+    for start, end in spans:
+        found |= (places[:, 0] < end) & (places[:, 1] > start)
     return found
 
 
@@ -175,4 +216,4 @@ def _parts(rendered: Rendered, tokenizer: Tokenizer) -> Iterator[tuple[Tokens, N
         else:
             ids, places = tokenizer.encode_offsets(piece, ())
             trained = _inside(places + start, rendered.spans)
-            yield ids, trained & ~_inside(places + start, rendered.places)
+            yield ids, trained & ~_touching(places + start, rendered.places)

@@ -109,3 +109,10 @@ def find_template(
             "a file with the one that the model is to learn"
         )
     return ChatTemplate(of_tokenizer, variables, "the tokenizer's")
+
+
+def save_template(stated: str, target: Path) -> None:
+    """Write the template of a recipe, a name or a file, where transformers finds an exported model's."""
+    text = BUILTIN.get(stated) or Path(stated).read_text(encoding="utf-8")
+    (target / "chat_template.json").unlink(missing_ok=True)
+    (target / "chat_template.jinja").write_text(text, encoding="utf-8")

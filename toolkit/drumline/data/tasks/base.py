@@ -188,9 +188,9 @@ class Task:
         """
         return None
 
-    def largest(self, rows: StoredRows) -> int:
-        """The row of which copies make the largest micro-batch, once `widen` has padded them."""
-        return 0
+    def largest(self, rows: StoredRows, count: int) -> NDArray[np.int64]:
+        """Rows that make the largest micro-batch of so many, once `widen` has padded them."""
+        return np.zeros(count, dtype=np.int64)
 
     def widen(self, arrays: Arrays, manifest: DatasetManifest) -> Arrays:
         """Pad the arrays to the largest shape of a micro-batch with this number of rows."""

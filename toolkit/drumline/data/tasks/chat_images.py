@@ -20,6 +20,10 @@ def build(data: Data) -> Task:
     return ChatWithImages(data)
 
 
+ELEMENTS = "elements"
+"""The array with the number of inputs that each image of a row becomes."""
+
+
 class ChatWithImages(Sft):
     """Chats of which some have images; each distinct file is stored once in a part.
 
@@ -32,7 +36,7 @@ class ChatWithImages(Sft):
         super().__init__(data)
         assert data.image
         self.processor = ChatProcessor(data.image)
-        self._counts: NDArray[np.int64] | None = None
+        self._known_sizes: dict[str, tuple[NDArray[np.int64], ...]] = {}
 
     def begin(self, first: Row) -> None:
         """Recognise the style of the chats by the first one; DataError where rows are no chats."""
@@ -46,6 +50,7 @@ class ChatWithImages(Sft):
     def use(self, tokenizer: Tokenizer) -> None:
         """Take the chat template of the processor, or of this tokenizer."""
         assert self._form
+        self.processor.begin()
         self._chats = ChatRows(self._form, self.data, tokenizer, self.processor)
 
     def _encode_rendered(
@@ -56,10 +61,12 @@ class ChatWithImages(Sft):
             return sample
         if sample.was_truncated and rendered.images:
             whole, _ = chats.tokens(rendered, tokenizer)
-            kept, needed = (self.processor.is_feature(one).sum() for one in (sample.tokens, whole))
+            read = sample.tokens[:-1]  # the last token is a target only
+            kept, needed = (self.processor.is_feature(one).sum() for one in (read, whole))
             if kept < needed:
                 return Encoded(count=0, was_truncated=True)
-        return replace(sample, files=rendered.images)
+        sizes = np.array(rendered.elements, dtype=np.int64)
+        return replace(sample, files=rendered.images, arrays={**sample.arrays, ELEMENTS: sizes})
 
     def collate(self, rows: StoredRows, indices: NDArray[np.int64]) -> Arrays:
         """input_ids and targets, int64 [n, L], and what the processor makes of the images of these rows.
@@ -78,24 +85,36 @@ class ChatWithImages(Sft):
         return arrays | ({name: self.processor.types(arrays["input_ids"])} if name else {})
 
     def companion(self, rows: StoredRows, indices: NDArray[np.int64]) -> int | None:
-        """A row with an image, of the fewest features, where none of these has one."""
+        """The shortest row with an image, where none of these has one."""
         if any(len(numbers) for numbers in rows.array(FILES, indices)):
             return None
-        counts = self._features(rows)
-        return (
-            int(np.where(counts > 0, counts, counts.max() + 1).argmin()) if counts.any() else None
-        )
+        images, _, _ = self._sizes(rows)
+        lengths = np.where(images > 0, rows.column("lengths"), np.iinfo(np.int32).max)
+        return int(lengths.argmin()) if images.any() else None
 
-    def largest(self, rows: StoredRows) -> int:
-        """The row with the most features of images."""
-        return int(self._features(rows).argmax())
+    def largest(self, rows: StoredRows, count: int) -> NDArray[np.int64]:
+        """The row with the most inputs, and the one with the largest image, to whose shape others are padded.
 
-    def _features(self, rows: StoredRows) -> NDArray[np.int64]:
-        """How many tokens of each row are features of its images, int64 [N]."""
-        if self._counts is None:
-            is_feature = self.processor.is_feature(rows.column("tokens"))
-            self._counts = np.add.reduceat(is_feature, rows.column("starts"), dtype=np.int64)
-        return self._counts
+        One more row than asked for, where a micro-batch without images would have one beside it.
+        """
+        images, whole, single = self._sizes(rows)
+        count += bool(images.any() and (images == 0).any())
+        found = np.full(count, whole.argmax(), dtype=np.int64)
+        if count > 1:
+            found[-1] = single.argmax()
+        return found
+
+    def _sizes(self, rows: StoredRows) -> tuple[NDArray[np.int64], ...]:
+        """Of each row: its images, the inputs that they become, and those of the largest; int64 [N] each."""
+        if rows.part not in self._known_sizes:
+            ends = rows.column(f"ends-{ELEMENTS}")
+            images = np.diff(ends, prepend=0)
+            values = np.append(rows.column(f"array-{ELEMENTS}"), 0)
+            sums = np.append(0, np.cumsum(values[:-1]))
+            single = np.zeros(len(ends), dtype=np.int64)
+            np.maximum.at(single, np.repeat(np.arange(len(ends)), images), values[:-1])
+            self._known_sizes[rows.part] = images, sums[ends] - sums[ends - images], single
+        return self._known_sizes[rows.part]
 
     def widen(self, arrays: Arrays, manifest: DatasetManifest) -> Arrays:
         """Pad what has a value for each token to the longest row."""
