@@ -21,6 +21,7 @@ from drumline.processes import heeded
 COMMANDS = {
     "recipes": "recipes",
     "plan": "plan",
+    "import": "importing",
     "prepare": "plan",
     "schema": "plan",
     "cache": "cache",
