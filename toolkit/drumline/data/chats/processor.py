@@ -140,15 +140,16 @@ class ChatProcessor:
         """How many elements the inputs of an image have."""
         return sum(int(np.asarray(found[name]).size) for name in self._input_names & found.keys())
 
+    @property
+    def is_checked(self) -> bool:
+        """Whether as many chats were compared as there are sizes of images, and a few more."""
+        return self._checked >= len(self._tokens_of) + _CHATS_CHECKED
+
     def check_tokens(self, text: str, files: Sequence[bytes], tokens: NDArray[np.uint32]) -> None:
         """DataError where the processor makes other tokens of a chat's text and images than these.
 
-        `text` is that of the template, before `expand`. After a few chats only those are looked at that have
-        an image of a new size.
+        `text` is that of the template, before `expand`.
         """
-        seen = len(self._tokens_of) + _CHATS_CHECKED
-        if self._checked >= seen:
-            return
         images = {"images": [[decoded(raw, 3) for raw in files]]} if files else {}
         found = self._call(text=[text], **images)
         ids = np.asarray(found["input_ids"][0], dtype=np.uint32)

@@ -135,7 +135,7 @@ class ChatRows:
 
     def tokens(self, rendered: Rendered, tokenizer: Tokenizer) -> tuple[Tokens, NDArray[np.bool_]]:
         """Token ids, and which of them are trained, bool [n]."""
-        if self._processor:
+        if self._processor and not self._processor.is_checked:
             plain, _ = tokenizer.encode_offsets(rendered.text, ())
             self._processor.check_tokens(rendered.template_text, rendered.images, plain)
         if not rendered.words:
