@@ -293,7 +293,7 @@ def rehearsal_batch(
             if task.is_traced_by_a_row
             else task.blank(rows, manifest)
         )
-        count = len(blank["targets"]) if "targets" in blank else rows
+        count = len(blank["targets"]) if task.is_traced_by_a_row else rows  # maybe one more
         real = as_tensors(blank, np.zeros(count), dummy=False)
     tensors = known.tell(real) if known else as_tensors(blank, np.zeros(count), dummy=False)
     if plan.recipe.model.neftune_alpha is not None:
