@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from conftest import tiny_recipe
+from drumline.data.tasks import Task
 from drumline.plan import order
 from drumline.plan.model import Plan
 from drumline.plan.resolve import World, resolve
@@ -28,6 +29,7 @@ class IndexRows:
     """Rows whose features are their own numbers."""
 
     part = "train"
+    task = Task()
 
     def __init__(self, n: int) -> None:
         self.counts = np.ones(n, dtype=np.int32)
