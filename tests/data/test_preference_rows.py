@@ -206,3 +206,15 @@ def test_rows_of_two_ways_are_refused(tmp_path: Path) -> None:
     assert len(prepared(data_of(tmp_path, {**SYSTEM, "prompt": "Be kind. p", "system": ""}))) == 1
     chats = {name: says((A, SYSTEM[name])) for name in ("chosen", "rejected")}
     assert len(prepared(data_of(tmp_path, {**SYSTEM, **chats}, chat_template="chatml"))) == 1
+
+
+def test_images_are_refused(tmp_path: Path) -> None:
+    """They would be trained as a private letter of a text."""
+    asked = {"role": U, "content": [{"type": "image"}, {"type": "text", "text": "which?"}]}
+    for row in (
+        {"prompt": [asked], "chosen": says((A, "red")), "rejected": says((A, "blue"))},
+        {"messages": [asked, *says((A, "red"))], "label": 1},
+    ):
+        with pytest.raises(DataError) as error:
+            prepare(data_of(tmp_path, row, chat_template="chatml"), None)
+        assert heard("an image is no text. Nearest: data.image", str(error.value))

@@ -238,6 +238,29 @@ def test_what_is_of_no_tool(files: Path) -> None:
     heard("no command that starts a training was found", str(error.value))
 
 
+def test_files_of_the_same_name_lie_in_their_own_folders(files: Path) -> None:
+    """What a script names is looked for beside it."""
+    other = files / "other"
+    other.mkdir()
+    (other / "train.sh").write_text(SCRIPT.replace("2e-5", "3e-5"))
+    (other / "ds.json").write_text(json.dumps({**DEEPSPEED, "zero_optimization": {"stage": 1}}))
+    found = import_files([other / "train.sh"])
+    assert found.draft.keys["strategy.name"] == "zero1"
+
+
+def test_variables_that_nobody_sets_and_what_is_lost_are_told(files: Path) -> None:
+    """One message, not a traceback; nothing is dropped without a word."""
+    (files / "open.sh").write_text(
+        "torchrun --nproc_per_node 2 t.py --max_steps $STEPS --learning_rate 1e-3\n"
+    )
+    with pytest.raises(RecipeError, match="a variable that the script does not set"):
+        imported(files, "open.sh")
+    (files / "lost.sh").write_text("torchrun --nproc_per_node 2 t.py --load_in_4bit True --per_device_eval_batch_size 3 --learning_rate 1e-3\n")  # fmt: skip
+    left = {one.key: one.why for one in imported(files, "lost.sh").draft.left}
+    assert "under an adapter only" in left["quantization"]
+    assert "which data to evaluate" in left["evaluation.per_device"]
+
+
 def test_the_command(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It writes the recipe, tells what is not in it, plans it, and overwrites nothing."""
     monkeypatch.chdir(files)

@@ -55,7 +55,10 @@ def _tell(draft: Draft) -> None:
         print(f"not carried over: {kind}")
         for one in draft.left:
             if one.kind == kind:
-                print(f"  {one.key}: {str(one.value)[:60]}    {one.why}")
+                value = (
+                    "(hidden)" if "token" in one.key or "key" in one.key else str(one.value)[:60]
+                )
+                print(f"  {one.key}: {value}    {one.why}")
 
 
 def _plan(target: Path) -> None:

@@ -55,15 +55,13 @@ class MediaFiles:
 
     def write(self, folder: Path) -> None:
         """Keep the notes beside the rows that were prepared of these files."""
-        (folder / self.NAME).write_text(
-            "".join(dict.fromkeys(self._lines)), encoding="utf-8", errors="surrogateescape"
-        )
+        (folder / self.NAME).write_text("".join(dict.fromkeys(self._lines)), encoding="utf-8")
 
     @classmethod
     def have_changed(cls, folder: Path) -> bool:
         """Whether a file that was read then is another now; one that is gone is none."""
         try:
-            text = (folder / cls.NAME).read_text(encoding="utf-8", errors="surrogateescape")
+            text = (folder / cls.NAME).read_text(encoding="utf-8")
         except FileNotFoundError:
             return False
         for line in text.splitlines():

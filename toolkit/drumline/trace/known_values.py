@@ -25,6 +25,7 @@ _MADE_OF_NUMBERS = {
     for name in ("arange", "zeros", "ones", "full", "scalar_tensor")
 }  # fmt: skip
 _MADE_LIKE = {getattr(torch.ops.aten, f"{name}_like") for name in ("zeros", "ones", "full")}
+_MADE = _MADE_OF_NUMBERS | _MADE_LIKE
 
 
 class KnownValues(TorchDispatchMode):
@@ -75,12 +76,17 @@ class KnownValues(TorchDispatchMode):
 
     def _both(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What an operator makes of fake tensors, with the values that it makes of the real ones."""
+        packet = getattr(func, "overloadpacket", None)
         try:
             found = func(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
             found = None
         wanted = [value for value in tree_iter(found) if isinstance(value, Tensor)]
-        if any(t.device.type == "meta" or t.numel() > _LARGEST for t in wanted):
+        is_large = any(t.device.type == "meta" or t.numel() > _LARGEST for t in wanted)
+        is_filler = packet in _MADE and any(
+            t.is_floating_point() for t in wanted
+        )  # states, gradients
+        if is_large or is_filler:
             return found
         with _disable_current_modes():
             plain = tree_map_only(Tensor, self._value_of, (args, kwargs))

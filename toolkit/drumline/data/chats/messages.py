@@ -114,12 +114,18 @@ def chat_of(row: Row, form: ChatFormat, data: Data) -> Chat:
     chat = Chat(messages, _tools(row), trained)
     if data.is_chat_with_images:
         return with_images(chat, _images_of(row, messages, data))
-    if number := next((n for n, one in enumerate(messages, 1) if _IMAGES in one), None):
+    _refuse_images(messages)
+    return chat
+
+
+def _refuse_images(messages: list[Message]) -> None:
+    """DataError where a message has an image, and the model reads texts only."""
+    number = next((n for n, one in enumerate(messages, 1) if _IMAGES in one), None)
+    if number:
         raise DataError(
             f"message {number} ({messages[number - 1]['role']}): an image is no text. Nearest: "
-            "data.image={processor: ...}, of a model that reads both"
+            "data.image={processor: ...}, of a model that reads both, in task sft"
         )
-    return chat
 
 
 def with_images(chat: Chat, of_row: list[bytes]) -> Chat:
@@ -247,9 +253,10 @@ def messages_in(value: Any, column: str) -> list[Message]:
     style = _style_of(value)
     if style is None:
         raise DataError(f"{column}: {type(value).__name__} {value!r:.60} is no list of messages")
-    if style == "openai":
-        return [_message(one, number) for number, one in enumerate(value, start=1)]
-    return [_from_sharegpt(one, number) for number, one in enumerate(value, start=1)]
+    read = _message if style == "openai" else _from_sharegpt
+    found = [read(one, number) for number, one in enumerate(value, start=1)]
+    _refuse_images(found)
+    return found
 
 
 def _style_of(value: Any) -> Style | None:

@@ -87,7 +87,7 @@ class ChatProcessor:
                     f"data.image.options.{odd[0]}: {type(self.inner).__name__} has no such option. "
                     f"Nearest: {close[0] if close else ', '.join(sorted(names))}"
                 )
-        assert self.types_name is None or self._input_names
+        self._call(text=[self.place], images=[[_blank()]])
 
     @property
     def template(self) -> str | None:

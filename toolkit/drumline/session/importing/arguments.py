@@ -165,8 +165,12 @@ def take_preference(draft: Draft, given: dict[str, Any], trainer: str) -> None:
     ):
         value = given.pop(theirs, None)
         applies = ours in ("desirable_weight", "undesirable_weight")
-        if value and applies == (name == "kto") and (ours != "gamma" or name == "simpo"):
+        if not value:
+            continue
+        if applies == (name == "kto") and (ours != "gamma" or name == "simpo"):
             draft.set(f"objective.{ours}", float(value))
+        else:
+            draft.leave(theirs, value, UNSUPPORTED, f"it has no meaning for {name}")
     for key in _OF_THE_REFERENCE:
         if given.pop(key, None) is not None:
             draft.differ(

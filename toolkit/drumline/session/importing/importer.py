@@ -15,7 +15,7 @@ from drumline.session.importing import (
     llama_factory,
     torchtune,
 )
-from drumline.session.importing.draft import Draft
+from drumline.session.importing.draft import UNSUPPORTED, Draft
 from drumline.session.importing.reading import Command, Source, read
 from drumline.session.importing.writing import nested, text_of
 
@@ -39,14 +39,17 @@ def import_files(
 ) -> Imported:
     """One recipe of these files together; RecipeError where one of them is of no tool that is known."""
     draft, tools = Draft(), []
-    ordered = sorted(map(read, paths), key=lambda source: _rank(source))
-    folders = {
-        source.name: path.parent for source, path in zip(map(read, paths), paths, strict=True)
-    }
+    sources = [(read(path), path) for path in paths]
     given = {path.resolve() for path in paths}
-    for source in ordered:
+    for source, path in sorted(sources, key=lambda pair: _rank(pair[0])):
         draft.file = source.name
-        tools.append(_take(draft, source, folders[source.name], given))
+        try:
+            tools.append(_take(draft, source, path.parent, given))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise RecipeError(
+                f"{path}: a value that its tool does not take, or a variable that the script does not set: "
+                f"{error}"
+            ) from None
     _finish(draft, gpus, gpu)
     name = re.sub(r"[^a-z0-9._-]+", "-", paths[0].stem.lower()).strip("-._") or "imported"
     draft.keys = {"recipe": name, "schema": 1, **draft.keys}
@@ -192,8 +195,11 @@ def _finish(draft: Draft, gpus: int | None, gpu: str | None) -> None:
         draft.set("data.sequence_length", 1024, "the default of TRL", weakly=True)
     if draft.keys.get("data.packing") == "documents" and draft.keys.get("data.task") == "causal_lm":
         draft.keys.pop("data.packing")
-    if not any(key.startswith("model.adapter") for key in draft.keys):
-        draft.keys.pop("model.quantization", None)
+    has_adapter = any(key.startswith("model.adapter") for key in draft.keys)
+    if not has_adapter and (bits := draft.keys.pop("model.quantization", None)):
+        draft.leave(
+            "quantization", bits, UNSUPPORTED, "weights are quantised under an adapter only"
+        )
     if (
         draft.keys.get("data.packing") == "documents"
         and draft.keys.get("model.attention") == "flash"
@@ -215,7 +221,8 @@ def _finish(draft: Draft, gpus: int | None, gpu: str | None) -> None:
         for key in [
             key for key in draft.keys if key.startswith(("evaluation.", "early_stopping."))
         ]:
-            draft.keys.pop(key)
+            value = draft.keys.pop(key)
+            draft.leave(key, value, UNSUPPORTED, "no file says which data to evaluate")
     elif not any(key.startswith("evaluation.every") for key in draft.keys):
         draft.set("evaluation.every_epochs", 1.0, "chosen: no file says when")
     _settle_durations(draft)
