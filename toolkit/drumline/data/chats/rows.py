@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drumline.data.chats.anchors import Span
-from drumline.data.chats.messages import (
-    Chat,
-    ChatFormat,
-    chat_of,
+from drumline.data.chats.messages import Chat, ChatFormat, chat_of
+from drumline.data.chats.placed_images import (
+    images_of,
     in_parts,
     refuse_lost_words,
+    with_images,
 )
 from drumline.data.chats.processor import ChatProcessor
 from drumline.data.chats.template import ChatTemplate, find_template
@@ -86,6 +86,8 @@ class ChatRows:
     def render(self, row: Row) -> Rendered:
         """The text of a row; DataError where its chat is wrong, or what is trained cannot be told."""
         chat = chat_of(row, self.form, self._data)
+        if self._processor:
+            chat = with_images(chat, images_of(row, chat.messages, self._data))
         chat, words = self._guarded(self._last_only(chat))
         text, spans = self._written(chat)
         if self._data.train_on == "all":
