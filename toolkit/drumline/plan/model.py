@@ -200,7 +200,7 @@ class DataFacts:
             (a + b) / 2 * (((n + 1) / last) ** rows - (n / last) ** rows)
             for n, (a, b) in enumerate(pairs)
         )
-        return 1 - mean / most if most else None
+        return max(0.0, 1 - mean / most) if most else None
 
 
 @dataclass(frozen=True)

@@ -85,9 +85,7 @@ def _steps(plan: Plan) -> str:
 def _lengths(plan: Plan, lengths: list[int]) -> str:
     """How long the training rows are, and what part of the tokens is padding."""
     size, share = plan.batch.per_device, plan.data.padding(plan.batch.per_device)
-    padded = (
-        f"; about {max(0.0, share):.0%} padding at {size:,} per_device" if share is not None else ""
-    )
+    padded = f"; about {share:.0%} padding at {size:,} per_device" if share is not None else ""
     return (
         f"{lengths[0]:,} to {lengths[-1]:,} tokens, half of them at most {lengths[50]:,}, nine tenths at "
         f"most {lengths[90]:,}{padded}"

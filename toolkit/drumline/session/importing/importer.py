@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from drumline.errors import RecipeError
 from drumline.recipe.load import validate
@@ -20,6 +21,13 @@ from drumline.session.importing.reading import Command, Source, read
 from drumline.session.importing.writing import nested, text_of
 
 _TRAINERS = {"sft": "sft", "dpo": "dpo", "kto": "kto", "orpo": "orpo", "reward": "rm"}
+_TOOLS: tuple[tuple[Any, str], ...] = (
+    (deepspeed, "DeepSpeed"),
+    (accelerate, "accelerate"),
+    (torchtune, "torchtune"),
+    (axolotl, "axolotl"),
+)
+"""Modules with `is_of(keys)` and `take(draft, keys)`."""
 _GUESSED_GPU = "h100-80gb"
 
 
@@ -77,18 +85,10 @@ def _take(draft: Draft, source: Source, folder: Path, given: Collection[Path] = 
     if source.command is not None:
         return _take_command(draft, source.command, folder, given)
     keys = source.keys
-    if deepspeed.is_of(keys):
-        deepspeed.take(draft, keys)
-        return "DeepSpeed"
-    if accelerate.is_of(keys):
-        accelerate.take(draft, keys)
-        return "accelerate"
-    if torchtune.is_of(keys):
-        torchtune.take(draft, keys)
-        return "torchtune"
-    if axolotl.is_of(keys):
-        axolotl.take(draft, keys)
-        return "axolotl"
+    for module, name in _TOOLS:
+        if module.is_of(keys):
+            module.take(draft, keys)
+            return name
     if llama_factory.is_of(keys):
         llama_factory.take(draft, keys, folder)
         return "LLaMA-Factory"
