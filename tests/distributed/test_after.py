@@ -137,7 +137,11 @@ def test_a_command_that_fails_stops_nothing(tmp_path: Path, forked: Any) -> None
     assert "none: No such file or directory: /no/such/command" in done.stderr
     assert "slow failed (took longer than timeout_minutes)" in done.stderr
     # What two commands of a step have told may be one line of the metrics or two: they end when they end.
-    missing = [(step, values["after/none/exit_code"]) for step, values in told(tmp_path) if "after/none/exit_code" in values]
+    missing = [
+        (step, values["after/none/exit_code"])
+        for step, values in told(tmp_path)
+        if "after/none/exit_code" in values
+    ]
     assert missing == [(15, 127), (30, 127)]
     values = {step: values for step, values in told(tmp_path) if "after/wrong/half" in values}
     assert values == {step: {"after/wrong/half": 0.5, "after/wrong/exit_code": 3} for step in (15, 30)}  # fmt: skip
