@@ -261,6 +261,92 @@ def test_variables_that_nobody_sets_and_what_is_lost_are_told(files: Path) -> No
     assert "which data to evaluate" in left["evaluation.per_device"]
 
 
+def script(files: Path, words: str, ds: dict[str, Any] | None = None) -> Imported:
+    """A launch of a script of transformers on two GPUs, with a file of DeepSpeed's where one is given."""
+    (files / "one.sh").write_text(f"torchrun --nproc_per_node 2 {words}\n")
+    (files / "one.json").write_text(json.dumps(ds or {}))
+    return imported(files, "one.sh", *(["one.json"] if ds else []))
+
+
+def test_words_that_mean_something_else_than_they_say(files: Path) -> None:
+    """A constant rate has no warm-up in transformers, and DeepSpeed's Adam is AdamW unless it says so."""
+    plain = script(
+        files, "t.py --lr_scheduler_type constant --warmup_steps 10 --learning_rate 1e-3"
+    )
+    assert "schedule.warmup_steps" not in plain.draft.keys
+    assert any(one.key == "warmup_steps" for one in plain.draft.left)
+    warm = script(
+        files,
+        "t.py --lr_scheduler_type constant_with_warmup --warmup_steps 10 --learning_rate 1e-3",
+    )
+    assert warm.draft.keys["schedule.warmup_steps"] == 10
+    for more, name in (
+        ({}, "adamw"),
+        ({"adam_w_mode": False}, "adam"),
+        ({"torch_adam": True}, "adam"),
+    ):
+        adam = {"type": "Adam", "params": {"lr": 1e-3, **more}}
+        found = script(
+            files, "t.py --output_dir o", {"zero_optimization": {"stage": 1}, "optimizer": adam}
+        )
+        assert found.draft.keys["optimizer.name"] == name
+        assert found.draft.keys["optimizer.lr"] == 1e-3
+
+
+def test_options_of_schedules(files: Path) -> None:
+    words = """t.py --learning_rate 1e-3 --lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs '{"min_lr": 1e-5}'"""
+    assert script(files, words).draft.keys["schedule.min_lr"] == 1e-5
+    other = script(
+        files, words.replace("min_lr", "timescale").replace("cosine_with_timescale", "inverse_sqrt")
+    )
+    assert any("timescale" in one.why for one in other.draft.left)
+
+
+def test_scripts_of_transformers_say_what_the_rows_are(files: Path) -> None:
+    """And those whose training no recipe states are refused."""
+    keys = script(
+        files, "run_glue.py --task_name mnli --model_name_or_path bert-base-cased --do_eval"
+    ).draft.keys
+    assert (keys["data.text_field"], keys["data.text_pair_field"]) == ("premise", "hypothesis")
+    assert keys["data.evaluation"]["split"] == "validation_matched"
+    keys = script(
+        files, "run_translation.py --source_lang en --target_lang ro_RO --dataset_name wmt16"
+    ).draft.keys
+    assert (keys["data.prompt_field"], keys["data.completion_field"]) == (
+        "translation.en",
+        "translation.ro",
+    )
+    keys = script(
+        files, "run_mlm_no_trainer.py --train_file a.txt --mlm_probability 0.3 --line_by_line"
+    ).draft.keys
+    assert (keys["data.mask_probability"], keys["data.packing"]) == (0.3, "none")
+    with pytest.raises(RecipeError) as error:
+        script(files, "run_speech_recognition_ctc.py --dataset_name a --model_name_or_path b")
+    heard("there is no CTC loss, so this training is not imported", str(error.value))
+
+
+def test_what_llama_factory_freezes_by_default(files: Path) -> None:
+    """The eye and the projector of a model that reads images, unless its file says otherwise."""
+    text = LLAMA_FACTORY.replace("stage: dpo", "stage: sft").replace(
+        "finetuning_type: lora", "finetuning_type: full"
+    )
+    text = (
+        text.replace("template: qwen", "template: qwen2_vl")
+        .replace("pref_", "x_")
+        .replace("lora_", "l_")
+    )
+    for more, frozen in (
+        ("", ["model.visual.patch_embed.*", "model.visual.blocks.*", "model.visual.merger.*"]),
+        (
+            "freeze_multi_modal_projector: false",
+            ["model.visual.patch_embed.*", "model.visual.blocks.*"],
+        ),
+        ("freeze_vision_tower: false\nfreeze_multi_modal_projector: false", None),
+    ):
+        (files / "vl.yaml").write_text(text + more)
+        assert imported(files, "vl.yaml").draft.keys.get("model.frozen") == frozen
+
+
 def test_the_command(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It writes the recipe, tells what is not in it, plans it, and overwrites nothing."""
     monkeypatch.chdir(files)

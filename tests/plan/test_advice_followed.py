@@ -66,6 +66,8 @@ FOLLOWED: list[tuple[list[str], str, list[list[str]]]] = [
      "Nearest: drawn", [["data.validation_split=drawn"]]),
     (["optimizer.name=galore_adamw"], "Nearest: adamw, or optimizer.name custom", [["optimizer.name=adamw"]]),
     (["schedule.name=reduce_lr_on_plateau"], "is not offered. Nearest: linear or cosine", [["schedule.name=linear"], ["schedule.name=cosine"]]),
+    (["schedule.lr_scheduler_kwargs={timescale: 3}"], "Nearest: keys of schedule", [["!schedule={name: polynomial, power: 2.0}"]]),
+    (["schedule.lr_scheduler_kwargs=3"], "is no mapping of options. Nearest: min_lr_rate=0.1", [["!schedule={name: cosine, min_lr_ratio: 0.1}"]]),
     (["model.attn_implementation=flex_attention"], "is not offered. Nearest: model.attention=sdpa",
      [[f"!model={{source: config, architecture: llama, config: {LLAMA}, attention: sdpa}}"]]),
     (["model.quantization_bit=3"], "bits are not offered. Nearest: model.quantization=nf4",

@@ -69,6 +69,7 @@ def test_every_name_leads_to_a_key() -> None:
         "lora_target": "all", "lora_target_modules": "all", "lora_alpha": 16, "quantization_bit": 4, "optim": "adamw",
         "adam_beta1": 0.9, "adam_beta2": 0.9, "flash_attn": "fa2", "attn_implementation": "sdpa", "warmup_steps": 5,
         "lr_scheduler": "cosine", "lr_scheduler_type": "cosine", "report_to": "wandb",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1, "num_cycles": 2, "power": 2.0},
     }  # fmt: skip
     for name in other_names._CONVERTED:
         found = keys_for(name, samples.get(name, True))

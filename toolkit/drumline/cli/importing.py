@@ -9,7 +9,7 @@ import typer
 from drumline.errors import DataError, PlanError, RecipeError
 from drumline.session.importing.draft import Draft
 
-_ROWS = 10_000
+_ROWS = 1_000_000
 """Rows of data that are not at hand, for a plan that shows the rest."""
 
 Files = Annotated[

@@ -5,6 +5,7 @@ peft, axolotl, torchtune and DeepSpeed. `keys_for` serves the messages for unkno
 alike, so that both say the same.
 """
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -122,6 +123,15 @@ SCHEDULES: dict[str, Keys] = {
 """Names of learning rate schedules."""
 
 
+_OF_SCHEDULES = {
+    "min_lr_rate": "schedule.min_lr_ratio",
+    "min_lr": "schedule.min_lr",
+    "lr_end": "schedule.min_lr",
+    "num_cycles": "schedule.cycles",
+    "power": "schedule.power",
+}
+"""Options of transformers' schedules."""
+
 _ATTENTION = {
     "flash_attention_2": "flash",
     "flash_attention_3": "flash",
@@ -231,6 +241,19 @@ def _warmup(value: Any) -> Keys:
     return {"schedule.warmup_steps": int(number)}
 
 
+def _of_the_schedule(value: Any) -> Keys:
+    """`lr_scheduler_kwargs`, as keys and values or as the JSON of them on a command line."""
+    given = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(given, dict):
+        raise NotOffered(f"{value!r} is no mapping of options. Nearest: min_lr_rate=0.1")
+    unknown = sorted(set(given) - set(_OF_SCHEDULES))
+    if unknown:
+        raise NotOffered(
+            f"{', '.join(unknown)}: of {', '.join(_OF_SCHEDULES)} only. Nearest: keys of schedule"
+        )
+    return {_OF_SCHEDULES[key]: one for key, one in given.items()}
+
+
 def _packing(value: Any) -> Keys:
     return {"data.packing": "documents"} if value in (True, "true") else {}
 
@@ -257,6 +280,7 @@ _CONVERTED: dict[str, Callable[[Any], Keys]] = {
     "optim": _optimizer,
     "lr_scheduler_type": _schedule,
     "lr_scheduler": _schedule,
+    "lr_scheduler_kwargs": _of_the_schedule,
     "bf16": _bf16,
     "bfloat16": _bf16,
     "fp16": _fp16,

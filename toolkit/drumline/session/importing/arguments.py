@@ -44,6 +44,7 @@ def take(draft: Draft, given: dict[str, Any], trainer: str = "", tool: str = "ar
         given.pop("max_steps", None)
     else:
         given.pop("num_train_epochs", None)
+    drop_warmup(draft, given)
     for name in ("eval_steps", "save_steps"):
         if isinstance(given.get(name), float) and given[name] < 1:
             draft.leave(
@@ -54,6 +55,15 @@ def take(draft: Draft, given: dict[str, Any], trainer: str = "", tool: str = "ar
         if key == "duration.epochs" and "duration.steps" in draft.keys:
             continue
         draft.set(key, value, "the default of transformers", weakly=True)
+
+
+def drop_warmup(draft: Draft, given: dict[str, Any]) -> None:
+    """Transformers' constant schedule has no warm-up, whatever is stated; `constant_with_warmup` has one."""
+    if "constant" not in (given.get("lr_scheduler_type"), given.get("lr_scheduler")):
+        return
+    for key in ("warmup_steps", "warmup_ratio"):
+        if value := given.pop(key, None):
+            draft.leave(key, value, MEANINGLESS, "transformers' constant schedule has no warm-up")
 
 
 def take_model(draft: Draft, given: dict[str, Any]) -> None:

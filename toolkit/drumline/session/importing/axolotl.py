@@ -55,6 +55,7 @@ def take(draft: Draft, given: dict[str, Any]) -> None:
         given.pop("num_epochs", None)
     if "optimizer" in given:
         given["optim"] = given.pop("optimizer")
+    arguments.drop_warmup(draft, given)
     draft.take_all(given, "axolotl")
     for key, value in (
         ("optimizer.name", "adamw"),

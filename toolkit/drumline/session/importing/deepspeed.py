@@ -44,14 +44,15 @@ def take(draft: Draft, given: dict[str, Any]) -> None:
             draft.taken += 1
     optimizer = given.pop("optimizer", None) or {}
     if optimizer:
-        draft.take("optim", str(optimizer.get("type", "AdamW")))
-        _take_parameters(draft, optimizer.get("params") or {})
+        kind, parameters = str(optimizer.get("type", "AdamW")), dict(optimizer.get("params") or {})
+        is_plain = parameters.pop("adam_w_mode", True) is False or parameters.pop(
+            "torch_adam", False
+        )
+        draft.take("optim", "adamw" if kind.lower() == "adam" and not is_plain else kind)
+        _take_parameters(draft, parameters)
     scheduler = given.pop("scheduler", None) or {}
     if scheduler:
-        draft.take("lr_scheduler", str(scheduler.get("type")))
-        steps = (scheduler.get("params") or {}).get("warmup_num_steps")
-        if isinstance(steps, int):
-            draft.take("warmup_steps", steps)
+        _take_schedule(draft, str(scheduler.get("type")), dict(scheduler.get("params") or {}))
     for name in _NUMBERS:
         value = given.pop(name, None)
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -92,3 +93,22 @@ def _take_parameters(draft: Draft, given: dict[str, Any]) -> None:
             draft.leave(
                 f"optimizer.params.{name}", value, MEANINGLESS, "the optimizer has no such option"
             )
+
+
+def _take_schedule(draft: Draft, name: str, given: dict[str, Any]) -> None:
+    """DeepSpeed's schedules: a warm-up to the peak, then constant, down to 0 in a line, or a cosine."""
+    draft.take("lr_scheduler", name)
+    if isinstance(steps := given.get("warmup_num_steps"), int):
+        draft.take("warmup_steps", steps)
+    peak, start = given.get("warmup_max_lr"), given.get("warmup_min_lr")
+    if isinstance(peak, float):
+        draft.set("optimizer.lr", peak)
+        if isinstance(start, float) and start:
+            draft.set("schedule.warmup_start_ratio", round(start / peak, 12))
+    if name == "WarmupCosineLR":
+        draft.set("schedule.min_lr_ratio", float(given.get("cos_min_ratio", 0.0001)))
+        draft.set("schedule.warmup_start_ratio", float(given.get("warmup_min_ratio", 0.0)))
+    elif given.get("warmup_type", "log") == "log":
+        draft.differ("DeepSpeed's warm-up grows with the logarithm of the step; here it is a line")
+    if isinstance(total := given.get("total_num_steps"), int):
+        draft.set("duration.steps", total)

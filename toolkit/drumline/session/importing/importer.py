@@ -14,6 +14,7 @@ from drumline.session.importing import (
     axolotl,
     deepspeed,
     llama_factory,
+    scripts,
     torchtune,
 )
 from drumline.session.importing.draft import UNSUPPORTED, Draft
@@ -59,7 +60,8 @@ def import_files(
                 f"{error}"
             ) from None
     _finish(draft, gpus, gpu)
-    name = re.sub(r"[^a-z0-9._-]+", "-", paths[0].stem.lower()).strip("-._") or "imported"
+    of_training = max(sources, key=lambda pair: _rank(pair[0]))[1]
+    name = re.sub(r"[^a-z0-9._-]+", "-", of_training.stem.lower()).strip("-._") or "imported"
     draft.keys = {"recipe": name, "schema": 1, **draft.keys}
     head = [
         f"Imported from {', '.join(path.name for path in paths)} ({', '.join(dict.fromkeys(tools))})."
@@ -141,8 +143,9 @@ def _take_command(draft: Draft, command: Command, folder: Path, given: Collectio
         if "finetuning_type" in flags or "stage" in flags:
             llama_factory.take(draft, flags, folder)
             return "LLaMA-Factory"
+        is_example = scripts.take(draft, flags, program)
         arguments.take(draft, flags, trainer)
-        return "TRL" if trainer else "TrainingArguments"
+        return "TRL" if trainer else "transformers" if is_example else "TrainingArguments"
     return tool or "a launch command"
 
 
@@ -193,6 +196,8 @@ def _finish(draft: Draft, gpus: int | None, gpu: str | None) -> None:
         draft.set("launch.launcher", "torchrun")
     if draft.keys.get("data.task") in ("sft", "causal_lm", "preference"):
         draft.set("data.sequence_length", 1024, "the default of TRL", weakly=True)
+    if "data.image" in draft.keys and draft.keys.get("data.task") != "sft":
+        draft.keys.pop("data.tokenizer", None)  # pictures have no text
     if draft.keys.get("data.packing") == "documents" and draft.keys.get("data.task") == "causal_lm":
         draft.keys.pop("data.packing")
     has_adapter = any(key.startswith("model.adapter") for key in draft.keys)

@@ -1,6 +1,7 @@
 """LLaMA-Factory's YAML."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,9 @@ def take(draft: Draft, given: dict[str, Any], folder: Path) -> None:
             f"template {template}: the tokenizer's own chat template is used; state a file if it is another"
         )
         draft.taken += 1
+    arguments.take_model(draft, given)
     _take_sets(draft, given, folder)
+    _take_vision(draft, given, str(template or ""), is_adapted=kind == "lora")
     share = given.pop("val_size", None)
     if isinstance(share, float) and 0 < share < 1:
         draft.set("data.validation", share)
@@ -84,6 +87,47 @@ def take(draft: Draft, given: dict[str, Any], folder: Path) -> None:
         given.pop("flash_attn", None)
     given.pop("dataset_dir", None)
     arguments.take(draft, given, tool="llama_factory")
+
+
+_VISION = (
+    ("qwen", ["model.visual.patch_embed.*", "model.visual.blocks.*"], ["model.visual.merger.*"]),
+    ("glm", ["model.visual.patch_embed.*", "model.visual.blocks.*"], ["model.visual.merger.*"]),
+    ("", ["model.vision_tower.*"], ["model.multi_modal_projector.*"]),
+)
+"""What of a model that reads images is its eye and what its projector, by the beginning of the template."""
+_READS_IMAGES = re.compile(
+    r"llava|pixtral|gemma3$|gemma3_vl|qwen.*_vl|qwen2_omni|glm4.*v|mistral_small|mllama"
+)
+
+
+def _take_vision(draft: Draft, given: dict[str, Any], template: str, is_adapted: bool) -> None:
+    """Images of chats, and which parts are not trained: the eye and the projector, unless stated."""
+    eye = given.pop("freeze_vision_tower", None)
+    projector = given.pop("freeze_multi_modal_projector", None)
+    language = given.pop("freeze_language_model", False)
+    has_images = "data.image_field" in draft.keys or bool(_READS_IMAGES.search(template))
+    draft.taken += sum(value is not None for value in (eye, projector)) + bool(language)
+    if not has_images:
+        return
+    draft.set(
+        "data.image_field", "images", "the column that LLaMA-Factory's own sets have", weakly=True
+    )
+    name = draft.keys.get("model.path") or draft.keys.get("model.name")
+    draft.set("data.image", {"processor": name}, weakly=True)
+    of_eye, of_projector = next((a, b) for start, a, b in _VISION if template.startswith(start))
+    frozen = (of_eye if eye is not False else []) + (of_projector if projector is not False else [])
+    if is_adapted:
+        draft.differ(
+            "LLaMA-Factory adapts no layer of the eye while it is frozen; `all-linear` adapts those of its "
+            "blocks, too, unless model.adapter.targets names layers that only the language model has"
+        )
+        return
+    if language:
+        frozen.append("model.language_model.*")
+    if frozen:
+        draft.set(
+            "model.frozen", frozen, "LLaMA-Factory trains neither eye nor projector unless told to"
+        )
 
 
 def _take_sets(draft: Draft, given: dict[str, Any], folder: Path) -> None:
@@ -125,6 +169,8 @@ def _source(draft: Draft, name: str, known: dict[str, Any]) -> dict[str, Any]:
     if entry.get("hf_hub_url"):
         return {"source": "hub", "name": str(entry["hf_hub_url"])}
     columns = entry.get("columns") or {}
+    if columns.get("images"):
+        draft.set("data.image_field", str(columns["images"]))
     if columns.get("messages") not in (None, "conversations", "messages"):
         draft.set("data.messages_field", str(columns["messages"]))
     return {"source": "files", "path": f"data/{entry.get('file_name', f'{name}.json')}"}
