@@ -35,6 +35,12 @@ def take(draft: Draft, given: dict[str, Any], program: str) -> bool:
         return False
     draft.taken += 1
     kind(draft, given)
+    if stem in _OWN_LOSSES and int(given.get("gradient_accumulation_steps") or 1) > 1:
+        draft.differ(
+            "transformers 5 adds up the means of micro-batches of a model that computes its loss by itself "
+            "(BERT, T5), so with accumulation its loss and gradients are that many times as large, and clipped "
+            "sooner"
+        )
     if samples := given.pop("max_train_samples", None):
         draft.set("data.samples", int(samples))
         draft.taken += 1
@@ -70,7 +76,8 @@ def _causal(draft: Draft, given: dict[str, Any]) -> None:
         "data.sequence_length", int(length or 1024), "" if length else "run_clm's default, at most"
     )
     draft.differ(
-        "run_clm joins the texts of rows without a token between them; here each ends with the end token"
+        "run_clm joins the texts of rows without a token between them, and never trains the first token of a "
+        "row; here each text ends with the end token, and every token is trained"
     )
 
 
@@ -269,6 +276,8 @@ _KINDS: dict[str, Callable[[Draft, dict[str, Any]], None]] = {
     "run_audio_classification": _sounds,
     "run_speech_recognition_seq2seq": _speech,
 }
+_OWN_LOSSES = ("run_glue", "run_classification", "run_text_classification", "run_ner", "run_summarization",
+               "run_translation")  # fmt: skip
 _REFUSED = {
     "run_speech_recognition_ctc": "there is no CTC loss",
     "run_speech_recognition_ctc_adapter": "there is no CTC loss",
