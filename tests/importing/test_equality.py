@@ -38,26 +38,10 @@ from pretrained_folders import saved
 pytestmark = [pytest.mark.xdist_group("kinds"), pytest.mark.heavy]
 
 Loss = Callable[..., torch.Tensor]
+Micro = list[tuple[float, int]]
+"""Of each micro-batch its loss, and how many labels it has."""
 ROWS, STEPS, SEED = 48, 6, 42
-WORDS = [
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "is",
-    "it",
-    "you",
-    "that",
-    "he",
-    "was",
-    "for",
-    "on",
-    "are",
-    "with",
-    "as",
-    "his",
-]
+WORDS = ["the", "of", "and", "to", "in", "is", "it", "you", "that", "he", "was", "for", "on", "are", "with", "as", "his"]  # fmt: skip
 LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 128}  # fmt: skip
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # fmt: skip
@@ -127,17 +111,15 @@ class Captured:
 
     def training_step(self, *arguments: Any, **named: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*arguments, **named)  # type: ignore[misc]
-        self.losses = [*getattr(self, "losses", []), float(loss)]
+        labels = arguments[1].get("labels")
+        count = 1 if labels is None else int((labels != -100).sum())
+        self.seen = [*getattr(self, "seen", []), (float(loss), count)]
         return loss
 
     def create_scheduler(self, *arguments: Any, **named: Any) -> Any:
         made = super().create_scheduler(*arguments, **named)  # type: ignore[misc]
         made.step()
         return made
-
-    def of_steps(self) -> list[float]:
-        """The losses, as each step's sum over its micro-batches."""
-        return [float(sum(pair)) for pair in np.array(self.losses).reshape(-1, 2)]
 
 
 class OurTrainer(Captured, Trainer):
@@ -172,7 +154,7 @@ def ordered(rows: list[Any]) -> list[Any]:
 # ---- the jobs: files, and the other tool's training of what they say
 
 
-def causal(folder: Path, loss: Loss | None, architecture: str = "llama") -> list[float]:
+def causal(folder: Path, loss: Loss | None, architecture: str = "llama") -> Micro:
     rng = random.Random(1)
     read = tokenizer(folder / "model")
     config = {"llama": LLAMA, "gpt2": GPT2}[architecture]
@@ -201,7 +183,7 @@ def causal(folder: Path, loss: Loss | None, architecture: str = "llama") -> list
     return trained(trainer)
 
 
-def pairs(folder: Path, loss: Loss | None) -> list[float]:
+def pairs(folder: Path, loss: Loss | None) -> Micro:
     rng = random.Random(2)
     read = tokenizer(folder / "model", is_pair=True)
     saved(
@@ -228,7 +210,7 @@ def pairs(folder: Path, loss: Loss | None) -> list[float]:
     return trained(trainer)
 
 
-def summaries(folder: Path, loss: Loss | None) -> list[float]:
+def summaries(folder: Path, loss: Loss | None) -> Micro:
     rng = random.Random(3)
     read = tokenizer(folder / "model")
     saved(folder / "model", "AutoModelForSeq2SeqLM", "t5", {**T5, "vocab_size": len(read)})
@@ -253,7 +235,7 @@ def summaries(folder: Path, loss: Loss | None) -> list[float]:
     return trained(trainer)
 
 
-def completions(folder: Path, loss: Loss | None) -> list[float]:
+def completions(folder: Path, loss: Loss | None) -> Micro:
     rng = random.Random(4)
     read = tokenizer(folder / "model")
     saved(
@@ -274,7 +256,7 @@ def completions(folder: Path, loss: Loss | None) -> list[float]:
     return trained(trainer)
 
 
-def preferences(folder: Path, loss: Loss | None) -> list[float]:
+def preferences(folder: Path, loss: Loss | None) -> Micro:
     rng = random.Random(5)
     read = tokenizer(folder / "model")
     saved(
@@ -295,9 +277,14 @@ def preferences(folder: Path, loss: Loss | None) -> list[float]:
     return trained(trainer)
 
 
-def trained(trainer: Any) -> list[float]:
+def trained(trainer: Any) -> Micro:
     trainer.train()
-    return trainer.of_steps()
+    return trainer.seen  # type: ignore[no-any-return]
+
+
+def of_steps(seen: Micro) -> list[float]:
+    """The loss of each step, which the Trainer adds up of its two micro-batches."""
+    return [float(one) for one in np.array([loss for loss, _ in seen]).reshape(-1, 2).sum(axis=1)]
 
 
 def mean_of_all(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
@@ -309,7 +296,7 @@ def mean_of_all(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any) -> 
     )
 
 
-JOBS: dict[str, tuple[Callable[..., list[float]], Loss | None]] = {
+JOBS: dict[str, tuple[Callable[..., Micro], Loss | None]] = {
     "run_clm": (causal, None), "run_glue": (pairs, mean_of_all), "run_summarization": (summaries, mean_of_all),
     "sft": (completions, None), "dpo": (preferences, None),
 }  # fmt: skip
@@ -336,25 +323,20 @@ def ours(folder: Path, run: Callable[..., Any]) -> list[float]:
 def test_an_imported_job_is_the_same_training(job: str, tmp_path: Path, forked: Any) -> None:
     """Each step's loss is the other tool's to 1e-5, at the rate of the same step."""
     train, loss = JOBS[job]
-    theirs, mine = train(tmp_path, loss), ours(tmp_path, forked)
+    theirs, mine = of_steps(train(tmp_path, loss)), ours(tmp_path, forked)
     assert len(mine) == len(theirs) == STEPS
     assert mine == pytest.approx(theirs, rel=1e-5)
     assert len({round(one, 3) for one in mine}) > 1
     if loss is None:
         return
     # The model's own loss is a mean over its micro-batch, and transformers 5.23 adds these up.
-    alone = train(tmp_path, None)
-    if job == "run_glue":
-        assert alone == pytest.approx([2 * one for one in mine], rel=1e-5)
-    else:
-        halves = [one / 2 for one in alone]
-        assert halves == pytest.approx(mine, rel=0.05)
-        assert (
-            abs(halves[0] - mine[0]) > 1e-3 * mine[0]
-        )  # means of means: micro-batches have other numbers of tokens
+    (first, of_first), (second, of_second) = train(tmp_path, None)[:2]
+    whole = (first * of_first + second * of_second) / (of_first + of_second)
+    assert mine[0] == pytest.approx(whole, rel=1e-5)
+    assert first + second > 1.9 * mine[0]
 
 
 def test_where_the_first_token_of_each_row_is_counted(tmp_path: Path, forked: Any) -> None:
     """transformers 5.23 divides the loss of GPT-2 by all tokens of its rows, of which it never trains the first."""
-    theirs, mine = causal(tmp_path, None, "gpt2"), ours(tmp_path, forked)
+    theirs, mine = of_steps(causal(tmp_path, None, "gpt2")), ours(tmp_path, forked)
     assert theirs == pytest.approx([one * 16 / 17 for one in mine], rel=1e-5)

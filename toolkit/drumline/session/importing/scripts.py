@@ -38,8 +38,8 @@ def take(draft: Draft, given: dict[str, Any], program: str) -> bool:
     if stem in _OWN_LOSSES and int(given.get("gradient_accumulation_steps") or 1) > 1:
         draft.differ(
             "transformers 5 adds up the means of micro-batches of a model that computes its loss by itself "
-            "(BERT, T5), so with accumulation its loss and gradients are that many times as large, and clipped "
-            "sooner"
+            "(BERT, T5), so with accumulation its loss and gradients are that many times as large, and "
+            "clipped sooner"
         )
     if samples := given.pop("max_train_samples", None):
         draft.set("data.samples", int(samples))
