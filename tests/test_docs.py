@@ -99,3 +99,16 @@ def test_every_recipe_key_is_documented() -> None:
     for name in _fields(Recipe):
         key = name.split(".")[-1]
         assert re.search(rf"\b{re.escape(key)}\b", text), name
+
+
+def test_the_python_that_the_page_shows_runs(tmp_path: Path) -> None:
+    """The block of docs/python.md, as a script of its own."""
+    (block,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), flags=re.DOTALL
+    )
+    env = {**os.environ, "PYTHONPATH": SOURCES}
+    done = subprocess.run(
+        [sys.executable, "-c", block], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"\d+\.\d GiB of 79\.1 GiB, fits\n", done.stdout)

@@ -2,8 +2,6 @@
 
 import json
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from logged_runs import make_run, step_line, write_lines
 
+from browser import chromium, watched
 from drumline.compare.report import MOST_POINTS, thinned, write_report
 from drumline.compare.sources import read_folder
 from drumline.runs.folder import RunFolder
 
 pytestmark = [pytest.mark.xdist_group("browser")]
+__all__ = ["chromium"]
 
 GB = 10**9
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    """Debian's Chromium, driven by Playwright."""
-    found = shutil.which("chromium")
-    if found is None:
-        pytest.skip("no chromium on this machine: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 def attempt(number: int, started: str, ended: str, outcome: str, **facts: Any) -> dict[str, Any]:
@@ -72,21 +58,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[RunFolder]:
 def open_page(
     chromium: Any, folder: Path, runs: list[RunFolder], **kind: Any
 ) -> tuple[Any, list[str]]:
-    """The page in a window, and what its console said; any request but the page's own fails."""
+    """The report of these runs in a window, and what its console said."""
     file = folder / "report.html"
     file.write_text(write_report([read_folder(run) for run in runs]))
-    page, said = chromium.new_page(**kind), []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on(
-        "request",
-        lambda request: (
-            said.append(request.url) if not request.url.startswith(("file:", "data:")) else None
-        ),
-    )
-    page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
-    page.goto(file.as_uri())
-    return page, said
+    return watched(chromium, file, **kind)
 
 
 def drawn(page: Any, curve: str) -> dict[str, list[list[float]]]:

@@ -37,6 +37,22 @@ Sweep = Annotated[
 ]
 
 
+Html = Annotated[
+    bool, typer.Option("--html", help="Also a page: equation, memory by phase, other splits.")
+]
+
+
+def _page(plan: Plan) -> None:
+    """Write the plan as one HTML page, with the heat map where the memory is known."""
+    from drumline.files import write_text
+    from drumline.plan.sweep import sweep
+    from drumline.session.plan_page import plan_page
+
+    page = Path(f"{plan.recipe.recipe}-plan.html")
+    write_text(page, plan_page(plan, sweep(plan, world_of(plan))))
+    print(f"written to {page}", file=sys.stderr)
+
+
 def _sweep(plan: Plan, as_json: bool) -> None:
     """Print the table and write the HTML page, or print the cells as JSON."""
     from drumline.files import write_text
@@ -67,6 +83,7 @@ def plan_command(
     trace: Trace = False,
     fix: Fix = False,
     sweep: Sweep = False,
+    html: Html = False,
     trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -86,6 +103,8 @@ def plan_command(
         plan = fixed(plan)
     if trace:
         plan = traced(plan)
+    if html:
+        _page(plan)
     if sweep:
         return _sweep(plan, as_json)
     if as_json:

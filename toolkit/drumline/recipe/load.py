@@ -24,16 +24,25 @@ PATH_KEYS = (("data", "path"), ("data", "tokenizer"), ("data", "chat_template"),
 def load_recipe(where: str, overrides: list[str] | None = None) -> Recipe:
     """Read a file or a shipped recipe's name, apply `extends:` and overrides, validate."""
     path = catalogue.find(where)
-    raw = _read_mapping(path)
-    base_name = raw.pop("extends", None)
-    if base_name is not None:
-        raw = merge(_read_base(path, base_name), raw)
-    return _overridden(raw, overrides, str(path))
+    return _overridden(_extended(_read_mapping(path), path), overrides, str(path))
+
+
+def recipe_of_mapping(raw: dict[str, Any], overrides: list[str] | None = None) -> Recipe:
+    """A recipe of keys and values, as a file with them in the current folder would be read."""
+    place = Path.cwd() / "recipe"
+    return _overridden(_extended(_with_paths(raw, place.parent), place), overrides, "recipe")
 
 
 def override(recipe: Recipe, overrides: list[str] | None) -> Recipe:
     """Return the recipe with `key.path=value` overrides applied, validated again."""
     return _overridden(recipe.model_dump(by_alias=True), overrides, "recipe")
+
+
+def _extended(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The keys merged into those of the recipe that `extends` names; `path`: where they stand."""
+    own = dict(raw)
+    base_name = own.pop("extends", None)
+    return own if base_name is None else merge(_read_base(path, base_name), own)
 
 
 def _overridden(raw: dict[str, Any], overrides: list[str] | None, origin: str) -> Recipe:
@@ -129,9 +138,14 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         found = "is empty" if raw is None else f"holds a {type(raw).__name__}"
         raise RecipeError(f"{path}: {found}; a recipe is a mapping that begins with `recipe:`")
+    return _with_paths(raw, path.resolve().parent)
+
+
+def _with_paths(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Keys as read, with absolute paths, and a project where a factory is named."""
     if _names_a_factory(raw):
-        raw.setdefault("project", ".")
-    return _absolute_paths(raw, path.resolve().parent)
+        raw = {"project": ".", **raw}
+    return _absolute_paths(raw, folder)
 
 
 def read_text(path: Path) -> str:

@@ -10,6 +10,7 @@ from drumline.memory.ranges import ByteRange
 from drumline.plan.advise import change_words
 from drumline.plan.model import VERDICT_WORDS, Plan, StartFacts
 from drumline.plan.schedule import rate_facts
+from drumline.session.memory_bars import memory_bars
 from drumline.units import format_bytes, format_count, format_flops
 
 _WIDTH = 100
@@ -18,7 +19,12 @@ _LABEL = 11
 
 def plan_table(plan: Plan) -> str:
     """Return the plan as text, one labelled paragraph per topic."""
-    recipe = plan.recipe
+    rows = (_row(label, text) for label, text in topics(plan))
+    return "\n".join([plan.recipe.recipe, "", *rows])
+
+
+def topics(plan: Plan) -> list[tuple[str, str]]:
+    """Labels of a plan's topics, and their text."""
     rows = [
         *([("start", _start(plan.start))] if plan.start else []),
         ("batch", _batch(plan)),
@@ -34,7 +40,7 @@ def plan_table(plan: Plan) -> str:
         rows.insert(2, ("rows", _lengths(plan, plan.data.row_lengths)))
     rows += [("advice", _advice(plan))] if plan.advice else []
     rows += [("warning", warning) for warning in plan.warnings]
-    return "\n".join([f"{recipe.recipe}", "", *(_row(label, text) for label, text in rows)])
+    return rows
 
 
 def _row(label: str, text: str) -> str:
@@ -143,6 +149,7 @@ def _memory(plan: Plan) -> str:
     ]
     if m.allocated == m.device:  # on a CPU the three ranges are the same
         del rows[2:]
+    rows += memory_bars(m)
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in m.parts.items() if size)
     rows.append(f"peak in {m.peak_phase}: {parts}")
     if "rows" in m.basis:

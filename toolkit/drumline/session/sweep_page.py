@@ -49,11 +49,17 @@ def _at(cells: Iterable[Cell], gpus: int, b: int, column: tuple[str, str]) -> Ce
 
 def sweep_page(plan: Plan, cells: list[Cell]) -> str:
     """Render one self-contained HTML page: each cell shows peak memory, coloured by share of the device."""
+    title = f"{plan.recipe.recipe}: memory at effective batch {plan.batch.effective:,}"
+    return _PAGE.format(title=escape(title), style=HEAT_MAP_STYLE, map=heat_map(plan, cells))
+
+
+def heat_map(plan: Plan, cells: list[Cell]) -> str:
+    """The table of a sweep as HTML, with a line that says how to read it; HEAT_MAP_STYLE colours it."""
     capacity = plan.memory.capacity
     columns = _columns(cells)
     head = "".join(
-        f'<th scope="col">{escape(strategy)}{"<br>checkpointed" if full == "full" else ""}</th>'
-        for strategy, full in columns
+        f'<th scope="col">{escape(strategy)}{_CHECKPOINTED.get(policy, "")}</th>'
+        for strategy, policy in columns
     )
     body = []
     for gpus, b in _rows(cells):
@@ -65,12 +71,8 @@ def sweep_page(plan: Plan, cells: list[Cell]) -> str:
         equation = f"{b} × {gpus} × {k}"
         body.append(f'<tr><th scope="row">{equation}</th>{"".join(tds)}</tr>')
     of = f" of {format_bytes(capacity)}" if capacity else ""
-    return _PAGE.format(
-        title=escape(f"{plan.recipe.recipe}: memory at effective batch {plan.batch.effective:,}"),
-        device=escape(f"{plan.recipe.cluster.gpu_name}{of} per rank, {plan.recipe.precision}"),
-        head=head,
-        body="\n".join(body),
-    )
+    device = escape(f"{plan.recipe.cluster.gpu_name}{of} per rank, {plan.recipe.precision}")
+    return _HEAT_MAP.format(device=device, head=head, body="\n".join(body))
 
 
 def _cell(cell: Cell, capacity: int | None, plan: Plan) -> str:
@@ -86,6 +88,28 @@ def _cell(cell: Cell, capacity: int | None, plan: Plan) -> str:
     )
 
 
+_CHECKPOINTED = {"full": "<br>checkpointed", "selective": "<br>selective"}
+HEAT_MAP_STYLE = """
+.heat-map { overflow-x: auto; }
+.heat-map table { border-collapse: collapse; }
+.heat-map th, .heat-map td { padding: .35rem .7rem; text-align: right; white-space: nowrap; }
+.heat-map td { background: hsl(var(--hue) 70% 78%); color: #111; font-variant-numeric: tabular-nums; }
+.heat-map td:empty { background: none; }
+.heat-map td.does_not_fit { text-decoration: line-through; }
+.heat-map td.tight { font-style: italic; }
+.heat-map td.now { outline: 3px solid currentColor; outline-offset: -3px; font-weight: 700; }
+@media (prefers-color-scheme: dark) { .heat-map td { background: hsl(var(--hue) 45% 30%); color: #eee; } }
+"""
+_HEAT_MAP = """<p>{device}. Rows: per_device × gpus × accumulation.
+Italic: tight. Struck through: does not fit. Outlined: the recipe.</p>
+<div class="heat-map">
+<table>
+<thead><tr><th scope="col">split</th>{head}</tr></thead>
+<tbody>
+{body}
+</tbody>
+</table>
+</div>"""
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -96,28 +120,11 @@ _PAGE = """<!doctype html>
 :root {{ color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif; }}
 body {{ margin: 1.5rem; }}
 h1 {{ font-size: 1.2rem; }}
-.scroll {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; }}
-th, td {{ padding: .35rem .7rem; text-align: right; white-space: nowrap; }}
-td {{ background: hsl(var(--hue) 70% 78%); color: #111; font-variant-numeric: tabular-nums; }}
-td.does_not_fit {{ text-decoration: line-through; }}
-td.tight {{ font-style: italic; }}
-td.now {{ outline: 3px solid currentColor; outline-offset: -3px; font-weight: 700; }}
-@media (prefers-color-scheme: dark) {{ td {{ background: hsl(var(--hue) 45% 30%); color: #eee; }} }}
-</style>
+{style}</style>
 </head>
 <body>
 <h1>{title}</h1>
-<p>{device}. Rows: per_device × gpus × accumulation.
-Italic: tight. Struck through: does not fit. Outlined: the recipe.</p>
-<div class="scroll">
-<table>
-<thead><tr><th scope="col">split</th>{head}</tr></thead>
-<tbody>
-{body}
-</tbody>
-</table>
-</div>
+{map}
 </body>
 </html>
 """
