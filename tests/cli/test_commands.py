@@ -138,6 +138,7 @@ def test_recipes_can_be_listed_shown_and_copied(drumline: Any, tmp_path: Path) -
     assert {p.name for p in tmp_path.iterdir()} == {
         "mine.yaml",
         "worked-example.yaml",
+        "recipe.schema.json",
         "example_models.py",
     }
     assert drumline("plan", "mine.yaml").returncode == 0

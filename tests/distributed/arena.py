@@ -32,6 +32,17 @@ Run = tuple[str, Split]
 """An engine, and a split."""
 
 
+SPLITS: list[Split] = [(6, 1, 2), (3, 2, 2), (2, 2, 3)]
+PARITY: list[Run] = [
+    *(("ddp", split) for split in SPLITS),
+    *(("fsdp", split) for split in SPLITS[1:]),
+    ("accelerate", SPLITS[1]),
+    ("zero2", SPLITS[1]),
+    *(("zero3", split) for split in SPLITS[1:]),
+]
+"""Every engine, and every split, for what engines do not know of; all of both are in test_engines.py."""
+
+
 class Arena:
     """Jobs by world size, done in one start each; their folders by name."""
 

@@ -4,12 +4,13 @@ What it forks is the product's own code: `drumline …` with the real supervisor
 real gloo. Only torchrun is stood in for, by a client of this file that asks for the ranks; runs
 through torchrun itself are in test_runs.py.
 
-    python fork_server.py serve SOCKET                     the server
+    python fork_server.py serve SOCKET [MODULE…]           the server, and what it imports beforehand
     python fork_server.py launch SOCKET WORLD ARGUMENTS…   what the supervisor starts in torchrun's place
 """
 
 import array
 import contextlib
+import importlib
 import json
 import os
 import select
@@ -28,13 +29,13 @@ SOURCES = f"{ROOT}/toolkit:{ROOT}/launchers"
 class ForkServer:
     """The server, seen from a test."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *modules: str) -> None:
         self._socket = str(folder / "socket")
         env = {**os.environ, "PYTHONPATH": f"{SOURCES}:{ROOT}/tests/distributed", "OMP_NUM_THREADS": "1",
                "OPENBLAS_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # fmt: skip
-        command = [sys.executable, __file__, "serve", self._socket]
+        command = [sys.executable, __file__, "serve", self._socket, *modules]
         self._server = subprocess.Popen(command, env=env, start_new_session=True)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not os.path.exists(self._socket):
             assert self._server.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
@@ -68,6 +69,12 @@ class ForkServer:
         finally:
             child.end()
         return subprocess.CompletedProcess(list(arguments), code, child.out, child.err)
+
+    def program(
+        self, kind: str, argv: list[str], folder: Path, env: dict[str, str], log: int
+    ) -> tuple[socket.socket, int]:
+        """Fork a process that runs one of PROGRAMS; the connection tells its exit code."""
+        return ask(self._socket, kind, argv, str(folder), env, [log, log])
 
     def close(self) -> None:
         """End the server, and nothing else."""
@@ -131,9 +138,10 @@ def ask(
     return connection, int(connection.recv(16).decode())
 
 
-def serve(path: str) -> None:
+def serve(path: str, modules: list[str]) -> None:
     """Import everything, then fork on request and tell how each child ended."""
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    for module in ("transformers.models.llama.modeling_llama", *modules):
+        importlib.import_module(module)
 
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path + ".new")
@@ -183,7 +191,7 @@ def become(request: dict[str, Any], fds: list[int]) -> None:
         for number, fd in enumerate(fds, start=1):
             os.dup2(fd, number)
         sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
-        code = be_command(request) if request["kind"] == "drumline" else be_rank(request)
+        code = PROGRAMS[request["kind"]](request)
     except SystemExit as ending:
         code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
     except BaseException:
@@ -223,6 +231,17 @@ def be_rank(request: dict[str, Any]) -> int:
     return worker.main(request["argv"])
 
 
+def be_jobs(request: dict[str, Any]) -> int:
+    """A rank that does a list of jobs; see ranks.py."""
+    import ranks
+
+    ranks.main(request["argv"][0])
+    return 0
+
+
+PROGRAMS = {"drumline": be_command, "rank": be_rank, "jobs": be_jobs}
+
+
 def launch(server: str, world: int, argv: list[str]) -> int:
     """Ask for the ranks, wait for all, tell whether one failed."""
     with socket.socket() as free:
@@ -240,6 +259,6 @@ def launch(server: str, world: int, argv: list[str]) -> int:
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        serve(sys.argv[2])
+        serve(sys.argv[2], sys.argv[3:])
     else:
         sys.exit(launch(sys.argv[2], int(sys.argv[3]), sys.argv[4:]))

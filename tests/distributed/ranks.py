@@ -1,16 +1,18 @@
-"""Runs a list of jobs on real gloo processes, all in one start, because a start costs seconds.
+"""Runs a list of jobs on real gloo processes, forked from one that has imported everything."""
 
-As a program it is one rank: `python ranks.py JOBS.json`, with RANK and WORLD_SIZE set.
-"""
-
+import atexit
 import contextlib
 import json
 import os
-import subprocess
+import signal
 import sys
+import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from fork_server import ForkServer
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = f"{ROOT}/toolkit:{ROOT}/launchers"
@@ -20,24 +22,38 @@ def run_jobs(world: int, jobs: list[dict[str, Any]], folder: Path) -> None:
     """Start `world` processes that do the jobs in turn; raises with the log of one that failed."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    processes = []
+    ranks = []
     for rank in range(world):
         env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
                "PYTHONPATH": SOURCES, "STORE": str(folder / "store")}  # fmt: skip
         with (folder / f"rank-{rank}.log").open("wb") as log:
-            command = [sys.executable, __file__, str(folder / "jobs.json")]
-            processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+            argv = [str(folder / "jobs.json")]
+            ranks.append(_server().program("jobs", argv, Path.cwd(), env, log.fileno()))
+    codes = []
     try:
-        codes = [process.wait(timeout=400) for process in processes]
+        for connection, _ in ranks:
+            connection.settimeout(400)
+            codes.append(int(connection.recv(64).decode() or 1))
     finally:
-        for process in processes:
-            process.kill()
+        for _, pid in ranks[len(codes) :]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     if any(codes):
         logs = [(folder / f"rank-{rank}.log").read_text()[-3000:] for rank in range(world)]
         raise AssertionError(f"exit codes {codes}\n" + "\n".join(logs))
 
 
-def main() -> None:
+@cache
+def _server() -> ForkServer:
+    """What forks the ranks, until the tests end."""
+    folder = tempfile.TemporaryDirectory(prefix="ranks-")
+    server = ForkServer(Path(folder.name), "accelerate", "deepspeed", "peft", "drumline.train.loop", "drumline.train.verify")  # fmt: skip
+    atexit.register(folder.cleanup)
+    atexit.register(server.close)
+    return server
+
+
+def main(jobs: str) -> None:
     """One rank."""
     import torch
     import torch.distributed as dist
@@ -46,7 +62,7 @@ def main() -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = f"file://{os.environ['STORE']}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-    for job in json.loads(Path(sys.argv[1]).read_text()):
+    for job in json.loads(Path(jobs).read_text()):
         JOBS[job.pop("kind")](**job)
         forget_accelerate()
         dist.barrier()
@@ -396,6 +412,3 @@ JOBS = {
     "count_build": count_build_job,
     "count_step": count_step_job,
 }
-
-if __name__ == "__main__":
-    main()

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from arena import STEPS, Arena
+from arena import PARITY, SPLITS, STEPS, Arena
 from safetensors.torch import load_file
 from whole_tensors import whole_tensors
 
@@ -14,7 +14,6 @@ from pretrained_folders import changed, saved
 pytestmark = [pytest.mark.xdist_group("matrix"), pytest.mark.heavy]
 
 ENGINES = ["ddp", "fsdp", "accelerate", "zero2", "zero3"]
-SPLITS = [(6, 1, 2), (3, 2, 2), (2, 2, 3)]
 LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 257, "tie_word_embeddings": True}  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
@@ -29,7 +28,7 @@ FEW = [("ddp", (2, 2, 3)), ("fsdp", (3, 2, 2)), ("zero3", (3, 2, 2))]
 
 def runs_of(kind: str) -> list[tuple[str, tuple[int, int, int]]]:
     if kind == "lora":
-        return [(engine, split) for engine in ENGINES for split in SPLITS]
+        return PARITY
     return [("ddp", SPLITS[0]), *FEW]
 
 

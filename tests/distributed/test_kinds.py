@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from arena import STEPS, Arena
+from arena import PARITY, SPLITS, STEPS, Arena
 from whole_tensors import whole_tensors
 
 from drumline.data.builtin import synthetic_chats
@@ -15,7 +15,6 @@ from pretrained_folders import saved
 pytestmark = [pytest.mark.xdist_group("kinds"), pytest.mark.heavy]
 
 ENGINES = ["ddp", "fsdp", "accelerate", "zero2", "zero3"]
-SPLITS = [(6, 1, 2), (3, 2, 2), (2, 2, 3)]
 LLAMA = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 257}  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
@@ -32,7 +31,7 @@ TOLERANCE = {"int8": 2e-3}
 
 def runs_of(kind: str) -> list[tuple[str, tuple[int, int, int]]]:
     if kind == "packed":
-        return [(engine, split) for engine in ENGINES for split in SPLITS]
+        return PARITY
     if kind == "chats":
         return [("ddp", SPLITS[0]), ("fsdp", SPLITS[1]), ("zero3", SPLITS[2])]
     return [("ddp", SPLITS[0]), ("ddp", SPLITS[1]), ("fsdp", SPLITS[1]), ("fsdp", SPLITS[2])]

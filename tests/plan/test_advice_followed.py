@@ -226,6 +226,8 @@ ELSEWHERE = {
     "whose steps are counted on": "tests/plan/test_start_from.py",
     "secrets do not belong": "names no recipe",
     "merge keys": "tests/recipe",
+    "no key of a recipe": "names no recipe: tests/recipe/test_keys.py",
+    "several keys are called so": "names no recipe: tests/recipe/test_keys.py",
 }
 """Advice that is not about a key of the recipe, and where it is tried, or why it cannot be."""
 

@@ -218,7 +218,6 @@ def _is_model(candidate: Any) -> bool:
 
 READ_BY_SCRIPTS = {
     "DataFacts.validation_samples",
-    "MemoryFacts.phases",
     "MemoryFacts.unit",
     "Plan.plan_version",
 }

@@ -21,9 +21,11 @@ from drumline.processes import heeded
 COMMANDS = {
     "recipes": "recipes",
     "plan": "plan",
+    "new": "new",
     "import": "importing",
     "prepare": "plan",
-    "schema": "plan",
+    "schema": "schema",
+    "explain": "explain",
     "cache": "cache",
     "data": "data",
     "run": "run",

@@ -30,7 +30,10 @@ def attend_command(
     ] = None,
     trust_code: TrustCode = False,
 ) -> None:
-    """Inside a job: start or resume the run, on the nodes that the job got."""
+    """Inside a job: start or resume the run, on the nodes that the job got.
+
+    Example: drumline attend runs/mine-1
+    """
     folder = RunFolder(run.absolute())
     number = node_number(os.environ) if nodes else 0
     if number:

@@ -21,7 +21,10 @@ def _default(context: typer.Context) -> None:
 
 @group.command("ls")
 def list_entries() -> None:
-    """Keys, sizes, days since the last use, and what each holds; the largest first."""
+    """Keys, sizes, days since the last use, and what each holds; the largest first.
+
+    Example: drumline cache ls
+    """
     found = entries()
     for entry in found:
         age = f"{entry.age_days:.0f} days"
@@ -41,7 +44,10 @@ def remove_entries(
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All of it.")] = False,
 ) -> None:
-    """Remove entries; runs that need them prepare them again."""
+    """Remove entries; runs that need them prepare them again.
+
+    Example: drumline cache rm --older-than 30
+    """
     found = entries()
     chosen = {entry.key: entry for key in keys or () for entry in _meant(key, found)}
     if everything:

@@ -25,6 +25,8 @@ def calibrate_command(
     """Fit a correction table to measured memory peaks; print the plans' errors before and after it.
 
     `DRUMLINE_CALIBRATION=calibration.yaml drumline plan …` uses it.
+
+    Example: drumline calibrate runs/tiny-code-lm-1
     """
     pairs = all_pairs(runs)
     table = fit(pairs)

@@ -33,6 +33,8 @@ def compare_command(
     """Show recipe and environment differences, the first differing step with its samples, the loss curves.
 
     Exit 0: identical, or equal within the tolerance; 5: diverged.
+
+    Example: drumline compare runs/tiny-code-lm-1 runs/tiny-code-lm-2
     """
     with understood([a, b]):
         first, second = read_logged(a), read_logged(b)

@@ -25,7 +25,10 @@ def show_command(
     count: Annotated[int, typer.Option("-n", min=1, help="How many rows.")] = 3,
     trust_code: TrustCode = False,
 ) -> None:
-    """Print the first rows as text, with ⟦ ⟧ around what is trained, their lengths, and what was cut."""
+    """Print the first rows as text, with ⟦ ⟧ around what is trained, their lengths, and what was cut.
+
+    Example: drumline data show chat-sft -n 2
+    """
     from drumline.data.show import show
 
     loaded = load_to_run(recipe, overrides, trust_code)

@@ -49,7 +49,10 @@ def doctor_command(
     ] = SLOW_NODE_RATIO,
     as_json: AsJson = False,
 ) -> None:
-    """Show what this machine has, whether it can run a recipe, or what state a run folder is in."""
+    """Show what this machine has, whether it can run a recipe, or what state a run folder is in.
+
+    Example: drumline doctor tiny-code-lm
+    """
     if preflight:
         return doctor_preflight(len(_gpus()), ratio, as_json)
     if what and _is_run(Path(what)):

@@ -35,7 +35,10 @@ def export_command(
     site_file: SiteOfRun = None,
     trust_code: TrustCode = False,
 ) -> None:
-    """Write a checkpoint's model as config.json and safetensors, from any engine and split."""
+    """Write a checkpoint's model as config.json and safetensors, from any engine and split.
+
+    Example: drumline export runs/tiny-code-lm-1 model
+    """
     folder = open_run(run)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunFolderError(f"{target} is not an empty folder. Nearest: another folder")

@@ -6,11 +6,8 @@ from typing import Annotated
 
 import typer
 
-from drumline.errors import DataError, PlanError, RecipeError
+from drumline.errors import RecipeError
 from drumline.session.importing.draft import Draft
-
-_ROWS = 1_000_000
-"""Rows of data that are not at hand, for a plan that shows the rest."""
 
 Files = Annotated[
     list[Path], typer.Argument(metavar="FILE…", help="YAML, JSON, or a shell script.")
@@ -62,17 +59,15 @@ def _tell(draft: Draft) -> None:
 
 
 def _plan(target: Path) -> None:
-    """The plan, or what keeps the recipe from being planned here."""
-    from drumline.recipe.load import load_recipe
-    from drumline.session.planning import make_plan
+    """The plan; where the data are not at hand, as if they had so many rows."""
+    from drumline.session.assumed_rows import ROWS, plan_or_assume
     from drumline.session.show import plan_table
 
-    try:
-        print(f"\n{plan_table(make_plan(load_recipe(str(target))))}")
-    except (PlanError, DataError) as error:
-        print(f"\nno plan of these data yet: {error}", file=sys.stderr)
-        print(f"As if they had {_ROWS:,} rows (data.samples=N states how many):\n", file=sys.stderr)
-        print(plan_table(make_plan(load_recipe(str(target), [f"data.samples={_ROWS}"]))))
+    plan, why = plan_or_assume(str(target))
+    if why:
+        print(f"\nno plan of these data yet: {why}", file=sys.stderr)
+        print(f"As if they had {ROWS:,} rows (data.samples=N states how many):\n", file=sys.stderr)
+    print(f"\n{plan_table(plan)}")
 
 
 def register(app: typer.Typer) -> None:

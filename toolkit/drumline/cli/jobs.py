@@ -34,7 +34,10 @@ _LIVE = ("PENDING", "CONFIGURING", "RUNNING", "REQUEUED", "SUSPENDED", "COMPLETI
 
 
 def status_command(run: RunFolderArgument, as_json: AsJson = False) -> None:
-    """Show a run's state, step and loss, and what the scheduler says about its jobs."""
+    """Show a run's state, step and loss, and what the scheduler says about its jobs.
+
+    Example: drumline status runs/mine-1
+    """
     if is_sweep(run):
         return _tell_sweep(run, as_json)
     facts, attempts = _facts(open_run(run))
@@ -96,7 +99,10 @@ def logs_command(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the run ends.")] = False,
     rank: Annotated[int, typer.Option("--rank", min=0, help="The rank whose log to print.")] = 0,
 ) -> None:
-    """Print the job's log (without a job: the metrics), and the newest attempt's launcher and rank log."""
+    """Print the job's log (without a job: the metrics), and the newest attempt's launcher and rank log.
+
+    Example: drumline logs runs/mine-1
+    """
     if is_sweep(run):
         for path in runs_of_sweep(run):
             for text in _new_texts(open_run(path), rank, {}):
@@ -122,6 +128,8 @@ def cancel_command(
     """Stop a run: all ranks finish the step and save; waiting jobs are removed from the queue.
 
     A sweep: every run of it that waits or runs.
+
+    Example: drumline cancel runs/mine-1
     """
     if is_sweep(run):
         stopped = [path for path in runs_of_sweep(run) if _cancel_if_live(path, now)]

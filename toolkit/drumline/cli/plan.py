@@ -1,4 +1,4 @@
-"""`drumline plan`, `drumline prepare`, `drumline schema`."""
+"""`drumline plan`, `drumline prepare`."""
 
 import sys
 import time
@@ -20,7 +20,6 @@ from drumline.cli.options import (
 from drumline.errors import DoesNotFit, PlanError
 from drumline.plan.model import Plan
 from drumline.recipe.load import load_recipe
-from drumline.recipe.schema import Recipe
 from drumline.session.planning import fixed, make_plan, traced, world_of
 from drumline.session.prepare import prepare_data
 
@@ -90,6 +89,8 @@ def plan_command(
     """Show batch equation, optimizer steps, schedule and memory of a run; needs no GPU and no torch.
 
     `--trace` does need torch: it runs the model's real training step on tensors without data.
+
+    Example: drumline plan llama-8b-8xh100 --gpus 64 optimizer.lr=1e-4
     """
     overrides = with_from(from_run, overrides)
     if trace:
@@ -120,7 +121,10 @@ def plan_command(
 def prepare_command(
     recipe: RecipeArgument, overrides: Overrides = None, trust_code: TrustCode = False
 ) -> None:
-    """Tokenise, pack and fingerprint the data; later plans and runs reuse them. Needs no GPU."""
+    """Tokenise, pack and fingerprint the data; later plans and runs reuse them. Needs no GPU.
+
+    Example: drumline prepare tiny-code-lm
+    """
     from drumline.session.trust import load_to_run
 
     loaded = load_to_run(recipe, overrides, trust_code)
@@ -151,22 +155,7 @@ def prepare_command(
     print(f"in {folder}")
 
 
-def schema_command(
-    plan: Annotated[bool, typer.Option("--plan", help="The plan's schema instead.")] = False,
-) -> None:
-    """Print the JSON Schema of a recipe (or of a plan), for editors and scripts."""
-    import json
-
-    if plan:
-        from pydantic import TypeAdapter
-
-        print(json.dumps(TypeAdapter(Plan).json_schema(), indent=2))
-    else:
-        print(json.dumps(Recipe.model_json_schema(), indent=2))
-
-
 def register(app: typer.Typer) -> None:
     """Add this group's commands."""
     app.command("plan")(plan_command)
     app.command("prepare")(prepare_command)
-    app.command("schema")(schema_command)

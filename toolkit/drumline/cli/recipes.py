@@ -27,7 +27,10 @@ def _default(context: typer.Context) -> None:
 
 @group.command("ls")
 def list_recipes() -> None:
-    """Names, batch equations and predicted memory."""
+    """Names, batch equations and predicted memory.
+
+    Example: drumline recipes ls
+    """
     for name in catalogue.names():
         recipe = load_recipe(name)
         plan = resolve(recipe, read_world(recipe))
@@ -42,7 +45,10 @@ def list_recipes() -> None:
 
 @group.command("show")
 def show(name: Name) -> None:
-    """Print the recipe's YAML."""
+    """Print the recipe's YAML.
+
+    Example: drumline recipes show worked-example
+    """
     print(_find(name).read_text(encoding="utf-8"), end="")
 
 
@@ -51,7 +57,10 @@ def copy(
     name: Name,
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A new file or a folder.")],
 ) -> None:
-    """Copy the recipe, and the files that it needs, for editing."""
+    """Copy the recipe, and the files that it needs, for editing.
+
+    Example: drumline recipes copy tiny-code-lm mine.yaml
+    """
     source = _find(name)
     target = path / source.name if path.is_dir() else path
     if target.suffix not in (".yaml", ".yml"):
@@ -71,6 +80,9 @@ def copy(
         copied.parent.mkdir(exist_ok=True)
         shutil.copyfile(origin, copied)
         print(copied)
+    schema = target.parent / catalogue.SCHEMA
+    if not schema.exists():  # the first line of each recipe names it, for editors
+        shutil.copyfile(catalogue.folder() / catalogue.SCHEMA, schema)
 
 
 def _find(name: str) -> Path:

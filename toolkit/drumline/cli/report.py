@@ -23,7 +23,10 @@ def report_command(
         ),
     ] = None,
 ) -> None:
-    """Write one self-contained HTML page: curves, memory, timeline, environment; several runs overlaid."""
+    """Write one self-contained HTML page: curves, memory, timeline, environment; several runs overlaid.
+
+    Example: drumline report runs/tiny-code-lm-1 runs/tiny-code-lm-2
+    """
     with understood(runs):
         logged = [read_logged(where) for where in runs]
         page = write_report(logged)

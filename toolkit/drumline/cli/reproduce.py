@@ -69,6 +69,8 @@ def reproduce_command(
     """Train again here from a run's record, at another split if asked, and compare step by step.
 
     Exit 0: identical, or equal within the tolerance; 5: diverged.
+
+    Example: drumline reproduce runs/tiny-code-lm-1 --gpus 1 --steps 15
     """
     logged = read_logged(what)
     recipe = _recorded_recipe(logged)

@@ -80,7 +80,10 @@ def run_command(
     trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Plan, then train on this machine with the recipe's launcher."""
+    """Plan, then train on this machine with the recipe's launcher.
+
+    Example: drumline run tiny-code-lm duration.steps=20 --run-dir mine
+    """
     overrides = with_from(from_run, overrides)
     loaded = (
         load_recipe(recipe, overrides) if dry_run else load_to_run(recipe, overrides, trust_code)
@@ -129,7 +132,10 @@ def resume_command(
     trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Resume from the newest sound checkpoint; split and strategy may change, the training may not."""
+    """Resume from the newest sound checkpoint; split and strategy may change, the training may not.
+
+    Example: drumline resume runs/tiny-code-lm-1 --gpus 1
+    """
     folder = run_folder.open_run(run)
     if folder.read_record()["outcome"] == "finished":
         if _run_owed_commands(folder, str(run), trust_code):

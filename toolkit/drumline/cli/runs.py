@@ -26,7 +26,10 @@ def runs_command(
     recipe: Annotated[str | None, typer.Option("--recipe", help="Only of this recipe.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List runs with state, steps, loss, effective batch, split and age; newest first."""
+    """List runs with state, steps, loss, effective batch, split and age; newest first.
+
+    Example: drumline runs
+    """
     if state is not None and state not in get_args(State):
         raise RunFolderError(f"--state {state}: choose from {', '.join(get_args(State))}")
     rows = [

@@ -82,7 +82,10 @@ def submit_command(
     trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Plan, then submit to a cluster; a recipe that does not fit is not submitted (exit 3)."""
+    """Plan, then submit to a cluster; a recipe that does not fit is not submitted (exit 3).
+
+    Example: drumline submit llama-8b-8xh100 --to slurm --site site.yaml
+    """
     if to not in ("slurm", "kubernetes", "skypilot"):
         raise LaunchError(f"--to {to}: choose from slurm, kubernetes, skypilot")
     if to == "skypilot" and not dry_run:

@@ -61,7 +61,10 @@ def sweep_command(
     trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train every combination of the listed values; each is planned before the first starts."""
+    """Train every combination of the listed values; each is planned before the first starts.
+
+    Example: drumline sweep tiny-code-lm optimizer.lr=1e-3,3e-3
+    """
     combinations = combine(values)
     if at_most is not None and to != "slurm":
         raise LaunchError("--at-most: a local sweep runs one at a time. Nearest: --to slurm")

@@ -37,7 +37,10 @@ def verify_command(
     trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check on the real model and data that this split's gradient equals that of the undivided batch."""
+    """Check on the real model and data that this split's gradient equals that of the undivided batch.
+
+    Example: drumline verify tiny-code-lm --layers 1
+    """
     loaded = load_to_run(recipe, overrides, trust_code)
     if layers is not None:
         if loaded.model.source == "factory":

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from drumline.errors import RecipeError
 
+SCHEMA = "recipe.schema.json"
+"""The JSON Schema for editors, which lies beside the recipes."""
 _LONGEST_NAME = 255
 _PACKAGE = Path(__file__).resolve().parent.parent
 

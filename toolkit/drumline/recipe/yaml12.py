@@ -174,3 +174,16 @@ _Dumper.add_representer(
 def dump(value: Any) -> str:
     """Return YAML text that `parse` reads back to the same value; floats are written by repr, exactly."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def dump_flow(value: Any) -> str:
+    """The same on one line: `{a: 1, b: [2, 3]}`."""
+    text = yaml.dump(
+        value,
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        width=float("inf"),
+        default_flow_style=True,
+    )
+    return text.removesuffix("\n").removesuffix("\n...")

@@ -1,6 +1,5 @@
 """Writes an imported recipe as YAML, with a comment where a choice was made."""
 
-import re
 from typing import Any
 
 from drumline.recipe import yaml12
@@ -53,17 +52,6 @@ def _section(name: str, value: Any, draft: Draft) -> list[str]:
 def _line(key: str, value: Any, comment: str, indent: str) -> str:
     text = yaml12.dump({key: value}).strip()
     if isinstance(value, dict | list):
-        text = f"{key}: {_flow(value)}"
+        text = f"{key}: {yaml12.dump_flow(value)}"
     ending = f"    # {comment}" if comment else ""
     return f"{indent}{text}{ending}"
-
-
-def _flow(value: Any) -> str:
-    """A list or mapping on one line."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_flow(one)}" for key, one in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_flow, value)) + "]"
-    text = yaml12.dump({"x": value}).strip().removeprefix("x: ").strip()
-    quoted = text[:1] in "'\""
-    return f'"{text}"' if re.search(r"[,\[\]{}#]|: ", text) and not quoted else text
