@@ -13,7 +13,7 @@ from fork_server import ForkServer
 
 from conftest import ROOT, SOURCES
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ELSEWHERE = {
     "make demo": "tests/distributed/test_demo.py runs its two commands to the end",
     "make test": "this is it",
