@@ -13,6 +13,7 @@ from drumline.checkpoint.state import badness
 from drumline.cli.options import SiteOfRun, TrustCode
 from drumline.errors import CheckpointError, LaunchError, RunFolderError
 from drumline.files import new_folder
+from drumline.plan.model import Plan
 from drumline.recipe.load import validate
 from drumline.recipe.schema import Recipe
 from drumline.runs.folder import RunFolder, open_run
@@ -29,6 +30,15 @@ def export_command(
     ema: Annotated[
         bool, typer.Option("--ema", help="The averages of the trained weights (recipe: ema).")
     ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            "--push", metavar="NAME", help="Also to this repository of the hub, with a model card."
+        ),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="With --push: everybody may read it, if it is new.")
+    ] = False,
     to: Annotated[
         str, typer.Option("--to", help="local, or slurm: as a job, after those of the run.")
     ] = "local",
@@ -42,6 +52,12 @@ def export_command(
     folder = open_run(run)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunFolderError(f"{target} is not an empty folder. Nearest: another folder")
+    if push is not None:
+        from drumline.session.hub import check_login
+
+        if to != "local":
+            raise LaunchError("--push: a job pushes nothing. Nearest: --to local")
+        check_login(push)
     if to == "slurm":
         recipe = validate(folder.read_record()["recipe"], str(run))
         refuse_foreign_code(recipe, str(run), trust_code)
@@ -80,9 +96,37 @@ def export_command(
     with new_folder(target) as written:
         count = export(plan, manifest, path, written, merge, ema)
         bad = check_finite(written)
+        if push is not None:
+            _add_card(push, folder, plan, path, written)
     for name in bad:
         print(f"warning: {name} holds values that are not finite", file=sys.stderr)
     print(f"{count:,} parameters of {path.name} in {target}")
+    if push is not None:
+        from drumline.session.hub import push as send
+
+        print(send(target, push, public))
+
+
+def _add_card(name: str, folder: RunFolder, plan: Plan, checkpoint: Path, written: Path) -> None:
+    """A model card, and the recipe with what came out of it; RunFolderError before the run has ended."""
+    from drumline.compare.hub_runs import RECIPE
+    from drumline.compare.sources import read_folder
+    from drumline.session.model_card import model_card
+
+    recipe = folder.path / "recipe.yaml"
+    record = folder.read_record()
+    if record.get("weights") is None:
+        raise RunFolderError(
+            f"{folder.path}: has not ended, so its record is not complete. Nearest: without --push"
+        )
+    (written / RECIPE).parent.mkdir()
+    (written / RECIPE).write_bytes(recipe.read_bytes())
+    step = step_of(checkpoint)
+    assert step is not None
+    found = [line for line in read_folder(folder).evaluations if line["step"] <= step]
+    (written / "README.md").write_text(
+        model_card(name, plan, record, step, found), encoding="utf-8"
+    )
 
 
 def _check_wish(merge: bool, ema: bool, recipe: Recipe, folder: RunFolder) -> None:

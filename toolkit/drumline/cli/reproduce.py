@@ -45,7 +45,8 @@ def reproduce_command(
         str,
         typer.Argument(
             metavar="RUN",
-            help="A run folder, its recipe.yaml, a checkpoint, a .wandb file, wandb:ENTITY/PROJECT/ID.",
+            help="A run folder, its recipe.yaml, a checkpoint, a .wandb file, "
+            "wandb:ENTITY/PROJECT/ID, hub:NAME.",
         ),
     ],
     overrides: Overrides = None,

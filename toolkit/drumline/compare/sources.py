@@ -1,4 +1,4 @@
-"""Reads a logged run from a run folder, a recipe.yaml, a checkpoint or W&B."""
+"""Reads a logged run from a run folder, a recipe.yaml, a checkpoint, W&B or a model on the hub."""
 
 import contextlib
 import shlex
@@ -36,6 +36,10 @@ def read_logged(where: str) -> Logged:
         from drumline.compare.wandb_runs import read_online
 
         return read_online(where)
+    if where.startswith("hub:"):
+        from drumline.compare.hub_runs import fetch_recipe
+
+        return _read_recipe_file(fetch_recipe(where))
     path = Path(where)
     if not path.exists():
         raise RunFolderError(f"{where}: does not exist")
