@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,6 +30,7 @@ class Hub:
         self.files: dict[str, dict[str, bytes]] = {}
         self.private: dict[str, bool] = {}
         self.tokens: set[str | None] = set()
+        self.is_down = False
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -49,7 +51,9 @@ class Hub:
                 hub.tokens.add(self.headers.get("Authorization"))
                 size = int(self.headers.get("Content-Length") or 0)
                 raw = self.rfile.read(size)
-                if self.path == "/api/repos/create":
+                if hub.is_down:
+                    self.answer(b"{}", 500)
+                elif self.path == "/api/repos/create":
                     wish = json.loads(raw)
                     name = (
                         f"{wish['organization']}/{wish['name']}"
@@ -197,3 +201,23 @@ def test_what_cannot_be_pushed_or_found_is_told(
         assert found.returncode == 2, found.stderr
         assert words in found.stderr
         assert "Traceback" not in found.stderr
+
+
+def test_a_hub_that_fails_leaves_the_folder(
+    hub: Hub, run: Path, drumline: Any, tmp_path: Path
+) -> None:
+    """The export is complete, and the message has the command that sends it later; a run that trains is not pushed."""
+    hub.is_down = True
+    done = drumline("export", str(run), "model", "--push", "me/x")
+    assert done.returncode == 2
+    heard("the folder model is complete. Nearest: hf upload me/x model", done.stderr)
+    assert {"config.json", "model.safetensors", "README.md"} <= {
+        path.name for path in (tmp_path / "model").iterdir()
+    }
+    shutil.copytree(run, tmp_path / "trains")
+    record = json.loads((run / "record.json").read_text())
+    (tmp_path / "trains/record.json").write_text(json.dumps({**record, "weights": None}))
+    done = drumline("export", "trains", "other", "--push", "me/x")
+    heard("has not ended, so its record is not complete. Nearest: without --push", done.stderr)
+    assert not (tmp_path / "other").exists()
+    assert drumline("export", "trains", "other").returncode == 0
