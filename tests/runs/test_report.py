@@ -250,3 +250,24 @@ def test_thinning_keeps_what_was_measured(values: list[float | None], most: int)
         assert (min(drawn_values), max(drawn_values)) == (min(known), max(known))
         assert kept[0] == points[0]
         assert kept[-1] == points[-1]
+
+
+def test_it_tells_where_the_time_went(chromium: Any, runs: list[RunFolder], tmp_path: Path) -> None:
+    """Shares of the phases over all lines, also of saves after the last step; goodput over both starts; the MFU's median."""
+    path = tmp_path / "timed"
+    lines: list[dict[str, Any]] = [
+        {**step_line(n), "seconds": 3.0, "mfu": 0.3 + n / 1000, "time/forward": 1.0, "time/backward": 1.5, "time/data": 0.5} for n in range(1, 41)
+    ]  # fmt: skip
+    lines.append({"kind": "event", "step": 40, "time/save": 40.0})
+    run = make_run(path, lines)
+    run.note(attempts=[attempt(0, "00:00", "02:00", "failed", step=21), attempt(1, "02:10", "04:00", "finished", step=40)], outcome="finished")  # fmt: skip
+    page, said = open_page(chromium, tmp_path, [run, runs[1]])
+    assert said == []
+    told = page.locator("section[aria-label='time of timed'] p").inner_text()
+    found = dict(re.findall(r"(\w+) ([\d.]+) %", told))
+    assert found == {"backward": "37.5", "forward": "25.0", "save": "25.0", "data": "12.5"}
+    facts = page.locator("section[aria-label='timed'] dl").inner_text()
+    assert "50% of the time in steps that were kept, 2 starts" in facts
+    assert "32.1%, median" in facts
+    assert page.locator("section[aria-label='time of plain']").count() == 0
+    page.close()

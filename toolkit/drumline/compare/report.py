@@ -77,6 +77,7 @@ def _page(run: Logged, number: int) -> dict[str, Any]:
         "equation": _equation(record),
         "facts": _facts(run),
         "memory": _memory(record),
+        "times": _times(run),
         "timeline": _timeline(record, run.events),
         "commands": _commands(run.events),
         "environment": _environment(record),
@@ -118,9 +119,47 @@ def _facts(run: Logged) -> list[tuple[str, str]]:
         ("data", str((run.record.get("data") or {}).get("fingerprint"))),
         ("split", (plan.get("split_invariance") or {}).get("level") or ""),
     ]
+    facts += [("goodput", _goodput(run)), ("MFU", _mfu(run))]
     if run.evaluations:
         facts.insert(2, ("last validation loss", _number(run.evaluations[-1]["eval/loss"])))
     return [(name, value) for name, value in facts if value]
+
+
+def _times(run: Logged) -> list[dict[str, Any]]:
+    """Where the time went, by phase, in percent of all that was measured; the longest first."""
+    spent: dict[str, float] = {}
+    for line in (*run.steps, *run.events):
+        for key, value in line.items():
+            if key.startswith("time/") and isinstance(value, int | float):
+                spent[key[5:]] = spent.get(key[5:], 0.0) + value
+    whole = sum(spent.values())
+    return [
+        {"name": name, "share": 100 * seconds / whole, "words": format_duration(seconds)}
+        for name, seconds in sorted(spent.items(), key=lambda pair: -pair[1])
+        if seconds and whole
+    ]
+
+
+def _goodput(run: Logged) -> str:
+    """The share of the time between first start and last end that went into steps that were kept."""
+    attempts = run.record.get("attempts") or []
+    ended = [_time(one["ended"]) for one in attempts if one["ended"]]
+    if not ended or not run.steps:
+        return ""
+    span = max(ended) - min(_time(one["started"]) for one in attempts)
+    seconds = sum(line.get("seconds") or 0.0 for line in run.steps)
+    starts = f", {len(attempts)} starts" if len(attempts) > 1 else ""
+    return (
+        f"{min(1.0, seconds / span):.0%} of the time in steps that were kept{starts}"
+        if span > 0
+        else ""
+    )
+
+
+def _mfu(run: Logged) -> str:
+    """The median share of the device's peak that the model's own operations made use of."""
+    known = sorted(line["mfu"] for line in run.steps if line.get("mfu") is not None)
+    return f"{known[len(known) // 2]:.1%}, median" if known else ""
 
 
 def _noise(run: Logged) -> str:
@@ -155,7 +194,14 @@ def _memory(record: dict[str, Any]) -> dict[str, Any] | None:
         for name, size in memory["parts"].items()
         if size
     ]
-    return {"totals": totals, "parts": parts, "phase": memory["peak_phase"], "method": memory["method"],
+    most = max((memory.get("phases") or {}).values(), default=0)
+    phases = [
+        {"name": name, "share": 100 * size / most, "words": format_bytes(size)}
+        for name, size in (memory.get("phases") or {}).items()
+        if size
+    ]
+    return {"totals": totals, "parts": parts, "phases": phases,
+            "phase": memory["peak_phase"], "method": memory["method"],
             "capacity": format_bytes(memory["capacity"]) if memory.get("capacity") else None}  # fmt: skip
 
 

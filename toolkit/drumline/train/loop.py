@@ -92,7 +92,9 @@ def train(
                 saver.amend(state)
         first = plan.steps.total + 1 if course.is_over else state.step + 1
         workers = recipe.data.workers or 0
-        for step in logbook.timed(read_ahead(reader, first, plan.steps.total, workers)):
+        for step in logbook.timed(
+            watch.reading(read_ahead(reader, first, plan.steps.total, workers))
+        ):
             watch.begin(step.number)
             losses = forward_backward(engine, step, watch, meter, timer)
             watch.enter(Phase.REDUCING)
@@ -121,7 +123,7 @@ def train(
             culprits = (
                 find_culprits(step, [float(loss.flatten()[0]) for loss in losses]) if odd else {}
             )
-            logbook.record(step, state, verdict, rate, judgement, culprits)
+            logbook.record(step, state, verdict, rate, judgement, culprits, watch.spent())
             watch.finish()
             judge.raise_if_hopeless(step.number)
             garbage.after_step(step.number)
@@ -145,6 +147,8 @@ def train(
         _wait_for_save(saver, watch)
         if saver.has_failed:
             raise CheckpointError(f"the last save failed: {saver.take_errors()[-1]}")
+        if spent := watch.spent():
+            logbook.record_event(state.step, **spent)
 
     complete = state.step == plan.steps.total and not state.evaluation_due
     return Outcome(

@@ -58,8 +58,12 @@ class Logbook:
         rate: float,
         judgement: Judgement,
         culprits: dict[str, Any],
+        spent: dict[str, float],
     ) -> None:
-        """Add a step's line; for an anomalous step it includes the reason, ranks and samples."""
+        """Add a step's line; for an anomalous step it includes the reason, ranks and samples.
+
+        `spent`: seconds by phase since the line before.
+        """
         if self._file is None:
             return
         seconds = time.perf_counter() - self._started
@@ -80,6 +84,7 @@ class Logbook:
             mfu=self._gauge.mfu(self._plan, seconds),
             **self._gauge.read(),
             skipped=judgement.skip,
+            **spent,
             **({"why": judgement.why, "sigma": judgement.sigma} if judgement.why else {}),
             **culprits,
             **self._beside_loss(step, verdict),
