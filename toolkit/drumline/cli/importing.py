@@ -27,6 +27,7 @@ def import_command(
     executed. Example: drumline import train.sh ds.json --to mine.yaml
     """
     from drumline.files import write_text
+    from drumline.recipe.catalogue import put_schema_beside
     from drumline.session.importing.importer import import_files
 
     found = import_files(files, gpus, gpu)
@@ -36,6 +37,7 @@ def import_command(
     if target.suffix not in (".yaml", ".yml"):
         raise RecipeError(f"{target}: a recipe's file ends in .yaml")
     write_text(target, found.text)
+    put_schema_beside(target)
     print(found.text)
     _tell(found.draft)
     print(

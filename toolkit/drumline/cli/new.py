@@ -1,6 +1,5 @@
 """`drumline new`: a recipe from a few answers."""
 
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,9 +67,7 @@ def new_command(
     if target.exists():
         raise RecipeError(f"{target}: exists and would be overwritten. Nearest: --to another.yaml")
     write_text(target, found.text)
-    schema = target.parent / catalogue.SCHEMA
-    if not schema.exists():
-        shutil.copyfile(catalogue.folder() / catalogue.SCHEMA, schema)
+    catalogue.put_schema_beside(target)
     print(found.text)
     plan, why = plan_or_assume(str(target))
     if why:

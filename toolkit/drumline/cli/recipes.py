@@ -80,9 +80,7 @@ def copy(
         copied.parent.mkdir(exist_ok=True)
         shutil.copyfile(origin, copied)
         print(copied)
-    schema = target.parent / catalogue.SCHEMA
-    if not schema.exists():  # the first line of each recipe names it, for editors
-        shutil.copyfile(catalogue.folder() / catalogue.SCHEMA, schema)
+    catalogue.put_schema_beside(target)
 
 
 def _find(name: str) -> Path:

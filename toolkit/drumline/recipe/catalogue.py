@@ -1,11 +1,14 @@
 """Finds the shipped recipes by name, in a checkout or in an installed wheel."""
 
+import shutil
 from pathlib import Path
 
 from drumline.errors import RecipeError
 
 SCHEMA = "recipe.schema.json"
 """The JSON Schema for editors, which lies beside the recipes."""
+SCHEMA_LINE = f"yaml-language-server: $schema={SCHEMA}"
+"""The comment by which an editor finds it."""
 _LONGEST_NAME = 255
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -19,6 +22,13 @@ def folder() -> Path:
 def names() -> list[str]:
     """Names of the shipped recipes, sorted."""
     return sorted(path.stem for path in folder().glob("*.yaml"))
+
+
+def put_schema_beside(recipe: Path) -> None:
+    """Copy the JSON Schema into the recipe's folder, where its first line names it, unless there is one."""
+    target = recipe.parent / SCHEMA
+    if not target.exists():
+        shutil.copyfile(folder() / SCHEMA, target)
 
 
 def find(where: str) -> Path:

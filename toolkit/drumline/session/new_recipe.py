@@ -11,7 +11,7 @@ from drumline.architectures.gpus import find_gpu
 from drumline.errors import PlanError, RecipeError
 from drumline.plan.fastest import fastest_that_fits
 from drumline.plan.model import Plan
-from drumline.recipe.catalogue import SCHEMA
+from drumline.recipe.catalogue import SCHEMA_LINE
 from drumline.recipe.load import recipe_of_mapping
 from drumline.session.assumed_rows import ROWS
 from drumline.session.importing.draft import Draft
@@ -77,7 +77,7 @@ def new_recipe(wish: Wish) -> Proposed:
     _set_training(draft, wish, task)
     is_chosen = _choose_split(draft)
     head = [
-        f"yaml-language-server: $schema={SCHEMA}",
+        SCHEMA_LINE,
         f"Made by `drumline new`; `drumline plan {name}.yaml` checks it.",
     ]
     return Proposed(name, text_of(draft, head), is_chosen)

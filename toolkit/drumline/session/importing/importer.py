@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from drumline.errors import RecipeError
+from drumline.recipe.catalogue import SCHEMA_LINE
 from drumline.recipe.load import validate
 from drumline.session.importing import (
     accelerate,
@@ -64,7 +65,8 @@ def import_files(
     name = re.sub(r"[^a-z0-9._-]+", "-", of_training.stem.lower()).strip("-._") or "imported"
     draft.keys = {"recipe": name, "schema": 1, **draft.keys}
     head = [
-        f"Imported from {', '.join(path.name for path in paths)} ({', '.join(dict.fromkeys(tools))})."
+        SCHEMA_LINE,
+        f"Imported from {', '.join(path.name for path in paths)} ({', '.join(dict.fromkeys(tools))}).",
     ]
     head += [f"Differs: {text}." for text in draft.differences]
     problem = ""
