@@ -1,6 +1,10 @@
 """The images, without building them: what they copy exists, what they install is pinned, nobody is root."""
 
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,3 +98,55 @@ def test_the_compose_file_builds_these_files() -> None:
     for service in services.values():
         assert service["user"] == "${UID:-10001}:${GID:-10001}"
         assert all("=" not in name for name in service.get("environment", []))
+
+
+def test_their_pip_lines_resolve(tmp_path: Path) -> None:
+    """No engine builds images here, so: what both files copy, in a folder; what they tell pip, in one environment.
+
+    pip resolves, and builds what has to be built, but installs nothing (`--dry-run`). One call for all lines, which
+    share their constraints, because each downloads the same packages.
+    """
+    image = tmp_path / "opt/drumline"
+    image.mkdir(parents=True)
+    copied = [
+        {
+            source
+            for name, words in instructions(path)
+            if name == "COPY"
+            for source in words.split()[:-1]
+        }
+        for path in FILES
+    ]
+    assert copied[0] == copied[1]
+    for source in copied[0]:
+        place = ROOT / source
+        (shutil.copytree if place.is_dir() else shutil.copy)(place, image / place.name)
+    asked: dict[str, None] = {}
+    for path in FILES:
+        for name, words in instructions(path):
+            if name == "RUN" and "pip install" in words:
+                plain = re.sub(r"\$\{TORCH_INDEX:\+[^}]*\}", "", words).replace(
+                    "/opt/drumline", str(image)
+                )
+                flag, constraints, *packages = shlex.split(plain.removeprefix("pip install"))
+                assert (flag, constraints) == ("-c", f"{image}/constraints.txt")
+                asked |= dict.fromkeys(packages)
+    extras = [re.fullmatch(r".*\[([\w,]+)\]", one) for one in asked]
+    wanted = ",".join(found[1] for found in extras if found)
+    plain = [one for one, found in zip(asked, extras, strict=True) if not found]
+    assert plain == ["torch"]
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], check=True)
+    command = [
+        str(tmp_path / "env/bin/python"),
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--dry-run",
+        "-c",
+        f"{image}/constraints.txt",
+        *plain,
+        f"{image}[{wanted}]",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stderr
