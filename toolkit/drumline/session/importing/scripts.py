@@ -102,7 +102,7 @@ def _masked(draft: Draft, given: dict[str, Any]) -> None:
 def _from_scratch(draft: Draft, given: dict[str, Any]) -> None:
     """A model with random weights: its type, and fields that are not the type's own."""
     kind, stated = given.pop("model_type", None), given.pop("config_overrides", None)
-    if given.get("model_name_or_path"):
+    if given.get("model_name_or_path") or kind is None:
         return
     if config := given.pop("config_name", None):
         draft.leave(
