@@ -48,7 +48,7 @@ def run(
     return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.xdist_group("heavy")
+@pytest.mark.xdist_group("docs")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_on_the_page_runs(
     page: Path, tmp_path: Path, fork_server: ForkServer

@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 
 from conftest import ROOT, SOURCES
 
-pytestmark = [pytest.mark.xdist_group("heavy"), pytest.mark.heavy]
+pytestmark = [pytest.mark.xdist_group("docs"), pytest.mark.heavy]
 
 NOTEBOOKS = sorted((ROOT / "docs/notebooks").glob("*.ipynb"))
 

@@ -20,7 +20,7 @@ import pytest
 from advice import heard
 from drumline.recipe import yaml12
 
-pytestmark = [pytest.mark.xdist_group("heavy"), pytest.mark.heavy]
+pytestmark = [pytest.mark.xdist_group("docs"), pytest.mark.heavy]
 
 
 class Hub:
