@@ -71,6 +71,7 @@ def test_errors_are_those_of_the_product(tmp_path: Path) -> None:
     assert misfit.memory.fits is False
     with pytest.raises(RunFolderError):
         drumline.load_run(tmp_path)
+    assert drumline.errors.RecipeError is RecipeError
     with pytest.raises(AttributeError, match="no attribute 'plam'"):
         drumline.plam  # noqa: B018
 

@@ -72,6 +72,7 @@ FOLLOWED: list[tuple[list[str], str, list[list[str]]]] = [
      [[f"!model={{source: config, architecture: llama, config: {LLAMA}, attention: sdpa}}"]]),
     (["model.quantization_bit=3"], "bits are not offered. Nearest: model.quantization=nf4",
      [[f"!model={{source: config, architecture: llama, config: {LLAMA}, adapter: {{rank: 8}}, quantization: nf4}}"]]),
+    (["strategy=fsdp"], "is no section of keys. Nearest: strategy.name=fsdp", [["!strategy={name: fsdp}"]]),
     (["data.config=c"], "not of files. Nearest: config null", [["data.config=null"]]),
     (["data.text_pair_field=other"], "text_pair_field null", [["data.text_pair_field=null"]]),
     (["data.task=regression", "model.config.pad_token_id=0", "objective.name=bce"], "objective.name=mse", [["objective.name=mse"]]),
@@ -226,8 +227,8 @@ ELSEWHERE = {
     "whose steps are counted on": "tests/plan/test_start_from.py",
     "secrets do not belong": "names no recipe",
     "merge keys": "tests/recipe",
-    "no key of a recipe": "names no recipe: tests/recipe/test_keys.py",
-    "several keys are called so": "names no recipe: tests/recipe/test_keys.py",
+    "no key of a recipe": "names no recipe: tests/recipe/test_meaning_of_keys.py",
+    "several keys are called so": "names no recipe: tests/recipe/test_meaning_of_keys.py",
 }
 """Advice that is not about a key of the recipe, and where it is tried, or why it cannot be."""
 

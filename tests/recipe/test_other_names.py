@@ -81,3 +81,24 @@ def test_true_and_false_of_checkpointing() -> None:
     for value, policy in ((True, "full"), (False, "none")):
         raw = tiny_recipe(model={"activation_checkpointing": value})
         assert validate(raw, "r").model.activation_checkpointing == policy
+
+
+def test_values_of_other_tools_under_our_own_names() -> None:
+    """`packing: true` and `strategy: fsdp` are what people write first; the message has what is meant."""
+    for change, fix in (
+        ({"data": {"packing": True}}, "Nearest: data.packing=documents"),
+        ({"strategy": "fsdp"}, "Nearest: strategy.name=fsdp"),
+        ({"precision": "bf16-mixed"}, "did you mean"),
+    ):
+        with pytest.raises(RecipeError) as error:
+            validate(
+                {
+                    **tiny_recipe(),
+                    **{
+                        k: {**tiny_recipe().get(k, {}), **v} if isinstance(v, dict) else v
+                        for k, v in change.items()
+                    },
+                },
+                "r",
+            )
+        assert fix.lower() in str(error.value).lower(), str(error.value)

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from drumline import errors
     from drumline.api import (
         Checkpoint,
         Reproduction,
@@ -33,6 +34,7 @@ __all__ = [
     "Run",
     "ShownPlan",
     "__version__",
+    "errors",
     "estimate_memory",
     "load_run",
     "plan",
@@ -50,8 +52,8 @@ class PlanPackage(ModuleType):
 
 
 def __getattr__(name: str) -> Any:
-    if name == "plan":
-        return import_module("drumline.plan")
+    if name in ("plan", "errors"):
+        return import_module(f"drumline.{name}")
     if name in __all__:
         return getattr(import_module("drumline.api"), name)
     raise AttributeError(f"module 'drumline' has no attribute {name!r}")

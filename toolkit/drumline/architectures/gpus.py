@@ -63,7 +63,15 @@ def _rows() -> dict[str, Any]:
 def _in_the_table(name: str) -> Gpu:
     rows = _rows()
     wanted = name.lower().replace("_", "-").replace(" ", "-")
-    found = next((n for n, row in rows.items() if wanted in (n, *row.get("also", []))), None)
+    plain = wanted.replace("-", "")
+    found = next(
+        (
+            n
+            for n, row in rows.items()
+            if plain in {one.replace("-", "") for one in (n, *row.get("also", []))}
+        ),
+        None,
+    )
     if found is None:
         raise PlanError(f"cluster.gpu: {name!r} is not in the table. {_fix(wanted, rows)}")
     row = rows[found]

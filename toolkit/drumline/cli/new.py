@@ -72,12 +72,12 @@ def new_command(
     plan, why = plan_or_assume(str(target))
     if why:
         print(
-            f"the data are not at hand ({why}), so as if they had {ROWS:,} rows:\n", file=sys.stderr
+            f"how many rows there are is not known yet ({why}); as if {ROWS:,}:\n", file=sys.stderr
         )
     print(plan_table(plan))
     if found.is_split_chosen is False:
         print(
-            "\nno split of this training is known to fit; the advice above has what would",
+            "\nno split of this training is known to fit on these GPUs",
             file=sys.stderr,
         )
     print(f"\nwritten to {target}", file=sys.stderr)

@@ -197,10 +197,13 @@ def _complete_record(folder: RunFolder) -> None:
     """Complete the record of a finished run that was killed before; RunFolderError if it is complete."""
     if folder.read_record().get("weights") is not None:
         run = shlex.quote(str(folder.path))
+        duration = folder.latest_recipe().duration
+        others = (("epochs", duration.epochs), ("tokens", duration.tokens))
+        unset = "".join(f"duration.{name}=null " for name, value in others if value is not None)
         raise RunFolderError(
             f"{folder.path}: this run is finished, its schedule has ended, and it cannot be given more "
-            f"steps. Nearest: `drumline run {run} --from {run} start_from.what=state duration.steps=N` makes "
-            "another run that goes on from it"
+            f"steps. Nearest: `drumline run {run} --from {run} start_from.what=state {unset}"
+            "duration.steps=N` makes another run that goes on from it"
         )
     with folder.locked():
         close_run(folder, lambda line: print(line, file=sys.stderr))

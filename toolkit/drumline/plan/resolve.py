@@ -271,8 +271,9 @@ def _steps(
     tokens = split.effective * recipe.objective.facts.sequences * length if length else None
     if samples is None:
         if duration.steps is None:
-            if world.problems:
-                raise PlanError("; ".join(world.problems))
+            of_the_data = [text for text in world.problems if not text.startswith("model.")]
+            if of_the_data:
+                raise PlanError("; ".join(of_the_data))
             key = "epochs" if duration.epochs else "tokens"
             if is_unknown:
                 raise PlanError(

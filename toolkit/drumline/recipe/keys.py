@@ -1,6 +1,7 @@
 """What the keys of a recipe mean: keys.yaml together with the types, limits and defaults of the schema."""
 
 import copy
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -54,17 +55,51 @@ def find_key(name: str) -> Key:
         return found[same[0]]
     if same:
         raise RecipeError(f"{name}: several keys are called so. Nearest: {', '.join(same)}")
-    try:
-        ours = keys_for(name, None)
-    except (NotOffered, TypeError, ValueError):
-        ours = None
-    if ours and (other := next((key for key in ours if key in found), None)):
-        return found[other]
+    for ours in _of_other_tools(name):
+        if ours in found:
+            return found[ours]
     near = get_close_matches(
-        name, [*found, *(key.rpartition(".")[2] for key in found)], n=1, cutoff=0.5
+        name, [*found, *(key.rpartition(".")[2] for key in found)], n=1, cutoff=0.75
     )
-    nearest = near[0] if near else "batch.per_device"
-    raise RecipeError(f"{name}: no key of a recipe. Nearest: {nearest}")
+    if near:
+        raise RecipeError(f"{name}: no key of a recipe. Nearest: {near[0]}")
+    raise RecipeError(
+        f"{name}: no key of a recipe. Nearest: a section: {', '.join(k.name for k in keys_in(''))}"
+    )
+
+
+_WORDS = {
+    "fsdp": "strategy.name", "deepspeed": "strategy.name", "zero": "strategy.name", "ddp": "strategy.name",
+    "lora": "model.adapter", "qlora": "model.quantization", "peft": "model.adapter", "dataset": "data",
+    "gpu": "cluster.gpu", "epochs": "duration.epochs", "wandb": "logging.wandb", "seed": "seed",
+}  # fmt: skip
+"""Words that people look up, which are no names of keys."""
+
+
+def _of_other_tools(name: str) -> list[str]:
+    """Keys of ours for another tool's name, whatever kind of value it takes there, or for a common word."""
+    word = re.sub(r"[^a-z]", "", name.lower())
+    if word in _WORDS:
+        return [_WORDS[word]]
+    for value in (
+        True,
+        1,
+        0.5,
+        "adamw",
+        "cosine",
+        "wandb",
+        "sdpa",
+        "q_proj",
+        ["wandb"],
+        {"min_lr": 0.0},
+    ):
+        try:
+            ours = keys_for(name, value)
+        except (NotOffered, TypeError, ValueError):
+            continue
+        if ours:
+            return list(ours)
+    return []
 
 
 def keys_in(section: str) -> list[Key]:

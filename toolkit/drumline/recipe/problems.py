@@ -69,12 +69,16 @@ def _explain(item: Any, root: type[BaseModel]) -> str:
     if kind == "literal_error":
         legal = [str(choice) for choice in _literals(root, loc)] or [item["ctx"]["expected"]]
         is_ours = str(value).lower() in {choice.lower() for choice in legal}
-        name = {"optimizer.name": "optim", "schedule.name": "lr_scheduler"}.get(path, "")
+        name = {"optimizer.name": "optim", "schedule.name": "lr_scheduler"}.get(path, loc[-1])
         if not is_ours and (known := _of_another_tool(name, value)):
             return f"{path}: {value!r} is not one of the choices{known}"
         return (
             f"{path}: {value!r} is not one of the choices{_did_you_mean(value, legal, 'choices')}"
         )
+    if kind in ("model_type", "model_attributes_type") and isinstance(value, str):
+        keys = _keys(_section_at(root, loc))
+        if "name" in keys:
+            return f"{path}: {value!r} is no section of keys. Nearest: {path}.name={value}"
     if kind in ("model_type", "model_attributes_type") and value is None:
         return f"{path}: is empty. Nearest: leave the section out, or give it a key"
     if kind == "int_type" and isinstance(value, float) and value.is_integer():

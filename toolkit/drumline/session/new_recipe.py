@@ -26,6 +26,7 @@ _RATES = {
     ("classification", False): 2e-4, ("seq2seq", True): 5e-5, ("seq2seq", False): 5e-4,
 }  # fmt: skip
 """Peak rates by task and whether all weights are trained; usual ones, to begin a search from."""
+_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 _LENGTHS = {"classification": 512, "seq2seq": 512}
 _WITHOUT_BF16 = ("t4", "v100")
 
@@ -127,7 +128,9 @@ def _set_training(draft: Draft, wish: Wish, task: str) -> None:
     draft.set("precision", precision)
     draft.set("optimizer.name", "adamw")
     draft.set(
-        "optimizer.lr", _RATES[task, wish.method == "full"], "usual; try a third and three times it"
+        "optimizer.lr",
+        _RATES[task, wish.method == "full"],
+        "a usual one; try 1/3 of it, and 3 times",
     )
     draft.set("schedule.name", "cosine")
     draft.set("schedule.warmup_ratio", 0.03)
@@ -191,6 +194,8 @@ def _plan(draft: Draft) -> Plan:
 def _task_of(data: str) -> str:
     """The task that the first row of a file is for; RecipeError where it is not at hand, or of none."""
     row = _first_row(data)
+    if row is None and Path(data).suffix in _FILES:
+        raise RecipeError(f"--data {data}: no such file, or it has no row")
     if row is None:
         raise RecipeError(
             f"{data}: its rows are not at hand, so --task has to say what they are. Nearest: --task sft"

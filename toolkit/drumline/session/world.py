@@ -69,6 +69,11 @@ def _prepared(recipe: Recipe, problems: list[str]) -> dict[str, Any]:
     manifest = read_dataset_manifest(folder)
     if manifest is None:
         return {}
+    if manifest.truncated:
+        problems.append(
+            f"data: {manifest.truncated:,} of the prepared rows are cut at sequence_length "
+            f"{manifest.sequence_length}, so what stands behind it is not trained"
+        )
     if manifest.dropped:
         problems.append(
             f"data: {manifest.dropped:,} prepared rows have no target within sequence_length "

@@ -118,6 +118,12 @@ def test_what_is_missing_is_told_but_for_a_recipe_that_extends_another() -> None
 def test_a_key_is_found_by_its_last_part_and_by_the_names_of_other_tools() -> None:
     assert find_key("warmup_steps").name == "schedule.warmup_steps"
     assert find_key("per_device_train_batch_size").name == "batch.per_device"
+    for name, ours in (("load_in_4bit", "model.quantization"), ("lora_target_modules", "model.adapter.targets"), ("fsdp", "strategy.name"),
+                       ("ZeRO-3", "strategy.name"), ("LoRA", "model.adapter"), ("report_to", "logging.wandb.project"), ("gradient_checkpointing", "model.activation_checkpointing")):  # fmt: skip
+        assert find_key(name).name == ours
+    with pytest.raises(RecipeError) as unknown:
+        find_key("find_unused_parameters")
+    heard("no key of a recipe. Nearest: a section", str(unknown.value))
     assert [key.name for key in keys_in("strategy")] == [
         "strategy.name",
         "strategy.shard",
