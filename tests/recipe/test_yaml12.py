@@ -4,7 +4,7 @@ import math
 import time
 
 import pytest
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from drumline.errors import RecipeError
@@ -57,6 +57,7 @@ def test_broken_or_unsafe_yaml_is_one_clear_error(text: str) -> None:
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no fault
 @example({"a": "\x85", "b": "x\u2028y", "c": "é × σ"})
 @given(st.dictionaries(st.text(min_size=1), scalars | st.lists(scalars, max_size=4), max_size=5))
 def test_what_is_dumped_is_read_back(value: dict[str, object]) -> None:
