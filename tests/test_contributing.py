@@ -54,3 +54,9 @@ def test_each_walk_has_at_most_eight_lines() -> None:
     walks = re.split(r"^\*\*From|^\*\*One", section, flags=re.M)[1:]
     assert len(walks) == 5
     assert all(2 <= len(walk.strip().splitlines()) - 1 <= 8 for walk in walks)
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest collects by name, so the second of two would be an error, but only where both are collected."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
