@@ -90,9 +90,7 @@ def _command(name: str, command: Any) -> Iterator[str]:
         )
         context = typer.Context(one)
         records = [p.get_help_record(context) for p in one.params if p.param_type_name == "option"]
-        rows = [
-            f"| `{record[0]}` | {record[1]} |".replace("[@", "[@") for record in records if record
-        ]
+        rows = [f"| `{record[0]}` | {record[1]} |" for record in records if record]
         if rows:
             yield "\n".join(["| option | |", "|---|---|", *rows, ""])
 

@@ -94,6 +94,20 @@ def test_no_split_that_fits_is_faster(model: str, gpus: int, gpu: str) -> None:
     assert plan.recipe.precision == ("fp16" if gpu == "t4" else "bf16")
 
 
+def test_names_of_cards_folders_and_files_as_people_write_them() -> None:
+    """A card without bf16 by another of its names; the first table of a folder; a file's name that no recipe can have."""
+    Path("rows").mkdir()
+    Path("rows/a.bin").write_bytes(b"\0")
+    Path("rows/b.jsonl").write_text(Path("sft.jsonl").read_text())
+    _, plan = planned(data="rows", gpu="V100 32GB", gpus=1, model="gpt2", name="My Run")
+    assert (plan.recipe.precision, plan.recipe.data.task, plan.recipe.recipe) == (
+        "fp16",
+        "sft",
+        "my-run",
+    )
+    assert planned(gpu="rtx4090", gpus=1, model="gpt2")[1].recipe.precision == "bf16"
+
+
 def test_what_fits_nowhere_is_said() -> None:
     found = new_recipe(Wish("meta-llama/Llama-2-70b-hf", "sft.jsonl", 1, "l4"))
     assert found.is_split_chosen is False

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from advice import heard
-from conftest import SOURCES
+from conftest import SOURCES, tiny_recipe
 from drumline.data.cache import cache_folder, cache_root
 from drumline.data.dataset_manifest import read_dataset_manifest
 from drumline.data.prepare import prepare
@@ -23,6 +23,7 @@ from drumline.data.rows import Rows
 from drumline.data.tasks import IGNORED, find_task
 from drumline.errors import DataError
 from drumline.recipe.data_section import Data
+from drumline.recipe.load import validate
 
 
 def files(path: Path | list[Path], **changes: Any) -> Data:
@@ -364,3 +365,25 @@ def test_new_content_of_the_same_size_and_time_is_seen(tmp_path: Path) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert path.stat().st_mtime_ns == status.st_mtime_ns
     assert cache_folder(files(path), None) != before
+
+
+def test_a_plan_tells_how_many_rows_are_cut(tmp_path: Path) -> None:
+    """Of prompts with completions longer than a row; not where all fit."""
+    from drumline.session.planning import make_plan
+
+    rows = [{"prompt": "ab", "completion": "c" * (5 + 20 * (n % 2))} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for length, told in ((16, True), (64, False)):
+        data = {"source": "files", "path": str(tmp_path / "rows.jsonl"), "name": None, "task": "sft", "sequence_length": length,
+                "samples": None, "validation": 0.0}  # fmt: skip
+        model = {"source": "config", "factory": None, "architecture": "llama", "config": {"vocab_size": 300, "hidden_size": 32, "num_attention_heads": 2}}  # fmt: skip
+        recipe = validate(tiny_recipe(model=model, data=data, batch={"weighting": "token"}), "r")
+        prepare(recipe.data, None)
+        warnings = make_plan(recipe).warnings
+        assert (
+            any(
+                "data: 10 of the prepared rows are cut at sequence_length 16" in one
+                for one in warnings
+            )
+            == told
+        )

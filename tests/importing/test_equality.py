@@ -92,6 +92,14 @@ def tokenizer(folder: Path, is_pair: bool = False) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
+def language_model(folder: Path, architecture: str = "llama") -> Any:
+    """A tiny one with random weights and its tokenizer, which is returned."""
+    read = tokenizer(folder)
+    config = {"llama": LLAMA, "gpt2": GPT2}[architecture]
+    saved(folder, "AutoModelForCausalLM", architecture, {**config, "vocab_size": len(read), **ENDS})
+    return read
+
+
 def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with (folder / "rows.csv").open("w", newline="") as file:
@@ -156,14 +164,7 @@ def ordered(rows: list[Any]) -> list[Any]:
 
 def causal(folder: Path, loss: Loss | None, architecture: str = "llama") -> Micro:
     rng = random.Random(1)
-    read = tokenizer(folder / "model")
-    config = {"llama": LLAMA, "gpt2": GPT2}[architecture]
-    saved(
-        folder / "model",
-        "AutoModelForCausalLM",
-        architecture,
-        {**config, "vocab_size": len(read), **ENDS},
-    )
+    read = language_model(folder / "model", architecture)
     documents, stream, length = [], [], 16
     while len(stream) < ROWS * length + 1:
         documents.append({"text": text(rng, 20, 60)})
@@ -237,13 +238,7 @@ def summaries(folder: Path, loss: Loss | None) -> Micro:
 
 def completions(folder: Path, loss: Loss | None) -> Micro:
     rng = random.Random(4)
-    read = tokenizer(folder / "model")
-    saved(
-        folder / "model",
-        "AutoModelForCausalLM",
-        "llama",
-        {**LLAMA, "vocab_size": len(read), **ENDS},
-    )
+    read = language_model(folder / "model")
     rows = [{"prompt": text(rng), "completion": " " + text(rng, 1, 12)} for _ in range(ROWS)]
     write_rows(folder, rows)
     (folder / "job.yaml").write_text(ROWS_OF_TRL + "packing: false\n")
@@ -258,13 +253,7 @@ def completions(folder: Path, loss: Loss | None) -> Micro:
 
 def preferences(folder: Path, loss: Loss | None) -> Micro:
     rng = random.Random(5)
-    read = tokenizer(folder / "model")
-    saved(
-        folder / "model",
-        "AutoModelForCausalLM",
-        "llama",
-        {**LLAMA, "vocab_size": len(read), **ENDS},
-    )
+    read = language_model(folder / "model")
     rows = [{"prompt": text(rng), "chosen": " " + text(rng, 1, 9), "rejected": " " + text(rng, 1, 9)} for _ in range(ROWS)]  # fmt: skip
     write_rows(folder, rows)
     (folder / "job.yaml").write_text(ROWS_OF_TRL + "beta: 0.2\nloss_type: sigmoid\n")

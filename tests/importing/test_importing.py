@@ -293,6 +293,17 @@ def test_words_that_mean_something_else_than_they_say(files: Path) -> None:
         assert found.draft.keys["optimizer.lr"] == 1e-3
 
 
+@pytest.mark.parametrize("name", ["WarmupLR", "WarmupDecayLR", "WarmupCosineLR"])
+def test_deepspeeds_warm_ups_grow_with_the_logarithm(files: Path, name: str) -> None:
+    """By default, and under each of its schedules; a line where its file says so."""
+    for kind, is_told in ((None, True), ("log", True), ("linear", False)):
+        parameters = {"warmup_num_steps": 5, **({"warmup_type": kind} if kind else {})}
+        ds = {"zero_optimization": {"stage": 1}, "scheduler": {"type": name, "params": parameters}}
+        found = script(files, "t.py --learning_rate 1e-3", ds)
+        assert found.draft.keys["schedule.warmup_steps"] == 5
+        assert any("logarithm" in one for one in found.draft.differences) == is_told
+
+
 def test_options_of_schedules(files: Path) -> None:
     words = """t.py --learning_rate 1e-3 --lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs '{"min_lr": 1e-5}'"""
     assert script(files, words).draft.keys["schedule.min_lr"] == 1e-5

@@ -189,6 +189,10 @@ def test_what_cannot_be_pushed_or_found_is_told(
         "a job pushes nothing. Nearest: --to local",
         drumline("export", str(run), "model", "--push", "me/x", "--to", "slurm").stderr,
     )
+    heard(
+        "nothing is pushed. Nearest: --push NAME, or without it",
+        drumline("export", str(run), "model", "--public").stderr,
+    )
     monkeypatch.setenv("HF_TOKEN", "")
     heard(
         "no login is known. Nearest: hf auth login, or HF_TOKEN in the environment",

@@ -32,6 +32,7 @@ def run_command(words: list[str], accepted: Collection[int], is_quiet: bool) -> 
         start_new_session=True,
     )
     told: list[str] = []
+    interrupted = False
 
     def follow() -> None:
         assert process.stderr
@@ -47,13 +48,18 @@ def run_command(words: list[str], accepted: Collection[int], is_quiet: bool) -> 
         shown = process.stdout.read()
         code = process.wait()
     except KeyboardInterrupt:
+        interrupted = True
         process.send_signal(signal.SIGINT)
         shown = process.stdout.read()
         code = process.wait()
     reader.join()
     if code and code not in accepted:
         raise _ERRORS.get(code, DrumlineError)(_message(told, code))
-    return json.loads(shown) if shown.strip() else {}
+    if shown.strip():
+        return json.loads(shown)  # type: ignore[no-any-return]
+    if interrupted:  # before there was anything to report
+        raise KeyboardInterrupt
+    raise RunError(_message(told, code))
 
 
 def _message(told: list[str], code: int) -> str:

@@ -52,6 +52,8 @@ def export_command(
     folder = open_run(run)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunFolderError(f"{target} is not an empty folder. Nearest: another folder")
+    if public and push is None:
+        raise LaunchError("--public: nothing is pushed. Nearest: --push NAME, or without it")
     if push is not None:
         from drumline.session.hub import check_login
 

@@ -59,7 +59,7 @@ def new_command(
     from drumline.session.show import plan_table
 
     wish = Wish(**answers, task=task, effective=effective, sequence_length=sequence_length, epochs=epochs,
-                name=to.stem.lower() if to else None)  # fmt: skip
+                name=to.stem if to else None)  # fmt: skip
     found = new_recipe(wish)
     target = to or Path(f"{found.name}.yaml")
     if target.suffix not in (".yaml", ".yml"):

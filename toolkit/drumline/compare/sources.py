@@ -3,6 +3,7 @@
 import contextlib
 import shlex
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from drumline.checkpoint.manifest import MANIFEST, read_manifest, verify
@@ -39,7 +40,7 @@ def read_logged(where: str) -> Logged:
     if where.startswith("hub:"):
         from drumline.compare.hub_runs import fetch_recipe
 
-        return _read_recipe_file(fetch_recipe(where))
+        return replace(_read_recipe_file(fetch_recipe(where)), name=where)
     path = Path(where)
     if not path.exists():
         raise RunFolderError(f"{where}: does not exist")

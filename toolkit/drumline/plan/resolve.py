@@ -82,7 +82,7 @@ class World:
     `row_lengths`: as in DataFacts. `mixture`: prepared rows of each source by its label; `mixture_lengths`:
     as `row_lengths`, of each. `sequences`: of tokens that a prepared row holds.
     `parent`: the checkpoint that `start_from` names; `start`: of a run that has begun, what its plan says of
-    that, instead. `problems`: warnings found while reading.
+    that, instead. `problems`: what was found wrong with the data; `notes`: of the model. Both are told.
     """
 
     model_config: dict[str, Any] | None = None
@@ -105,6 +105,7 @@ class World:
     parent: "Parent | None" = None
     start: StartFacts | None = None
     problems: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = False) -> Plan:
@@ -145,7 +146,7 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
     schedule.check_warmup(curve, clock)
     memory = memory_of(split)
     recipe_sha256, training_sha256 = ("", "") if is_candidate else identity.hashes(resolved)
-    warnings += world.problems
+    warnings += [*world.problems, *world.notes]
     if recipe.model.compile and memory.method != "unknown":
         warnings.append("memory is estimated without torch.compile, which stores fewer activations")
     warnings += gpu_warnings(recipe, gpu, stated) + memory_warnings(memory, gpu.name)
@@ -271,9 +272,8 @@ def _steps(
     tokens = split.effective * recipe.objective.facts.sequences * length if length else None
     if samples is None:
         if duration.steps is None:
-            of_the_data = [text for text in world.problems if not text.startswith("model.")]
-            if of_the_data:
-                raise PlanError("; ".join(of_the_data))
+            if world.problems:
+                raise PlanError("; ".join(world.problems))
             key = "epochs" if duration.epochs else "tokens"
             if is_unknown:
                 raise PlanError(

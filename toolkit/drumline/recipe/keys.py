@@ -14,16 +14,13 @@ from drumline.recipe import yaml12
 from drumline.recipe.other_names import NotOffered, keys_for
 from drumline.recipe.schema import Recipe
 
-_SHARED = {"EvaluationSet": "data", "MixtureSource": "data"}
-"""Sections whose keys mean what those of another one do."""
-
 
 @dataclass(frozen=True)
 class Key:
     """A key of a recipe by its dotted name.
 
     `kind`: its type in words, with its limits or choices. `default`: as YAML, in words, or `required`.
-    `example`: a value as YAML; `page`: of docs/; `section`: whether it has keys of its own.
+    `example`: a value as YAML; `page`: of docs/; `is_section`: whether it has keys of its own.
     """
 
     name: str
@@ -71,7 +68,6 @@ def find_key(name: str) -> Key:
 _WORDS = {
     "fsdp": "strategy.name", "deepspeed": "strategy.name", "zero": "strategy.name", "ddp": "strategy.name",
     "lora": "model.adapter", "qlora": "model.quantization", "peft": "model.adapter", "dataset": "data",
-    "gpu": "cluster.gpu", "epochs": "duration.epochs", "wandb": "logging.wandb", "seed": "seed",
 }  # fmt: skip
 """Words that people look up, which are no names of keys."""
 
@@ -126,8 +122,8 @@ def json_schema() -> dict[str, Any]:
         unit = f" [{told['unit']}]" if told.get("unit") else ""
         default = f" Default: {told['default']}." if told.get("default") else ""
         node["description"] = f"{told['is']}{unit}{default}"
-        if "example" in told:
-            node["examples"] = _examples(told["example"])
+        if examples := _examples(told):
+            node["examples"] = examples
     definitions = whole.pop("$defs")
     for one in definitions.values():
         one.pop("title", None)
@@ -228,26 +224,21 @@ def _told(name: str, section: str) -> dict[str, Any]:
     raise KeyError(name)
 
 
-def _examples(stated: Any) -> list[Any]:
-    """The examples of a key; keys.yaml states one, or for a card and nodes two of different kinds."""
-    two = (
-        isinstance(stated, list)
-        and len({type(one) for one in stated}) == 2
-        and any(isinstance(one, dict) for one in stated)
-    )
-    return stated if two else [stated]
+def _examples(told: dict[str, Any]) -> list[Any]:
+    """The examples of a key: one, or several of different kinds."""
+    return told.get("examples") or ([told["example"]] if "example" in told else [])
 
 
 def _key(name: str, node: dict[str, Any], required: bool, section: str) -> Key:
     told = _told(name, section)
-    example = _examples(told["example"])[0] if "example" in told else None
+    examples = _examples(told)
     return Key(
         name=name,
         meaning=told["is"],
         unit=told.get("unit", ""),
         kind=_kind(node),
         default=_default(told, node, required),
-        example="" if "example" not in told else yaml12.dump_flow(example),
+        example=yaml12.dump_flow(examples[0]) if examples else "",
         page=told.get("see", ""),
         is_section=bool(_references(node)),
     )

@@ -87,11 +87,8 @@ def _versions(record: Mapping[str, Any]) -> str:
 
 def _hardware(record: Mapping[str, Any]) -> str:
     hardware = record.get("hardware") or {}
-    gpus = [
-        str(one.get("name", one) if isinstance(one, dict) else one)
-        for one in hardware.get("gpus") or []
-    ]
-    return f"{len(gpus)} × {gpus[0]}" if gpus else str(hardware.get("cpu") or "")
+    gpus = hardware.get("gpus")
+    return f"{len(gpus)} × {gpus[0]['name']}" if gpus else str(hardware.get("cpu") or "")
 
 
 def _evaluated(evaluations: Sequence[Mapping[str, Any]]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drumline.architectures.gpus import find_gpu
+from drumline.architectures.gpus import Gpu, find_gpu
 from drumline.errors import PlanError, RecipeError
 from drumline.plan.fastest import fastest_that_fits
 from drumline.plan.model import Plan
@@ -28,7 +28,6 @@ _RATES = {
 """Peak rates by task and whether all weights are trained; usual ones, to begin a search from."""
 _FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 _LENGTHS = {"classification": 512, "seq2seq": 512}
-_WITHOUT_BF16 = ("t4", "v100")
 
 
 @dataclass(frozen=True)
@@ -65,17 +64,17 @@ def new_recipe(wish: Wish) -> Proposed:
         raise RecipeError(
             f"--method {wish.method}: choose from {', '.join(METHODS)}. Nearest: lora"
         )
-    find_gpu(wish.gpu)
+    gpu = find_gpu(wish.gpu)
     draft = Draft()
     task = wish.task or _task_of(wish.data)
     if task not in TASKS:
         raise RecipeError(f"--task {task}: choose from {', '.join(TASKS)}. Nearest: sft")
-    name = wish.name or _slug(f"{Path(wish.model).name}-{task.replace('_', '-')}-{wish.method}")
+    name = _slug(wish.name or f"{Path(wish.model).name}-{task.replace('_', '-')}-{wish.method}")
     draft.set("recipe", name)
     draft.set("schema", 1)
     _set_model(draft, wish)
     _set_data(draft, wish, task)
-    _set_training(draft, wish, task)
+    _set_training(draft, wish, task, gpu)
     is_chosen = _choose_split(draft)
     head = [
         SCHEMA_LINE,
@@ -114,7 +113,7 @@ def _set_data(draft: Draft, wish: Wish, task: str) -> None:
     draft.set("data.validation", 0.02, "chosen: this share is evaluated, and never trained")
 
 
-def _set_training(draft: Draft, wish: Wish, task: str) -> None:
+def _set_training(draft: Draft, wish: Wish, task: str, gpu: Gpu) -> None:
     effective = wish.effective or -(-64 // wish.gpus) * wish.gpus
     draft.set(
         "batch.effective", effective, "" if wish.effective else "chosen; usual for fine-tuning"
@@ -122,10 +121,7 @@ def _set_training(draft: Draft, wish: Wish, task: str) -> None:
     draft.set("batch.gpus", wish.gpus)
     draft.set("batch.per_device", 1)
     draft.set("cluster.gpu", wish.gpu)
-    precision = (
-        "fp32" if wish.gpu == "cpu" else "fp16" if wish.gpu.startswith(_WITHOUT_BF16) else "bf16"
-    )
-    draft.set("precision", precision)
+    draft.set("precision", "fp32" if gpu.is_cpu else "bf16" if gpu.bf16_flops else "fp16")
     draft.set("optimizer.name", "adamw")
     draft.set(
         "optimizer.lr",
@@ -217,11 +213,13 @@ def _task_of(data: str) -> str:
 
 def _first_row(data: str) -> Mapping[str, Any] | None:
     """The first row of a file, or of the first file of a pattern or a folder; None where there is none."""
+    from drumline.data.files import format_of
     from drumline.data.readers import read_file
 
     path = Path(data).expanduser()
-    files = sorted(path.glob("*")) if path.is_dir() else sorted(map(Path, glob.glob(str(path))))
-    return next((row.fields for file in files[:1] for row in read_file(file)), None)
+    found = path.glob("*") if path.is_dir() else map(Path, glob.glob(str(path)))
+    known = [file for file in sorted(found) if file.is_file() and format_of(file)]
+    return next((row.fields for file in known[:1] for row in read_file(file)), None)
 
 
 def _as_folder(name: str) -> str:

@@ -6,13 +6,13 @@ from pathlib import Path
 from drumline.plan.model import VERDICT_WORDS, Plan
 from drumline.plan.sweep import Cell
 from drumline.session.show import topics
-from drumline.session.sweep_page import HEAT_MAP_STYLE, heat_map
+from drumline.session.sweep_page import HEAT_MAP_STYLE, heat_map, page
 from drumline.units import format_bytes
 
 
 def plan_page(plan: Plan, cells: list[Cell]) -> str:
     """One self-contained page; `cells`: of a sweep, or none."""
-    return _PAGE.format(title=escape(plan.recipe.recipe), body=fragment(plan, cells))
+    return page(plan.recipe.recipe, "", fragment(plan, cells))
 
 
 def fragment(plan: Plan, cells: list[Cell]) -> str:
@@ -96,19 +96,3 @@ def _topics(plan: Plan) -> str:
 
 
 _STYLE = (Path(__file__).parent / "plan_page.css").read_text(encoding="utf-8")
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ margin: 1.2rem; }}
-</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""

@@ -50,7 +50,13 @@ def _at(cells: Iterable[Cell], gpus: int, b: int, column: tuple[str, str]) -> Ce
 def sweep_page(plan: Plan, cells: list[Cell]) -> str:
     """Render one self-contained HTML page: each cell shows peak memory, coloured by share of the device."""
     title = f"{plan.recipe.recipe}: memory at effective batch {plan.batch.effective:,}"
-    return _PAGE.format(title=escape(title), style=HEAT_MAP_STYLE, map=heat_map(plan, cells))
+    body = f"<h1>{escape(title)}</h1>\n{heat_map(plan, cells)}"
+    return page(title, f"h1 {{ font-size: 1.2rem; }}\n{HEAT_MAP_STYLE}", body)
+
+
+def page(title: str, style: str, body: str) -> str:
+    """A self-contained page; `title`: plain text."""
+    return _PAGE.format(title=escape(title), style=style, body=body)
 
 
 def heat_map(plan: Plan, cells: list[Cell]) -> str:
@@ -118,13 +124,11 @@ _PAGE = """<!doctype html>
 <title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif; }}
-body {{ margin: 1.5rem; }}
-h1 {{ font-size: 1.2rem; }}
+body {{ margin: 1.2rem; }}
 {style}</style>
 </head>
 <body>
-<h1>{title}</h1>
-{map}
+{body}
 </body>
 </html>
 """

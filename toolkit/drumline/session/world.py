@@ -20,13 +20,13 @@ def read_world(recipe: Recipe, start: StartFacts | None = None) -> World:
 
     `start`: of a run that has begun, what its plan says of `start_from`, whose checkpoint may be gone.
     """
-    facts: dict[str, Any] = {"problems": []}
+    facts: dict[str, Any] = {"problems": [], "notes": []}
     try:
         facts.update(_prepared(recipe, facts["problems"]))
     except DataError as error:
         facts["problems"].append(str(error).replace(f"{Path.cwd()}/", ""))
-    facts["model_config"] = model_config(recipe.model, facts["problems"])
-    facts |= _weights(recipe.model, facts["problems"])
+    facts["model_config"] = model_config(recipe.model, facts["notes"])
+    facts |= _weights(recipe.model, facts["notes"])
     if recipe.model.factory:
         from drumline.data.batchnorm import batchnorm_of
 
@@ -96,7 +96,7 @@ def _prepared(recipe: Recipe, problems: list[str]) -> dict[str, Any]:
     }
 
 
-def _weights(model: Model, problems: list[str]) -> dict[str, Any]:
+def _weights(model: Model, notes: list[str]) -> dict[str, Any]:
     """Shapes of a pretrained model's tensors and bytes of its files; nothing where none are at hand."""
     if not (model.path or model.name):
         return {}
@@ -105,7 +105,7 @@ def _weights(model: Model, problems: list[str]) -> dict[str, Any]:
     if model.path:
         found = headers_in(Path(model.path))
         if found is None:
-            problems.append(f"model.path: {model.path} holds no weights")
+            notes.append(f"model.path: {model.path} holds no weights")
         return _facts_of_weights(found or {})
     from drumline.architectures.hub import cached_folder, is_cached
 
@@ -122,11 +122,11 @@ def _facts_of_weights(headers: "dict[Path, dict[str, tuple[int, ...]]]") -> dict
     return {"weights": shapes, "weights_bytes": sum(file.stat().st_size for file in headers)}
 
 
-def model_config(model: Model, problems: list[str]) -> dict[str, Any] | None:
+def model_config(model: Model, notes: list[str]) -> dict[str, Any] | None:
     """Read config.json of a model folder, or of a hub model from the local cache; None for other sources.
 
     A hub model that is not there has the published config, if it is a known one, which is added to
-    `problems`; else None.
+    `notes`; else None.
     """
     if model.source in ("config", "factory"):
         return None
@@ -146,7 +146,7 @@ def model_config(model: Model, problems: list[str]) -> dict[str, Any] | None:
 
     known = known_config(model.name)
     if known:
-        problems.append(
+        notes.append(
             f"model.name: the config of {model.name} is not in the local cache; "
             "planned with the published one"
         )

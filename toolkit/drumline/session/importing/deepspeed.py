@@ -108,7 +108,7 @@ def _take_schedule(draft: Draft, name: str, given: dict[str, Any]) -> None:
     if name == "WarmupCosineLR":
         draft.set("schedule.min_lr_ratio", float(given.get("cos_min_ratio", 0.0001)))
         draft.set("schedule.warmup_start_ratio", float(given.get("warmup_min_ratio", 0.0)))
-    elif given.get("warmup_type", "log") == "log":
+    if given.get("warmup_type", "log") == "log":
         draft.differ("DeepSpeed's warm-up grows with the logarithm of the step; here it is a line")
     if isinstance(total := given.get("total_num_steps"), int):
         draft.set("duration.steps", total)
