@@ -103,6 +103,14 @@ class Arena:
         """Its steps."""
         return [line for line in read_metrics(self.folder / name / "metrics.jsonl") if "lr" in line]
 
+    def curve(self, name: str, *metrics: str) -> list[dict[str, Any]]:
+        """Losses and these metrics of its steps and evaluations, in order; other lines are left out."""
+        kept = {"loss", "eval/loss", *(f"eval/{metric}" for metric in metrics)}
+        lines = read_metrics(self.folder / name / "metrics.jsonl")
+        return [
+            {key: line[key] for key in line.keys() & kept} for line in lines if line.keys() & kept
+        ]
+
     def verdict(self, name: str) -> tuple[bool, bool]:
         """Whether verification found the gradients and the rates equal."""
         report = json.loads((self.folder / name / "verify.json").read_text())

@@ -1,6 +1,5 @@
 """Models of images and text at every split, with a worker, resumed; their memory, and what they need of DDP."""
 
-import json
 from typing import Any
 
 import numpy as np
@@ -57,23 +56,13 @@ def arena(tmp_path_factory: pytest.TempPathFactory) -> Arena:
     return made
 
 
-def lines(arena: Arena, name: str) -> list[dict[str, Any]]:
-    found = map(json.loads, (arena.folder / name / "metrics.jsonl").read_text().splitlines())
-    kept = ("loss", "eval/loss")
-    return [
-        {k: v for k, v in line.items() if k in kept}
-        for line in found
-        if "checkpoint/saved" not in line
-    ]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_one_curve(arena: Arena, kind: str) -> None:
     """Under every engine, evaluations too, with micro-batches of no, one and several images; it learns."""
-    wanted = lines(arena, f"{kind}-ddp-{SPLITS[0]}")
+    wanted = arena.curve(f"{kind}-ddp-{SPLITS[0]}")
     assert len(wanted) == STEPS + 2
     for engine, split in RUNS[1:]:
-        for ours, theirs in zip(lines(arena, f"{kind}-{engine}-{split}"), wanted, strict=True):
+        for ours, theirs in zip(arena.curve(f"{kind}-{engine}-{split}"), wanted, strict=True):
             assert ours == pytest.approx(theirs, rel=5e-5, abs=2e-5), (engine, split)
     losses = [line["loss"] for line in wanted if "loss" in line]
     assert min(losses[-3:]) < losses[0]
@@ -89,8 +78,8 @@ def test_single_rows_give_the_same_gradients(arena: Arena, kind: str) -> None:
 def test_a_worker_and_a_resume_change_nothing(arena: Arena) -> None:
     """Bitwise."""
     for kind in KINDS:
-        assert lines(arena, f"stopped-{kind}") == lines(arena, f"{kind}-ddp-{SPLITS[1]}")
-    assert lines(arena, "workers") == lines(arena, f"qwen2_5_vl-ddp-{SPLITS[1]}")
+        assert arena.curve(f"stopped-{kind}") == arena.curve(f"{kind}-ddp-{SPLITS[1]}")
+    assert arena.curve("workers") == arena.curve(f"qwen2_5_vl-ddp-{SPLITS[1]}")
 
 
 def test_a_micro_batch_without_images_has_one_beside_it(arena: Arena) -> None:

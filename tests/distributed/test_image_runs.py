@@ -53,17 +53,14 @@ def arena(tmp_path_factory: pytest.TempPathFactory) -> Arena:
     return made
 
 
-def lines(arena: Arena, name: str) -> list[dict[str, Any]]:
-    """Losses of steps and evaluations in order."""
-    found = map(json.loads, (arena.folder / name / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if k in ("loss", "eval/loss", "eval/accuracy")} for line in found if "checkpoint/saved" not in line]  # fmt: skip
-
-
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_it_is_one_curve(arena: Arena, run: tuple[str, tuple[int, int, int]]) -> None:
     """Under every engine, to rounding, evaluations too."""
     engine, split = run
-    found, wanted = lines(arena, f"{engine}-{split}"), lines(arena, f"ddp-{SPLITS[0]}")
+    found, wanted = (
+        arena.curve(f"{engine}-{split}", "accuracy"),
+        arena.curve(f"ddp-{SPLITS[0]}", "accuracy"),
+    )
     assert len(found) == STEPS + 2
     for ours, theirs in zip(found, wanted, strict=True):
         assert ours == pytest.approx(theirs, rel=3e-5, abs=1e-5)
@@ -71,9 +68,9 @@ def test_it_is_one_curve(arena: Arena, run: tuple[str, tuple[int, int, int]]) ->
 
 def test_workers_and_a_resume_change_nothing(arena: Arena) -> None:
     """Two workers or none, and a run that was stopped under one and goes on without: bitwise the same."""
-    wanted = lines(arena, f"ddp-{SPLITS[1]}")
-    assert lines(arena, "workers") == wanted
-    assert lines(arena, "stopped") == wanted
+    wanted = arena.curve(f"ddp-{SPLITS[1]}", "accuracy")
+    assert arena.curve("workers", "accuracy") == wanted
+    assert arena.curve("stopped", "accuracy") == wanted
 
 
 def test_verification(arena: Arena) -> None:

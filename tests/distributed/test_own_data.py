@@ -75,13 +75,6 @@ def arena(tmp_path_factory: pytest.TempPathFactory) -> Arena:
     return made
 
 
-def lines(arena: Arena, name: str) -> list[dict[str, Any]]:
-    """Losses and metrics of steps and evaluations in order."""
-    found = map(json.loads, (arena.folder / name / "metrics.jsonl").read_text().splitlines())
-    kept = ("loss", "eval/loss", "eval/below", "eval/found")
-    return [{k: v for k, v in line.items() if k in kept} for line in found if "checkpoint/saved" not in line]  # fmt: skip
-
-
 def near(found: list[dict[str, Any]], wanted: list[dict[str, Any]], within: float = 3e-5) -> bool:
     return len(found) == len(wanted) and all(
         ours == pytest.approx(theirs, rel=within, abs=1e-6)
@@ -92,32 +85,35 @@ def near(found: list[dict[str, Any]], wanted: list[dict[str, Any]], within: floa
 @pytest.mark.parametrize("name", ["quantiles", "diffusion"])
 def test_a_sum_over_samples_is_one_curve(arena: Arena, name: str) -> None:
     """At every split and under every engine, though samples are drawn anew in each epoch; verification agrees."""
-    wanted = lines(arena, f"{name}-one")
+    wanted = arena.curve(f"{name}-one", "below", "found")
     assert len(wanted) == 10
     for engine, split in RUNS:
         # A quantile's loss has a kink at every point, where rounding decides on the side.
         within = 2e-3 if name == "quantiles" else 3e-5
-        assert near(lines(arena, f"{name}-{engine}-{split}"), wanted, within), (engine, split)
+        assert near(arena.curve(f"{name}-{engine}-{split}", "below", "found"), wanted, within), (
+            engine,
+            split,
+        )
     assert arena.verdict(f"{name}-verify") == (True, True)
 
 
 @pytest.mark.parametrize("name", ["quantiles", "diffusion"])
 def test_workers_and_a_resume_change_nothing(arena: Arena, name: str) -> None:
     """Bitwise, with one, two or three workers."""
-    wanted = lines(arena, f"{name}-ddp-{SPLITS[1]}")
-    assert lines(arena, f"{name}-workers") == wanted
-    assert lines(arena, f"{name}-stopped") == wanted
+    wanted = arena.curve(f"{name}-ddp-{SPLITS[1]}", "below", "found")
+    assert arena.curve(f"{name}-workers", "below", "found") == wanted
+    assert arena.curve(f"{name}-stopped", "below", "found") == wanted
 
 
 def test_negatives_of_all_ranks(arena: Arena) -> None:
     """Gathered, per_device × gpus alone decides: 24 on one rank or 12 on each of two; accumulated it is another loss."""
-    wanted = lines(arena, f"embeddings-ddp-{(24, 1, 1)}")
+    wanted = arena.curve(f"embeddings-ddp-{(24, 1, 1)}", "below", "found")
     for engine in ("ddp", "fsdp", "zero2"):
-        found = lines(arena, f"embeddings-{engine}-{(12, 2, 1)}")
+        found = arena.curve(f"embeddings-{engine}-{(12, 2, 1)}", "below", "found")
         steps = [(a, b) for a, b in zip(found, wanted, strict=True) if "loss" in a]
         assert len(steps) == 8
         assert near([a for a, _ in steps], [b for _, b in steps]), engine
-    other = lines(arena, f"embeddings-ddp-{(6, 2, 2)}")
+    other = arena.curve(f"embeddings-ddp-{(6, 2, 2)}", "below", "found")
     assert not near(other, wanted, within=1e-2)
     report = json.loads((arena.folder / "embeddings-verify/verify.json").read_text())
     assert arena.verdict("embeddings-verify")[0] is False

@@ -115,19 +115,15 @@ def arena(tmp_path_factory: pytest.TempPathFactory) -> Arena:
     return made
 
 
-def lines(arena: Arena, name: str) -> list[dict[str, Any]]:
-    found = map(json.loads, (arena.folder / name / "metrics.jsonl").read_text().splitlines())
-    kept = ("loss", "eval/loss", "eval/accuracy")
-    return [{k: v for k, v in line.items() if k in kept} for line in found if "checkpoint/saved" not in line]  # fmt: skip
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_one_curve(arena: Arena, kind: str) -> None:
     """Under every engine, evaluations too; it learns, and verification agrees with single recordings and the model's own loss."""
-    wanted = lines(arena, f"{kind}-ddp-{SPLITS[0]}")
+    wanted = arena.curve(f"{kind}-ddp-{SPLITS[0]}", "accuracy")
     assert len(wanted) == STEPS + 2
     for engine, split in RUNS[1:]:
-        for ours, theirs in zip(lines(arena, f"{kind}-{engine}-{split}"), wanted, strict=True):
+        for ours, theirs in zip(
+            arena.curve(f"{kind}-{engine}-{split}", "accuracy"), wanted, strict=True
+        ):
             assert ours == pytest.approx(theirs, rel=5e-5, abs=2e-5), (engine, split)
     losses = [line["loss"] for line in wanted if "loss" in line]
     assert min(losses[-3:]) < losses[0]
@@ -138,9 +134,9 @@ def test_it_is_one_curve(arena: Arena, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_worker_and_a_resume_change_nothing(arena: Arena, kind: str) -> None:
     """Bitwise."""
-    wanted = lines(arena, f"{kind}-ddp-{SPLITS[1]}")
-    assert lines(arena, f"{kind}-workers") == wanted
-    assert lines(arena, f"{kind}-stopped") == wanted
+    wanted = arena.curve(f"{kind}-ddp-{SPLITS[1]}", "accuracy")
+    assert arena.curve(f"{kind}-workers", "accuracy") == wanted
+    assert arena.curve(f"{kind}-stopped", "accuracy") == wanted
 
 
 @pytest.mark.parametrize("kind", KINDS)
