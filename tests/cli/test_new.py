@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from advice import command, heard
+from advice import command, heard, worked
 from conftest import SOURCES
 from drumline.plan.advise import with_change
 from drumline.plan.cost import gpu_seconds
@@ -108,9 +108,50 @@ def test_names_of_cards_folders_and_files_as_people_write_them() -> None:
     assert planned(gpu="rtx4090", gpus=1, model="gpt2")[1].recipe.precision == "bf16"
 
 
+def test_rows_at_hand_are_counted_and_measured() -> None:
+    """Rows decide how many steps there are, and short ones what a row's length and so the split are."""
+    short = [{"prompt": "why? " * (n % 7), "completion": "so " * (n % 50)} for n in range(25_000)]
+    Path("short.jsonl").write_text("".join(json.dumps(row) + "\n" for row in short))
+    Path("long.jsonl").write_text(json.dumps({"prompt": "x" * 90_000, "completion": "y"}) + "\n")
+    Path("text.jsonl").write_text(json.dumps({"text": "word " * 3000}) * 1 + "\n")
+    found = {}
+    for name in ("short", "long", "text"):
+        words = (
+            "--model",
+            "gpt2",
+            "--method",
+            "full",
+            "--gpus",
+            "2",
+            "--gpu",
+            "l4",
+            "--to",
+            f"{name}-recipe.yaml",
+        )
+        done = worked("new", "--data", f"{name}.jsonl", *words)
+        found[name] = load_recipe(f"{name}-recipe.yaml"), done.out
+    recipe, told = found["short"]
+    assert recipe.data.sequence_length == 128
+    assert recipe.batch.per_device and recipe.batch.per_device >= 16
+    samples = int(re.search(r"As if an epoch had ([\d,]+) samples", told)[1].replace(",", ""))  # type: ignore[index]
+    assert samples == pytest.approx(25_000 * 0.98, rel=0.01)
+    recipe, told = found["long"]
+    assert recipe.data.sequence_length == 1024  # all the positions of gpt2
+    assert recipe.data.validation == 0.5
+    assert "99 % of the rows have up to about 30," in told
+    assert (
+        "As if an epoch had 2 samples" in found["text"][1]
+    )  # of 15,000 bytes, half of them to evaluate
+
+
 def test_what_fits_nowhere_is_said() -> None:
     found = new_recipe(Wish("meta-llama/Llama-2-70b-hf", "sft.jsonl", 1, "l4"))
     assert found.is_split_chosen is False
+    done = command("new", "--model", "meta-llama/Llama-2-70b-hf", "--data", "sft.jsonl", "--method", "full",
+                   "--gpus", "1", "--gpu", "l4", "--to", "large.yaml")  # fmt: skip
+    assert done.code == 3
+    assert Path("large.yaml").exists()
+    assert "no split of this training is known to fit on these GPUs" in done.err
     assert "no split of this training is known to fit" in found.text
     plan = make_plan(load_recipe("llama-8b-8xh100"))
     assert fastest_that_fits(plan, world_of(plan))

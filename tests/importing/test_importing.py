@@ -358,6 +358,17 @@ def test_what_llama_factory_freezes_by_default(files: Path) -> None:
         assert imported(files, "vl.yaml").draft.keys.get("model.frozen") == frozen
 
 
+def test_a_card_that_is_not_known_writes_nothing(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(files)
+    before = sorted(files.rglob("*"))
+    done = command("import", "axolotl.yaml", "--gpu", "a100")
+    assert done.code == 2
+    assert "Did you mean 'a100-40gb' or 'a100-80gb'" in done.err
+    assert sorted(files.rglob("*")) == before
+
+
 def test_the_command(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It writes the recipe, tells what is not in it, plans it, and overwrites nothing."""
     monkeypatch.chdir(files)

@@ -44,6 +44,8 @@ def test_a_hub_model_is_planned_where_its_config_is_not_at_hand(
     assert plan.cost.parameters == 8030261248
     assert plan.memory.method == "closed-form"
     assert any(f"the config of {name} is not in the local cache" in w for w in plan.warnings)
+    copied = {**model, "name": "NousResearch/Llama-3.1-8B"}
+    assert make_plan(validate(tiny_recipe(model=copied, **sections), "r")).memory == plan.memory
     other = {**model, "name": "somebody/Llama-3.1-8B-finetune"}
     unknown = make_plan(validate(tiny_recipe(model=other, **sections), "r"))
     assert unknown.memory.method == "unknown"

@@ -9,7 +9,7 @@ from conftest import tiny_recipe
 from drumline.errors import RecipeError
 from drumline.recipe import other_names
 from drumline.recipe.load import merge, parse_override, validate
-from drumline.recipe.other_names import OPTIMIZERS, RENAMED, SCHEDULES, keys_for
+from drumline.recipe.other_names import OPTIMIZERS, RENAMED, SCHEDULES, STRATEGIES, keys_for
 from drumline.recipe.schema import Recipe
 
 VALUES: dict[str, Any] = {
@@ -34,7 +34,10 @@ def test_the_message_names_our_key_and_the_fix_works(name: str) -> None:
     assert validate(base, "r") != validate(raw, "r")
 
 
-@pytest.mark.parametrize(("section", "names"), [("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)])
+@pytest.mark.parametrize(
+    ("section", "names"),
+    [("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("strategy", STRATEGIES)],
+)
 def test_values_of_other_tools(section: str, names: dict[str, Any]) -> None:
     """Each is one that we take, or a message says which that is."""
     for name, keys in names.items():
@@ -66,6 +69,7 @@ def test_every_name_leads_to_a_key() -> None:
     known = keys_of(Recipe)
     assert set(RENAMED.values()) <= known
     samples = {
+        "sharding_strategy": "hybrid_shard",
         "lora_target": "all", "lora_target_modules": "all", "lora_alpha": 16, "quantization_bit": 4, "optim": "adamw",
         "adam_beta1": 0.9, "adam_beta2": 0.9, "flash_attn": "fa2", "attn_implementation": "sdpa", "warmup_steps": 5,
         "lr_scheduler": "cosine", "lr_scheduler_type": "cosine", "report_to": "wandb",
@@ -88,6 +92,10 @@ def test_values_of_other_tools_under_our_own_names() -> None:
     for change, fix in (
         ({"data": {"packing": True}}, "Nearest: data.packing=documents"),
         ({"strategy": "fsdp"}, "Nearest: strategy.name=fsdp"),
+        ({"strategy": "FULL_SHARD"}, "Nearest: strategy.name=fsdp"),
+        ({"strategy": {"name": "ZeRO-3"}}, "strategy.name=zero3 launch.launcher=deepspeed"),
+        ({"strategy": "sharded"}, "choices of strategy.name: ddp, fsdp, zero1, zero2, zero3"),
+        ({"optimizer": "adamw_torch"}, "Nearest: optimizer.name=adamw"),
         ({"precision": "bf16-mixed"}, "did you mean"),
     ):
         with pytest.raises(RecipeError) as error:

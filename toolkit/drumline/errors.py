@@ -3,6 +3,7 @@
     DrumlineError
     ├── RecipeError        2   the YAML, a key, a value, an override
     ├── PlanError          2   the batch equation, the steps, the strategy table
+    │   ├── NotPrepared        the steps are known only once the data are prepared
     │   └── DoesNotFit     3   the plan is sound but its peak memory exceeds the GPU
     ├── DataError          2   a file that is missing, empty or not in its stated format
     │   └── OfAllRows          what is wrong with every row of a source, which skipping bad rows would hide
@@ -37,6 +38,10 @@ class RecipeError(DrumlineError):
 
 class PlanError(DrumlineError):
     """The recipe is well-formed but has no valid plan."""
+
+
+class NotPrepared(PlanError):
+    """How many steps there are follows from the number of samples, which is not known yet."""
 
 
 class DoesNotFit(PlanError):

@@ -26,10 +26,13 @@ def import_command(
     Lists what was not carried over and where results will differ, and plans it. Nothing of the files is
     executed. Example: drumline import train.sh ds.json --to mine.yaml
     """
+    from drumline.architectures.gpus import find_gpu
     from drumline.files import write_text
     from drumline.recipe.catalogue import put_schema_beside
     from drumline.session.importing.importer import import_files
 
+    if gpu:
+        find_gpu(gpu)
     found = import_files(files, gpus, gpu)
     target = to or Path(f"{found.name}.recipe.yaml")
     if target.exists():
@@ -62,14 +65,15 @@ def _tell(draft: Draft) -> None:
 
 def _plan(target: Path) -> None:
     """The plan; where the data are not at hand, as if they had so many rows."""
-    from drumline.session.assumed_rows import ROWS, plan_or_assume
     from drumline.session.show import plan_table
+    from drumline.session.unprepared import as_if, plan_or_assume
 
     plan, why = plan_or_assume(str(target))
     if why:
-        print(f"\nno plan of these data yet: {why}", file=sys.stderr)
-        print(f"As if they had {ROWS:,} rows (data.samples=N states how many):\n", file=sys.stderr)
+        print(f"\n{as_if()}")
     print(f"\n{plan_table(plan)}")
+    if why:
+        print(f"\nnot known yet: {why}", file=sys.stderr)
 
 
 def register(app: typer.Typer) -> None:

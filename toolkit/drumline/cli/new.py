@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from drumline.errors import RecipeError
+from drumline.errors import DoesNotFit, RecipeError
 
 _QUESTIONS = (
     ("model", "Model (a name of the hub, or a folder)", None),
@@ -54,9 +54,9 @@ def new_command(
     answers = _answers(given)
     from drumline.files import write_text
     from drumline.recipe import catalogue
-    from drumline.session.assumed_rows import ROWS, plan_or_assume
     from drumline.session.new_recipe import Wish, new_recipe
     from drumline.session.show import plan_table
+    from drumline.session.unprepared import ROWS, as_if, plan_or_assume
 
     wish = Wish(**answers, task=task, effective=effective, sequence_length=sequence_length, epochs=epochs,
                 name=to.stem if to else None)  # fmt: skip
@@ -69,18 +69,17 @@ def new_command(
     write_text(target, found.text)
     catalogue.put_schema_beside(target)
     print(found.text)
-    plan, why = plan_or_assume(str(target))
+    plan, why = plan_or_assume(str(target), found.samples or ROWS)
     if why:
-        print(
-            f"how many rows there are is not known yet ({why}); as if {ROWS:,}:\n", file=sys.stderr
-        )
+        print(f"{as_if(found.samples or ROWS)}\n")
     print(plan_table(plan))
-    if found.is_split_chosen is False:
-        print(
-            "\nno split of this training is known to fit on these GPUs",
-            file=sys.stderr,
-        )
+    if why:
+        print(f"\nnot known yet: {why}", file=sys.stderr)
     print(f"\nwritten to {target}", file=sys.stderr)
+    if found.is_split_chosen is False:
+        raise DoesNotFit(
+            "no split of this training is known to fit on these GPUs. The plan's advice says what would"
+        )
 
 
 def _answers(given: Mapping[str, str | int | None]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from drumline.cli.options import (
     TrustCode,
     with_from,
 )
-from drumline.errors import DoesNotFit, PlanError
+from drumline.errors import DoesNotFit, NotPrepared, PlanError
 from drumline.plan.model import Plan
 from drumline.recipe.load import load_recipe
 from drumline.session.planning import fixed, make_plan, traced, world_of
@@ -50,6 +50,17 @@ def _page(plan: Plan) -> None:
     page = Path(f"{plan.recipe.recipe}-plan.html")
     write_text(page, plan_page(plan, sweep(plan, world_of(plan))))
     print(f"written to {page}", file=sys.stderr)
+
+
+def _show_as_if(
+    recipe: str, overrides: list[str] | None, gpus: int | None, gpu: str | None
+) -> None:
+    """Print the plan as if the data had so many rows: all but the steps holds for any number of them."""
+    from drumline.session.show import plan_table
+    from drumline.session.unprepared import as_if, plan_as_if
+
+    plan = plan_as_if(recipe, overrides, gpus, gpu)
+    print(f"{as_if()}\n\n{plan_table(plan)}\n", flush=True)
 
 
 def _sweep(plan: Plan, as_json: bool) -> None:
@@ -99,7 +110,15 @@ def plan_command(
         loaded = load_to_run(recipe, overrides, trust_code)
     else:
         loaded = load_recipe(recipe, overrides)
-    plan = make_plan(loaded, gpus, gpu)
+    try:
+        plan = make_plan(loaded, gpus, gpu)
+    except NotPrepared:
+        from drumline.session.unprepared import naming_prepare
+
+        if not (as_json or sweep or html or trace or fix):
+            _show_as_if(recipe, overrides, gpus, gpu)
+        with naming_prepare(recipe, overrides):
+            raise
     if fix:
         plan = fixed(plan)
     if trace:

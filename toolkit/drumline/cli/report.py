@@ -9,6 +9,7 @@ import typer
 from drumline.compare.report import write_report
 from drumline.compare.sources import read_logged, understood
 from drumline.files import write_text
+from drumline.units import format_bytes
 
 
 def report_command(
@@ -35,7 +36,7 @@ def report_command(
         output = own / "report.html" if len(runs) == 1 and own.is_dir() else Path("report.html")
     write_text(output, page)
     print(output)
-    print(f"{len(page.encode()) / 1e6:.1f} MB, open it in any browser", file=sys.stderr)
+    print(f"{format_bytes(len(page.encode()))}, open it in any browser", file=sys.stderr)
 
 
 def register(app: typer.Typer) -> None:

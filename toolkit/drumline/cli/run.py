@@ -14,6 +14,7 @@ from drumline.cli.options import (
     Force,
     FromRun,
     Gpus,
+    GpuType,
     Hold,
     Overrides,
     RecipeArgument,
@@ -34,6 +35,7 @@ from drumline.runs.closing import close_run
 from drumline.runs.folder import RunFolder
 from drumline.runs.record import new_record
 from drumline.secrets import Secrets
+from drumline.session.devices import check_gpus
 from drumline.session.ending import report_end
 from drumline.session.launch import (
     check_offered,
@@ -57,6 +59,7 @@ from drumline.session.submit_checks import (
 )
 from drumline.session.train_here import train_here
 from drumline.session.trust import load_to_run, refuse_foreign_code
+from drumline.session.unprepared import naming_prepare, tell_dry
 from drumline.supervise.after import AfterWork
 from drumline.supervise.outcome import STOPPED_EXIT_CODE
 from drumline.supervise.signals import Signals
@@ -70,6 +73,8 @@ def run_command(
     from_run: FromRun = None,
     run_dir: Annotated[Path | None, typer.Option("--run-dir", help="New or empty.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would start.")] = False,
+    gpus: Gpus = None,
+    gpu: GpuType = None,
     node_rank: Annotated[
         int | None, typer.Option("--node-rank", min=0, help="With --dry-run: which node.")
     ] = None,
@@ -97,12 +102,16 @@ def run_command(
     if run_dir is not None:
         run_folder.check_new(run_dir)
     if dry_run or not needs_data(loaded):
-        plan = make_plan(loaded)
+        with naming_prepare(recipe, overrides):
+            plan = make_plan(loaded, gpus, gpu)
         refuse_what_does_not_fit(plan, force, as_json)
         if dry_run:
+            tell_dry(plan, recipe, overrides)
             return show_command(plan, run_dir, this_node(plan, node_rank, rendezvous), as_json)
+    if gpu is None:
+        check_gpus(loaded, wanted=1)
     prepare_data(loaded)
-    plan = make_plan(loaded)
+    plan = make_plan(loaded, gpus, gpu)
     refuse_what_cannot_start(plan, force, as_json)
     print(plan_table(plan), file=sys.stderr)
     record = new_record(plan, sys.argv, secrets)  # before the folder exists: git can take seconds

@@ -11,6 +11,8 @@ from drumline.cli.options import (
     AsJson,
     Force,
     FromRun,
+    Gpus,
+    GpuType,
     Hold,
     Overrides,
     RecipeArgument,
@@ -41,6 +43,7 @@ from drumline.session.submit_checks import (
     refuse_without,
 )
 from drumline.session.trust import load_to_run
+from drumline.session.unprepared import naming_prepare, tell_dry
 
 
 def submit_command(
@@ -52,6 +55,8 @@ def submit_command(
     site_file: Annotated[
         Path | None, typer.Option("--site", help="A file about the cluster.")
     ] = None,
+    gpus: Gpus = None,
+    gpu: GpuType = None,
     from_run: FromRun = None,
     run_dir: Annotated[Path | None, typer.Option("--run-dir", help="New or empty.")] = None,
     chain: Annotated[
@@ -113,9 +118,10 @@ def submit_command(
     if not dry_run:
         refuse_without(to, loaded, prints=True)
         if not needs_data(loaded):
-            refuse_what_does_not_fit(make_plan(loaded), force, as_json)
+            refuse_what_does_not_fit(make_plan(loaded, gpus, gpu), force, as_json)
         prepare_data(loaded)
-    plan = make_plan(loaded)
+    with naming_prepare(recipe, overrides):
+        plan = make_plan(loaded, gpus, gpu)
     refuse_what_does_not_fit(plan, force, as_json)
     # Code of the project's own may wait for other ranks, or read what a launcher sets.
     if not (dry_run or force or factories_of(loaded)):
@@ -129,6 +135,7 @@ def submit_command(
     if dry_run:
         if lacking := lacking_variables(site):
             print(f"warning: {lacking}", file=sys.stderr)
+        tell_dry(plan, recipe, overrides)
         print(dry_text(to, plan, site, run_dir, secrets), end="")
         return
     print(plan_table(plan), file=sys.stderr)

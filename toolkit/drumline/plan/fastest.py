@@ -19,12 +19,13 @@ def fastest_that_fits(plan: Plan, world: World) -> Change | None:
     """The change of per_device, accumulation, strategy, checkpointing and chunked loss that takes least time.
 
     The training stays the same: effective batch, GPUs, precision and launcher do. Of equally fast ones that
-    with the least memory. None where the model's memory is not known, or nothing fits.
+    with the fewest micro-batches, each of which has costs of its own, then that with the least memory. None
+    where the model's memory is not known, or nothing fits.
     """
     shape = shape_of(plan.recipe, world)
     if isinstance(shape, str) or plan.memory.device is None:
         return None
-    best: tuple[tuple[float, int], Change] | None = None
+    best: tuple[tuple[float, int, int], Change] | None = None
     for change in _changes(plan, shape):
         try:
             found = resolve(with_change(plan.recipe, change), world, is_candidate=True)
@@ -32,7 +33,8 @@ def fastest_that_fits(plan: Plan, world: World) -> Change | None:
             continue
         if found.memory.verdict != "fits" or found.memory.device is None:
             continue
-        rank = (round(gpu_seconds(found, shape), 6), found.memory.device.high)
+        seconds = round(gpu_seconds(found, shape), 6)
+        rank = (seconds, found.batch.accumulation, found.memory.device.high)
         if best is None or rank < best[0]:
             best = (rank, change)
     return best[1] if best else None

@@ -8,6 +8,7 @@ publish its JSON Schema.
 import dataclasses
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -169,6 +170,13 @@ class SourceFacts:
     share: int
 
 
+def mean_of_quantiles(values: Sequence[int]) -> float:
+    """The mean of what has these values at equal steps of its distribution."""
+    if len(values) == 1:
+        return values[0]
+    return sum((a + b) / 2 for a, b in itertools.pairwise(values)) / (len(values) - 1)
+
+
 @dataclass(frozen=True)
 class DataFacts:
     """The prepared data: content fingerprint, cache path, number of validation samples.
@@ -195,7 +203,7 @@ class DataFacts:
             return None
         last = len(self.row_lengths) - 1
         pairs = list(itertools.pairwise(self.row_lengths))
-        mean = sum((a + b) / 2 for a, b in pairs) / last
+        mean = mean_of_quantiles(self.row_lengths)
         most = sum(
             (a + b) / 2 * (((n + 1) / last) ** rows - (n / last) ** rows)
             for n, (a, b) in enumerate(pairs)

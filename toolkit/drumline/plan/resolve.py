@@ -12,12 +12,9 @@ from drumline.architectures.gpus import find_gpu, gpu_warnings, with_own_name
 from drumline.architectures.labels import number_of_labels
 from drumline.architectures.shapes import ModelShape
 from drumline.architectures.trained import (
-    flops_per_sample,
-    held_parameters,
-    trained_parameters,
     with_trained,
 )
-from drumline.errors import PlanError
+from drumline.errors import NotPrepared, PlanError
 from drumline.memory.ranges import Verdict
 from drumline.plan import batch as batch_equation
 from drumline.plan import identity, schedule
@@ -40,7 +37,6 @@ from drumline.plan.model import (
     FITS,
     PLAN_VERSION,
     BatchFacts,
-    Cost,
     DataFacts,
     Plan,
     RampFacts,
@@ -50,8 +46,9 @@ from drumline.plan.model import (
     clock_of,
 )
 from drumline.plan.noise import is_measurable
-from drumline.plan.optimizers import resolved_optimizer, saved_bytes
+from drumline.plan.optimizers import resolved_optimizer
 from drumline.plan.steps import Clock, Place
+from drumline.plan.work import cost_of_step, tokens_per_step
 from drumline.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -173,11 +170,12 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
         steps=steps,
         memory=memory,
         schedule=curve,
-        cost=_cost(
+        cost=cost_of_step(
             resolved,
             split,
             None if unseen_code(resolved) or isinstance(seen, str) else seen,
-            world,
+            _lengths(recipe, world),
+            world.weights_bytes,
         ),
         data=DataFacts(
             fingerprint=world.fingerprint,
@@ -269,18 +267,18 @@ def _steps(
     if is_unknown:
         samples = None  # whether the samples go on or begin anew is not known yet
     duration, length = recipe.duration, recipe.data.sequence_length
-    tokens = split.effective * recipe.objective.facts.sequences * length if length else None
+    tokens = tokens_per_step(recipe, split, world.row_lengths)
     if samples is None:
         if duration.steps is None:
             if world.problems:
                 raise PlanError("; ".join(world.problems))
             key = "epochs" if duration.epochs else "tokens"
             if is_unknown:
-                raise PlanError(
+                raise NotPrepared(
                     f"duration.{key}: whether the samples of start_from go on is unknown until the data are "
                     "prepared. Nearest: run `drumline prepare`, or use duration.steps"
                 )
-            raise PlanError(
+            raise NotPrepared(
                 f"duration.{key}: the number of steps is unknown until the data are prepared. "
                 "Nearest: run `drumline prepare`, or state data.samples, or use duration.steps"
             )
@@ -320,6 +318,12 @@ def _steps(
         tokens_per_step=tokens,
         warmup=_warmup(recipe, total, clock, start),
     ), clock
+
+
+def _lengths(recipe: Recipe, world: World) -> list[int]:
+    """Tokens of the rows, as far as they are known: those that were prepared, or one for all rows."""
+    length = recipe.data.sequence_length or world.row_tokens
+    return world.row_lengths or ([length] if length else [])
 
 
 def _nothing_left(recipe: Recipe, clock: Clock) -> PlanError:
@@ -363,7 +367,7 @@ def _need_samples(recipe: Recipe) -> None:
     }
     for key, value in stated.items():
         if value is not None:
-            raise PlanError(
+            raise NotPrepared(
                 f"{key}: {value:g} epochs are so many steps as the data have samples. Nearest: run "
                 "`drumline prepare`, or state data.samples, or use steps"
             )
@@ -439,7 +443,7 @@ def _curve(recipe: Recipe, split: Split, steps: StepFacts) -> schedule.Curve:
             f"Nearest: {_nearest_decay(warmup, total)}"
         )
     if s.unit == "epoch" and steps.per_epoch is None:
-        raise PlanError(
+        raise NotPrepared(
             "schedule.unit: epoch needs the number of samples. Nearest: run `drumline prepare`, "
             "or state data.samples, or use unit step"
         )
@@ -518,40 +522,3 @@ def _whole_config(recipe: Recipe, world: World) -> tuple[str, dict[str, Any]]:
     of_timm = "timm_wrapper" if "pretrained_cfg" in saved else ""
     architecture = recipe.model.architecture or str(saved.get("model_type", of_timm))
     return architecture, {**saved, **recipe.model.config}
-
-
-_LOADED_BYTES_PER_S = 250e6
-"""Bytes of weight files that are read, cast and handed out in a second by two ranks on two shared cores, from
-the page cache (benchmarks/load.py)."""
-
-
-def _flops_per_row(recipe: Recipe, shape: ModelShape, length: int | None) -> int:
-    """FLOPs of forward and backward of a row, and of what is read of it without a gradient in each step."""
-    facts = recipe.objective.facts
-    forwards = facts.baseline_sequences
-    if recipe.objective.reference == "adapter_off":
-        forwards += facts.sequences + facts.baseline_sequences
-    one_forward = shape.flops_per_sample(length) // 3  # as backward takes twice as many
-    return facts.sequences * flops_per_sample(shape, length) + forwards * one_forward
-
-
-def _cost(recipe: Recipe, split: Split, shape: ModelShape | None, world: World) -> Cost:
-    """Parameters, FLOPs of one optimizer step on all ranks, bytes of one checkpoint and of the weights.
-
-    Without a sequence_length every row counts as the longest prepared one.
-    """
-    weights_bytes = world.weights_bytes
-    seconds = None if weights_bytes is None else weights_bytes / _LOADED_BYTES_PER_S
-    if shape is None:
-        return Cost(None, None, None, weights_bytes, seconds)
-    length = recipe.data.sequence_length or world.row_tokens
-    return Cost(
-        parameters=held_parameters(shape),
-        flops_per_step=split.effective * _flops_per_row(recipe, shape, length)
-        if length or shape.patches
-        else None,
-        checkpoint_bytes=saved_bytes(recipe, shape),
-        weights_bytes=weights_bytes,
-        load_seconds=seconds,
-        trained=trained_parameters(shape),
-    )

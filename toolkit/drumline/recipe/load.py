@@ -81,9 +81,11 @@ def parse_override(text: str) -> dict[str, Any]:
 
 def validate(raw: dict[str, Any], origin: str) -> Recipe:
     """Validate a plain mapping into a Recipe; RecipeError lists all invalid keys with path and value."""
-    if isinstance(raw.get("strategy"), dict) and "parallel" in str(raw["strategy"].get("name", "")):
+    strategy = raw.get("strategy")
+    stated = str(strategy.get("name", "") if isinstance(strategy, dict) else strategy)
+    if "parallel" in stated and "data" not in stated:
         raise RecipeError(
-            f"{origin}: strategy.name: {raw['strategy']['name']!r}: drumline splits the batch only; "
+            f"{origin}: strategy.name: {stated!r}: drumline splits the batch only; "
             "tensor and pipeline parallelism are not offered. Nearest: fsdp"
         )
     odd = next(_unwritable(raw, ""), None)

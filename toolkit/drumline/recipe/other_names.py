@@ -123,6 +123,31 @@ SCHEDULES: dict[str, Keys] = {
 """Names of learning rate schedules."""
 
 
+STRATEGIES: dict[str, Keys] = {
+    "full_shard": {"strategy.name": "fsdp"},
+    "fully_shard": {"strategy.name": "fsdp"},
+    "fully_sharded_data_parallel": {"strategy.name": "fsdp"},
+    "fsdp1": {"strategy.name": "fsdp"},
+    "fsdp2": {"strategy.name": "fsdp"},
+    "hybrid_shard": {"strategy.name": "fsdp", "strategy.shard": "node"},
+    "hsdp": {"strategy.name": "fsdp", "strategy.shard": "node"},
+    "shard_grad_op": {"strategy.name": "zero2", "launch.launcher": "deepspeed"},
+    "no_shard": {"strategy.name": "ddp"},
+    "dp": {"strategy.name": "ddp"},
+    "data_parallel": {"strategy.name": "ddp"},
+    "distributed_data_parallel": {"strategy.name": "ddp"},
+    "multi_gpu": {"strategy.name": "ddp"},
+    "zero0": {"strategy.name": "ddp", "launch.launcher": "deepspeed"},
+    "deepspeed": {"strategy.name": "zero3", "launch.launcher": "deepspeed"},
+} | {
+    spelling: {"strategy.name": f"zero{stage}", "launch.launcher": "deepspeed"}
+    for stage in (1, 2, 3)
+    for spelling in (f"zero_{stage}", f"stage{stage}", f"stage_{stage}", f"zero_stage_{stage}",
+                     f"deepspeed_stage_{stage}", f"deepspeed_zero{stage}", f"ds_zero{stage}")
+}  # fmt: skip
+"""Ways of splitting the state over the ranks: FSDP's, Lightning's, accelerate's and DeepSpeed's names."""
+
+
 _OF_SCHEDULES = {
     "min_lr_rate": "schedule.min_lr_ratio",
     "min_lr": "schedule.min_lr",
@@ -180,6 +205,11 @@ def _schedule(value: Any) -> Keys:
     if found is None:
         raise NotOffered(f"schedule {value} is not offered. Nearest: linear or cosine")
     return dict(found)
+
+
+def _strategy(value: Any) -> Keys:
+    found = STRATEGIES.get(str(value).lower().replace("-", "_"))
+    return dict(found) if found else {}
 
 
 def _bf16(value: Any) -> Keys:
@@ -281,6 +311,7 @@ _CONVERTED: dict[str, Callable[[Any], Keys]] = {
     "lr_scheduler_type": _schedule,
     "lr_scheduler": _schedule,
     "lr_scheduler_kwargs": _of_the_schedule,
+    "sharding_strategy": _strategy,
     "bf16": _bf16,
     "bfloat16": _bf16,
     "fp16": _fp16,

@@ -69,7 +69,7 @@ def _explain(item: Any, root: type[BaseModel]) -> str:
     if kind == "literal_error":
         legal = [str(choice) for choice in _literals(root, loc)] or [item["ctx"]["expected"]]
         is_ours = str(value).lower() in {choice.lower() for choice in legal}
-        name = {"optimizer.name": "optim", "schedule.name": "lr_scheduler"}.get(path, loc[-1])
+        name = _THEIR_KEYS.get(path, loc[-1])
         if not is_ours and (known := _of_another_tool(name, value)):
             return f"{path}: {value!r} is not one of the choices{known}"
         return (
@@ -78,7 +78,12 @@ def _explain(item: Any, root: type[BaseModel]) -> str:
     if kind in ("model_type", "model_attributes_type") and isinstance(value, str):
         keys = _keys(_section_at(root, loc))
         if "name" in keys:
-            return f"{path}: {value!r} is no section of keys. Nearest: {path}.name={value}"
+            what = f"{path}: {value!r} is no section of keys"
+            legal = [str(choice) for choice in _literals(root, [*loc, "name"])]
+            if value in legal or not legal:
+                return f"{what}. Nearest: {path}.name={value}"
+            known = _of_another_tool(_THEIR_KEYS.get(f"{path}.name", path), value)
+            return f"{what}{known or _did_you_mean(value, legal, f'choices of {path}.name')}"
     if kind in ("model_type", "model_attributes_type") and value is None:
         return f"{path}: is empty. Nearest: leave the section out, or give it a key"
     if kind == "int_type" and isinstance(value, float) and value.is_integer():
@@ -87,6 +92,14 @@ def _explain(item: Any, root: type[BaseModel]) -> str:
     if kind == "value_error":
         return f"{path}: {message}" if path else message
     return f"{path}: {value!r}: {message[0].lower()}{message[1:]}"
+
+
+_THEIR_KEYS = {
+    "optimizer.name": "optim",
+    "schedule.name": "lr_scheduler",
+    "strategy.name": "sharding_strategy",
+}
+"""What other tools call keys whose values they name in their own way."""
 
 
 def _of_another_tool(name: str, value: Any) -> str:

@@ -17,6 +17,7 @@ from drumline.recipe.schema import Recipe
 from drumline.runs.folder import RunFolder
 from drumline.runs.trackers import wanted
 from drumline.secrets import Secrets
+from drumline.session.devices import check_gpus
 from drumline.session.show import run_facts
 from drumline.session.world import model_config
 from drumline.units import format_bytes
@@ -81,12 +82,6 @@ def refuse_secrets(held: Recipe | Site, secrets: Secrets) -> None:
 
 def show_command(plan: Plan, run_dir: Path | None, node: Node, as_json: bool) -> None:
     """Print what `--dry-run` shows: shell commands to paste, or the command as JSON."""
-    if plan.data.cache is None:
-        print(
-            "the data are not prepared, so this would not train yet: run `drumline prepare`, then "
-            "repeat --dry-run",
-            file=sys.stderr,
-        )
     folder = RunFolder((run_dir or Path("runs") / f"{plan.recipe.recipe}-N").absolute())
     command = _render(plan, folder, 0, node)
     if as_json:
@@ -103,7 +98,7 @@ def show_command(plan: Plan, run_dir: Path | None, node: Node, as_json: bool) ->
 
 
 def refuse_what_cannot_start(plan: Plan, force: bool, as_json: bool) -> None:
-    """Raise LaunchError (exit 2) for several GPU nodes, DoesNotFit (exit 3) if memory is too small."""
+    """Raise DoesNotFit (exit 3) for too little memory, LaunchError (exit 2) for nodes or GPUs not here."""
     if plan.batch.nodes > 1 and plan.recipe.cluster.gpu != "cpu":
         per_node = plan.mesh.ranks_per_node
         also = "" if plan.recipe.cluster.nodes is None else " cluster.nodes=null"
@@ -113,6 +108,7 @@ def refuse_what_cannot_start(plan: Plan, force: bool, as_json: bool) -> None:
             "--rendezvous HOST:PORT, whose output starts one node of them"
         )
     refuse_what_does_not_fit(plan, force, as_json)
+    check_gpus(plan.recipe, plan.mesh.ranks_per_node)
 
 
 def refuse_what_does_not_fit(plan: Plan, force: bool, as_json: bool) -> None:

@@ -1,11 +1,9 @@
 """`drumline new`: a recipe from a model, data, GPUs and a method, with the fastest split that fits."""
 
-import glob
+import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from drumline.architectures.gpus import Gpu, find_gpu
 from drumline.errors import PlanError, RecipeError
@@ -13,10 +11,11 @@ from drumline.plan.fastest import fastest_that_fits
 from drumline.plan.model import Plan
 from drumline.recipe.catalogue import SCHEMA_LINE
 from drumline.recipe.load import recipe_of_mapping
-from drumline.session.assumed_rows import ROWS
 from drumline.session.importing.draft import Draft
 from drumline.session.importing.writing import nested, text_of
 from drumline.session.planning import make_plan, world_of
+from drumline.session.rows_at_hand import RowsAtHand, look_at
+from drumline.session.unprepared import ROWS
 
 METHODS = ("full", "lora", "qlora")
 TASKS = ("causal_lm", "sft", "preference", "classification", "seq2seq")
@@ -27,6 +26,8 @@ _RATES = {
 }  # fmt: skip
 """Peak rates by task and whether all weights are trained; usual ones, to begin a search from."""
 _FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+_STEPS_OF_LENGTH = (128, 256, 512, 1024)
+_VALIDATION = 0.02
 _LENGTHS = {"classification": 512, "seq2seq": 512}
 
 
@@ -51,11 +52,15 @@ class Wish:
 
 @dataclass(frozen=True)
 class Proposed:
-    """A recipe's text, its name, and whether a split that fits was found; None where memory is not known."""
+    """A recipe's text, its name, and whether a split that fits was found; None where memory is not known.
+
+    `samples`: about how many an epoch has, None where the rows are not at hand.
+    """
 
     name: str
     text: str
     is_split_chosen: bool | None
+    samples: int | None
 
 
 def new_recipe(wish: Wish) -> Proposed:
@@ -66,21 +71,22 @@ def new_recipe(wish: Wish) -> Proposed:
         )
     gpu = find_gpu(wish.gpu)
     draft = Draft()
-    task = wish.task or _task_of(wish.data)
+    rows = look_at(wish.data)
+    task = wish.task or _task_of(wish.data, rows)
     if task not in TASKS:
         raise RecipeError(f"--task {task}: choose from {', '.join(TASKS)}. Nearest: sft")
     name = _slug(wish.name or f"{Path(wish.model).name}-{task.replace('_', '-')}-{wish.method}")
     draft.set("recipe", name)
     draft.set("schema", 1)
     _set_model(draft, wish)
-    _set_data(draft, wish, task)
+    _set_data(draft, wish, task, rows)
     _set_training(draft, wish, task, gpu)
-    is_chosen = _choose_split(draft)
+    is_chosen = _choose_split(draft, rows)
     head = [
         SCHEMA_LINE,
         f"Made by `drumline new`; `drumline plan {name}.yaml` checks it.",
     ]
-    return Proposed(name, text_of(draft, head), is_chosen)
+    return Proposed(name, text_of(draft, head), is_chosen, _samples(draft, rows))
 
 
 def _set_model(draft: Draft, wish: Wish) -> None:
@@ -95,7 +101,7 @@ def _set_model(draft: Draft, wish: Wish) -> None:
         draft.set("model.quantization", "nf4", "the frozen base in 4 bits")
 
 
-def _set_data(draft: Draft, wish: Wish, task: str) -> None:
+def _set_data(draft: Draft, wish: Wish, task: str, rows: RowsAtHand | None) -> None:
     looks_like_file = (
         Path(wish.data).exists() or Path(wish.data).suffix or wish.data.startswith((".", "/", "~"))
     )
@@ -104,13 +110,27 @@ def _set_data(draft: Draft, wish: Wish, task: str) -> None:
     draft.set("data.task", task, "" if wish.task else "as the first row looks")
     is_folder = draft.keys["model.source"] == "folder"
     draft.set("data.tokenizer", _as_folder(wish.model) if is_folder else wish.model)
-    length = wish.sequence_length or _LENGTHS.get(task, 2048)
+    _set_length(draft, wish, task, rows)
+    share = _VALIDATION if rows is None else max(_VALIDATION, 1 / max(2, rows.count))
     draft.set(
-        "data.sequence_length",
-        length,
-        "" if wish.sequence_length else "chosen; longer rows are cut",
+        "data.validation",
+        math.ceil(share * 1000) / 1000,
+        "chosen: this share is evaluated, and never trained",
     )
-    draft.set("data.validation", 0.02, "chosen: this share is evaluated, and never trained")
+
+
+def _set_length(draft: Draft, wish: Wish, task: str, rows: RowsAtHand | None) -> None:
+    """Tokens of a row: as stated, or as the longest hundredth of the rows wants, up to a usual length."""
+    length, why = wish.sequence_length, ""
+    if length is None:
+        length, why = _LENGTHS.get(task, 2048), "chosen; longer rows are cut"
+        if rows and task != "causal_lm":  # whose rows are packed
+            wanted = rows.longest_but(0.01)
+            length = next((n for n in _STEPS_OF_LENGTH if wanted <= n < length), length)
+            why = (
+                f"chosen: 99 % of the rows have up to about {wanted:,} tokens; longer ones are cut"
+            )
+    draft.set("data.sequence_length", length, why)
 
 
 def _set_training(draft: Draft, wish: Wish, task: str, gpu: Gpu) -> None:
@@ -141,9 +161,19 @@ def _set_training(draft: Draft, wish: Wish, task: str, gpu: Gpu) -> None:
     draft.set("checkpoint.every_epochs", 0.5)
 
 
-def _choose_split(draft: Draft) -> bool | None:
+def _samples(draft: Draft, rows: RowsAtHand | None) -> int | None:
+    """About how many samples an epoch has."""
+    if rows is None:
+        return None
+    count = rows.count
+    if draft.keys["data.task"] == "causal_lm":
+        count = rows.tokens_of_all() // int(draft.keys["data.sequence_length"])
+    return max(1, count - math.ceil(count * float(draft.keys["data.validation"])))
+
+
+def _choose_split(draft: Draft, rows: RowsAtHand | None) -> bool | None:
     """Set the fastest split that fits; None where memory is not known, False where nothing fits."""
-    plan = _plan_of_legal_length(draft)
+    plan = _plan_of_legal_length(draft, rows)
     if plan.memory.device is None:
         draft.comments["batch.per_device"] = "memory is not known without `drumline plan --trace`"
         return None
@@ -169,11 +199,12 @@ def _choose_split(draft: Draft) -> bool | None:
     return True
 
 
-def _plan_of_legal_length(draft: Draft) -> Plan:
+def _plan_of_legal_length(draft: Draft, rows: RowsAtHand | None) -> Plan:
     """The plan; rows whose length was chosen here become shorter where the model learns fewer positions."""
     while True:
         try:
-            return _plan(draft)
+            samples = _samples(draft, rows) or ROWS
+            return make_plan(recipe_of_mapping(nested(draft.keys), [f"data.samples={samples}"]))
         except PlanError as error:
             length = draft.keys["data.sequence_length"]
             if "data.sequence_length" not in str(error) or length <= 128:
@@ -183,20 +214,15 @@ def _plan_of_legal_length(draft: Draft) -> Plan:
             draft.keys["data.sequence_length"] = length // 2
 
 
-def _plan(draft: Draft) -> Plan:
-    return make_plan(recipe_of_mapping(nested(draft.keys), [f"data.samples={ROWS}"]))
-
-
-def _task_of(data: str) -> str:
+def _task_of(data: str, rows: RowsAtHand | None) -> str:
     """The task that the first row of a file is for; RecipeError where it is not at hand, or of none."""
-    row = _first_row(data)
-    if row is None and Path(data).suffix in _FILES:
+    if rows is None and Path(data).suffix in _FILES:
         raise RecipeError(f"--data {data}: no such file, or it has no row")
-    if row is None:
+    if rows is None:
         raise RecipeError(
             f"{data}: its rows are not at hand, so --task has to say what they are. Nearest: --task sft"
         )
-    keys = set(row)
+    keys = set(rows.first)
     if {"chosen", "rejected"} <= keys:
         return "preference"
     if keys & {"messages", "conversations"} or {"prompt", "completion"} <= keys:
@@ -209,17 +235,6 @@ def _task_of(data: str) -> str:
         f"{data}: columns {', '.join(sorted(keys)) or 'none'}: of no task that is known by its columns. "
         "Nearest: --task sft, and data.prompt_field and data.completion_field in the recipe"
     )
-
-
-def _first_row(data: str) -> Mapping[str, Any] | None:
-    """The first row of a file, or of the first file of a pattern or a folder; None where there is none."""
-    from drumline.data.files import format_of
-    from drumline.data.readers import read_file
-
-    path = Path(data).expanduser()
-    found = path.glob("*") if path.is_dir() else map(Path, glob.glob(str(path)))
-    known = [file for file in sorted(found) if file.is_file() and format_of(file)]
-    return next((row.fields for file in known[:1] for row in read_file(file)), None)
 
 
 def _as_folder(name: str) -> str:

@@ -76,10 +76,12 @@ def _batch(plan: Plan) -> str:
 
 def _steps(plan: Plan) -> str:
     s = plan.steps
-    tokens = f", {s.tokens_per_step:,} tokens a step" if s.tokens_per_step else ""
+    about = "about " if plan.data.row_lengths else ""
+    tokens = f", {about}{s.tokens_per_step:,} tokens a step" if s.tokens_per_step else ""
     own = s.total - plan.first_step + 1
+    forwards = "forward" if s.forwards_per_step == 1 else "forwards"
     after = f" (steps {plan.first_step:,} to {s.total:,})" if own < s.total else ""
-    first = f"{own:,} optimizer steps{after}{tokens}, {s.forwards_per_step} forwards a step"
+    first = f"{own:,} optimizer steps{after}{tokens}, {s.forwards_per_step} {forwards} a step"
     if s.samples is None:
         return f"{first}\nsamples and steps an epoch are unknown until `drumline prepare`"
     short = ""
