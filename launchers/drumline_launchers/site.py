@@ -96,7 +96,7 @@ class Site(Section):
     `environment`: names of the submitter's variables to pass on. `setup`: shell lines to run before anything
     starts. `sbatch`: further sbatch options, one per item. `warning_s`: seconds before the time limit at
     which the run saves. `preflight`: a job first measures its nodes' links; a node below `slow_node_ratio`
-    times the median of the others is slow.
+    times the median of the others is slow. `gpu_hour_price`: of a GPU for an hour, in whatever currency.
     """
 
     site: Slug
@@ -123,3 +123,4 @@ class Site(Section):
     sbatch: list[Option] = Field(default_factory=list)
     preflight: bool = False
     slow_node_ratio: Annotated[float, Field(gt=0, lt=1)] = SLOW_NODE_RATIO
+    gpu_hour_price: Annotated[float, Field(gt=0)] | None = None

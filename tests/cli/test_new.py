@@ -15,10 +15,10 @@ import pytest
 from advice import command, heard, worked
 from conftest import SOURCES
 from drumline.plan.advise import with_change
-from drumline.plan.cost import gpu_seconds
 from drumline.plan.fastest import _changes, fastest_that_fits
 from drumline.plan.model import Plan
 from drumline.plan.resolve import shape_of
+from drumline.plan.step_time import gpu_seconds
 from drumline.recipe.load import load_recipe
 from drumline.session.new_recipe import METHODS, Wish, new_recipe
 from drumline.session.planning import make_plan, world_of

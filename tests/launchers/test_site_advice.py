@@ -261,8 +261,14 @@ def test_a_folder_of_another_run_is_told_to_a_pod(here: Path) -> None:
 
 @pytest.mark.parametrize("stated", [[], ["cluster.nodes=2"], ["batch.effective=null", "batch.accumulation=2"]],
                          ids=["by gpus", "by nodes", "by accumulation"])  # fmt: skip
-def test_a_plan_of_several_nodes_is_made_one_of_one(here: Path, stated: list[str]) -> None:
-    """The overrides that the message names, in whichever way the recipe says that it wants two nodes."""
+def test_a_plan_of_several_nodes_is_made_one_of_one(
+    here: Path, stated: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The overrides that the message names, in whichever way the recipe says that it wants two nodes.
+
+    The two GPUs of the node are made up.
+    """
+    monkeypatch.setattr("drumline.session.devices.gpus_here", lambda: 2)
     Path("r.yaml").write_text(yaml12.dump(tiny_recipe()))
     two = ["batch.gpus=4", "cluster.gpus_per_node=2", *GPU, *stated]
     with pytest.raises(LaunchError) as caught:

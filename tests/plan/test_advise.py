@@ -106,7 +106,7 @@ def test_checkpointing_costs_about_a_third_more() -> None:
     plan = advised("gpt2-124m-h200", "batch.per_device=120", "batch.accumulation=4")
     found = {change_words(item.change): item.cost for item in plan.advice}
     assert 1.2 < found["model.activation_checkpointing=full"] < 1.34
-    assert 1.0 < found["model.activation_checkpointing=selective"] < 1.1
+    assert 1.0 < found["model.activation_checkpointing=selective"] < 1.2
 
 
 def test_what_changes_the_training_is_advised_last_and_says_so() -> None:

@@ -8,7 +8,7 @@ def format_bytes(count: float) -> str:
     """Format bytes with a binary unit and three significant digits: `13.4 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{_three_digits(count)} {unit}"
+            return f"{count:.0f} {unit}" if unit == "B" else f"{format_number(count)} {unit}"
         count /= 1024
     return f"{count:,.3g} TiB" if count < 1000 else f"{count:,.0f} TiB"
 
@@ -17,7 +17,7 @@ def format_count(count: float) -> str:
     """Format a large count with a suffix and three significant digits: `124M`, `8.03B`."""
     for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if abs(count) >= limit:
-            return f"{_three_digits(count / limit)}{suffix}"
+            return f"{format_number(count / limit)}{suffix}"
     return f"{count:,.0f}"
 
 
@@ -25,13 +25,13 @@ def format_flops(count: float) -> str:
     """Format floating-point operations with an SI prefix and three significant digits: `54 PFLOP`."""
     for limit, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
         if count >= limit:
-            return f"{_three_digits(count / limit)} {prefix}FLOP"
+            return f"{format_number(count / limit)} {prefix}FLOP"
     return f"{count:,.0f} FLOP"
 
 
-def _three_digits(number: float) -> str:
-    """Three significant digits, or whole ones from a thousand on, which `g` would write as a power of ten."""
-    return f"{number:.0f}" if abs(number) >= 999.5 else f"{number:.3g}"
+def format_number(number: float) -> str:
+    """Three significant digits, or all whole ones from a thousand on, where `g` writes a power of ten."""
+    return f"{number:,.0f}" if abs(number) >= 999.5 else f"{number:.3g}"
 
 
 def format_duration(seconds: float) -> str:

@@ -22,7 +22,8 @@ class Gpu:
     """One kind of device; memory in bytes, None for cpu, where it is that of the machine.
 
     `workspace_bytes`: of all of cuBLAS' handles. `bf16_flops` and `fp16_flops`: peak of its matrix units,
-    None if it has none for this type.
+    None if it has none for this type. `bandwidth`: of its memory, `link`: to another GPU of the node, one
+    way, both in bytes per second; `watts`: of the board.
     """
 
     name: str
@@ -32,6 +33,9 @@ class Gpu:
     has_flash: bool = True
     fp16_flops: float | None = None
     context_bytes: float = PUBLISHED_CONTEXT_BYTES
+    bandwidth: float | None = None
+    link: float | None = None
+    watts: float | None = None
 
     @property
     def is_cpu(self) -> bool:
@@ -87,7 +91,14 @@ def _in_the_table(name: str) -> Gpu:
         row.get("flash", True),
         fp16,
         measured << 20 if measured else PUBLISHED_CONTEXT_BYTES,
+        _billions(row.get("bandwidth_gbs")),
+        _billions(row.get("link_gbs")),
+        row.get("watts"),
     )
+
+
+def _billions(value: float | None) -> float | None:
+    return None if value is None else value * 1e9
 
 
 def _fix(wanted: str, rows: dict[str, Any]) -> str:

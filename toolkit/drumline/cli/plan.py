@@ -10,7 +10,6 @@ import typer
 from drumline.cli.options import (
     AsJson,
     FromRun,
-    Gpus,
     GpuType,
     Overrides,
     RecipeArgument,
@@ -20,7 +19,8 @@ from drumline.cli.options import (
 from drumline.errors import DoesNotFit, NotPrepared, PlanError
 from drumline.plan.model import Plan
 from drumline.recipe.load import load_recipe
-from drumline.session.planning import fixed, make_plan, traced, world_of
+from drumline.recipe.schema import Recipe
+from drumline.session.planning import fixed, make_plan, traced, with_price, world_of
 from drumline.session.prepare import prepare_data
 
 Trace = Annotated[
@@ -36,9 +36,62 @@ Sweep = Annotated[
 ]
 
 
+GpuCounts = Annotated[
+    str | None,
+    typer.Option("--gpus", metavar="N", help="Re-split over N GPUs, same batch; --best: 8,16,32."),
+]
+Best = Annotated[
+    bool, typer.Option("--best", help="The fastest splits that fit, with time, memory and cost.")
+]
+SiteFile = Annotated[
+    Path | None, typer.Option("--site", help="A file about the cluster, with its price.")
+]
 Html = Annotated[
     bool, typer.Option("--html", help="Also a page: equation, memory by phase, other splits.")
 ]
+
+
+def _counts(gpus: str | None, best: bool) -> list[int | None]:
+    """The numbers of `--gpus`; a list of several goes with `--best` only."""
+    parts = gpus.split(",") if gpus else []
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise PlanError(
+            f"--gpus {gpus}: a number of GPUs, or several with commas. Nearest: --gpus 8"
+        )
+    if len(parts) > 1 and not best:
+        raise PlanError(f"--gpus {gpus}: several go with --best. Nearest: --best --gpus {gpus}")
+    return [int(part) for part in parts] or [None]
+
+
+def _price(site: Path | None) -> float | None:
+    """What a GPU costs an hour, as the site's file says."""
+    if site is None:
+        return None
+    from drumline.cluster.site import load_site
+
+    return load_site(site).gpu_hour_price
+
+
+def _best(
+    loaded: Recipe,
+    recipe: str,
+    counts: list[int | None],
+    gpu: str | None,
+    price: float | None,
+    as_json: bool,
+) -> None:
+    """Print the fastest splits that fit; DoesNotFit if none does."""
+    from drumline.session.best import best_facts, best_table, find_best
+
+    found = find_best(loaded, counts, gpu)
+    if as_json:
+        import json
+
+        print(json.dumps(best_facts(found, price), indent=2))
+    else:
+        print(best_table(found, recipe, price))
+    if not any(one.search.found for one in found):
+        raise DoesNotFit("--best: no split of this training is known to fit these GPUs")
 
 
 def _page(plan: Plan) -> None:
@@ -88,12 +141,14 @@ def plan_command(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     from_run: FromRun = None,
-    gpus: Gpus = None,
+    gpus: GpuCounts = None,
     gpu: GpuType = None,
+    site: SiteFile = None,
     trace: Trace = False,
     fix: Fix = False,
     sweep: Sweep = False,
     html: Html = False,
+    best: Best = False,
     trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -110,13 +165,17 @@ def plan_command(
         loaded = load_to_run(recipe, overrides, trust_code)
     else:
         loaded = load_recipe(recipe, overrides)
+    counts = _counts(gpus, best)
+    price = _price(site)
     try:
-        plan = make_plan(loaded, gpus, gpu)
+        if best:
+            return _best(loaded, recipe, counts, gpu, price, as_json)
+        plan = with_price(make_plan(loaded, counts[0], gpu), price)
     except NotPrepared:
         from drumline.session.unprepared import naming_prepare
 
-        if not (as_json or sweep or html or trace or fix):
-            _show_as_if(recipe, overrides, gpus, gpu)
+        if not (as_json or sweep or html or trace or fix or best):
+            _show_as_if(recipe, overrides, counts[0], gpu)
         with naming_prepare(recipe, overrides):
             raise
     if fix:

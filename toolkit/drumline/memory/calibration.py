@@ -33,6 +33,7 @@ class Row:
 
     `runs` is the number of runs. `allocated` and `reserved` are [smallest, median, largest] ratios.
     `outside`: device bytes beyond the reserved ones (CUDA context, NCCL), [smallest, median, largest].
+    `time`: measured over planned seconds of a step, the same three; None where no run logged both.
     """
 
     gpu: str
@@ -41,6 +42,7 @@ class Row:
     allocated: list[float]
     reserved: list[float]
     outside: list[int]
+    time: list[float] | None = None
 
     def applied_to(self, device: Device) -> Device:
         """The device with what these runs measured, so that a replay keeps to what is left for it."""

@@ -8,9 +8,9 @@ from typing import Any
 
 from drumline.architectures.shapes import ModelShape
 from drumline.errors import PlanError
-from drumline.plan.cost import gpu_seconds
 from drumline.plan.model import Advice, Plan
 from drumline.plan.resolve import World, resolve, shape_of
+from drumline.plan.step_time import gpu_seconds
 from drumline.recipe.schema import Recipe
 from drumline.units import divisors
 

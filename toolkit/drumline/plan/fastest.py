@@ -1,43 +1,89 @@
-"""The fastest way to split a training over its GPUs that fits, by the cost model of the advice. Pure."""
+"""The fastest ways to split a training over its GPUs that fit, by the estimate of step time. Pure."""
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from drumline.architectures.shapes import ModelShape
 from drumline.errors import PlanError
 from drumline.plan.advise import Change, with_change
 from drumline.plan.checks import LAUNCHER_STRATEGIES
-from drumline.plan.cost import gpu_seconds
+from drumline.plan.job_time import with_time
 from drumline.plan.model import Plan
 from drumline.plan.resolve import World, resolve, shape_of
-from drumline.units import divisors
+from drumline.plan.step_time import step_time
+from drumline.units import divisors, format_bytes
 
 _MOST_PER_DEVICE = 64
 
 
-def fastest_that_fits(plan: Plan, world: World) -> Change | None:
-    """The change of per_device, accumulation, strategy, checkpointing and chunked loss that takes least time.
+@dataclass(frozen=True)
+class Lost:
+    """A change that is not among the fastest that fit, and why."""
 
-    The training stays the same: effective batch, GPUs, precision and launcher do. Of equally fast ones that
-    with the fewest micro-batches, each of which has costs of its own, then that with the least memory. None
-    where the model's memory is not known, or nothing fits.
+    change: Change
+    why: str
+
+
+@dataclass(frozen=True)
+class Search:
+    """Plans with the changes that make them, fastest first; those that lost, fastest first, too.
+
+    `slower`: how many more were not planned, since as many as were wanted are faster.
+    """
+
+    found: list[tuple[Change, Plan]]
+    lost: list[Lost]
+    slower: int
+
+
+def fastest_that_fits(plan: Plan, world: World) -> Change | None:
+    """The first change of `search`; None where the model's memory is not known, or nothing fits."""
+    found = search(plan, world, count=1)
+    return found.found[0][0] if found and found.found else None
+
+
+def search(plan: Plan, world: World, count: int) -> Search | None:
+    """The `count` fastest changes of split, strategy, checkpointing, offload and chunked loss that fit.
+
+    The training stays the same: effective batch, GPUs, precision and launcher do. Of equally fast ones those
+    with the fewest micro-batches come first. None where memory or the time of a step is not known.
     """
     shape = shape_of(plan.recipe, world)
     if isinstance(shape, str) or plan.memory.device is None:
         return None
-    best: tuple[tuple[float, int, int], Change] | None = None
-    for change in _changes(plan, shape):
+    ranked = sorted(
+        _timed(plan, shape), key=lambda item: (round(item[0], 6), item[1]["batch"]["accumulation"])
+    )
+    found: list[tuple[Change, Plan]] = []
+    lost: list[Lost] = []
+    for number, (_, change) in enumerate(ranked):
+        if len(found) == count:
+            return Search(found, lost, len(ranked) - number)
         try:
-            found = resolve(with_change(plan.recipe, change), world, is_candidate=True)
-        except PlanError:
+            other = resolve(with_change(plan.recipe, change), world, is_candidate=True)
+        except PlanError as error:
+            lost.append(Lost(change, str(error).partition(". Nearest")[0]))
             continue
-        if found.memory.verdict != "fits" or found.memory.device is None:
-            continue
-        seconds = round(gpu_seconds(found, shape), 6)
-        rank = (seconds, found.batch.accumulation, found.memory.device.high)
-        if best is None or rank < best[0]:
-            best = (rank, change)
-    return best[1] if best else None
+        memory = other.memory
+        if memory.verdict == "fits":
+            found.append((change, with_time(other, shape, world.calibration)))
+        elif memory.device and memory.capacity:
+            words = "does not fit" if memory.verdict == "does_not_fit" else "may not fit"
+            sizes = f"up to {format_bytes(memory.device.high)} of {format_bytes(memory.capacity)}"
+            lost.append(Lost(change, f"{words}: {sizes}"))
+    return Search(found, lost, 0)
+
+
+def _timed(plan: Plan, shape: ModelShape) -> Iterator[tuple[float, Change]]:
+    """The changes, each with the seconds that its step would take."""
+    for change in _changes(plan, shape):
+        recipe = with_change(plan.recipe, change)
+        split = change["batch"]
+        batch = replace(
+            plan.batch, per_device=split["per_device"], accumulation=split["accumulation"]
+        )
+        yield step_time(replace(plan, recipe=recipe, batch=batch), shape).total, change
 
 
 def _changes(plan: Plan, shape: ModelShape) -> Iterator[Change]:
@@ -52,18 +98,27 @@ def _changes(plan: Plan, shape: ModelShape) -> Iterator[Change]:
         else (recipe.loss.chunked,)
     )
     sizes = [b for b in divisors(share) if b <= _MOST_PER_DEVICE]
-    for b, strategy, policy, is_chunked in itertools.product(
-        sizes, strategies, ("none", "selective", "full"), chunked
+    for b, strategy, (policy, is_offloaded), is_chunked in itertools.product(
+        sizes, strategies, _CHECKPOINTING, chunked
     ):
-        change: Change = {
-            "batch": {"per_device": b, "accumulation": share // b},
-            "strategy": {
-                "name": strategy,
-                "shard": recipe.strategy.shard if strategy == "fsdp" else "all",
-            },
-            "model": {"activation_checkpointing": policy},
-            "loss": {"chunked": is_chunked},
-        }
-        if recipe.row_evaluation and (recipe.row_evaluation.per_device or b) > b:
-            change["evaluation"] = {"per_device": b}
-        yield change
+        for offload in ("none", "optimizer") if strategy.startswith("zero") else ("none",):
+            change: Change = {
+                "batch": {"per_device": b, "accumulation": share // b},
+                "strategy": {
+                    "name": strategy,
+                    "shard": recipe.strategy.shard if strategy == "fsdp" else "all",
+                    "offload": offload,
+                },
+                "model": {
+                    "activation_checkpointing": policy,
+                    "activation_offload": is_offloaded,
+                },
+                "loss": {"chunked": is_chunked},
+            }
+            if recipe.row_evaluation and (recipe.row_evaluation.per_device or b) > b:
+                change["evaluation"] = {"per_device": b}
+            yield change
+
+
+_CHECKPOINTING = (("none", False), ("selective", False), ("full", False), ("full", True))
+"""Policies, each with whether kept activations go to the host's memory."""

@@ -146,10 +146,40 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Seconds:
+    """A time as a range; hours where a field says so."""
+
+    low: float
+    expected: float
+    high: float
+
+
+@dataclass(frozen=True)
+class TimeFacts:
+    """Estimated time of an optimizer step and of the run's steps; data, evaluation and saves are not counted.
+
+    `parts`: seconds of a step by what they are spent on. `samples_per_s` and `tokens_per_s` are of all GPUs
+    together, without padding. `energy_kwh`: of the boards at their full power. `basis`: where the rates come
+    from. `cost`: of the GPU-hours, where a site states their price.
+    """
+
+    step_s: Seconds
+    parts: dict[str, float]
+    samples_per_s: float
+    tokens_per_s: float | None
+    mfu: float | None
+    hours: Seconds
+    gpu_hours: float
+    energy_kwh: float | None
+    basis: str
+    cost: float | None = None
+
+
+@dataclass(frozen=True)
 class Advice:
     """One re-planned change at the same effective batch.
 
-    `cost`: estimated GPU time divided by that of the plan (`plan/cost.py`); above 1 costs more.
+    `cost`: estimated GPU time divided by that of the plan (`plan/step_time.py`); above 1 costs more.
     `changes_training`: the samples of a step stay, but what is learnt from them is not the same.
     """
 
@@ -250,6 +280,7 @@ class Plan:
     advice: list[Advice]
     warnings: list[str]
     start: StartFacts | None = None
+    time: TimeFacts | None = None
 
     @property
     def mesh(self) -> Mesh:

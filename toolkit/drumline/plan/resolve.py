@@ -32,6 +32,7 @@ from drumline.plan.checks import (
 )
 from drumline.plan.footprint import memory_function, memory_warnings, unseen_code
 from drumline.plan.invariance import batchnorm_warnings, split_invariance
+from drumline.plan.job_time import with_time
 from drumline.plan.mesh import cluster_gpus, is_laid_out, layout, mesh_of
 from drumline.plan.model import (
     FITS,
@@ -143,11 +144,12 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
     schedule.check_warmup(curve, clock)
     memory = memory_of(split)
     recipe_sha256, training_sha256 = ("", "") if is_candidate else identity.hashes(resolved)
+    counted = None if unseen_code(resolved) or isinstance(seen, str) else seen
     warnings += [*world.problems, *world.notes]
     if recipe.model.compile and memory.method != "unknown":
         warnings.append("memory is estimated without torch.compile, which stores fewer activations")
     warnings += gpu_warnings(recipe, gpu, stated) + memory_warnings(memory, gpu.name)
-    return Plan(
+    plan = Plan(
         plan_version=PLAN_VERSION,
         recipe=resolved,
         recipe_sha256=recipe_sha256,
@@ -173,7 +175,7 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
         cost=cost_of_step(
             resolved,
             split,
-            None if unseen_code(resolved) or isinstance(seen, str) else seen,
+            counted,
             _lengths(recipe, world),
             world.weights_bytes,
         ),
@@ -196,6 +198,7 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
         + _noise_warnings(recipe, split),
         start=start,
     )
+    return plan if is_candidate else with_time(plan, counted, world.calibration)
 
 
 def _with_mixture(recipe: Recipe, world: World) -> tuple[World, list[SourceFacts]]:

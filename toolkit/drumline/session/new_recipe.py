@@ -188,7 +188,9 @@ def _choose_split(draft: Draft, rows: RowsAtHand | None) -> bool | None:
     draft.set("batch.accumulation", change["batch"]["accumulation"])
     defaults = (
         ("strategy", "name", "ddp"),
+        ("strategy", "offload", "none"),
         ("model", "activation_checkpointing", "none"),
+        ("model", "activation_offload", False),
         ("loss", "chunked", False),
     )
     for section, key, default in defaults:

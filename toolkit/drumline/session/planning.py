@@ -48,6 +48,15 @@ def make_plan(
     return plan
 
 
+def with_price(plan: Plan, price: float | None) -> Plan:
+    """The plan with what its GPU-hours cost at this price of one."""
+    if plan.time is None or price is None:
+        return plan
+    return dataclasses.replace(
+        plan, time=dataclasses.replace(plan.time, cost=price * plan.time.gpu_hours)
+    )
+
+
 def world_of(plan: Plan) -> World:
     """What the plan was made with, for plans of changed recipes that read the same rows."""
     return dataclasses.replace(read_world(plan.recipe, plan.start), row_tokens=plan.data.row_tokens)

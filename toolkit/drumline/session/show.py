@@ -8,10 +8,10 @@ from typing import Any
 from drumline.files import without_undefined
 from drumline.memory.ranges import ByteRange
 from drumline.plan.advise import change_words
-from drumline.plan.model import VERDICT_WORDS, Plan, StartFacts
+from drumline.plan.model import VERDICT_WORDS, Plan, StartFacts, TimeFacts
 from drumline.plan.schedule import rate_facts
 from drumline.session.memory_bars import memory_bars
-from drumline.units import format_bytes, format_count, format_flops
+from drumline.units import format_bytes, format_count, format_duration, format_flops, format_number
 
 _WIDTH = 100
 _LABEL = 11
@@ -31,6 +31,7 @@ def topics(plan: Plan) -> list[tuple[str, str]]:
         ("steps", _steps(plan)),
         ("schedule", _schedule(plan)),
         ("memory", _memory(plan)),
+        *([("time", _time(plan.time))] if plan.time else []),
         ("model", _model(plan)),
         ("split", f"{plan.split_invariance.level}: {plan.split_invariance.why}"),
     ]
@@ -159,6 +160,26 @@ def _memory(plan: Plan) -> str:
     if m.host_bytes:
         rows.append(f"{format_bytes(m.host_bytes)} of the host's memory per rank")
     return "\n".join(rows)
+
+
+def _time(time: TimeFacts) -> str:
+    """Seconds of a step and what they are spent on, throughput, and what the whole run takes."""
+    step, hours = time.step_s, time.hours
+    rate = f"{format_number(time.samples_per_s)} samples/s"
+    if time.tokens_per_s:
+        rate = f"{time.tokens_per_s:,.0f} tokens/s"
+    mfu = f", MFU {time.mfu:.0%}" if time.mfu else ""
+    parts = sorted(time.parts.items(), key=lambda part: -part[1])
+    shares = ", ".join(f"{name} {seconds / step.expected:.0%}" for name, seconds in parts
+                       if seconds >= step.expected / 100)  # fmt: skip
+    energy = f", up to {format_number(time.energy_kwh)} kWh" if time.energy_kwh else ""
+    cost = f", {time.cost:,.0f} at the site's price" if time.cost is not None else ""
+    whole = [format_duration(3600 * value) for value in (hours.expected, hours.low, hours.high)]
+    return (
+        f"{step.expected:.3g} s a step ({step.low:.3g} to {step.high:.3g}), {rate}{mfu}\n"
+        f"{whole[0]} ({whole[1]} to {whole[2]}): {format_number(time.gpu_hours)} GPU-hours{energy}{cost}\n"
+        f"{shares}\nby {time.basis}"
+    )
 
 
 def _range(name: str, three: ByteRange) -> str:

@@ -1,0 +1,114 @@
+"""`drumline plan --best`: the fastest splits that fit, by brute force, and the command that it prints."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from advice import command, heard, worked
+from drumline.plan.advise import with_change
+from drumline.plan.fastest import _changes, search
+from drumline.plan.model import Plan
+from drumline.plan.resolve import resolve, shape_of
+from drumline.plan.step_time import gpu_seconds
+from drumline.recipe.load import load_recipe
+from drumline.session.planning import make_plan, world_of
+
+RECIPE = "llama-8b-8xh100"
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("gpus", [8, 64])
+def test_no_other_split_that_fits_is_faster(gpus: int) -> None:
+    """Every change is planned here and compared; each that was found trains the same."""
+    plan = make_plan(load_recipe(RECIPE), gpus)
+    world = world_of(plan)
+    shape = shape_of(plan.recipe, world)
+    assert not isinstance(shape, str)
+    found = search(plan, world, count=5)
+    assert found
+    assert len(found.found) == 5
+    fitting = []
+    for change in _changes(plan, shape):
+        other = resolve(with_change(plan.recipe, change), world)
+        if other.memory.verdict == "fits":
+            fitting.append(gpu_seconds(other, shape))
+    mine = [gpu_seconds(other, shape) for _, other in found.found]
+    assert mine == pytest.approx(sorted(fitting)[:5])
+    for change, _ in found.found:
+        same = resolve(with_change(plan.recipe, change), world)
+        assert same.training_sha256 == plan.training_sha256
+        assert same.batch.effective == plan.batch.effective
+    count = len(list(_changes(plan, shape)))
+    assert len(found.found) + len(found.lost) + found.slower == count
+    assert all("fit" in one.why or ":" in one.why for one in found.lost)
+
+
+def pasted(out: str) -> Plan:
+    """The plan of the overrides that the last line names."""
+    words = shlex.split(out.strip().splitlines()[-1].partition("drumline run ")[2])
+    return make_plan(load_recipe(words[0], words[1:]))
+
+
+def test_the_pick_is_pasted() -> None:
+    """The overrides make the plan of the first row; with several numbers of GPUs that is the fastest of all."""
+    out = worked("plan", RECIPE, "--best").out
+    first = next(line.split() for line in out.splitlines() if line.split()[:1] == ["8"])
+    plan = pasted(out)
+    assert plan.time
+    assert float(first[1]) == pytest.approx(plan.time.step_s.expected, rel=0.01)
+    assert plan.memory.verdict == "fits"
+    assert "faster, but lost:" in out
+    assert "does not fit: up to" in out
+    many = worked("plan", RECIPE, "--best", "--gpus", "8,16,64", "--gpu", "h200").out
+    plan = pasted(many)
+    assert (plan.batch.gpus, plan.recipe.cluster.gpu, plan.batch.nodes) == (64, "h200", 8)
+    assert [line.split()[0] for line in many.splitlines()[3:6]] == ["8", "16", "64"]
+
+
+def test_what_it_costs() -> None:
+    """GPU-hours at the price that the site states, in the table, in the plan and in JSON."""
+    Path("site.yaml").write_text("site: ours\ngpu_hour_price: 2.5\n")
+    found: dict[str, Any] = json.loads(
+        worked("plan", RECIPE, "--best", "--json", "--site", "site.yaml").out
+    )
+    best = found["best"][0]["found"][0]
+    assert best["cost"] == pytest.approx(2.5 * best["time"]["gpu_hours"])
+    assert any(word.startswith("batch.per_device=") for word in best["overrides"])
+    table = worked("plan", RECIPE, "--best", "--site", "site.yaml").out
+    assert f"{best['cost']:,.0f}" in table
+    plain = json.loads(worked("plan", RECIPE, "--json", "--site", "site.yaml").out)["time"]
+    assert plain["cost"] == pytest.approx(2.5 * plain["gpu_hours"])
+    assert f"{plain['cost']:,.0f} at the site's price" in worked("plan", RECIPE, "--site", "site.yaml").out.replace("\n             ", " ")  # fmt: skip
+
+
+def test_what_cannot_be_searched_is_told() -> None:
+    done = command("plan", "tiny-code-lm", "--best")
+    assert done.code == 2
+    heard(". Nearest: a cluster.gpu of the table, a model by name", done.err)
+    heard("or several with commas. Nearest: --gpus 8", command("plan", RECIPE, "--gpus", "x").err)
+    heard("several go with --best. Nearest: --best --gpus 8,16", command("plan", RECIPE, "--gpus", "8,16").err)  # fmt: skip
+    worked("plan", RECIPE, "--best", "--gpus", "8,16")
+    nothing = command("plan", RECIPE, "--best", "--gpus", "1", "--gpu", "t4", "precision=fp16")
+    assert nothing.code == 3
+    assert "nothing that is known fits" in nothing.out
+
+
+def test_a_number_of_gpus_that_divides_nothing_is_left_out() -> None:
+    out = worked("plan", RECIPE, "--best", "--gpus", "7,8").out
+    assert [line.split()[0] for line in out.splitlines()[3:4]] == ["8"]
+    assert command("plan", RECIPE, "--best", "--gpus", "7,9").code == 2
+
+
+def test_a_large_search_plans_few_of_its_candidates() -> None:
+    """The order of candidates needs no plans: those that are planned are counted, not timed."""
+    plan = make_plan(load_recipe(RECIPE), 64)
+    found = search(plan, world_of(plan), count=1)
+    assert found
+    assert found.slower >= 2 * (len(found.found) + len(found.lost))
