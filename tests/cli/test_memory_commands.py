@@ -154,18 +154,25 @@ def test_calibrate_learns_what_runs_measured(drumline: Any, tmp_path: Path) -> N
         predicted = {"allocated": size, "reserved": size + 10**9, "device": size + 2 * 10**9}
         measured = {"allocated": int(1.1 * size), "reserved": int(1.1 * (size + 10**9)),
                     "device": int(1.1 * (size + 10**9)) + 7 * 10**8}  # fmt: skip
-        runs.append(str(write_run(tmp_path / f"run-{number}", measured, predicted)))
+        run = write_run(tmp_path / f"run-{number}", measured, predicted)
+        record = json.loads((run / "record.json").read_text())
+        record["attempts"][0]["time"] = {"planned_s": 2.0, "measured_s": 2.4 + number / 10}
+        (run / "record.json").write_text(json.dumps(record))
+        runs.append(str(run))
     done = drumline("calibrate", *runs)
     assert done.returncode == 0, done.stderr
     assert "before  -9.09 %  -9.09 %   after  +0.00 %" in done.stdout
     assert "by a table made without the run" in done.stdout
+    assert "step time  before -21.54 %" in done.stdout
 
-    plain = json.loads(drumline("plan", "llama-1b-8xh100", "--json").stdout)["memory"]
+    before = json.loads(drumline("plan", "llama-1b-8xh100", "--json").stdout)
+    plain = before["memory"]
     import os
 
     os.environ["DRUMLINE_CALIBRATION"] = str(tmp_path / "calibration.yaml")
     try:
-        corrected = json.loads(drumline("plan", "llama-1b-8xh100", "--json").stdout)["memory"]
+        after = json.loads(drumline("plan", "llama-1b-8xh100", "--json").stdout)
+        corrected = after["memory"]
         other = json.loads(drumline("plan", "llama-8b-8xh100", "--json").stdout)["memory"]
     finally:
         del os.environ["DRUMLINE_CALIBRATION"]
@@ -175,6 +182,11 @@ def test_calibrate_learns_what_runs_measured(drumline: Any, tmp_path: Path) -> N
     outside = corrected["device"]["expected"] - corrected["reserved"]["expected"]
     assert outside == pytest.approx(7e8, rel=1e-6)
     assert "corrected" not in other["why"]  # fsdp has no row
+    step, was = after["time"]["step_s"], before["time"]["step_s"]
+    assert step["expected"] / was["expected"] == pytest.approx(2.55 / 2)
+    assert step["low"] / step["expected"] == pytest.approx(0.9)
+    assert step["high"] / step["expected"] == pytest.approx(1.1)
+    assert after["time"]["basis"] == "measured by 4 runs on h100-80gb, ddp"
 
 
 def test_calibrate_needs_real_peaks(drumline: Any, tmp_path: Path) -> None:

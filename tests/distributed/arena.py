@@ -35,10 +35,10 @@ Run = tuple[str, Split]
 SPLITS: list[Split] = [(6, 1, 2), (3, 2, 2), (2, 2, 3)]
 PARITY: list[Run] = [
     *(("ddp", split) for split in SPLITS),
-    *(("fsdp", split) for split in SPLITS[1:]),
+    ("fsdp", SPLITS[1]),
     ("accelerate", SPLITS[1]),
     ("zero2", SPLITS[1]),
-    *(("zero3", split) for split in SPLITS[1:]),
+    ("zero3", SPLITS[1]),
 ]
 """Every engine, and every split, for what engines do not know of; all of both are in test_engines.py."""
 

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+_OF_A_RUN = ("drumline.train.worker", "drumline.train.loop", "drumline.session.train_here")
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = f"{ROOT}/toolkit:{ROOT}/launchers"
 
@@ -140,7 +141,10 @@ def ask(
 
 def serve(path: str, modules: list[str]) -> None:
     """Import everything, then fork on request and tell how each child ended."""
-    for module in ("transformers.models.llama.modeling_llama", *modules):
+    from drumline.cli import COMMANDS
+
+    commands = [f"drumline.cli.{name}" for name in sorted(set(COMMANDS.values()))]
+    for module in ("transformers.models.llama.modeling_llama", *commands, *_OF_A_RUN, *modules):
         importlib.import_module(module)
 
     listener = socket.socket(socket.AF_UNIX)

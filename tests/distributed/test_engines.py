@@ -16,6 +16,11 @@ MASTERS = ["zero1", "zero2", "zero3"]
 """Engines whose bf16 has 16-bit weights, and fp32 masters in the optimizer."""
 SAVERS = list(ENGINES)
 CHECKPOINTED = ["accelerate", "zero2", "zero3"]
+ANCHORS = ("ddp", "zero3")
+HANDED_OVER = [
+    (saver, loader) for saver in SAVERS for loader in ENGINES if {saver, loader} & {*ANCHORS}
+]
+"""Every engine reads what two of them wrote, and its own checkpoints are read by these two."""
 CUT = 6
 """Of STEPS: two epochs; the fourth step of each has five samples, so that ranks and micro-batches stand empty."""
 
@@ -50,16 +55,15 @@ def arena(tmp_path_factory: pytest.TempPathFactory) -> Arena:
         plan = made.plan("ddp", (3, 2, 2), model={"config": {"resid_pdrop": 0.1}})
         made.ask("verify", fault, plan, fault=fault)
     made.go()
-    for saver in SAVERS:  # every engine's checkpoint of step 4 at two ranks, into every engine
-        for loader in ENGINES:
-            for split in ((3, 1, 4), (2, 2, 3)):
-                where = made.folder / f"{saver}-to-{name_of(loader, split)}"
-                source = made.folder / name_of(saver, (3, 2, 2))
-                shutil.copytree(
-                    source / f"checkpoints/step-{CUT:08d}", where / f"checkpoints/step-{CUT:08d}"
-                )
-                shutil.copy(source / "metrics.jsonl", where / "metrics.jsonl")
-                made.ask("train", where.name, made.plan(loader, split))
+    for saver, loader in HANDED_OVER:  # the checkpoint of a step at two ranks
+        for split in ((3, 1, 4), (2, 2, 3)):
+            where = made.folder / f"{saver}-to-{name_of(loader, split)}"
+            source = made.folder / name_of(saver, (3, 2, 2))
+            shutil.copytree(
+                source / f"checkpoints/step-{CUT:08d}", where / f"checkpoints/step-{CUT:08d}"
+            )
+            shutil.copy(source / "metrics.jsonl", where / "metrics.jsonl")
+            made.ask("train", where.name, made.plan(loader, split))
     for loader in ENGINES:
         for split in ((3, 1, 4), (2, 2, 3)):
             source = made.folder / name_of("zero3", (3, 2, 2)) / f"checkpoints/step-{CUT:08d}"
@@ -130,8 +134,7 @@ def test_recomputed_activations_change_nothing(arena: Arena, policy: str, engine
     assert all(abs(mine["loss"] - theirs["loss"]) < 1e-5 * theirs["loss"] for mine, theirs in pairs)
 
 
-@pytest.mark.parametrize("saver", SAVERS)
-@pytest.mark.parametrize("loader", ENGINES)
+@pytest.mark.parametrize(("saver", "loader"), HANDED_OVER)
 @pytest.mark.parametrize("split", [(3, 1, 4), (2, 2, 3)], ids=str)
 def test_a_checkpoint_of_any_engine_goes_on_in_any_other(
     arena: Arena, saver: str, loader: str, split: tuple[int, int, int]

@@ -96,7 +96,7 @@ def _keep_what_is_not_understood(path: Path) -> None:
     One such line at the end is a torn one, as a killed process leaves it.
     """
     bad = 0
-    for _, line in _lines_from_end(path):
+    for _, line in lines_from_end(path):
         if line is not None:
             break
         bad += 1
@@ -133,7 +133,7 @@ def read_metrics(path: Path) -> list[Line]:
 
 def last_line(path: Path, is_meant: Callable[[Line], bool]) -> Line | None:
     """The last complete line for which `is_meant` is true, reading from the end; None if there is none."""
-    for _, line in _lines_from_end(path):
+    for _, line in lines_from_end(path):
         if line is not None and is_meant(line):
             return line
     return None
@@ -233,7 +233,7 @@ def cut_after(path: Path, step: int, evaluation_due: bool) -> None:
 
     kept: list[bytes] = []
     start = 0
-    for offset, line in _lines_from_end(path):
+    for offset, line in lines_from_end(path):
         if line is not None and line["kind"] == Kind.STEP and line["step"] <= step:
             start = offset
             kept.append(_encoded(line))
@@ -257,7 +257,7 @@ def _encoded(line: Line) -> bytes:
     return (json.dumps(line) + "\n").encode()
 
 
-def _lines_from_end(path: Path) -> Iterator[tuple[int, Line | None]]:
+def lines_from_end(path: Path) -> Iterator[tuple[int, Line | None]]:
     """Yield (byte offset, line) from the last line to the first; the line is None if torn or empty."""
     try:
         descriptor = open_regular(path)

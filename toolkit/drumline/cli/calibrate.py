@@ -1,4 +1,4 @@
-"""`drumline calibrate RUN…`: a correction table for memory plans, from the measured peaks of runs."""
+"""`drumline calibrate RUN…`: a correction table for plans, from what runs measured."""
 
 import statistics
 import sys
@@ -22,7 +22,7 @@ def calibrate_command(
         Path, typer.Option("--output", help="Where the table goes; it is replaced.")
     ] = Path("calibration.yaml"),
 ) -> None:
-    """Fit a correction table to measured memory peaks; print the plans' errors before and after it.
+    """Fit a correction table to measured memory peaks and step times; print the errors before and after it.
 
     `DRUMLINE_CALIBRATION=calibration.yaml drumline plan …` uses it.
 
@@ -41,6 +41,8 @@ def calibrate_command(
     print(f"{len(pairs)} attempts; predicted / measured - 1, median and worst; after: {words}")
     for name in TOTALS:
         print(f"  {name:<10} before {_shown(before[name])}   after {_shown(after[name])}")
+    if times := [1 / pair.time - 1 for pair in pairs if pair.time]:
+        print(f"  {'step time':<10} before {_shown(times)}   planned / measured - 1")
     write_text(output, yaml12.dump(table.to_plain()))
     print(f"table in {output}", file=sys.stderr)
 

@@ -18,13 +18,17 @@ TOTALS = ("allocated", "reserved", "device")
 
 @dataclass(frozen=True)
 class Pair:
-    """Predicted and measured peak bytes of one attempt, keyed by the names in TOTALS."""
+    """Predicted and measured peak bytes of one attempt, keyed by the names in TOTALS.
+
+    `time`: measured over planned seconds of a step; None where the attempt did not log both.
+    """
 
     run: str
     gpu: str
     strategy: str
     predicted: dict[str, int]
     measured: dict[str, int]
+    time: float | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,13 @@ def _row(gpu: str, strategy: str, pairs: Sequence[Pair]) -> Row:
         for name, values in factors.items()
     }
     extra = [min(outside), int(statistics.median(outside)), max(outside)]
-    return Row(gpu, strategy, len(mine), spread["allocated"], spread["reserved"], extra)
+    ratios = [pair.time for pair in mine if pair.time]
+    time = (
+        [round(v, 4) for v in (min(ratios), statistics.median(ratios), max(ratios))]
+        if ratios
+        else None
+    )
+    return Row(gpu, strategy, len(mine), spread["allocated"], spread["reserved"], extra, time)
 
 
 def errors(pairs: Sequence[Pair], calibration: Calibration) -> dict[str, list[float]]:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -27,6 +28,9 @@ THAT_TRAIN = (
     "triton",
 )
 """Packages whose version can change a result; differences in other packages are only counted."""
+
+_NAME_OR_VERSION = re.compile(r"^(Name|Version):[ \t]*(\S+)", re.MULTILINE)
+"""Of a distribution's metadata; importlib would parse all of it, twice for each of hundreds."""
 
 _CONTAINERS = {
     "DRUMLINE_IMAGE": "image",
@@ -58,9 +62,10 @@ def read_versions() -> dict[str, str | None]:
     """Versions of Python and all installed distributions; None for missing packages of THAT_TRAIN."""
     found: dict[str, str | None] = dict.fromkeys(THAT_TRAIN)
     for distribution in metadata.distributions():
-        name = distribution.metadata["Name"]
-        if name:
-            found[name.lower().replace("_", "-")] = distribution.version
+        text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
+        stated = dict(_NAME_OR_VERSION.findall(text.partition("\n\n")[0]))
+        if "Name" in stated:
+            found[stated["Name"].lower().replace("_", "-")] = stated.get("Version")
     found |= {"drumline": __version__, "python": sys.version.split()[0]}
     return found
 

@@ -42,9 +42,16 @@ def pairs_of(run: Path) -> list[Pair]:
                 strategy=recipe["strategy"]["name"],
                 predicted={name: memory["predicted"][name] for name in TOTALS},
                 measured=memory["measured"],
+                time=_time_ratio(attempt.get("time")),
             )
         )
     return pairs
+
+
+def _time_ratio(entry: dict[str, float | None] | None) -> float | None:
+    """Measured over planned seconds of a step; None where an attempt lacks one of them."""
+    planned, measured = (entry or {}).get("planned_s"), (entry or {}).get("measured_s")
+    return measured / planned if planned and measured else None
 
 
 def all_pairs(runs: list[Path]) -> list[Pair]:

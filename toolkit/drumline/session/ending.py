@@ -8,6 +8,7 @@ from drumline.metrics_file import last_line
 from drumline.plan.model import Plan
 from drumline.plan.noise import logged_noise, noise_words
 from drumline.runs.folder import RunFolder
+from drumline.runs.step_times import time_words
 from drumline.supervise.outcome import Result
 from drumline.units import format_duration
 
@@ -23,6 +24,9 @@ def report_end(folder: RunFolder, plan: Plan, result: Result, seconds: float) ->
     print(f"\n{words}", file=sys.stderr)
     if result.message:
         print(result.message, file=sys.stderr)
+    attempts = folder.read_record()["attempts"]
+    if attempts and (words := time_words(attempts[-1].get("time"), plan)):
+        print(words, file=sys.stderr)
     line = last_line(folder.metrics_file, lambda line: "noise_scale" in line)
     if noise := logged_noise(line or {}):
         print(noise_words(noise, plan.batch.effective, plan.batch.accumulation), file=sys.stderr)

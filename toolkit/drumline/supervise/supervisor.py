@@ -20,6 +20,7 @@ from drumline.runs.closing import close_run
 from drumline.runs.folder import RunFolder
 from drumline.runs.peaks import memory_entry
 from drumline.runs.record import attempt_entry, now
+from drumline.runs.step_times import time_entry
 from drumline.secrets import Secrets
 from drumline.supervise.after import AfterWork
 from drumline.supervise.attempt import Tick, end_ranks, run_attempt
@@ -217,6 +218,7 @@ def _one_attempt(
             step=result.step,
             message=result.message,
             memory=memory_entry(plan, ranks),
+            time=time_entry(plan, folder, int(begun.get("from_step", plan.first_step - 1))),
             devices=_devices(ranks),
             start_s=started,
             **begun,
