@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/distributed"), str(ROOT /
 from test_throughput import published, published_rate
 
 COLOURS = {"h100_80gb": "#d55e00", "a100_80gb": "#0072b2", "a100_40gb": "#009e73"}
-SIZE, MARGIN = 520, 60
+SIZE, MARGIN = 540, 84
 LEAST, MOST = 3e2, 2e5
 
 
@@ -37,7 +37,7 @@ def figure() -> str:
         f'<polygon points="{left},{bottom - up:.1f} {left + end - up:.1f},{bottom - end:.1f} {left + end:.1f},{bottom - end:.1f} {left + end:.1f},{bottom - end + up:.1f} {left + up:.1f},{bottom} {left},{bottom}" fill="currentColor" opacity=".08"/>',
         f'<line x1="{left}" y1="{bottom}" x2="{left + end:.1f}" y2="{bottom - end:.1f}" stroke="currentColor" opacity=".4"/>',
         f'<text x="{left + end / 2:.0f}" y="{SIZE - 14}" text-anchor="middle">published</text>',
-        f'<text transform="translate(16 {bottom - end / 2:.0f}) rotate(-90)" text-anchor="middle">estimated</text>',
+        f'<text transform="translate(14 {bottom - end / 2:.0f}) rotate(-90)" text-anchor="middle">estimated</text>',
     ]
     for tick in (1e3, 1e4, 1e5):
         at = place(tick)

@@ -45,6 +45,20 @@ def prepared_data_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_STATE_HOME"] = str(base / "state")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def torch_knows_what_makes_tensors() -> None:
+    """torch remembers which functions `with torch.device(…)` acts on when that is first used.
+
+    Where DeepSpeed has replaced them at that moment, for the time of a zero.Init, no later `with` acts on
+    torch's own ones: transformers then takes an empty model for one with weights, and leaves its buffers as
+    they stood in memory.
+    """
+    import torch
+    from torch.utils._device import _device_constructors
+
+    assert torch.tensor in _device_constructors()
+
+
 def run_drumline(folder: Path, *arguments: str, timeout: float = 300) -> Any:
     """The real command in a folder; the completed process."""
     return subprocess.run(

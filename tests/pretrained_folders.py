@@ -15,9 +15,14 @@ Change = Callable[[Weights], Weights]
 def saved(
     folder: Path, kind: str, architecture: str, config: dict[str, Any], shard: str = "1GB"
 ) -> Path:
-    """A model with random weights; `kind`: the auto class of transformers, `shard`: the most of a file."""
+    """A model with random weights, the same ones each time; `kind`: the auto class of transformers.
+
+    `shard`: the most of a file.
+    """
     full = transformers.AutoConfig.for_model(architecture, **config)
-    model = getattr(transformers, kind).from_config(full)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(transformers, kind).from_config(full)
     model.save_pretrained(folder, max_shard_size=shard)
     return folder
 

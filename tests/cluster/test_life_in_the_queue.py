@@ -136,7 +136,7 @@ def test_a_cancelled_run_stays_cancelled_whoever_started_its_job(desk: Desk) -> 
     """Cancelled, given to sbatch by hand, cancelled again: saved, CANCELLED, not started again, in status; resumed in the queue."""
     slow = f"        time.sleep(0 if Path({str(desk.folder / 'fast')!r}).exists() else 0.3)"
     write_recipe(desk.folder, slow)
-    first = desk.submit(*ALONE, "duration.steps=40")
+    first = desk.submit(*ALONE, "duration.steps=150")
     desk.wait_for_step(4)
     desk.drumline("cancel", "r")
     desk.wait_for_job(first, "CANCELLED")
@@ -164,7 +164,7 @@ def test_a_cancelled_run_stays_cancelled_whoever_started_its_job(desk: Desk) -> 
     assert asked["TimeLimit"] == "00:05:00"
     desk.wait_for_job(again)
     assert [a["outcome"] for a in desk.attempts()] == ["stopped", "stopped", "finished"]
-    desk.drumline("run", "r.yaml", *ALONE, "duration.steps=40", "--run-dir", "straight")
+    desk.drumline("run", "r.yaml", *ALONE, "duration.steps=150", "--run-dir", "straight")
     assert desk.numbers() == desk.numbers("straight")
     finished = desk.drumline("resume", "r", "--to", "slurm", code=2).stderr
     assert "duration.steps=N` makes another run that goes on from it" in finished

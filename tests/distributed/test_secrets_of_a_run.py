@@ -46,6 +46,8 @@ def test_a_secret_in_an_exception_is_written_nowhere(
         raw = path.read_bytes()
         for secret in PLANTED:
             assert secret.encode() not in raw, path
-    log = (tmp_path / "r/logs/attempt-0/rank-0.log").read_text()
-    assert "connecting with [secret]" in log
+    logs = [path.read_text() for path in (tmp_path / "r/logs/attempt-0").glob("rank-*.log")]
+    assert any(
+        "connecting with [secret]" in log for log in logs
+    )  # the other rank may be ended first
     assert os.environ["PGPASSWORD"] == PLANTED[0]

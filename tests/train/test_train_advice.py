@@ -15,9 +15,11 @@ from advice import LM, ROOT, Row, heard, here, programs, refused, worked
 from conftest import tiny_recipe
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.data.factory import load_factory
-from drumline.errors import PlanError
+from drumline.errors import LaunchError, PlanError
 from drumline.recipe import yaml12
-from drumline.recipe.load import validate
+from drumline.recipe.load import load_recipe, validate
+from drumline.session.planning import make_plan
+from drumline.train import worker
 from drumline.train.dry_pass import dry_pass
 from drumline.train.models import ModelBuilder
 from drumline.train.objectives import build_objective
@@ -188,7 +190,13 @@ def test_a_gpu_that_is_not_here_is_the_cpu(here: Path, forked: Any) -> None:
     words = ("run", str(here / LM), "duration.steps=2", "schedule.warmup_steps=0")
     done = forked(*words, "cluster.gpu=h100-80gb", "precision=bf16", "--run-dir", "a")
     assert done.returncode == 2, done.stderr
-    heard("this machine shows 0. Nearest: cluster.gpu=cpu", done.stderr)
+    heard("which shows 0 GPUs. Nearest: cluster.gpu=cpu", done.stderr)
+    assert not Path("a").exists()
+    recipe = str(here / LM)
+    with pytest.raises(LaunchError) as caught:  # where the driver says nothing, the rank does
+        worker._device(make_plan(load_recipe(recipe, ["cluster.gpu=h100-80gb"])))
+    heard("this machine shows 0. Nearest: cluster.gpu=cpu", str(caught.value))
+    assert worker._device(make_plan(load_recipe(recipe, ["cluster.gpu=cpu"]))).type == "cpu"
     done = forked(*words, "cluster.gpu=cpu", "precision=bf16", "--run-dir", "b")
     assert done.returncode == 0, done.stderr
 
