@@ -22,7 +22,7 @@ from drumline.recipe.load import load_recipe, merge, validate
 from drumline.session.planning import make_plan, with_trace
 from drumline.session.prepare import prepare_data
 from drumline.trace.rehearse import rehearse
-from drumline.train.batches import micro_batch_tensors, open_rows
+from drumline.train.batches import MicroBatches, micro_batch_tensors, open_rows
 
 pytestmark = [pytest.mark.xdist_group("kinds"), pytest.mark.heavy]
 
@@ -312,3 +312,11 @@ def section_of(folder: Path) -> Any:
     from drumline.recipe.data_section import Data
 
     return Data.model_validate({"source": "dataset", "factory": "mine:data", "task": "custom"})
+
+
+def test_workers_are_forked_with_what_their_code_imports(arena: Arena) -> None:
+    """Each worker of each evaluation would import it again; rows without code of a project need none of it."""
+    plan = plan_of("quantiles", "ddp", SPLITS[0])
+    assert MicroBatches(plan, open_rows(plan, "train")).imports == ["drumline.train.objectives"]
+    text = arena.plan("ddp", (3, 1, 4))
+    assert MicroBatches(text, open_rows(text, "train")).imports == []

@@ -152,7 +152,7 @@ def plan_command(
     trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show batch equation, optimizer steps, schedule and memory of a run; needs no GPU and no torch.
+    """Show batch equation, optimizer steps, schedule, memory and time of a run; needs no GPU and no torch.
 
     `--trace` does need torch: it runs the model's real training step on tensors without data.
 
@@ -170,7 +170,7 @@ def plan_command(
     try:
         if best:
             return _best(loaded, recipe, counts, gpu, price, as_json)
-        plan = with_price(make_plan(loaded, counts[0], gpu), price)
+        plan = make_plan(loaded, counts[0], gpu)
     except NotPrepared:
         from drumline.session.unprepared import naming_prepare
 
@@ -182,6 +182,7 @@ def plan_command(
         plan = fixed(plan)
     if trace:
         plan = traced(plan)
+    plan = with_price(plan, price)
     if html:
         _page(plan)
     if sweep:

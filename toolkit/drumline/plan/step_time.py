@@ -287,11 +287,13 @@ class _Case:
         return self.rates.latency_s * self.shape.layers * math.log2(ranks)
 
     def update(self) -> float:
-        """Seconds of clipping and of the optimizer."""
+        """Seconds of clipping and of the optimizer, whose states may be in the host's memory."""
         mesh = self.plan.mesh
         parts = mesh.shards if self.is_sharded else mesh.ranks
         own = self.trained / (1 if self.plan.recipe.strategy.name == "ddp" else parts)
-        return own * self.rates.update_bytes / self.bytes_per_s
+        is_on_host = self.plan.recipe.strategy.offload != "none"
+        rate = _HOST_BYTES_PER_S if is_on_host else self.bytes_per_s
+        return own * self.rates.update_bytes / rate
 
     def offload(self) -> float:
         """Seconds of moving states and activations to the host's memory and back."""

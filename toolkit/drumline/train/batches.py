@@ -20,6 +20,7 @@ from drumline.data.tasks.base import WEIGHTS, refuse_own_weights
 from drumline.data.validation_split import TRAIN
 from drumline.plan import order, steps
 from drumline.plan.model import Plan, read_plan
+from drumline.recipe.schema import factories_of
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,11 @@ class MicroBatches:
         has_sources = rows.part == TRAIN and not plan.recipe.objective.factory
         mixture = plan.data.mixture if has_sources else ()
         self.ends = np.cumsum([own.rows or 0 for own in mixture], dtype=np.int64)
+
+    @property
+    def imports(self) -> list[str]:
+        """What a project's code imports before the first micro-batch, which takes a process seconds."""
+        return ["drumline.train.objectives"] if factories_of(self._plan.recipe) else []
 
     def __getstate__(self) -> dict[str, Any]:
         return {"plan": self._plan.to_json(), "part": self.rows.part, "added": self.rows.added}

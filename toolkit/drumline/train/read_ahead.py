@@ -50,7 +50,7 @@ def load(
         yield from map(micro_batches.__getitem__, requests)
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["drumline.train.read_ahead"])
+    context.set_forkserver_preload(["drumline.train.read_ahead", *micro_batches.imports])
     options: dict[str, Any] = {"multiprocessing_context": context, "prefetch_factor": _PER_WORKER}
     loader: DataLoader[Any] = DataLoader(
         micro_batches,  # type: ignore[arg-type]
