@@ -311,6 +311,7 @@ def test_every_key_of_a_site_matters() -> None:
         "runs": "cli/submit.py",
         "preflight": "cli/attend.py",
         "slow_node_ratio": "cli/attend.py",
+        "gpu_hour_price": "cli/plan.py",
     }
     assert set(others) | set(elsewhere) == set(Site.model_fields)
     job = Job(Path("/r/plan-0.json"), Path("/r"), 0, "python", host="n0", port=1)
