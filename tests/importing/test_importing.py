@@ -213,6 +213,23 @@ def test_where_results_will_differ_is_said(files: Path) -> None:
     assert "rounded up" in imported(files, "train.sh", "ds.json").text
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("base_model: gpt2\ndatasets: [{path: a/b, type: alpaca}]\nmicro_batch_size: 1\n", "type alpaca: axolotl frames"),
+        ("model_name_or_path: gpt2\nstage: sft\ntemplate: default\ndataset: a\nfinetuning_type: full\n",
+         "template default: the tokenizer's own chat template is used"),
+        ("model: {_component_: torchtune.models.llama3_2.llama3_2_1b}\ndataset: {_component_: torchtune.datasets.alpaca_dataset}\n"
+         "batch_size: 1\n", "alpaca_dataset: torchtune frames rows"),
+    ],
+    ids=["axolotl", "llama-factory", "torchtune"],
+)  # fmt: skip
+def test_another_frame_around_an_instruction_is_said(files: Path, text: str, words: str) -> None:
+    """What stands around an instruction changes the training, and no recipe can state another tool's words."""
+    (files / "framed.yaml").write_text(text)
+    assert words in imported(files, "framed.yaml").text
+
+
 def test_nothing_of_a_script_is_executed(files: Path) -> None:
     """Its variables are filled in by what it assigns; commands are words."""
     (files / "evil.sh").write_text("X=$(touch made)\n`touch made`\ntorchrun --nproc_per_node=$N t.py --learning_rate 1e-3 --output_dir $(touch made)\n")  # fmt: skip

@@ -220,11 +220,12 @@ def _source(draft: Draft, one: Any) -> dict[str, Any]:
     elif base in _CHATS:
         if field := one.get("field_messages"):
             draft.set("data.messages_field", str(field))
-    elif (
-        base
-        and base not in _ALPACA
-        and base not in ("fields", "chatml", "user_defined", "llama3", "bradley_terry")
-    ):
+    elif base in _ALPACA:
+        draft.differ(
+            f"type {base}: axolotl frames an instruction by a prompt of its own; here it is a turn of the "
+            "tokenizer's chat template, or of data.chat_template"
+        )
+    elif base and base not in ("fields", "chatml", "user_defined", "llama3", "bradley_terry"):
         draft.leave(
             "datasets.type",
             kind,

@@ -56,7 +56,7 @@ def take(draft: Draft, given: dict[str, Any], folder: Path) -> None:
     if given.pop("mask_history", False):
         draft.set("data.train_on", "last_assistant")
     template = given.pop("template", None)
-    if template not in (None, "default", "empty"):
+    if template is not None:
         draft.differ(
             f"template {template}: the tokenizer's own chat template is used; state a file if it is another"
         )

@@ -143,6 +143,11 @@ def _take_rows(draft: Draft, given: dict[str, Any]) -> None:
         draft.set("data.messages_field", str(column))
     if column := one.pop("column", None):
         draft.set("data.text_field", str(column))
+    if draft.keys.get("data.task") == "sft" and component:
+        draft.differ(
+            f"{component}: torchtune frames rows by a prompt template of the set or the model; here they are "
+            "turns of the tokenizer's chat template, or of data.chat_template"
+        )
     if split := one.pop("split", None):
         if re.fullmatch(r"\w+", str(split)):
             draft.set("data.split", str(split))
