@@ -95,14 +95,21 @@ def test_what_cannot_be_searched_is_told() -> None:
     heard("or several with commas. Nearest: --gpus 8", command("plan", RECIPE, "--gpus", "x").err)
     heard("several go with --best. Nearest: --best --gpus 8,16", command("plan", RECIPE, "--gpus", "8,16").err)  # fmt: skip
     worked("plan", RECIPE, "--best", "--gpus", "8,16")
+    for other in ("--fix", "--trace", "--sweep", "--html"):
+        told = command("plan", RECIPE, "--best", other)
+        assert told.code == 2
+        heard("--sweep and --html. Nearest: --best alone", told.err)
+    Path("site.yaml").write_text("site: ours\n")
+    assert "has no gpu_hour_price" in worked("plan", RECIPE, "--site", "site.yaml").err
     nothing = command("plan", RECIPE, "--best", "--gpus", "1", "--gpu", "t4", "precision=fp16")
     assert nothing.code == 3
     assert "nothing that is known fits" in nothing.out
 
 
 def test_a_number_of_gpus_that_divides_nothing_is_left_out() -> None:
-    out = worked("plan", RECIPE, "--best", "--gpus", "7,8").out
-    assert [line.split()[0] for line in out.splitlines()[3:4]] == ["8"]
+    done = worked("plan", RECIPE, "--best", "--gpus", "7,8")
+    assert [line.split()[0] for line in done.out.splitlines()[3:4]] == ["8"]
+    assert "left out: 7 GPUs: batch: 7 gpus" in done.err
     assert command("plan", RECIPE, "--best", "--gpus", "7,9").code == 2
 
 

@@ -64,12 +64,15 @@ def _counts(gpus: str | None, best: bool) -> list[int | None]:
 
 
 def _price(site: Path | None) -> float | None:
-    """What a GPU costs an hour, as the site's file says."""
+    """What a GPU costs an hour, as the site's file says; a warning where it does not."""
     if site is None:
         return None
     from drumline.cluster.site import load_site
 
-    return load_site(site).gpu_hour_price
+    price = load_site(site).gpu_hour_price
+    if price is None:
+        print(f"warning: {site} has no gpu_hour_price, so no cost is told", file=sys.stderr)
+    return price
 
 
 def _best(
@@ -165,6 +168,10 @@ def plan_command(
         loaded = load_to_run(recipe, overrides, trust_code)
     else:
         loaded = load_recipe(recipe, overrides)
+    if best and (fix or trace or sweep or html):
+        raise PlanError(
+            "--best goes without --fix, --trace, --sweep and --html. Nearest: --best alone"
+        )
     counts = _counts(gpus, best)
     price = _price(site)
     try:

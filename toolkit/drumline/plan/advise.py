@@ -264,4 +264,6 @@ def change_words(change: dict[str, Any]) -> str:
 
 
 def _plain(value: object) -> str:
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -11,9 +11,7 @@ from drumline.architectures.configs import read_shape
 from drumline.architectures.gpus import find_gpu, gpu_warnings, with_own_name
 from drumline.architectures.labels import number_of_labels
 from drumline.architectures.shapes import ModelShape
-from drumline.architectures.trained import (
-    with_trained,
-)
+from drumline.architectures.trained import with_trained
 from drumline.errors import NotPrepared, PlanError
 from drumline.memory.ranges import Verdict
 from drumline.plan import batch as batch_equation

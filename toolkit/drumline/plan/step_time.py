@@ -113,7 +113,9 @@ def step_time(plan: Plan, shape: ModelShape, rates: Rates | None = None) -> Step
 
 
 def rates_of(gpu: Gpu) -> Rates:
-    """The rates of a card: fitted ones, or those that most cards are near."""
+    """The rates of a card: fitted ones, or those that most cards are near; a CPU launches no kernels."""
+    if gpu.is_cpu:
+        return Rates(launch_s=0.0, fixed_s=0.0)
     return FITTED.get(gpu.name, Rates())
 
 

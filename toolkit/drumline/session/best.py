@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,7 +41,8 @@ class Best:
 def find_best(recipe: Recipe, gpus: Sequence[int | None], gpu: str | None) -> list[Best]:
     """The fastest splits for each number of GPUs (None: as the recipe says).
 
-    PlanError where memory or time is not known, or where no number of GPUs divides the batch.
+    A number that cannot make the batch is left out, and told; PlanError where none can, or where memory or
+    time is not known.
     """
     found, refused = [], []
     for count in gpus:
@@ -59,6 +61,8 @@ def find_best(recipe: Recipe, gpus: Sequence[int | None], gpu: str | None) -> li
         found.append(Best(recipe, base, result))
     if not found:
         raise PlanError("; ".join(refused))
+    for text in refused:
+        print(f"left out: {text}", file=sys.stderr)
     return found
 
 
@@ -79,7 +83,7 @@ def best_table(found: Sequence[Best], recipe: str, price: float | None) -> str:
     if not many:
         lines += _lost(found[0])
     if pick := _pick(found):
-        words = _plain_words(pick)
+        words = change_words(pick)
         lines += ["", f"take the first: drumline run {shlex.quote(recipe)} {words}"]
     return "\n".join(lines)
 
@@ -92,7 +96,7 @@ def best_facts(found: Sequence[Best], price: float | None) -> dict[str, Any]:
                 "gpus": best.base.batch.gpus,
                 "found": [
                     {
-                        "overrides": _plain_words(best.whole(change)).split(" "),
+                        "overrides": change_words(best.whole(change)).split(" "),
                         "time": dataclasses.asdict(plan.time) if plan.time else None,
                         "device_high": plan.memory.device.high if plan.memory.device else None,
                         "cost": price * plan.time.gpu_hours if price and plan.time else None,
@@ -136,11 +140,6 @@ def _lost(best: Best) -> list[str]:
     if best.search.slower:
         lines += ["", f"{best.search.slower:,} others are slower by estimate"]
     return lines
-
-
-def _plain_words(change: Change) -> str:
-    """Overrides of a change; none for what is empty."""
-    return change_words(change).replace("=None", "=null")
 
 
 def _pick(found: Sequence[Best]) -> Change | None:

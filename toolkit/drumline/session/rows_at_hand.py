@@ -18,14 +18,10 @@ _TOKENS_AROUND_A_TEXT = 8
 
 @dataclass(frozen=True)
 class RowsAtHand:
-    """The `first` row, the `count` of all, and about how many `tokens` each has that was read, sorted.
-
-    `is_counted`: all were read; else `count` is an estimate, too.
-    """
+    """The `first` row, about how many there are (`count`), and about how many `tokens` each has, sorted."""
 
     first: Mapping[str, Any]
     count: int
-    is_counted: bool
     tokens: list[int]
 
     def tokens_of_all(self) -> int:
@@ -59,7 +55,7 @@ def look_at(data: str) -> RowsAtHand | None:
     if first is None:
         return None
     count = round(len(tokens) / share) if share else len(tokens)
-    return RowsAtHand(first, count, share == 1.0, sorted(tokens))
+    return RowsAtHand(first, count, sorted(tokens))
 
 
 def _tokens_of(fields: Mapping[str, Any]) -> int:
