@@ -33,8 +33,12 @@ class Block:
         self, ledger: "Ledger", elements: float, width: int, part: str, stream: int
     ) -> None:
         self._ledger, self.elements, self.width, self.part = ledger, elements, width, part
-        self.size = -(-int(elements * width) // ROUND) * ROUND
-        self._number = ledger._born(self.size, part, stream)
+        self.size = size = -(-int(elements * width) // ROUND) * ROUND
+        ledger._count = self._number = number = ledger._count + 1
+        if not ledger._keeps_events:
+            ledger._add(size, part)
+        elif size:
+            ledger.events.append((number, size, stream))
 
     def view(self, elements: float) -> "Block":
         """A view of some of its elements, which keeps it alive."""
@@ -43,7 +47,11 @@ class Block:
         return part
 
     def __del__(self) -> None:
-        self._ledger._died(self._number, self.size, self.part)
+        ledger, size = self._ledger, self.size
+        if not ledger._keeps_events:
+            ledger._add(-size, self.part)
+        elif size:
+            ledger.events.append((self._number, FREE, 0))
 
 
 class Parameter:
@@ -154,21 +162,6 @@ class Ledger:
         self.phase = phase
         self._add(0, self.part)
 
-    def _born(self, size: int, part: str, stream: int) -> int:
-        """Count an allocation; returns its number."""
-        self._count += 1
-        if not self._keeps_events:
-            self._add(size, part)
-        elif size:
-            self.events.append((self._count, size, stream))
-        return self._count
-
-    def _died(self, number: int, size: int, part: str) -> None:
-        if not self._keeps_events:
-            self._add(-size, part)
-        elif size:
-            self.events.append((number, FREE, 0))
-
     def _add(self, size: int, part: str) -> None:
         self.live += size
         self._parts[part] += size
@@ -212,13 +205,17 @@ class Ledger:
     ) -> Value:
         """The output of an operation that allocates nothing: a view of `block`."""
         source = None
-        if self.is_recording and rule and any(value.source is not None for value in inputs):
-            for value in inputs:
-                if isinstance(value.source, Parameter):
-                    value.source.uses += 1
-            widths = [value.width for value in inputs]
-            source = Node([value.source for value in inputs], widths, keeps, rule)
-            self.nodes.append(source)
+        if self.is_recording and rule:
+            sources = [value.source for value in inputs]
+            is_needed = False
+            for one in sources:
+                if one is not None:
+                    is_needed = True
+                    if isinstance(one, Parameter):
+                        one.uses += 1
+            if is_needed:
+                source = Node(sources, [value.width for value in inputs], keeps, rule)
+                self.nodes.append(source)
         return Value(block, elements, width, source)
 
     def backward(self, root: Value, gradient: Gradient, since: int = 0) -> None:
@@ -238,7 +235,10 @@ class Ledger:
             if self.frees_early:
                 node.keeps = ()
             for place, width in enumerate(node.widths):
-                results[place] = self._as_expected(results[place], width)
+                found = results[place]
+                if isinstance(found, Block) and found.width != width:  # a cast to its input's dtype
+                    results[place] = self.block(found.elements, width, found.part)
+                del found
             del handed  # as in torch, the incoming gradient lives until the outgoing ones are cast
             for place, source in enumerate(node.sources):
                 result, results[place] = results[place], None
@@ -251,12 +251,6 @@ class Ledger:
                     waiting.setdefault(id(source), result)
                 del result
             node.keeps, node.rule = (), _spent
-
-    def _as_expected(self, gradient: Gradient, width: int) -> Gradient:
-        """Cast the gradient to its input's dtype; a copy if the widths differ."""
-        if isinstance(gradient, Block) and gradient.width != width:
-            return self.block(gradient.elements, width, gradient.part)
-        return gradient
 
     def _accumulate(self, parameter: Parameter, gradient: Block) -> None:
         """Store a parameter's first gradient; later ones are added to it in place and free their block."""

@@ -10,12 +10,15 @@ from drumline.architectures.shapes import ModelShape
 from drumline.errors import PlanError
 from drumline.plan.model import Advice, Plan
 from drumline.plan.resolve import World, resolve, shape_of
-from drumline.plan.step_time import gpu_seconds
+from drumline.plan.step_time import gpu_seconds, step_time
 from drumline.recipe.schema import Recipe
 from drumline.units import divisors
 
 UNUSED_SHARE = 1 / 3
 """Plans that fit also get advice if they leave more than this share of the device's memory unused."""
+
+WORTH_TELLING = 0.97
+"""Of a step's time: less is gained than the estimate errs by (tests/plan/test_throughput.py)."""
 
 MOST_SHOWN = 6
 
@@ -80,12 +83,19 @@ def with_change(recipe: Recipe, change: Change) -> Recipe:
     return recipe.model_copy(update=update)
 
 
+def changed_step_seconds(plan: Plan, shape: ModelShape, change: Change) -> float:
+    """Seconds of a step of a changed plan, whose memory and legality are not looked at: a quick first look."""
+    batch = dataclasses.replace(plan.batch, **change.get("batch", {}))
+    changed = dataclasses.replace(plan, recipe=with_change(plan.recipe, change), batch=batch)
+    return step_time(changed, shape).total
+
+
 class _Adviser:
     """Finds the advice for one plan; changes that cannot be planned are dropped."""
 
     def __init__(self, plan: Plan, world: World, shape: ModelShape) -> None:
         self._plan, self._world, self._shape = plan, world, shape
-        self._now = gpu_seconds(plan, shape)
+        self._now: float = gpu_seconds(plan, shape)
 
     def to_fit(self) -> list[Advice]:
         """Changes that fit, cheapest first; else those that are tight, else those with the lowest peak."""
@@ -104,9 +114,15 @@ class _Adviser:
 
     def to_use(self) -> list[Advice]:
         """Changes that use more memory, still fit, and are cheaper in GPU time, cheapest first."""
-        found = [self._replanned(*candidate) for candidate in self._spendings()]
-        cheaper = [item for item in found if item and item.verdict == "fits" and item.cost < 0.995]
-        return sorted(cheaper, key=lambda item: item.cost)[:MOST_SHOWN]
+        found = self._all_replanned(c for c in self._spendings() if self._is_worth_it(c[0]))
+        fitting = [item for item in found if item.verdict == "fits"]
+        return sorted(fitting, key=lambda item: item.cost)[:MOST_SHOWN]
+
+    def _is_worth_it(self, change: Change) -> bool:
+        """Whether a change saves more GPU time than the estimate errs by; far cheaper than to plan it."""
+        gpus = change.get("batch", {}).get("gpus", self._plan.batch.gpus)
+        seconds = gpus * changed_step_seconds(self._plan, self._shape, change)
+        return bool(seconds < WORTH_TELLING * self._now)
 
     def _all_replanned(self, candidates: Iterator[Candidate]) -> list[Advice]:
         return [item for item in (self._replanned(*candidate) for candidate in candidates) if item]
@@ -186,6 +202,7 @@ class _Adviser:
         recipe, split = self._plan.recipe, self._plan.batch.split
         rest = split.per_device * split.accumulation
         larger = [b for b in divisors(rest) if b > split.per_device]
+        larger = [b for b in larger if self._is_worth_it(self._split_change(b, split.gpus))]
         fitting = self._count_fitting(larger)
         if fitting:
             change = self._split_change(larger[fitting - 1], split.gpus)

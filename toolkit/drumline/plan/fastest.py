@@ -2,16 +2,15 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from drumline.architectures.shapes import ModelShape
 from drumline.errors import PlanError
-from drumline.plan.advise import Change, with_change
+from drumline.plan.advise import Change, changed_step_seconds, with_change
 from drumline.plan.checks import LAUNCHER_STRATEGIES
 from drumline.plan.job_time import with_time
 from drumline.plan.model import Plan
 from drumline.plan.resolve import World, resolve, shape_of
-from drumline.plan.step_time import step_time
 from drumline.units import divisors, format_bytes
 
 _MOST_PER_DEVICE = 64
@@ -78,12 +77,7 @@ def search(plan: Plan, world: World, count: int) -> Search | None:
 def _timed(plan: Plan, shape: ModelShape) -> Iterator[tuple[float, Change]]:
     """The changes, each with the seconds that its step would take."""
     for change in _changes(plan, shape):
-        recipe = with_change(plan.recipe, change)
-        split = change["batch"]
-        batch = replace(
-            plan.batch, per_device=split["per_device"], accumulation=split["accumulation"]
-        )
-        yield step_time(replace(plan, recipe=recipe, batch=batch), shape).total, change
+        yield changed_step_seconds(plan, shape, change), change
 
 
 def _changes(plan: Plan, shape: ModelShape) -> Iterator[Change]:
