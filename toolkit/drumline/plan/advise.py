@@ -84,7 +84,7 @@ def with_change(recipe: Recipe, change: Change) -> Recipe:
 
 
 def changed_step_seconds(plan: Plan, shape: ModelShape, change: Change) -> float:
-    """Seconds of a step of a changed plan, whose memory and legality are not looked at: a quick first look."""
+    """Seconds of a step of a changed plan, whose memory and legality are not looked at, so it is quick."""
     batch = dataclasses.replace(plan.batch, **change.get("batch", {}))
     changed = dataclasses.replace(plan, recipe=with_change(plan.recipe, change), batch=batch)
     return step_time(changed, shape).total
