@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from drumline.recipe.section import Count, Name, Section, Slug
+from drumline.recipe.section import Count, Name, Positive, Section, Slug
 
 Line = Annotated[str, Field(pattern=r"^[^\x00\n\r]*$")]
 Option = Annotated[str, Field(pattern=r"^--[a-z][a-z0-9-]*(=[^\n\r]*)?$")]
@@ -46,6 +46,18 @@ class Fabric(Section):
 
     interface: Adapters | None = None
     infiniband: Adapters | None = None
+
+
+class Bandwidths(Section):
+    """Measured links in GB/s, as `drumline doctor --preflight` prints them: the plan's step time uses them.
+
+    `within`, `between`: bus bandwidths of an all-reduce within a node and between nodes. `copy`: from the
+    host's memory to a GPU.
+    """
+
+    within: Positive | None = None
+    between: Positive | None = None
+    copy_: Positive | None = Field(default=None, alias="copy")
 
 
 class SecretReference(Section):
@@ -116,6 +128,7 @@ class Site(Section):
     kubernetes: Kubernetes | None = None
     environment: list[Variable] = Field(default_factory=list)
     fabric: Fabric = Fabric.model_construct()
+    bandwidths: Bandwidths = Bandwidths.model_construct()
     exclude: list[SlurmList] = Field(default_factory=list)
     runs: str | None = None
     cache: str | None = None

@@ -88,6 +88,21 @@ def test_what_it_costs() -> None:
     assert f"{plain['cost']:,.0f} at the site's price" in worked("plan", RECIPE, "--site", "site.yaml").out.replace("\n             ", " ")  # fmt: skip
 
 
+def test_a_plan_for_a_site() -> None:
+    """Its GPU where the recipe states none, its measured links; another GPU is refused."""
+    Path("site.yaml").write_text(
+        "site: ours\ngpu_hour_price: 2\nbandwidths: {within: 4, copy: 10}\n"
+    )
+    slow = json.loads(worked("plan", RECIPE, "--json", "--site", "site.yaml").out)
+    usual = json.loads(worked("plan", RECIPE, "--json").out)
+    assert slow["time"]["step_s"]["expected"] > 1.5 * usual["time"]["step_s"]["expected"]
+    assert slow["site"] == {"gpu_hour_price": 2, "within": 4, "between": None, "copy": 10}
+    Path("other.yaml").write_text("site: other\ngpu: b200\n")
+    told = command("plan", RECIPE, "--site", "other.yaml")
+    assert told.code == 2
+    assert "the recipe says h100-80gb, site other has b200" in told.err
+
+
 def test_what_cannot_be_searched_is_told() -> None:
     done = command("plan", "tiny-code-lm", "--best")
     assert done.code == 2

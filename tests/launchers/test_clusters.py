@@ -312,6 +312,7 @@ def test_every_key_of_a_site_matters() -> None:
         "preflight": "cli/attend.py",
         "slow_node_ratio": "cli/attend.py",
         "gpu_hour_price": "cli/plan.py",
+        "bandwidths": "cli/plan.py",
     }
     assert set(others) | set(elsewhere) == set(Site.model_fields)
     job = Job(Path("/r/plan-0.json"), Path("/r"), 0, "python", host="n0", port=1)

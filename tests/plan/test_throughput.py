@@ -136,12 +136,14 @@ def test_our_own_steps_are_in_the_range(row: dict[str, str]) -> None:
 
 
 def test_a_plan_s_time_adds_up() -> None:
-    """Hours, GPU-hours and energy are the step's time by the steps, the GPUs and the card's power."""
+    """Hours, GPU-hours and energy are the steps' time and that of saves, by the GPUs and the card's power."""
     row = next(row for row, _ in published() if row["# GPUs"] == "64")
     plan = plan_of(row)
     time = plan.time
     assert time and time.energy_kwh and time.tokens_per_s
-    assert time.hours.expected == pytest.approx(1000 * time.step_s.expected / 3600)
+    saves = time.beside["saves"]
+    assert saves and time.beside.keys() == {"saves"}
+    assert time.hours.expected == pytest.approx((1000 * time.step_s.expected + saves) / 3600)
     assert time.gpu_hours == pytest.approx(64 * time.hours.expected)
     assert time.energy_kwh == pytest.approx(0.7 * time.gpu_hours)
     tokens = plan.batch.effective * int(row["SeqLen (T)"])

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 
 from conftest import SOURCES
-from drumline.cluster.preflight import slow_nodes
+from drumline.cluster.preflight import bandwidths, slow_nodes
+from drumline.cluster.site import facts_of, validate_site
+from drumline.plan.model import SiteFacts
+from drumline.recipe import yaml12
 from drumline.train.bandwidth import bus_bandwidth, neighbours
 
 
@@ -48,6 +51,14 @@ def test_a_node_below_the_ratio_is_named_with_its_figures() -> None:
     assert list(slow_nodes(report(a=400.0, b=300.0), 0.8)) == ["b"]
     assert slow_nodes(report(a=None, b=None), 0.8) == {}
     assert slow_nodes(report(a=1.0), 0.8) == {}
+
+
+def test_the_medians_are_a_line_of_a_site_file() -> None:
+    """As a site reads it; what was not measured is left out."""
+    line = bandwidths(report(a=400.0, b=150.0, c=410.0))
+    site = validate_site({"site": "ours", **yaml12.parse(line)}, "site")
+    assert facts_of(site) == SiteFacts(within=400.0, between=20.0, copy=50.0)
+    assert bandwidths(report(a=None)) == "bandwidths: {between: 20, copy: 50}"
 
 
 def test_this_machine_is_measured() -> None:

@@ -17,10 +17,10 @@ from drumline.cli.options import (
     with_from,
 )
 from drumline.errors import DoesNotFit, NotPrepared, PlanError
-from drumline.plan.model import Plan
+from drumline.plan.model import NO_SITE, Plan, SiteFacts
 from drumline.recipe.load import load_recipe
 from drumline.recipe.schema import Recipe
-from drumline.session.planning import fixed, make_plan, traced, with_price, world_of
+from drumline.session.planning import fixed, make_plan, traced, world_of
 from drumline.session.prepare import prepare_data
 
 Trace = Annotated[
@@ -44,7 +44,7 @@ Best = Annotated[
     bool, typer.Option("--best", help="The fastest splits that fit, with time, memory and cost.")
 ]
 SiteFile = Annotated[
-    Path | None, typer.Option("--site", help="A file about the cluster, with its price.")
+    Path | None, typer.Option("--site", help="The cluster: its GPUs, price and measured links.")
 ]
 Html = Annotated[
     bool, typer.Option("--html", help="Also a page: equation, memory by phase, other splits.")
@@ -63,16 +63,16 @@ def _counts(gpus: str | None, best: bool) -> list[int | None]:
     return [int(part) for part in parts] or [None]
 
 
-def _price(site: Path | None) -> float | None:
-    """What a GPU costs an hour, as the site's file says; a warning where it does not."""
-    if site is None:
-        return None
-    from drumline.cluster.site import load_site
+def _for_site(loaded: Recipe, path: Path | None) -> tuple[Recipe, SiteFacts]:
+    """The recipe with the site's hardware where it states none, and the site's price and bandwidths."""
+    if path is None:
+        return loaded, NO_SITE
+    from drumline.cluster.site import facts_of, load_site, on_site
 
-    price = load_site(site).gpu_hour_price
-    if price is None:
-        print(f"warning: {site} has no gpu_hour_price, so no cost is told", file=sys.stderr)
-    return price
+    site = load_site(path)
+    if site.gpu_hour_price is None:
+        print(f"warning: {path} has no gpu_hour_price, so no cost is told", file=sys.stderr)
+    return on_site(loaded, site), facts_of(site)
 
 
 def _best(
@@ -80,19 +80,19 @@ def _best(
     recipe: str,
     counts: list[int | None],
     gpu: str | None,
-    price: float | None,
+    site: SiteFacts,
     as_json: bool,
 ) -> None:
     """Print the fastest splits that fit; DoesNotFit if none does."""
     from drumline.session.best import best_facts, best_table, find_best
 
-    found = find_best(loaded, counts, gpu)
+    found = find_best(loaded, counts, gpu, site)
     if as_json:
         import json
 
-        print(json.dumps(best_facts(found, price), indent=2))
+        print(json.dumps(best_facts(found), indent=2))
     else:
-        print(best_table(found, recipe, price))
+        print(best_table(found, recipe))
     if not any(one.search.found for one in found):
         raise DoesNotFit("--best: no split of this training is known to fit these GPUs")
 
@@ -173,11 +173,11 @@ def plan_command(
             "--best goes without --fix, --trace, --sweep and --html. Nearest: --best alone"
         )
     counts = _counts(gpus, best)
-    price = _price(site)
+    loaded, facts = _for_site(loaded, site)
     try:
         if best:
-            return _best(loaded, recipe, counts, gpu, price, as_json)
-        plan = make_plan(loaded, counts[0], gpu)
+            return _best(loaded, recipe, counts, gpu, facts, as_json)
+        plan = make_plan(loaded, counts[0], gpu, site=facts)
     except NotPrepared:
         from drumline.session.unprepared import naming_prepare
 
@@ -189,7 +189,6 @@ def plan_command(
         plan = fixed(plan)
     if trace:
         plan = traced(plan)
-    plan = with_price(plan, price)
     if html:
         _page(plan)
     if sweep:

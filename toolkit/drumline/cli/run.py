@@ -26,7 +26,7 @@ from drumline.cli.options import (
     TrustCode,
     with_from,
 )
-from drumline.cluster.site import on_site
+from drumline.cluster.site import facts_of, on_site
 from drumline.errors import LaunchError, RunFolderError
 from drumline.plan.model import Plan
 from drumline.recipe.load import load_recipe, override
@@ -161,7 +161,7 @@ def resume_command(
         recipe = on_site(recipe, site)
         refuse_without(to, recipe)
     prepare_data(recipe)
-    plan = make_plan(recipe, gpus, start=folder.start_facts())
+    plan = make_plan(recipe, gpus, start=folder.start_facts(), site=facts_of(site))
     _refuse_another_training(folder, plan, overrides)
     if site is None:
         refuse_what_cannot_start(plan, force, as_json)

@@ -23,7 +23,7 @@ from drumline.cli.options import (
     TrustCode,
     with_from,
 )
-from drumline.cluster.site import on_site
+from drumline.cluster.site import facts_of, on_site
 from drumline.errors import LaunchError
 from drumline.recipe.load import load_recipe
 from drumline.recipe.schema import factories_of
@@ -109,7 +109,7 @@ def submit_command(
     )
     site = read_site(site_file, preflight, to, options)
     read = load_recipe(recipe, overrides) if dry_run else load_to_run(recipe, overrides, trust_code)
-    loaded = on_site(read, site)
+    loaded, facts = on_site(read, site), facts_of(site)
     secrets = Secrets(os.environ)
     refuse_secrets(loaded, secrets)
     refuse_secrets(site, secrets)
@@ -118,10 +118,10 @@ def submit_command(
     if not dry_run:
         refuse_without(to, loaded, prints=True)
         if not needs_data(loaded):
-            refuse_what_does_not_fit(make_plan(loaded, gpus, gpu), force, as_json)
+            refuse_what_does_not_fit(make_plan(loaded, gpus, gpu, site=facts), force, as_json)
         prepare_data(loaded)
     with naming_prepare(recipe, overrides):
-        plan = make_plan(loaded, gpus, gpu)
+        plan = make_plan(loaded, gpus, gpu, site=facts)
     refuse_what_does_not_fit(plan, force, as_json)
     # Code of the project's own may wait for other ranks, or read what a launcher sets.
     if not (dry_run or force or factories_of(loaded)):

@@ -15,7 +15,7 @@ import typer
 
 from drumline.cli.options import AsJson, Force, RecipeArgument, TrustCode
 from drumline.cluster import slurm
-from drumline.cluster.site import load_site, on_site, validate_site
+from drumline.cluster.site import facts_of, load_site, on_site, validate_site
 from drumline.compare.report import write_report
 from drumline.compare.sources import read_logged
 from drumline.errors import LaunchError, PlanError, RecipeError, RunError
@@ -144,7 +144,7 @@ def _planned(loaded: Recipe, site: Site, to: str, dry_run: bool, force: bool) ->
         if to == "slurm":
             refuse_without("slurm", loaded)
         prepare_data(loaded)
-    plan = make_plan(loaded)
+    plan = make_plan(loaded, site=facts_of(site))
     refuse_what_does_not_fit(plan, force, as_json=False)
     return plan
 

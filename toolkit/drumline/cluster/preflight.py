@@ -68,5 +68,15 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join([head, *lines, ranks])
 
 
+def bandwidths(report: dict[str, Any]) -> str:
+    """The line of a site file that has the medians of the report, in GB/s."""
+    found = []
+    for link in LINKS:
+        figures = [node[link] for node in report["nodes"] if node[link] is not None]
+        if figures:
+            found.append(f"{link}: {statistics.median(figures):.3g}")
+    return f"bandwidths: {{{', '.join(found)}}}"
+
+
 def _cell(figure: float | None, width: int) -> str:
     return f"{'-' if figure is None else f'{figure:.3g}':>{width}}"

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from drumline.architectures.gpus import find_gpu
 from drumline.errors import PlanError, RecipeError
+from drumline.plan.model import NO_SITE, SiteFacts
 from drumline.recipe import yaml12
 from drumline.recipe.load import read_text
 from drumline.recipe.problems import explain
@@ -113,6 +114,14 @@ def limit_seconds(time_limit: str) -> int | None:
         return (parts[0] * 60 + parts[1]) * 60 + parts[2]
     minutes, seconds = [*parts, 0][:2]
     return minutes * 60 + seconds
+
+
+def facts_of(site: Site | None) -> SiteFacts:
+    """What a plan takes from a site."""
+    if site is None:
+        return NO_SITE
+    links = site.bandwidths
+    return SiteFacts(site.gpu_hour_price, links.within, links.between, links.copy_)
 
 
 def on_site(recipe: Recipe, site: Site) -> Recipe:

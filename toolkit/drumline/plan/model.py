@@ -156,11 +156,13 @@ class Seconds:
 
 @dataclass(frozen=True)
 class TimeFacts:
-    """Estimated time of an optimizer step and of the run's steps; data, evaluation and saves are not counted.
+    """Estimated time of an optimizer step and of the whole run; waiting for data is not counted.
 
     `parts`: seconds of a step by what they are spent on. `samples_per_s` and `tokens_per_s` are of all GPUs
-    together, without padding. `energy_kwh`: of the boards at their full power. `basis`: where the rates come
-    from. `cost`: of the GPU-hours, where a site states their price.
+    together, without padding. `hours`: of all steps, and of what is `beside` them: seconds of the run's
+    evaluations (None: how many rows there are is not known) and of waiting for its saves. `energy_kwh`: of
+    the boards at their full power. `basis`: where the rates come from. `cost`: of the GPU-hours, where a site
+    states their price.
     """
 
     step_s: Seconds
@@ -173,6 +175,24 @@ class TimeFacts:
     energy_kwh: float | None
     basis: str
     cost: float | None = None
+    beside: dict[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SiteFacts:
+    """What a plan takes from a site file: the price of a GPU for an hour, and measured bandwidths.
+
+    Those are in GB/s (10^9 bytes a second), as `drumline doctor --preflight` measures them: bus bandwidths of
+    an all-reduce `within` a node and `between` nodes, and of a `copy` from the host's memory to a GPU.
+    """
+
+    gpu_hour_price: float | None = None
+    within: float | None = None
+    between: float | None = None
+    copy: float | None = None
+
+
+NO_SITE = SiteFacts()
 
 
 @dataclass(frozen=True)
@@ -281,6 +301,7 @@ class Plan:
     warnings: list[str]
     start: StartFacts | None = None
     time: TimeFacts | None = None
+    site: SiteFacts = NO_SITE
 
     @property
     def mesh(self) -> Mesh:

@@ -34,11 +34,13 @@ from drumline.plan.job_time import with_time
 from drumline.plan.mesh import cluster_gpus, is_laid_out, layout, mesh_of
 from drumline.plan.model import (
     FITS,
+    NO_SITE,
     PLAN_VERSION,
     BatchFacts,
     DataFacts,
     Plan,
     RampFacts,
+    SiteFacts,
     SourceFacts,
     StartFacts,
     StepFacts,
@@ -79,6 +81,7 @@ class World:
     as `row_lengths`, of each. `sequences`: of tokens that a prepared row holds.
     `parent`: the checkpoint that `start_from` names; `start`: of a run that has begun, what its plan says of
     that, instead. `problems`: what was found wrong with the data; `notes`: of the model. Both are told.
+    `site`: of the cluster that is planned for.
     """
 
     model_config: dict[str, Any] | None = None
@@ -102,6 +105,7 @@ class World:
     start: StartFacts | None = None
     problems: Sequence[str] = ()
     notes: Sequence[str] = ()
+    site: SiteFacts = NO_SITE
 
 
 def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = False) -> Plan:
@@ -195,6 +199,7 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
         + (_model_warnings(recipe, world.parent) if world.parent else [])
         + _noise_warnings(recipe, split),
         start=start,
+        site=world.site,
     )
     return plan if is_candidate else with_time(plan, counted, world.calibration)
 

@@ -61,8 +61,11 @@ _COMPILED_LAUNCHES = 0.25
 _BACKWARD_OF_ATTENTION = 2.5
 """Of flash attention's forward: five products instead of two (Dao 2023, FlashAttention-2, §4)."""
 _HOST_BYTES_PER_S = 20e9
+"""Assumed of a copy between a GPU and the host's memory, where a site has not measured it."""
 _NETWORKS = ((400e9, 50e9), (250e9, 25e9), (0.0, 3e9))
 """Assumed bytes per second and GPU between nodes, for cards with at least such links within one."""
+_WRITTEN_BYTES_PER_S = 2e9
+"""Assumed of a node's writes to its file system, for saves that are waited for."""
 _FP32_SHARE = 1 / 16
 """Of the 16-bit peak, without TF32."""
 _FLOPS_PER_BYTE = 200
@@ -91,7 +94,7 @@ class StepTime:
 
 def step_time(plan: Plan, shape: ModelShape, rates: Rates | None = None) -> StepTime:
     """The time of a step of a plan; `communication` and `host` are what the GPU waits for, in sum."""
-    case = _Case(plan, shape, rates or rates_of(find_gpu(plan.recipe.cluster.gpu)))
+    case = _Case(plan, shape, plan.batch.per_device, rates)
     k = plan.batch.accumulation
     matrices, attention, elementwise, loss = case.micro_batch()
     busy = matrices + attention + elementwise + loss
@@ -112,6 +115,29 @@ def step_time(plan: Plan, shape: ModelShape, rates: Rates | None = None) -> Step
     )
 
 
+def evaluation_seconds(plan: Plan, shape: ModelShape, rows: int) -> float:
+    """Seconds of one evaluation of so many rows: forwards without gradients, split over all ranks."""
+    evaluation = plan.recipe.row_evaluation
+    assert evaluation
+    case = _Case(plan, shape, evaluation.per_device or plan.batch.per_device)
+    forwards = math.ceil(rows / (case.rows * plan.mesh.data_ranks))
+    return forwards * case.forward()
+
+
+def save_seconds(plan: Plan) -> float:
+    """Seconds that ranks wait for a save: each copies its part to the host, and if not async writes it."""
+    part = (plan.cost.checkpoint_bytes or 0) / plan.batch.gpus
+    seconds = part / copy_rate(plan)
+    if not plan.recipe.checkpoint.asynchronous:
+        seconds += part * plan.mesh.ranks_per_node / _WRITTEN_BYTES_PER_S
+    return seconds
+
+
+def copy_rate(plan: Plan) -> float:
+    """Bytes per second of copies between a GPU and the host's memory."""
+    return 1e9 * plan.site.copy if plan.site.copy else _HOST_BYTES_PER_S
+
+
 def rates_of(gpu: Gpu) -> Rates:
     """The rates of a card: fitted ones, or those that most cards are near; a CPU launches no kernels."""
     if gpu.is_cpu:
@@ -127,17 +153,21 @@ def gpu_seconds(plan: Plan, shape: ModelShape) -> float:
 class _Case:
     """One plan's step: sizes of a rank's micro-batch, and times of its parts."""
 
-    def __init__(self, plan: Plan, shape: ModelShape, rates: Rates) -> None:
-        self.plan, self.shape, self.rates = plan, shape, rates
-        recipe, batch = plan.recipe, plan.batch
+    def __init__(
+        self, plan: Plan, shape: ModelShape, rows: int, rates: Rates | None = None
+    ) -> None:
+        """`rows`: of a micro-batch."""
+        recipe = plan.recipe
+        self.plan, self.shape, self.rows = plan, shape, rows
         self.gpu = find_gpu(recipe.cluster.gpu)
+        self.rates = rates = rates or rates_of(self.gpu)
         self.precision = find_precision(recipe.precision, recipe.strategy.name)
         peak = self.gpu.narrow_flops or _FALLBACK_FLOPS
         bandwidth = self.gpu.bandwidth or peak / _FLOPS_PER_BYTE
         self.flops_per_s = peak * (_FP32_SHARE if self.precision.computed == 4 else 1)
         self.bytes_per_s = bandwidth * rates.memory
-        self.length = _padded_length(plan, shape)
-        self.tokens = batch.per_device * recipe.objective.facts.sequences * self.length
+        self.length = _padded_length(plan, shape, rows)
+        self.tokens = rows * recipe.objective.facts.sequences * self.length
         trained, held = plan.cost.trained, plan.cost.parameters
         self.trained = trained or shape.parameters
         self.passes = 3 if trained == held else 2  # a frozen weight has no gradient
@@ -149,21 +179,31 @@ class _Case:
 
     def micro_batch(self) -> tuple[float, float, float, float]:
         """Seconds of matrix products, attention, elementwise operations and the loss of a micro-batch."""
-        matrices = attention = moved = 0.0
-        for shape, number in self.shape.layer_shapes:
-            matrices += number * sum(self._product(*sizes) for sizes in self._matrices(shape))
-            attention += number * self._attention(shape)
-            moved += number * self.tokens * self._bytes_per_token(shape)
+        matrices, attention, elementwise = self._layers()
         again = float(self.repeats_layers)
-        elementwise = moved * self.rates.elementwise / self.bytes_per_s
-        if self.is_compiled:
-            elementwise *= _COMPILED
         return (
             matrices * (self.passes + again),
             attention * (1 + _BACKWARD_OF_ATTENTION + again),
             elementwise * (3 + self.repeats_elementwise) + self._casts(),
             self._loss(),
         )
+
+    def forward(self) -> float:
+        """Seconds of a forward without gradients, or of gathering its weights where that takes longer."""
+        busy = sum(self._layers()) + (self._casts() + self._loss()) / 3
+        return max(busy, self.shape.layers * self._launch(), self._gather())
+
+    def _layers(self) -> tuple[float, float, float]:
+        """Seconds of matrix products, attention and elementwise operations of all layers' forward."""
+        matrices = attention = moved = 0.0
+        for shape, number in self.shape.layer_shapes:
+            matrices += number * sum(self._product(*sizes) for sizes in self._matrices(shape))
+            attention += number * self._attention(shape)
+            moved += number * self.tokens * self._bytes_per_token(shape)
+        elementwise = moved * self.rates.elementwise / self.bytes_per_s
+        if self.is_compiled:
+            elementwise *= _COMPILED
+        return matrices, attention, elementwise
 
     def _matrices(self, shape: ModelShape) -> Iterator[tuple[float, int, int, int]]:
         """Rows, inputs, outputs and copies of each matrix that a layer's tokens are multiplied with."""
@@ -245,37 +285,57 @@ class _Case:
 
     def launches(self) -> float:
         """Seconds that the host takes to launch a micro-batch's kernels."""
-        one = self.rates.launch_s * (_COMPILED_LAUNCHES if self.is_compiled else 1)
-        return one * self.shape.layers * (3 + self.repeats_layers)
+        return self._launch() * self.shape.layers * (3 + self.repeats_layers)
+
+    def _launch(self) -> float:
+        """Seconds to launch a layer's forward."""
+        return self.rates.launch_s * (_COMPILED_LAUNCHES if self.is_compiled else 1)
 
     def collectives(self) -> tuple[float, float]:
         """Seconds of a micro-batch's collectives, and of those once a step (Rajbhandari et al. 2020, §7)."""
         recipe, mesh = self.plan.recipe, self.plan.mesh
-        width, wide, name = self.precision.computed, self.precision.stored, recipe.strategy.name
-        count, trained = self.shape.parameters, self.trained
+        wide, trained, name = self.precision.stored, self.trained, recipe.strategy.name
         if mesh.ranks == 1:
             return 0.0, 0.0
         micro = step = 0.0
-        if name in ("fsdp", "zero3"):
+        if self.is_sharded:
             gathers = 2 if name == "fsdp" else 3
-            micro = gathers * width * count + wide * trained
+            reduced = wide * trained * self._inside() / self._rate()
+            micro = gathers * self._gather() + reduced
             if mesh.replicas > 1:
                 step = 2 * wide * trained / mesh.shards / self._between_nodes()
-            alone = mesh.shards <= mesh.ranks_per_node
-        else:
-            micro = wide * trained if name == "zero2" else 0.0
-            step = wide * trained if name == "zero2" else 2 * wide * trained
-            alone = mesh.nodes == 1
-            step /= self._within_a_node() if alone else self._between_nodes()
-        rate = self._within_a_node() if alone else self._between_nodes()
-        inside = (mesh.shards - 1) / mesh.shards if name == "fsdp" and mesh.shards > 1 else 1.0
-        return micro * inside / rate, step
+            return micro, step
+        micro = wide * trained / self._rate() if name == "zero2" else 0.0
+        times = 1 if name == "zero2" else 2
+        return micro, times * wide * trained / self._rate()
+
+    def _gather(self) -> float:
+        """Seconds to gather all weights once, in the dtype of the forward."""
+        if not self.is_sharded or self.plan.mesh.ranks == 1:
+            return 0.0
+        return self.precision.computed * self.shape.parameters * self._inside() / self._rate()
+
+    def _inside(self) -> float:
+        """Share of a gathered tensor that comes from other ranks."""
+        shards = self.plan.mesh.shards
+        is_fsdp = self.plan.recipe.strategy.name == "fsdp" and shards > 1
+        return (shards - 1) / shards if is_fsdp else 1.0
+
+    def _rate(self) -> float:
+        """Bytes per second of the collectives that shard weights and gradients, or all-reduce them."""
+        mesh = self.plan.mesh
+        is_alone = mesh.shards <= mesh.ranks_per_node if self.is_sharded else mesh.nodes == 1
+        return self._within_a_node() if is_alone else self._between_nodes()
 
     def _within_a_node(self) -> float:
+        if self.plan.site.within:
+            return 1e9 * self.plan.site.within
         return (self.gpu.link or 12e9) * self.rates.link
 
     def _between_nodes(self) -> float:
         """Bytes per second of a ring over nodes, whose GPUs all have a network card."""
+        if self.plan.site.between:
+            return 1e9 * self.plan.site.between
         link = self.gpu.link or 12e9
         network = next(rate for least, rate in _NETWORKS if link >= least)
         together = network * self.plan.mesh.ranks_per_node * self.rates.network
@@ -294,7 +354,7 @@ class _Case:
         parts = mesh.shards if self.is_sharded else mesh.ranks
         own = self.trained / (1 if self.plan.recipe.strategy.name == "ddp" else parts)
         is_on_host = self.plan.recipe.strategy.offload != "none"
-        rate = _HOST_BYTES_PER_S if is_on_host else self.bytes_per_s
+        rate = copy_rate(self.plan) if is_on_host else self.bytes_per_s
         return own * self.rates.update_bytes / rate
 
     def offload(self) -> float:
@@ -306,7 +366,7 @@ class _Case:
         if recipe.model.activation_offload:
             kept = self.tokens * self.shape.hidden * self.precision.computed
             moved += 2 * batch.accumulation * self.shape.layers * kept
-        return moved / _HOST_BYTES_PER_S
+        return moved / copy_rate(self.plan)
 
 
 _SCORE_BYTES = 24
@@ -319,12 +379,12 @@ _NEW_GELU_BYTES_WIDE = 60
 """Of a number in transformers' gelu_new under autocast, eight operations of which most are in fp32."""
 
 
-def _padded_length(plan: Plan, shape: ModelShape) -> float:
+def _padded_length(plan: Plan, shape: ModelShape, in_batch: int) -> float:
     """Tokens of a row with its padding, in a micro-batch of rows drawn at random."""
     if shape.patches:
         return shape.tokens(None)
     if plan.data.row_lengths and plan.steps.tokens_per_step:
         rows = plan.batch.effective * plan.recipe.objective.facts.sequences
         mean = plan.steps.tokens_per_step / rows
-        return mean / (1 - (plan.data.padding(plan.batch.per_device) or 0.0))
+        return mean / (1 - (plan.data.padding(in_batch) or 0.0))
     return float(plan.recipe.data.sequence_length or plan.data.row_tokens or 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from drumline.cluster import slurm
 from drumline.cluster.preflight import slow_nodes, table
-from drumline.cluster.site import load_site
+from drumline.cluster.site import facts_of, load_site
 from drumline.errors import LaunchError, PlanError, RunFolderError
 from drumline.plan.model import Plan
 from drumline.processes import free_port
@@ -144,7 +144,7 @@ def _supervise(
     """Plan for these hosts, train, report the end; return the exit code."""
     plan = plan_for(folder, len(hosts))
     prepare_data(plan.recipe)
-    plan = make_plan(plan.recipe, start=plan.start)
+    plan = make_plan(plan.recipe, start=plan.start, site=plan.site)
     _refuse_another_training(folder, plan)
     cause = f"{'resume' if folder.read_record()['attempts'] else 'start'} {where}"
     if len(hosts) > plan.batch.nodes:
@@ -157,7 +157,8 @@ def _supervise(
 
 def plan_for(folder: RunFolder, nodes: int) -> Plan:
     """Plan the run's recipe on as many of `nodes` nodes as its batch can be split over."""
-    return plan_on_nodes(load_recipe(str(folder.recipe_file)), nodes, folder.start_facts())
+    recipe, site = load_recipe(str(folder.recipe_file)), facts_of(load_site(folder.path / SITE))
+    return plan_on_nodes(recipe, nodes, folder.start_facts(), site)
 
 
 def _refuse_another_training(folder: RunFolder, plan: Plan) -> None:

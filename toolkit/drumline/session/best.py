@@ -9,7 +9,7 @@ from typing import Any
 from drumline.errors import PlanError
 from drumline.plan.advise import Change, change_words
 from drumline.plan.fastest import Search, search
-from drumline.plan.model import Plan
+from drumline.plan.model import NO_SITE, Plan, SiteFacts
 from drumline.recipe.schema import Recipe
 from drumline.session.planning import make_plan, world_of
 from drumline.units import format_bytes, format_duration, format_number
@@ -38,7 +38,9 @@ class Best:
         return {**change, "batch": batch, **({"cluster": cluster} if cluster else {})}
 
 
-def find_best(recipe: Recipe, gpus: Sequence[int | None], gpu: str | None) -> list[Best]:
+def find_best(
+    recipe: Recipe, gpus: Sequence[int | None], gpu: str | None, site: SiteFacts = NO_SITE
+) -> list[Best]:
     """The fastest splits for each number of GPUs (None: as the recipe says).
 
     A number that cannot make the batch is left out, and told; PlanError where none can, or where memory or
@@ -47,7 +49,7 @@ def find_best(recipe: Recipe, gpus: Sequence[int | None], gpu: str | None) -> li
     found, refused = [], []
     for count in gpus:
         try:
-            base = make_plan(recipe, count, gpu)
+            base = make_plan(recipe, count, gpu, site=site)
         except PlanError as error:
             if len(gpus) == 1:
                 raise
@@ -66,16 +68,17 @@ def find_best(recipe: Recipe, gpus: Sequence[int | None], gpu: str | None) -> li
     return found
 
 
-def best_table(found: Sequence[Best], recipe: str, price: float | None) -> str:
+def best_table(found: Sequence[Best], recipe: str) -> str:
     """The fastest splits, why faster ones lost, and the command that takes the first one."""
     many = len(found) > 1
     lines = ["The fastest that fit, of the same training:", ""]
+    price = found[0].base.site.gpu_hour_price
     cost = f"{'cost':>9}" if price else ""
     lines.append(f"  {'GPUs':>5}{'s a step':>10}{'tokens/s':>12}{'MFU':>6}{'whole run':>15}{'GPU-hours':>11}"
                  f"{cost}{'memory':>11}  what changes")  # fmt: skip
     for best in found:
         for change, plan in best.search.found[: 1 if many else _SHOWN]:
-            lines.append(_row(plan, best.base.recipe, change, price))
+            lines.append(_row(plan, best.base.recipe, change))
         if not best.search.found:
             lines.append(
                 f"  {best.base.batch.gpus:>5}  nothing that is known fits these GPUs for sure"
@@ -88,7 +91,7 @@ def best_table(found: Sequence[Best], recipe: str, price: float | None) -> str:
     return "\n".join(lines)
 
 
-def best_facts(found: Sequence[Best], price: float | None) -> dict[str, Any]:
+def best_facts(found: Sequence[Best]) -> dict[str, Any]:
     """The same as an object for `--json`."""
     return {
         "best": [
@@ -99,7 +102,7 @@ def best_facts(found: Sequence[Best], price: float | None) -> dict[str, Any]:
                         "overrides": change_words(best.whole(change)).split(" "),
                         "time": dataclasses.asdict(plan.time) if plan.time else None,
                         "device_high": plan.memory.device.high if plan.memory.device else None,
-                        "cost": price * plan.time.gpu_hours if price and plan.time else None,
+                        "cost": plan.time.cost if plan.time else None,
                     }
                     for change, plan in best.search.found
                 ],
@@ -114,12 +117,12 @@ def best_facts(found: Sequence[Best], price: float | None) -> dict[str, Any]:
     }
 
 
-def _row(plan: Plan, recipe: Recipe, change: Change, price: float | None) -> str:
+def _row(plan: Plan, recipe: Recipe, change: Change) -> str:
     time, device = plan.time, plan.memory.device
     assert time and device
     tokens = f"{time.tokens_per_s:,.0f}" if time.tokens_per_s else "-"
     mfu = f"{time.mfu:.0%}" if time.mfu else "-"
-    cost = f"{price * time.gpu_hours:>9,.0f}" if price else ""
+    cost = f"{time.cost:>9,.0f}" if time.cost is not None else ""
     words = change_words(_differing(recipe, change)) or "nothing"
     return (
         f"  {plan.batch.gpus:>5}{time.step_s.expected:>10.3g}{tokens:>12}{mfu:>6}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from drumline.cluster import slurm
-from drumline.cluster.preflight import measure, slow_nodes, table
+from drumline.cluster.preflight import bandwidths, measure, slow_nodes, table
 from drumline.errors import LaunchError
 from drumline.processes import free_port
 from drumline_launchers.measure import measure_command
@@ -32,6 +32,7 @@ def doctor_preflight(gpus: int, ratio: float, as_json: bool) -> None:
         print(json.dumps({**report, "ratio": ratio, "slow": slow}))
     else:
         print(table(report))
+        print(f"for the site file: {bandwidths(report)}")
     if slow:
         raise LaunchError(slow_words(slow, ratio))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from drumline.errors import DoesNotFit, PlanError
 from drumline.plan.advise import with_advice
 from drumline.plan.footprint import memory_warnings
-from drumline.plan.model import FITS, Plan, StartFacts
+from drumline.plan.model import FITS, NO_SITE, Plan, SiteFacts, StartFacts
 from drumline.plan.resolve import World, resolve
 from drumline.recipe.schema import Recipe
 from drumline.session.row_lengths import longest_row, manifest_of_run
@@ -23,17 +23,18 @@ def make_plan(
     gpus: int | None = None,
     gpu: str | None = None,
     start: StartFacts | None = None,
+    site: SiteFacts = NO_SITE,
 ) -> Plan:
     """Read this machine, re-split over `gpus` of kind `gpu` if given, resolve, and add advice.
 
-    `start`: see `read_world`.
+    `start`, `site`: see `read_world`.
     """
-    world = read_world(recipe, start)
+    world = read_world(recipe, start, site)
     if gpus or gpu:
         from drumline.plan.resplit import on_gpus
 
         recipe = on_gpus(recipe, gpus, gpu, world)
-        world = read_world(recipe, start)
+        world = read_world(recipe, start, site)
     plan = resolve(recipe, world)
     read = longest_row(plan)
     if read is not None and read != world.row_tokens:
@@ -48,29 +49,26 @@ def make_plan(
     return plan
 
 
-def with_price(plan: Plan, price: float | None) -> Plan:
-    """The plan with what its GPU-hours cost at this price of one."""
-    if plan.time is None or price is None:
-        return plan
-    return dataclasses.replace(
-        plan, time=dataclasses.replace(plan.time, cost=price * plan.time.gpu_hours)
-    )
-
-
 def world_of(plan: Plan) -> World:
     """What the plan was made with, for plans of changed recipes that read the same rows."""
-    return dataclasses.replace(read_world(plan.recipe, plan.start), row_tokens=plan.data.row_tokens)
+    world = read_world(plan.recipe, plan.start, plan.site)
+    return dataclasses.replace(world, row_tokens=plan.data.row_tokens)
 
 
-def plan_on_nodes(recipe: Recipe, nodes: int, start: StartFacts | None = None) -> Plan:
+def plan_on_nodes(
+    recipe: Recipe,
+    nodes: int,
+    start: StartFacts | None = None,
+    site: SiteFacts = NO_SITE,
+) -> Plan:
     """Plan on as many of `nodes` nodes as the batch can be split over; PlanError if it is none."""
-    as_stated = make_plan(recipe, start=start)
+    as_stated = make_plan(recipe, start=start, site=site)
     per_node = as_stated.mesh.ranks_per_node
     for count in range(nodes, 0, -1):
         if as_stated.batch.nodes == count:
             return as_stated
         try:
-            return make_plan(recipe, count * per_node, start=start)
+            return make_plan(recipe, count * per_node, start=start, site=site)
         except PlanError:
             continue
     raise PlanError(
@@ -127,7 +125,7 @@ def fixed(plan: Plan) -> Plan:
             "--fix: no change that is known makes the same training fit; see `drumline plan`"
         )
     print(f"--fix: {change_words(best.change)}   {best.why}", file=sys.stderr)
-    return make_plan(with_change(plan.recipe, best.change), start=plan.start)
+    return make_plan(with_change(plan.recipe, best.change), start=plan.start, site=plan.site)
 
 
 def needs_data(recipe: Recipe) -> bool:

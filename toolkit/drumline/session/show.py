@@ -175,11 +175,19 @@ def _time(time: TimeFacts) -> str:
     energy = f", up to {format_number(time.energy_kwh)} kWh" if time.energy_kwh else ""
     cost = f", {time.cost:,.0f} at the site's price" if time.cost is not None else ""
     whole = [format_duration(3600 * value) for value in (hours.expected, hours.low, hours.high)]
+    beside = ", ".join(_beside(name, seconds) for name, seconds in time.beside.items())
     return (
         f"{step.expected:.3g} s a step ({step.low:.3g} to {step.high:.3g}), {rate}{mfu}\n"
         f"{whole[0]} ({whole[1]} to {whole[2]}): {format_number(time.gpu_hours)} GPU-hours{energy}{cost}\n"
-        f"{shares}\nby {time.basis}"
+        f"{shares}\nbeside the steps: {beside}\nby {time.basis}"
     )
+
+
+def _beside(name: str, seconds: float | None) -> str:
+    """What a run spends beside its steps, in words."""
+    if seconds is None:
+        return f"{name} not counted (its rows are not prepared)"
+    return f"{name} {format_duration(seconds)}"
 
 
 def _range(name: str, three: ByteRange) -> str:

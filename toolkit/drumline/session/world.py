@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drumline.errors import DataError, PlanError
-from drumline.plan.model import StartFacts
+from drumline.plan.model import NO_SITE, SiteFacts, StartFacts
 from drumline.plan.resolve import World
 from drumline.recipe.model_section import Model
 from drumline.recipe.schema import Recipe
@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from drumline.memory.calibration import Calibration
 
 
-def read_world(recipe: Recipe, start: StartFacts | None = None) -> World:
+def read_world(recipe: Recipe, start: StartFacts | None = None, site: SiteFacts = NO_SITE) -> World:
     """Read what is cheap to read; nothing is downloaded or tokenised, and no factory is imported.
 
     `start`: of a run that has begun, what its plan says of `start_from`, whose checkpoint may be gone.
+    `site`: of the cluster that is planned for.
     """
-    facts: dict[str, Any] = {"problems": [], "notes": []}
+    facts: dict[str, Any] = {"problems": [], "notes": [], "site": site}
     try:
         facts.update(_prepared(recipe, facts["problems"]))
     except DataError as error:
