@@ -58,6 +58,7 @@ from drumline.recipe.load import merge, validate
 from drumline.session.planning import make_plan
 from drumline.trace.recorder import Recorder
 from drumline.train import loop
+from drumline.train.compiling import compile_module
 from drumline.train.device_memory import device_peaks
 from drumline.train.engines.torch import TorchEngine
 from drumline.train.models import ModelBuilder, builder
@@ -158,7 +159,8 @@ def plan_of(spec: dict[str, Any], gpu: str, steps: int = STEPS) -> Plan:
                   "activation_checkpointing": spec.get("checkpointing", "none"),
                   "activation_offload": spec.get("offload", False),
                   "attention": spec.get("attention", "sdpa"),
-                  "compile": spec.get("compile", False)},
+                  "compile": spec.get("compile", False),
+                  "adapter": spec.get("adapter")},
         "data": {"source": "builtin", "name": "python-stdlib", "task": "causal_lm", "tokenizer": "bytes",
                  "sequence_length": spec["length"]},
         "batch": {"per_device": spec["b"], "gpus": 1, "accumulation": k},
@@ -192,7 +194,8 @@ class WrappedEngine(TorchEngine):
     """DDP around a single rank, as the engine does it with several."""
 
     def _wrap(self) -> Any:
-        self.module.compile() if self.plan.recipe.model.compile else None
+        if self.plan.recipe.model.compile:
+            compile_module(self.module)
         return DistributedDataParallel(
             self.module, device_ids=[self.device.index], gradient_as_bucket_view=True,
             broadcast_buffers=False,

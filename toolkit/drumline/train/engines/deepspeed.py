@@ -27,6 +27,7 @@ from drumline.errors import LaunchError
 from drumline.plan.deepspeed import STAGES, deepspeed_config
 from drumline.plan.model import Plan
 from drumline.recipe.precision import find_precision
+from drumline.train.compiling import compile_module
 from drumline.train.engines.base import Engine
 from drumline.train.models import ModelBuilder, has_batchnorm
 from drumline.train.models.blocks import tied_blocks
@@ -81,7 +82,7 @@ class DeepSpeedEngine(Engine):
         self.module = ObjectiveModule(model, build_objective(recipe))
         self.has_batchnorm = has_batchnorm(model)
         if recipe.model.compile:
-            self.module.compile()
+            compile_module(self.module)
         self._parameters = {
             name.removeprefix("model."): parameter
             for name, parameter in self.module.named_parameters()

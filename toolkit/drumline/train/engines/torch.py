@@ -16,6 +16,7 @@ from drumline.checkpoint.boxes import boxes_of_range
 from drumline.data.dataset_manifest import DatasetManifest
 from drumline.plan.model import Plan
 from drumline.plan.optimizers import rule_of
+from drumline.train.compiling import compile_module
 from drumline.train.engines.base import Engine
 from drumline.train.models import ModelBuilder, has_batchnorm
 from drumline.train.models.blocks import tied_blocks
@@ -104,7 +105,7 @@ class TorchEngine(Engine):
         if self._sharded:
             fully_shard(self.module, **self._shard_options())
         if self.plan.recipe.model.compile:
-            self.module.compile()
+            compile_module(self.module)
         if self._sharded or self.mesh.ranks == 1:
             return self.module
         return self._replicated_module()

@@ -1,5 +1,6 @@
 """Cross-entropy of every token, or of one class per row."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,16 +34,22 @@ class TokenCrossEntropy(Objective):
 
     The number does not depend on the micro-batch, because under ZeRO-3 all ranks gather the head for each.
     `smoothing`: of the targets, and `z_loss`: see `token_loss_sum`; both while the model trains.
+    `loss_of_logits`: that function, or it compiled.
     """
+
+    loss_of_logits: Callable[..., Tensor]
 
     def __init__(self, chunks: int = 0, smoothing: float = 0.0, z_loss: float = 0.0) -> None:
         self._chunks, self._added = chunks, (smoothing, z_loss)
+        self.loss_of_logits = token_loss_sum
 
     def sums(self, model: nn.Module, batch: Batch) -> Sums:
         """Sum the losses of `targets`, int64 [n, L], under the model's logits [n, L, V]."""
         smoothing, z_loss = self._added if model.training else (0.0, 0.0)
         by_row = "sources" in batch
-        found = model_loss_sum(model, batch, self._chunks, smoothing, z_loss, by_row)
+        found = model_loss_sum(
+            model, batch, self._chunks, smoothing, z_loss, by_row, self.loss_of_logits
+        )
         return Sums(found.sum(), rows=found) if by_row else Sums(found)
 
 
@@ -121,12 +128,17 @@ def model_loss_sum(
     smoothing: float = 0.0,
     z_loss: float = 0.0,
     by_row: bool = False,
+    loss_of_logits: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """`token_loss_sum` of a model's logits, of one of so many chunks of them at a time, or of all (0)."""
+    """`token_loss_sum` of a model's logits, of one of so many chunks of them at a time, or of all (0).
+
+    `loss_of_logits`: that function compiled.
+    """
+    of_logits = loss_of_logits or token_loss_sum
     if chunks:
-        return _chunked_sum(model, batch, chunks, (smoothing, z_loss, by_row))
+        return _chunked_sum(model, batch, chunks, (smoothing, z_loss, by_row), of_logits)
     logits = model_inputs(model, batch).logits
-    return token_loss_sum(logits, batch["targets"], batch["weights"], smoothing, z_loss, by_row)
+    return of_logits(logits, batch["targets"], batch["weights"], smoothing, z_loss, by_row)
 
 
 def token_loss_sum(
@@ -157,7 +169,13 @@ def token_loss_sum(
     return weighted.sum(dim=1) if by_row else weighted.sum()
 
 
-def _chunked_sum(model: Any, batch: Batch, chunks: int, added: tuple[float, float, bool]) -> Tensor:
+def _chunked_sum(
+    model: Any,
+    batch: Batch,
+    chunks: int,
+    added: tuple[float, float, bool],
+    of_logits: Callable[..., Tensor],
+) -> Tensor:
     """`token_loss_sum` over chunks of tokens, some of them empty, whose logits the backward recomputes."""
     hidden = model_inputs(model.base_model, batch).last_hidden_state
     head = model.get_output_embeddings()
@@ -165,7 +183,7 @@ def _chunked_sum(model: Any, batch: Batch, chunks: int, added: tuple[float, floa
     pieces = (tensor.tensor_split(chunks, dim=1) for tensor in (hidden, batch["targets"]))
     for part, targets in zip(*pieces, strict=True):
         total = total + checkpoint(
-            lambda h, t, w: token_loss_sum(head(h), t, w, *added),
+            lambda h, t, w: of_logits(head(h), t, w, *added),
             part,
             targets,
             batch["weights"],
