@@ -8,6 +8,7 @@ and loss as one graph. Printed: seconds of the first step (the warm-up is in it)
 """
 
 import argparse
+import importlib
 import os
 import statistics
 import subprocess
@@ -31,13 +32,14 @@ def measure(way: str, layers: int, on: str) -> None:
     from drumline.plan.model import Plan
     from drumline.recipe.load import validate
     from drumline.session.planning import make_plan
-    from drumline.train import compiling, loop
-    from drumline.train.engines import torch as engine
+    from drumline.train import loop
 
     def whole(module: Any) -> None:
         module.compile()
 
-    engine.compile_module = whole if way == "whole" else compiling.compile_module
+    engine = importlib.import_module("drumline.train.engines.torch")
+    if way == "whole":
+        engine.compile_module = whole  # type: ignore[attr-defined]
     recipe = validate({
         "recipe": "compile", "schema": 1,
         "model": {"source": "config", "architecture": "llama", "compile": way != "no", "config": {

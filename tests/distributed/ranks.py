@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -245,7 +246,7 @@ def count_build_job(plan: str, out: str) -> None:
 
 
 def count_step_job(plan: str, out: str) -> None:
-    """Train with the noise meter on; count what would make a host wait for its device in each step."""
+    """Train with the noise meter on where it can be; count collectives, and what would make a host wait for its device in each step."""
     import dataclasses
     import gc
     import tempfile
@@ -259,11 +260,13 @@ def count_step_job(plan: str, out: str) -> None:
     from drumline.train.watch import Watch
 
     the_plan = read_plan(Path(plan).read_text())
-    logging = the_plan.recipe.logging.model_copy(update={"noise_scale": True})
+    is_seen = the_plan.recipe.strategy.reduce == "micro_batch"  # a micro-batch's gradient
+    logging = the_plan.recipe.logging.model_copy(update={"noise_scale": is_seen})
     checkpoint = the_plan.recipe.checkpoint.model_copy(update={"every_steps": None})
     recipe = the_plan.recipe.model_copy(update={"logging": logging, "checkpoint": checkpoint})
     the_plan = dataclasses.replace(the_plan, recipe=recipe)
     counts = {"reads": 0, "copies": 0, "steps": 0, "collections": 0}
+    collectives: Counter[str] = Counter()
     is_on = False
 
     class Counting(TorchDispatchMode):
@@ -278,6 +281,10 @@ def count_step_job(plan: str, out: str) -> None:
                 counts["reads"] += 1
             if is_on and func is torch.ops.aten.lift_fresh.default:
                 counts["copies"] += 1
+            name = func.name().partition("::")[2].strip("_")
+            is_own = func.namespace in ("c10d", "_c10d_functional")
+            if is_on and is_own and not name.startswith(("wait", "wrap")):
+                collectives[name] += 1
             return func(*args, **(kwargs or {}))
 
     tolist = torch.Tensor.tolist
@@ -308,7 +315,8 @@ def count_step_job(plan: str, out: str) -> None:
     finally:
         torch.Tensor.tolist = tolist  # type: ignore[method-assign]
         gc.callbacks.remove(collected)
-    Path(f"{out}-{dist.get_rank()}.json").write_text(json.dumps(counts))
+    found = {**counts, "collectives": collectives}
+    Path(f"{out}-{dist.get_rank()}.json").write_text(json.dumps(found))
 
 
 @contextlib.contextmanager

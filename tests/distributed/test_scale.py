@@ -49,6 +49,11 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "ddp": written(plan_of(2), folder / "ddp.json"),
         "fsdp": written(plan_of(2, strategy={"name": "fsdp"}), folder / "fsdp.json"),
     }
+    policies = {
+        "backward": {"name": "fsdp", "reshard": "backward"},
+        "step": {"name": "fsdp", "reshard": "step"},
+        "once": {"name": "fsdp", "reshard": "step", "reduce": "step"},
+    }
     for name in plans:
         (folder / name).mkdir()
     jobs: list[dict[str, Any]] = []
@@ -59,6 +64,9 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         out = str(folder / f"load-{name}")
         jobs.append({"kind": "count_load", "plan": plan, "source": source, "out": out})
         jobs.append({"kind": "count_build", "plan": plan, "out": str(folder / f"build-{name}")})
+        jobs.append({"kind": "count_step", "plan": plan, "out": str(folder / f"step-{name}")})
+    for name, strategy in policies.items():
+        plan = written(plan_of(2, strategy=strategy), folder / f"{name}.json")
         jobs.append({"kind": "count_step", "plan": plan, "out": str(folder / f"step-{name}")})
     run_jobs(2, jobs, folder / "ranks")
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*-[01].json"))}
@@ -103,3 +111,25 @@ def test_a_step_waits_for_the_device_once(counted: dict[str, Any], engine: str) 
         assert found["reads"] == found["steps"]
         assert found["copies"] == 0
         assert found["collections"] == 0
+
+
+COLLECTIVES = {
+    "ddp": {"allreduce": 2},
+    "fsdp": {"allgather_base": 4 * 11, "reduce_scatter_base": 4 * 6, "allreduce": 1},
+    "backward": {"allgather_base": 4 * 6, "reduce_scatter_base": 4 * 6, "allreduce": 1},
+    "step": {"allgather_base": 6, "reduce_scatter_base": 4 * 6, "allreduce": 1},
+    "once": {"allgather_base": 6, "reduce_scatter_base": 6, "allreduce": 1},
+}
+"""Of a step of four micro-batches: DDP's one bucket; five blocks and the root, which is gathered once in a
+micro-batch; and one all-reduce for loss and flags. FSDP2's norm is reduced, too."""
+NORM = {"all_reduce": 1}
+
+
+@pytest.mark.parametrize("engine", COLLECTIVES)
+def test_collectives_of_a_step(counted: dict[str, Any], engine: str) -> None:
+    """No more than these, and with `reshard` and `reduce` as much fewer as they say."""
+    expected = COLLECTIVES[engine] | ({} if engine == "ddp" else NORM)
+    for rank in (0, 1):
+        found = counted[f"step-{engine}-{rank}"]
+        a_step = {name: count / found["steps"] for name, count in found["collectives"].items()}
+        assert a_step == expected

@@ -42,6 +42,16 @@ VARIANTS: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
             "strategy": {"name": "fsdp"},
         },
     ),
+    "kept-backward": ((2, 2, 3), {"strategy": {"name": "fsdp", "reshard": "backward"}}),
+    "kept-step": ((1, 4, 3), {"strategy": {"name": "fsdp", "reshard": "step"}}),
+    "once": ((2, 2, 3), {"strategy": {"name": "fsdp", "reshard": "step", "reduce": "step"}}),
+    "hsdp-once": (
+        (1, 4, 3),
+        {
+            "strategy": {"name": "fsdp", "shard": "node", "reduce": "step"},
+            "cluster": {"gpus_per_node": 2},
+        },
+    ),
     "foreach": ((6, 2, 1), {"optimizer": {"implementation": "foreach"}}),
 }
 """Other ways to compute the same training; each must agree with the reference."""

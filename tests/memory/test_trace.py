@@ -10,6 +10,8 @@ import pytest
 from drumline.architectures.shapes import ACTIVATIONS
 from drumline.errors import PlanError
 from drumline.plan.model import Plan
+from drumline.plan.resolve import resolve
+from drumline.recipe.load import load_recipe
 from drumline.trace.rehearse import blank_manifest, rehearse
 from drumline.train.models.build import build_model
 from memory.plans import BERT, FULL, SMALL, random_plan, small_plan
@@ -75,6 +77,24 @@ def test_the_last_micro_batch_needs_what_two_in_a_row_do(changes: dict[str, Any]
     plan = small_plan("llama", **changes, k=2)
     one, two = (rehearse(plan, micro_batches=count).peak().bytes for count in (1, 2))
     assert two == pytest.approx(one, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("reshard", "reduce"),
+    [("backward", "micro_batch"), ("step", "micro_batch"), ("forward", "step"), ("step", "step")],
+)
+@pytest.mark.parametrize("shard", ["all", "node"])
+def test_kept_weights_and_whole_gradients_are_counted(
+    reshard: str, reduce: str, shard: str
+) -> None:
+    """What FSDP2 keeps between layers and micro-batches: the closed form is the trace, and more than without."""
+    own = [f"strategy.reshard={reshard}", f"strategy.reduce={reduce}"]
+    common = ["model.config.num_hidden_layers=4", "batch.effective=48", "batch.accumulation=3",
+              f"strategy.shard={shard}", "cluster.gpus_per_node=4"]  # fmt: skip
+    plan = resolve(load_recipe("llama-8b-8xh100", [*common, *own]))
+    assert abs(error_of(plan)) <= 0.01
+    plain = resolve(load_recipe("llama-8b-8xh100", common))
+    assert max(plan.memory.phases.values()) > 1.01 * max(plain.memory.phases.values())
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

@@ -158,6 +158,7 @@ FOLLOWED: list[tuple[list[str], str, list[list[str]]]] = [
     (["precision=bf16-pure", "launch.launcher=deepspeed"], "bf16, or strategy fsdp with launcher torchrun",
      [["precision=bf16"], ["strategy.name=fsdp", "launch.launcher=torchrun"]]),
     (["logging.noise_scale=true", "strategy={name: fsdp, shard: node}", "cluster.gpus_per_node=1"], "strategy.shard=all", [["strategy.shard=all"]]),
+    (["logging.noise_scale=true", "strategy={name: fsdp, reduce: step}"], "strategy.reduce=micro_batch", [["strategy.reduce=micro_batch"]]),
     (["optimizer={name: sgd, lr: 0.1, implementation: fused}", "strategy.name=fsdp"], "Nearest: foreach", [["optimizer.implementation=foreach"]]),
     (["optimizer={name: custom, factory: 'm:f', lr: 0.1, implementation: foreach}"], "leave it out", [["optimizer.implementation=null"]]),
     (["optimizer.lr=1e308", "optimizer.lr_scaling={rule: linear, reference_batch: 1}"], "a smaller rate", [["optimizer.lr=1e-3"]]),

@@ -128,6 +128,8 @@ def test_a_key_is_found_by_its_last_part_and_by_the_names_of_other_tools() -> No
         "strategy.name",
         "strategy.shard",
         "strategy.offload",
+        "strategy.reshard",
+        "strategy.reduce",
     ]
     for name, nearest in (
         ("every_steps", "evaluation.every_steps"),

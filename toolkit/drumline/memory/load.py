@@ -108,6 +108,8 @@ class Load:
     `offloads_inputs`: so are the inputs of checkpointed layers. `zero`: DeepSpeed's buffers, of strategies
     zero1 to zero3. `folds`: FSDP2 gets weights in the shape that needs least padding.
     `longest`: tokens of the longest row that the recipe allows, None if that is `sequence_length`.
+    `reshard`: FSDP2 frees gathered weights after each forward, each backward, or the last backward of a step;
+    `reduces_once`: it reduces gradients in the last micro-batch of a step only.
     """
 
     shape: ModelShape
@@ -137,6 +139,8 @@ class Load:
     scratch_at_most: int | None = None
     gathers_to_step: bool = False
     longest: int | None = None
+    reshard: Literal["forward", "backward", "step"] = "forward"
+    reduces_once: bool = False
 
     @property
     def chunks(self) -> int:
@@ -216,4 +220,24 @@ class Load:
     def keeps_gradients(self) -> bool:
         """Whether gradients are already allocated during a micro-batch's forward."""
         in_buckets = self.strategy == "ddp" and self.ranks > 1
-        return self.accumulation > 1 or in_buckets or self.is_zero
+        return (self.accumulation > 1 and not self.accumulates_whole) or in_buckets or self.is_zero
+
+    @property
+    def accumulates_whole(self) -> bool:
+        """Whether FSDP2's gradients are accumulated before they are reduced."""
+        return self.reduces_once and self.accumulation > 1
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether FSDP2's gathered weights outlive a forward."""
+        return self.reshard != "forward" and self.shard_ranks > 1
+
+    @property
+    def begins_gathered(self) -> bool:
+        """Whether FSDP2's weights are gathered before a step's last micro-batch begins."""
+        return self.reshard == "step" and self.accumulation > 1 and self.shard_ranks > 1
+
+    @property
+    def stays_gathered(self) -> bool:
+        """Whether the highest peak is in a micro-batch that reduces and frees no weights: not the last."""
+        return self.begins_gathered and not self.reduces_once

@@ -66,6 +66,10 @@ class Network:
         self.embedded: Group | None = None
         self.groups: list[Group] = []
         self._shared: list[Block] = []  # by all layers, until their backward
+        self._unplayed_weights: list[
+            Block
+        ] = []  # that FSDP2 keeps gathered, of layers not simulated
+        self._unreduced: list[Block] = []  # gradients of layers that are not simulated
         self._outputs: list[Block] = []  # of layers; DeBERTa's forward keeps them until its end
         if load.strategy == "fsdp":
             outer = outer_tensors(shape)
@@ -100,12 +104,29 @@ class Network:
         layers = [p for layer in self.layers for p in layer.all_weights()]
         return [*self.outer.values(), *layers, self.unplayed]
 
+    def begin(self) -> None:
+        """What FSDP2 holds before the last micro-batch: gathered weights, unsharded gradients."""
+        groups = self._all_groups()
+        ranks, unplayed = self.load.shard_ranks, self._unplayed_shards() if groups else 0.0
+        if self.load.begins_gathered:
+            for group in groups:
+                group.open()
+            self.stage.gathered = None
+            self._hold_unplayed_weights()
+        if groups and self.load.accumulates_whole:
+            for group in groups:
+                group.accumulate_whole()
+            width = FP32 if self.load.low else self.load.state_width
+            self._unreduced = [self.ledger.block(unplayed * ranks, width, "gradients")]
+
     def forward(self, rows: Rows) -> Value:
         """Run the forward of a micro-batch and return its loss."""
         if self.root:
             self.root.open()
         loss = self._loss(rows)
         self.stage.gathered = None
+        if not self.ledger.is_recording:
+            self._close()
         if not self.ledger.is_recording:
             self._shared.clear()
         if self.root and self.ledger.is_recording:
@@ -123,14 +144,24 @@ class Network:
                 self.embedded.reduce()
             self.stage.reduced = None
             self.stage.all_reduced.clear()
+            self._close()
+
+    def _close(self) -> None:
+        """Free the gathered weights that are held still."""
+        for group in self._all_groups():
+            group.close()
+        self._unplayed_weights.clear()
+
+    def _all_groups(self) -> list[Group]:
+        """FSDP2's groups of weights; none without it."""
+        return [group for group in (self.root, self.embedded, *self.groups) if group]
 
     def forget_gradients(self) -> None:
         """Free all gradients, as `zero_grad` does."""
         for parameter in self.parameters():
             parameter.gradient = None
-        for group in (self.root, self.embedded, *self.groups):
-            if group:
-                group.gradient = None
+        for group in self._all_groups():
+            group.gradient = None
 
     def _loss(self, rows: Rows) -> Value:
         if self.shape.classes is not None:
@@ -152,7 +183,7 @@ class Network:
         if self.load.checkpointing != "none":  # else layers save a copy of their own
             self._shared.append(mask)
         if self.embedded:
-            self.embedded.close()
+            self.embedded.close_after_forward()
             embedded = self.embedded.before_backward(embedded, None)
         stream = self._norm(self._all_layers(self._with_shared(rows), embedded))
         if self.shape.family == "t5":
@@ -262,7 +293,9 @@ class Network:
             if self._begins_decoder(rows, number):
                 rows, stream = self._decoder_inputs(rows, number, stream)
             before, copies = self.ledger.live, self.run.copies
+            gathered = self.groups[number].whole_bytes if self.groups else 0
             stream = self._layer(rows, number, stream)
+            before += self.groups[number].whole_bytes - gathered if self.groups else 0
             held = self._hold_output(stream)
             if number:  # the first layer has allocations of its own
                 grown += unplayed[kind] * (self.ledger.live - before - held)
@@ -334,7 +367,7 @@ class Network:
         else:
             stream = forward(stream)
         if group:
-            group.close()
+            group.close_after_forward()
             ahead = self.groups[number - 1] if number else self.embedded
             stream = group.before_backward(stream, ahead)
         return stream
@@ -355,6 +388,17 @@ class Network:
         shards = {kind: group.trained for kind, group in zip(self.kinds, self.groups, strict=True)}
         return sum(shards[kind] * number for kind, number in kinds.items())
 
+    def _hold_unplayed_weights(self) -> None:
+        """Hold the gathered weights of the layers that are not simulated, once."""
+        if not self._unplayed_weights:
+            kinds = Counter(self.load.layer_kinds)
+            kinds.subtract(self.kinds)
+            shards = {k: group.shard for k, group in zip(self.kinds, self.groups, strict=True)}
+            elements = sum(shards[kind] * number for kind, number in kinds.items())
+            size = elements * self.load.shard_ranks
+            block = self.ledger.block(size, self.load.forward_width, "communication")
+            self._unplayed_weights.append(block)
+
     def _lump(self, stream: Value, grown: int, copied: int) -> Value:
         """Stands for the layers that are not simulated: what they save, and their weights' gradients.
 
@@ -366,6 +410,8 @@ class Network:
         transient = copied if is_freed else 0
         if transient:
             self.run.hold(ledger.block(transient, 1))
+        if self.groups and load.keeps_weights:
+            self._hold_unplayed_weights()
         if not ledger.is_recording:
             return stream
         kept = [ledger.block(grown - transient, 1)]
@@ -377,6 +423,9 @@ class Network:
 
         def rule(gradient: list[Gradient]) -> list[Gradient]:
             kept.clear()
+            self._unreduced.clear()
+            if not load.stays_gathered:
+                self._unplayed_weights.clear()
             if waits:
                 self.groups[0].hold_all_reduced(elements)
             return [gradient.pop(), ledger.block(born, width, "gradients")]

@@ -163,6 +163,7 @@ class Rank:
         gathered: list[Block] = []
         if self._zero:
             gathered = self._zero.start_micro_batch(self.network.parameters())
+        self.network.begin()
         rows = self._rows(self.load.per_device)
         inputs = self._inputs(rows)
         with self.network.run.autocast():

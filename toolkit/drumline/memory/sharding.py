@@ -56,6 +56,7 @@ class Group:
         self._whole: list[Block] = []
         self._buffer: Block | None = None
         self.gradient: Block | None = None
+        self._accumulated: Block | None = None
 
     def _share(self, name: str, sizes: tuple[int, ...], is_packed: bool) -> float:
         """Bytes of a quantised weight over those of the forward's dtype; 1 for another one."""
@@ -66,7 +67,7 @@ class Group:
     def gather(self) -> None:
         """All-gather into one buffer; the shard is cast to the forward's dtype first if it differs."""
         ledger, load = self._ledger, self._load
-        if load.shard_ranks == 1:  # a single rank has nothing to gather
+        if load.shard_ranks == 1 or self._whole:  # a single rank has nothing to gather
             return
         narrow = load.forward_width != load.state_width
         width = load.forward_width
@@ -85,19 +86,37 @@ class Group:
         self._stage.gathered = None if in_backward else self._buffer
         self._buffer = None
 
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes of the unsharded parameters that are held now."""
+        return sum(block.size for block in self._whole)
+
+    def close_after_forward(self) -> None:
+        """Free the unsharded parameters, unless the backward uses them again."""
+        if not self._load.keeps_weights:
+            self.close()
+
     def close(self) -> None:
         """Free the unsharded parameters."""
         self._whole = []
+
+    def accumulate_whole(self) -> None:
+        """Hold the unsharded gradients of earlier micro-batches."""
+        width = 4 if self._load.low else self._load.state_width
+        elements = self.trained * self._load.shard_ranks
+        self._accumulated = self._ledger.block(elements, width, "gradients")
 
     def reduce(self) -> None:
         """Reduce-scatter the gradients; the shard becomes the gradient or is added to the existing one."""
         ledger, load = self._ledger, self._load
         width = 4 if load.low else load.state_width
-        self.close()
+        if not load.stays_gathered:
+            self.close()
         if not self.trained:
             return
         self._stage.reduced = None
         self._stage.reduced = ledger.block(self.trained * load.shard_ranks, width, _PART)
+        self._accumulated = None
         for weight in self.weights:
             weight.gradient = None
         kept = 0 if load.keeps_gradients else self.trained

@@ -43,6 +43,10 @@ _ZERO = (
     "DeepSpeed keeps 16-bit weights, and shards gradients and states",
 )
 _SHARDED = ({"strategy": {"name": "fsdp"}}, "weights and states are sharded; more is communicated")
+_FREED_SOONER = (
+    {"strategy": {"reshard": "forward", "reduce": "micro_batch"}},
+    "weights and gradients are held in shards between layers",
+)
 _OFFLOADED = ({"strategy": {"offload": "optimizer"}}, "the optimizer steps on the host")
 
 
@@ -153,6 +157,8 @@ class _Adviser:
             yield _CHECKPOINTED
         if not recipe.model.activation_offload:
             yield _IN_HOST_MEMORY
+        if recipe.strategy.reshard != "forward" or recipe.strategy.reduce == "step":
+            yield _FREED_SOONER
         if launcher != "deepspeed" and recipe.strategy.name == "ddp" and self._plan.batch.gpus > 1:
             yield _SHARDED
             if recipe.precision == "bf16":
@@ -223,8 +229,27 @@ class _Adviser:
             )
         if recipe.loss.chunked:
             yield {"loss": {"chunked": False}}, "the head runs forward once"
-        if recipe.strategy.name == "fsdp" and recipe.launch.launcher != "deepspeed":
-            yield {"strategy": {"name": "ddp", "shard": "all"}}, "nothing is gathered"
+        if recipe.strategy.name == "fsdp":
+            yield from self._kept_between_layers()
+            plain = {"name": "ddp", "shard": "all", "reshard": "forward", "reduce": "micro_batch"}
+            yield {"strategy": plain}, "nothing is gathered"
+
+    def _kept_between_layers(self) -> Iterator[Candidate]:
+        """FSDP2's gathered weights kept for the backward, or for all micro-batches of a step."""
+        has_several = self._plan.batch.accumulation > 1
+        kept = "step" if has_several else "backward"
+        if self._plan.recipe.strategy.reshard != kept:
+            yield (
+                {"strategy": {"reshard": kept}},
+                "weights are gathered once in a step"
+                if has_several
+                else "weights are gathered once in a micro-batch",
+            )
+        if has_several and not self._plan.recipe.logging.noise_scale:
+            yield (
+                {"strategy": {"reshard": kept, "reduce": "step"}},
+                "weights are gathered and gradients reduced once in a step",
+            )
 
     def _split_change(self, b: int, gpus: int) -> Change:
         """Another split of the same effective batch; evaluation's per_device is at most `b`."""

@@ -46,6 +46,11 @@ def check_strategy(recipe: Recipe) -> None:
             "logging.noise_scale: with strategy.shard node no rank sees the gradient of a micro-batch. "
             "Nearest: strategy.shard=all"
         )
+    if recipe.logging.noise_scale and recipe.strategy.reduce == "step":
+        raise PlanError(
+            "logging.noise_scale: with strategy.reduce step no rank sees the gradient of a micro-batch. "
+            "Nearest: strategy.reduce=micro_batch"
+        )
     if recipe.model.sync_batchnorm and recipe.strategy.name != "ddp":
         raise PlanError(
             f"model.sync_batchnorm goes with strategy ddp, not {recipe.strategy.name}. "

@@ -1,6 +1,7 @@
 """The fastest ways to split a training over its GPUs that fit, by the estimate of step time. Pure."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from drumline.plan.resolve import World, resolve, shape_of
 from drumline.units import divisors, format_bytes
 
 _MOST_PER_DEVICE = 64
+_FASTER = 0.999
+"""Of another change's time."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ def search(plan: Plan, world: World, count: int) -> Search | None:
     if isinstance(shape, str) or plan.memory.device is None:
         return None
     ranked = sorted(
-        _timed(plan, shape), key=lambda item: (round(item[0], 6), item[1]["batch"]["accumulation"])
+        candidates(plan, shape),
+        key=lambda item: (round(item[0], 6), item[1]["batch"]["accumulation"]),
     )
     found: list[tuple[Change, Plan]] = []
     lost: list[Lost] = []
@@ -74,10 +78,20 @@ def search(plan: Plan, world: World, count: int) -> Search | None:
     return Search(found, lost, 0)
 
 
-def _timed(plan: Plan, shape: ModelShape) -> Iterator[tuple[float, Change]]:
-    """The changes, each with the seconds that its step would take."""
+def candidates(plan: Plan, shape: ModelShape) -> Iterator[tuple[float, Change]]:
+    """The changes, each with the seconds that its step would take.
+
+    Without those that keep more weights or gradients than a change before them and are no faster.
+    """
+    fastest: dict[str, float] = {}
     for change in _changes(plan, shape):
-        yield changed_step_seconds(plan, shape, change), change
+        seconds = changed_step_seconds(plan, shape, change)
+        kept = {"reshard", "reduce"}
+        strategy = {key: value for key, value in change["strategy"].items() if key not in kept}
+        same = str({**change, "strategy": strategy})
+        if seconds < _FASTER * fastest.get(same, math.inf):
+            fastest[same] = seconds
+            yield seconds, change
 
 
 def _changes(plan: Plan, shape: ModelShape) -> Iterator[Change]:
@@ -95,13 +109,15 @@ def _changes(plan: Plan, shape: ModelShape) -> Iterator[Change]:
     for b, strategy, (policy, is_offloaded), is_chunked in itertools.product(
         sizes, strategies, _CHECKPOINTING, chunked
     ):
-        for offload in ("none", "optimizer") if strategy.startswith("zero") else ("none",):
+        for offload, reshard, reduce in _policies(strategy, share // b, recipe.logging.noise_scale):
             change: Change = {
                 "batch": {"per_device": b, "accumulation": share // b},
                 "strategy": {
                     "name": strategy,
                     "shard": recipe.strategy.shard if strategy == "fsdp" else "all",
                     "offload": offload,
+                    "reshard": reshard,
+                    "reduce": reduce,
                 },
                 "model": {
                     "activation_checkpointing": policy,
@@ -112,6 +128,23 @@ def _changes(plan: Plan, shape: ModelShape) -> Iterator[Change]:
             if recipe.row_evaluation and (recipe.row_evaluation.per_device or b) > b:
                 change["evaluation"] = {"per_device": b}
             yield change
+
+
+def _policies(strategy: str, accumulation: int, noise: bool) -> list[tuple[str, str, str]]:
+    """Where the optimizer's state is, when gathered weights are freed, and when gradients are reduced.
+
+    Policies that differ only from the second micro-batch on are left out where there is one.
+    """
+    found = [("none", "forward", "micro_batch")]
+    if strategy.startswith("zero"):
+        found.append(("optimizer", "forward", "micro_batch"))
+    if strategy == "fsdp":
+        found.append(("none", "backward", "micro_batch"))
+    if strategy == "fsdp" and accumulation > 1:
+        found.append(("none", "step", "micro_batch"))
+        if not noise:
+            found += [("none", reshard, "step") for reshard in ("forward", "backward", "step")]
+    return found
 
 
 _CHECKPOINTING = (("none", False), ("selective", False), ("full", False), ("full", True))

@@ -220,4 +220,6 @@ def load_of(recipe: Recipe, shape: ModelShape, split: Split, gpu: Gpu, length: i
         scratch_at_most=rule.scratch_at_most,
         gathers_to_step=rule.gathers,
         longest=recipe.data.sequence_length,
+        reshard=recipe.strategy.reshard,
+        reduces_once=recipe.strategy.reduce == "step",
     )

@@ -293,18 +293,24 @@ class _Case:
 
     def collectives(self) -> tuple[float, float]:
         """Seconds of a micro-batch's collectives, and of those once a step (Rajbhandari et al. 2020, §7)."""
-        recipe, mesh = self.plan.recipe, self.plan.mesh
-        wide, trained, name = self.precision.stored, self.trained, recipe.strategy.name
+        strategy, mesh = self.plan.recipe.strategy, self.plan.mesh
+        wide, trained, name = self.precision.stored, self.trained, strategy.name
         if mesh.ranks == 1:
             return 0.0, 0.0
         micro = step = 0.0
         if self.is_sharded:
-            gathers = 2 if name == "fsdp" else 3
-            reduced = wide * trained * self._inside() / self._rate()
-            micro = gathers * self._gather() + reduced
+            gathers = 3 if name == "zero3" else 2 if strategy.reshard == "forward" else 1
+            gathered, reduced = (
+                gathers * self._gather(),
+                wide * trained * self._inside() / self._rate(),
+            )
             if mesh.replicas > 1:
                 step = 2 * wide * trained / mesh.shards / self._between_nodes()
-            return micro, step
+            if strategy.reshard == "step":
+                step, gathered = step + gathered, 0.0
+            if strategy.reduce == "step":
+                step, reduced = step + reduced, 0.0
+            return gathered + reduced, step
         micro = wide * trained / self._rate() if name == "zero2" else 0.0
         times = 1 if name == "zero2" else 2
         return micro, times * wide * trained / self._rate()

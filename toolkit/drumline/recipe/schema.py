@@ -112,14 +112,24 @@ class Cluster(Section):
 
 
 class Strategy(Section):
-    """How parameters, gradients and optimizer state are distributed over the ranks."""
+    """How parameters, gradients and optimizer state are distributed over the ranks.
+
+    Under FSDP2, `reshard`: when gathered weights are freed, after each forward, each backward, or the last
+    backward of a step; `reduce`: whether gradients are reduced in each micro-batch or once in a step.
+    """
 
     name: Literal["ddp", "fsdp", "zero1", "zero2", "zero3"] = "ddp"
     shard: Literal["all", "node"] = "all"
     offload: Literal["none", "optimizer"] = "none"
+    reshard: Annotated[Literal["forward", "backward", "step"], AddedLater()] = "forward"
+    reduce: Annotated[Literal["micro_batch", "step"], AddedLater()] = "micro_batch"
 
     @model_validator(mode="after")
     def _keys_belong_to_the_strategy(self) -> Self:
+        if self.reshard != "forward" and self.name != "fsdp":
+            raise ValueError(f"reshard: {self.reshard} belongs to strategy fsdp, not {self.name}")
+        if self.reduce != "micro_batch" and self.name != "fsdp":
+            raise ValueError(f"reduce: {self.reduce} belongs to strategy fsdp, not {self.name}")
         if self.offload != "none" and not self.name.startswith("zero"):
             raise ValueError(f"offload belongs to zero1, zero2 and zero3, not {self.name}")
         if self.shard == "node" and self.name != "fsdp":

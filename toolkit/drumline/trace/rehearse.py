@@ -95,13 +95,17 @@ def _play(
     config = getattr(engine.module.model, "config", None)
     recorder.recording.vocabulary = getattr(config, "vocab_size", None)
     tensors = rehearsal_batch(plan, manifest, plan.batch.per_device, known)
+    has_gradients = micro_batches == 1 and plan.batch.accumulation > 1
+    if plan.batch.accumulation > 1 and _holds_between_micro_batches(plan):
+        micro_batches = max(2, micro_batches)
+        has_gradients = plan.batch.accumulation > 2 and recipe.strategy.reduce != "step"
     step, phases = step_of(plan, tensors, micro_batches), _Phases(recorder)
     if engine.wrapped is not engine.module:
         # DDP's gradients exist after the warm-up.
         forward_backward(engine, step_of(plan, tensors, 1), phases)
         engine.check_that_all_is_used()
         engine.skip()
-    elif plan.batch.accumulation > 1 and micro_batches == 1:
+    elif has_gradients:
         # From the second micro-batch on, gradients exist.
         recorder.phase(MemoryPhase.BACKWARD)
         for parameter in engine._parameters.values():
@@ -120,6 +124,11 @@ def _play(
         engine.evaluate(tensors)
     recorder.phase(MemoryPhase.SAVE)
     engine.shards()
+
+
+def _holds_between_micro_batches(plan: Plan) -> bool:
+    """Whether FSDP2 keeps whole weights or gradients from one micro-batch to the next."""
+    return "step" in (plan.recipe.strategy.reshard, plan.recipe.strategy.reduce)
 
 
 class _Phases(Watch):

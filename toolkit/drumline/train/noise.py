@@ -97,7 +97,7 @@ class ShardMeter:
         if number > 1 or len(step.micro_batches) == 1:
             return
         scale = self._engine.scaler.scale if self._engine.scaler else 1.0
-        gradients = [_local(p.grad) for p in self._engine.module.parameters() if p.grad is not None]
+        gradients = [_local(p.grad) for p in self._engine.parameters() if p.grad is not None]
         norms = torch._foreach_norm(gradients, dtype=torch.float32)
         weight = step.first_weight
         q = torch.stack(norms).square().sum() * (step.weight / scale) ** 2 / weight

@@ -5,7 +5,7 @@ An engine handles ranks, wrapping and precision; schedules, save cadence and fil
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -211,6 +211,10 @@ class Engine:
         if self.has_batchnorm and self.mesh.ranks > 1:
             for buffer in self.module.buffers():
                 dist.broadcast(buffer, src=0)
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """All parameters, under FSDP2 the sharded ones; the module may hold gathered ones."""
+        return self._parameters.values()
 
     def _saved_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that checkpoints hold: with an adapter those that are trained, else all."""

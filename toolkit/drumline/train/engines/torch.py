@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -89,7 +89,12 @@ class TorchEngine(Engine):
             policy = MixedPrecisionPolicy(
                 param_dtype=self._autocast, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
-        return {"mesh": self._device_mesh, "mp_policy": policy}
+        is_freed_early = self.plan.recipe.strategy.reshard == "forward"
+        return {
+            "mesh": self._device_mesh,
+            "mp_policy": policy,
+            "reshard_after_forward": None if is_freed_early else False,  # None: all but the root
+        }
 
     def _make_mesh(self) -> DeviceMesh:
         """A 1-D mesh of all ranks, or a 2-D mesh of replicas × shards."""
@@ -147,8 +152,9 @@ class TorchEngine(Engine):
                 yield name, gradient.view(self._unfolded.get(name, gradient.shape))
 
     def _after_evaluation(self) -> None:
-        if self._sharded:
-            self.module.reshard()
+        for module in self.module.modules() if self._sharded else ():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def state_shards(self) -> Iterator[tuple[str, TensorShard]]:
         """Weights, then optimizer tensors; ranks take turns in writing the replicated ones."""
@@ -191,8 +197,13 @@ class TorchEngine(Engine):
     @contextlib.contextmanager
     def _reduce_gradients(self, last: bool) -> Iterator[None]:
         if self._sharded:
-            # Reduce-scatter every micro-batch: accumulating unsharded gradients would fill memory.
-            self.module.set_requires_all_reduce(last)
+            strategy = self.plan.recipe.strategy
+            if strategy.reshard == "step":
+                self.module.set_reshard_after_backward(last)
+            if strategy.reduce == "step":
+                self.module.set_requires_gradient_sync(last)
+            else:  # shards of gradients are accumulated; only their copies on other nodes wait
+                self.module.set_requires_all_reduce(last)
             yield
         elif self.mesh.ranks > 1 and not last:
             with self.wrapped.no_sync():
