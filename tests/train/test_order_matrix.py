@@ -103,10 +103,20 @@ def test_every_split_reads_the_same_samples(n: int, remainder: str) -> None:
     check_matrix(n, remainder)
 
 
-class SeedByRank(StepReader):
+class Planted(StepReader):
+    """A reader with a fault: the samples of a step are those of `planted`."""
+
+    def _samples(self, number: int) -> Any:
+        return self.planted(number), super()._samples(number)[1]
+
+    def planted(self, number: int) -> Any:
+        raise NotImplementedError
+
+
+class SeedByRank(Planted):
     """Planted fault: each rank shuffles with its own seed."""
 
-    def step_indices(self, number: int) -> Any:
+    def planted(self, number: int) -> Any:
         recipe = self._plan.recipe.model_copy(update={"seed": 11 + self._data_rank})
         twin = StepReader(
             dataclasses.replace(self._plan, recipe=recipe), self._rows, self._data_rank
@@ -114,20 +124,20 @@ class SeedByRank(StepReader):
         return twin.step_indices(number)
 
 
-class ForgetEpoch(StepReader):
+class ForgetEpoch(Planted):
     """Planted fault: every epoch has the order of the first."""
 
-    def step_indices(self, number: int) -> Any:
+    def planted(self, number: int) -> Any:
         first, end = self._clock.slots(number)
         n = self._clock.samples
         whole = order.indices(self._plan.recipe.seed, n, 1, 0, n)
         return whole[np.arange(first, end) % n]
 
 
-class ShuffleAfterSharding(StepReader):
+class ShuffleAfterSharding(Planted):
     """Planted fault: rank r shuffles the r-th part of the data by itself."""
 
-    def step_indices(self, number: int) -> Any:
+    def planted(self, number: int) -> Any:
         w = self._plan.batch.gpus
         first, end = self._clock.slots(number)
         n = self._clock.samples

@@ -3,7 +3,7 @@
 Every rank judges the same all-reduced numbers, so either all ranks skip the update or none.
 """
 
-import statistics
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,8 +100,9 @@ class Judge:
         recent = self._state.recent_losses
         if self._spec.spike_sigma is None or len(recent) < self._spec.spike_window:
             return None
-        spread = statistics.stdev(recent)
-        return (loss - statistics.fmean(recent)) / spread if spread else None
+        mean = math.fsum(recent) / len(recent)  # statistics.stdev takes a fifth of a millisecond
+        spread = math.sqrt(math.fsum((one - mean) ** 2 for one in recent) / (len(recent) - 1))
+        return (loss - mean) / spread if spread else None
 
 
 def find_culprits(step: Step, losses: list[float]) -> dict[str, Any]:

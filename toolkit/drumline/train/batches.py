@@ -134,6 +134,18 @@ class MicroBatches:
         return {"lengths": torch.from_numpy(found.astype(np.int64))}
 
 
+class _Samples(NamedTuple):
+    """The samples at the slots first..end (exclusive) of the order, and their seeds."""
+
+    first: int
+    end: int
+    indices: NDArray[np.int64]
+    seeds: NDArray[np.uint64]
+
+
+_SLOTS_AT_ONCE = 1024
+
+
 class StepReader:
     """Builds the steps of one rank from the prepared rows."""
 
@@ -143,15 +155,31 @@ class StepReader:
         self._clock = plan.clock()
         self._by_sample = plan.recipe.batch.weighting == "sample"
         self.micro_batches = MicroBatches(plan, rows)
+        self._known = _Samples(0, 0, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.uint64))
 
     def step_indices(self, number: int) -> NDArray[np.int64]:
         """Sample indices of a step in slot order, int64 [samples]; the same on every rank."""
+        return self._samples(number)[0]
+
+    def _samples(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        """Sample indices of a step, and the seeds of what is drawn for each.
+
+        Computed for some steps at once, because for a few samples numpy's calls take longer than their work.
+        """
         first, end = self._clock.slots(number)
-        return self._plan.samples_at(first, end)
+        known = self._known
+        if not known.first <= first <= end <= known.end:
+            last = min(self._plan.steps.total, number + _SLOTS_AT_ONCE // max(1, end - first))
+            until = max(end, self._clock.slots(last)[1])
+            seeds = order.draw_seeds(self._plan.recipe.seed, np.arange(first, until))
+            known = _Samples(first, until, self._plan.samples_at(first, until), seeds)
+            self._known = known
+        own = slice(first - known.first, end - known.first)
+        return known.indices[own], known.seeds[own]
 
     def requests(self, number: int) -> list[Request]:
         """This rank's micro-batches of a step; a dummy is a row of the same step."""
-        indices, seeds = self.step_indices(number), self._seeds(number)
+        indices, seeds = self._samples(number)
         return [
             Request(indices[which], seeds[which], start == stop)
             for start, stop in self._places(number)
@@ -163,7 +191,7 @@ class StepReader:
 
         `tensors`: where they come from, in order, if they are read (and pinned) elsewhere.
         """
-        indices = self.step_indices(number)
+        indices, seeds = self._samples(number)
         counts = self._rows.counts[indices]
         first_slot = self._clock.slots(number)[0]
         if tensors is None:
@@ -187,7 +215,7 @@ class StepReader:
             weight=self._weight(indices),
             digest=order.digest(indices),
             indices=indices,
-            seeds=self._seeds(number),
+            seeds=seeds,
             micro_batches=micro_batches,
             first_weight=self._weight(indices[:row]),
             source_weights=self._source_weights(indices),
@@ -217,11 +245,6 @@ class StepReader:
         first, end = self._clock.slots(number)
         per_device = self._plan.batch.per_device_at(number)
         return steps.share(end - first, per_device, self._data_ranks, self._data_rank)
-
-    def _seeds(self, number: int) -> NDArray[np.uint64]:
-        """Seeds of what is drawn for each sample of a step, uint64 [samples]."""
-        first, end = self._clock.slots(number)
-        return order.draw_seeds(self._plan.recipe.seed, np.arange(first, end))
 
     def _source_weights(self, indices: NDArray[np.int64]) -> tuple[float, ...]:
         """The part of W of each source of a mixture."""
