@@ -2,8 +2,9 @@
 
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +19,9 @@ from drumline.recipe.load import validate
 from drumline.recipe.schema import Recipe
 from drumline.runs.folder import RunFolder, open_run
 from drumline.session.trust import refuse_foreign_code
+
+if TYPE_CHECKING:
+    from drumline.data.dataset_manifest import DatasetManifest
 
 
 def export_command(
@@ -49,64 +53,98 @@ def export_command(
 
     Example: drumline export runs/tiny-code-lm-1 model
     """
-    folder = open_run(run)
+    folder, wish = open_run(run), _Wish(best, merge, ema, push, public)
+    _check_words(target, wish, to, site_file)
+    if to == "slurm":
+        return _export_in_slurm(folder, target, wish, site_file, trust_code)
+    refuse_foreign_code(folder.latest_plan().recipe, str(run), trust_code)
+    _export_here(folder, target, wish)
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """Which checkpoint and which of its weights are written, and the repository that they also go to."""
+
+    best: bool
+    merge: bool
+    ema: bool
+    push: str | None
+    public: bool
+
+
+def _check_words(target: Path, wish: _Wish, to: str, site_file: Path | None) -> None:
+    """Refuse a folder that is not empty, and options that do not go together."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunFolderError(f"{target} is not an empty folder. Nearest: another folder")
-    if public and push is None:
+    if wish.public and wish.push is None:
         raise LaunchError("--public: nothing is pushed. Nearest: --push NAME, or without it")
-    if push is not None:
+    if wish.push is not None and to != "local":
+        raise LaunchError("--push: a job pushes nothing. Nearest: --to local")
+    if to not in ("local", "slurm"):
+        raise LaunchError(f"--to {to}: choose from local, slurm")
+    if site_file is not None and to == "local":
+        raise LaunchError("--site: an export here uses none. Nearest: --to slurm, or without it")
+    if wish.push is not None:
         from drumline.session.hub import check_login
 
-        if to != "local":
-            raise LaunchError("--push: a job pushes nothing. Nearest: --to local")
-        check_login(push)
-    if to == "slurm":
-        recipe = validate(folder.read_record()["recipe"], str(run))
-        refuse_foreign_code(recipe, str(run), trust_code)
-        from drumline.session.submit import submit_export
-        from drumline.session.submit_checks import refuse_without, site_of_run
+        check_login(wish.push)
 
-        site = site_of_run(folder, site_file, to, trust_code)
-        refuse_without(to, recipe)
-        _check_wish(merge, ema, recipe, folder)
-        stated = {"--best": best, "--merge": merge, "--ema": ema}
-        options = [name for name, is_given in stated.items() if is_given]
-        print(f"job {submit_export(folder, target, options, site)}")
-        return
-    if to != "local":
-        raise LaunchError(f"--to {to}: choose from local, slurm")
-    if site_file is not None:
-        raise LaunchError("--site: an export here uses none. Nearest: --to slurm, or without it")
+
+def _export_in_slurm(
+    folder: RunFolder, target: Path, wish: _Wish, site_file: Path | None, trust_code: bool
+) -> None:
+    """Submit a job that exports after those of the run."""
+    recipe = validate(folder.read_record()["recipe"], str(folder.path))
+    refuse_foreign_code(recipe, str(folder.path), trust_code)
+    from drumline.session.submit import submit_export
+    from drumline.session.submit_checks import refuse_without, site_of_run
+
+    site = site_of_run(folder, site_file, "slurm", trust_code)
+    refuse_without("slurm", recipe)
+    _check_wish(wish, recipe, folder)
+    stated = {"--best": wish.best, "--merge": wish.merge, "--ema": wish.ema}
+    options = [name for name, is_given in stated.items() if is_given]
+    print(f"job {submit_export(folder, target, options, site)}")
+
+
+def _export_here(folder: RunFolder, target: Path, wish: _Wish) -> None:
+    """Write the folder, tell what it holds, push it where that is wished."""
     plan = folder.latest_plan()
-    refuse_foreign_code(plan.recipe, str(run), trust_code)
-    _check_wish(merge, ema, plan.recipe, folder)
-    path = _best(folder) if best else _newest(folder)
+    _check_wish(wish, plan.recipe, folder)
+    path = _best(folder) if wish.best else _newest(folder)
     from drumline.checkpoint.weights import refuse_other_weights
-    from drumline.data.cache import cache_folder
-    from drumline.data.dataset_manifest import read_dataset_manifest
     from drumline.train.export import check_finite, export
 
     refuse_other_weights(path, folder.read_record().get("weights"))
+    manifest = _manifest_of(plan, folder)
+    with new_folder(target) as written:
+        count = export(plan, manifest, path, written, wish.merge, wish.ema)
+        bad = check_finite(written)
+        if wish.push is not None:
+            _add_card(wish.push, folder, plan, path, written)
+    for name in bad:
+        print(f"warning: {name} holds values that are not finite", file=sys.stderr)
+    print(f"{count:,} parameters of {path.name} in {target}")
+    if wish.push is not None:
+        from drumline.session.hub import push as send
+
+        print(send(target, wish.push, wish.public))
+
+
+def _manifest_of(plan: Plan, folder: RunFolder) -> "DatasetManifest":
+    """The manifest of the prepared data; RunFolderError where they are gone."""
+    from drumline.data.cache import cache_folder
+    from drumline.data.dataset_manifest import read_dataset_manifest
+
     assert plan.data.cache
     places = (Path(plan.data.cache), cache_folder(plan.recipe.data, plan.recipe.project))
     manifest = next(filter(None, map(read_dataset_manifest, places)), None)
     if manifest is None:
         raise RunFolderError(
             f"{plan.data.cache}: the prepared data are gone. Nearest: drumline prepare "
-            f"{shlex.quote(str(run))}"
+            f"{shlex.quote(str(folder.path))}"
         )
-    with new_folder(target) as written:
-        count = export(plan, manifest, path, written, merge, ema)
-        bad = check_finite(written)
-        if push is not None:
-            _add_card(push, folder, plan, path, written)
-    for name in bad:
-        print(f"warning: {name} holds values that are not finite", file=sys.stderr)
-    print(f"{count:,} parameters of {path.name} in {target}")
-    if push is not None:
-        from drumline.session.hub import push as send
-
-        print(send(target, push, public))
+    return manifest
 
 
 def _add_card(name: str, folder: RunFolder, plan: Plan, checkpoint: Path, written: Path) -> None:
@@ -131,13 +169,13 @@ def _add_card(name: str, folder: RunFolder, plan: Plan, checkpoint: Path, writte
     )
 
 
-def _check_wish(merge: bool, ema: bool, recipe: Recipe, folder: RunFolder) -> None:
+def _check_wish(wish: _Wish, recipe: Recipe, folder: RunFolder) -> None:
     """LaunchError where there is no adapter to merge, no average, or no base that others could load."""
-    if ema and recipe.ema is None:
+    if wish.ema and recipe.ema is None:
         raise LaunchError(f"--ema: {folder.path} kept no averages. Nearest: without --ema")
-    if merge and recipe.model.adapter is None:
+    if wish.merge and recipe.model.adapter is None:
         raise LaunchError(f"--merge: {folder.path} trained no adapter. Nearest: without --merge")
-    if recipe.model.adapter and not merge and recipe.model.source not in ("folder", "hub"):
+    if recipe.model.adapter and not wish.merge and recipe.model.source not in ("folder", "hub"):
         raise LaunchError(
             f"{folder.path}: the adapter's base is not a folder or a model of the hub, so nobody could load "
             "it. Nearest: --merge"

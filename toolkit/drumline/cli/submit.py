@@ -25,8 +25,9 @@ from drumline.cli.options import (
 )
 from drumline.cluster.site import facts_of, on_site
 from drumline.errors import LaunchError
+from drumline.plan.model import Plan
 from drumline.recipe.load import load_recipe
-from drumline.recipe.schema import factories_of
+from drumline.recipe.schema import Recipe, factories_of
 from drumline.runs import folder as run_folder
 from drumline.secrets import Secrets
 from drumline.session.launch import refuse_secrets, refuse_what_does_not_fit
@@ -44,6 +45,7 @@ from drumline.session.submit_checks import (
 )
 from drumline.session.trust import load_to_run
 from drumline.session.unprepared import naming_prepare, tell_dry
+from drumline_launchers.site import Site
 
 
 def submit_command(
@@ -109,38 +111,55 @@ def submit_command(
     )
     site = read_site(site_file, preflight, to, options)
     read = load_recipe(recipe, overrides) if dry_run else load_to_run(recipe, overrides, trust_code)
-    loaded, facts = on_site(read, site), facts_of(site)
-    secrets = Secrets(os.environ)
+    loaded, secrets = on_site(read, site), Secrets(os.environ)
     refuse_secrets(loaded, secrets)
     refuse_secrets(site, secrets)
     if run_dir is not None:
         run_folder.check_new(run_dir)
-    if not dry_run:
-        refuse_without(to, loaded, prints=True)
-        if not needs_data(loaded):
-            refuse_what_does_not_fit(make_plan(loaded, gpus, gpu, site=facts), force, as_json)
-        prepare_data(loaded)
     with naming_prepare(recipe, overrides):
-        plan = make_plan(loaded, gpus, gpu, site=facts)
-    refuse_what_does_not_fit(plan, force, as_json)
-    # Code of the project's own may wait for other ranks, or read what a launcher sets.
-    if not (dry_run or force or factories_of(loaded)):
-        from drumline.train.dry_pass import dry_pass
-
-        dry_pass(plan)
+        plan = _planned(loaded, site, (gpus, gpu), "" if dry_run else to, force, as_json)
     if to == "slurm":
         check_fewest(plan, force, as_json)
-    if to == "slurm" and not dry_run:
-        options = check_slurm(plan, site, options)
     if dry_run:
         if lacking := lacking_variables(site):
             print(f"warning: {lacking}", file=sys.stderr)
         tell_dry(plan, recipe, overrides)
         print(dry_text(to, plan, site, run_dir, secrets), end="")
         return
+    if to == "slurm":
+        options = check_slurm(plan, site, options)
     print(plan_table(plan), file=sys.stderr)
     folder, jobs = submit_all(plan, site, run_dir, to, secrets, options)
     tell_submitted(folder, jobs, to, as_json)
+
+
+def _planned(
+    loaded: Recipe,
+    site: Site,
+    split: tuple[int | None, str | None],
+    to: str,
+    force: bool,
+    as_json: bool,
+) -> Plan:
+    """The plan for this cluster, of prepared data; refused where it does not fit.
+
+    `split`: --gpus and --gpu. `to`: where it is submitted to, empty for a dry run, which prepares nothing.
+    Else the first micro-batch is tried here, too, unless the project's own code is in it, which may wait for
+    other ranks or read what a launcher sets.
+    """
+    facts = facts_of(site)
+    if to:
+        refuse_without(to, loaded, prints=True)
+        if not needs_data(loaded):
+            refuse_what_does_not_fit(make_plan(loaded, *split, site=facts), force, as_json)
+        prepare_data(loaded)
+    plan = make_plan(loaded, *split, site=facts)
+    refuse_what_does_not_fit(plan, force, as_json)
+    if to and not (force or factories_of(loaded)):
+        from drumline.train.dry_pass import dry_pass
+
+        dry_pass(plan)
+    return plan
 
 
 def register(app: typer.Typer) -> None:

@@ -9,7 +9,7 @@ from drumline.cluster import slurm
 from drumline.cluster.preflight import slow_nodes, table
 from drumline.cluster.site import facts_of, load_site
 from drumline.errors import LaunchError, PlanError, RunFolderError
-from drumline.plan.model import Plan
+from drumline.plan.model import NO_SITE, Plan
 from drumline.processes import free_port
 from drumline.recipe.load import load_recipe
 from drumline.recipe.schema import NodeRange, Recipe
@@ -157,8 +157,9 @@ def _supervise(
 
 def plan_for(folder: RunFolder, nodes: int) -> Plan:
     """Plan the run's recipe on as many of `nodes` nodes as its batch can be split over."""
-    recipe, site = load_recipe(str(folder.recipe_file)), facts_of(load_site(folder.path / SITE))
-    return plan_on_nodes(recipe, nodes, folder.start_facts(), site)
+    file = folder.path / SITE
+    site = facts_of(load_site(file)) if file.exists() else NO_SITE
+    return plan_on_nodes(load_recipe(str(folder.recipe_file)), nodes, folder.start_facts(), site)
 
 
 def _refuse_another_training(folder: RunFolder, plan: Plan) -> None:
