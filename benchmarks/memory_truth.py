@@ -351,7 +351,7 @@ def leave_out(device: torch.device) -> None:
     def save(*arguments: Any, **options: Any) -> None: ...
 
     ModelBuilder._draw = draw  # type: ignore[method-assign]
-    loop._save = save
+    loop._Loop._save = save
 
 
 def machine() -> dict[str, str]:

@@ -73,16 +73,16 @@ def diagonal() -> list[dict[str, Any]]:
 
 
 def cells(architecture: str, is_all: bool) -> Iterator[Cell]:
-    """All 27 combinations, or six in which each shape, precision and strategy is there twice.
+    """All 27 combinations, or three in which each shape, precision and strategy is there once.
 
-    Of nine in which each two of them meet once, three are left out, which are others for the next family.
+    They are of nine in which each two of them meet once; the next family has three others.
     """
     turn = list(SMALL).index(architecture)
     for row, precision in enumerate(PRECISIONS):
         for column, strategy in enumerate(STRATEGIES):
             for number, shape in enumerate(SHAPES):
                 meets_once = number == (row + column) % len(SHAPES)
-                if is_all or (meets_once and (row - column + turn) % len(SHAPES)):
+                if is_all or (meets_once and not (row - column + turn) % len(SHAPES)):
                     sections = {"precision": precision, **strategy, **shape}
                     plan = small_plan(architecture, **sections)
                     yield Cell(architecture, sections, plan, _trace(plan, architecture))

@@ -10,7 +10,7 @@ from memory.plans import SMALL
 
 @pytest.mark.parametrize("architecture", SMALL)
 def test_the_closed_form_is_the_trace(architecture: str) -> None:
-    """Six combinations of shape, precision and strategy: median ≤ 1 %, none above 4 %; the verdicts agree.
+    """Three combinations of shape, precision and strategy: median ≤ 1 %, none above 4 %; the verdicts agree.
 
     On a card with 7 % less than the step allocates both say that it does not fit; on one with half as much
     again, that it does. `benchmarks/families.py` does all 27.

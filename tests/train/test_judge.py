@@ -10,7 +10,7 @@ from drumline.checkpoint.state import TrainState
 from drumline.plan.model import Plan
 from drumline.plan.resolve import resolve
 from drumline.recipe.load import validate
-from drumline.train.loop import _judge
+from drumline.train.early_stopping import judge_evaluation
 
 
 def plan(**rule: Any) -> Plan:
@@ -26,7 +26,7 @@ def run(
     best = []
     for number, value in enumerate(values, start=1):
         state.advance(number, number, 1, 0.5)
-        reason = _judge(state, {metric: value}, the_plan)
+        reason = judge_evaluation(state, {metric: value}, the_plan)
         best.append(state.is_best)
         if reason:
             return best, number

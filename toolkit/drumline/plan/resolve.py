@@ -1,6 +1,5 @@
 """`resolve(recipe, world) -> Plan`: a pure function from a recipe to its resolved Plan."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +11,6 @@ from drumline.architectures.gpus import find_gpu, gpu_warnings, with_own_name
 from drumline.architectures.labels import number_of_labels
 from drumline.architectures.shapes import ModelShape
 from drumline.architectures.trained import with_trained
-from drumline.errors import NotPrepared, PlanError
 from drumline.memory.ranges import Verdict
 from drumline.plan import batch as batch_equation
 from drumline.plan import identity, schedule
@@ -31,7 +29,7 @@ from drumline.plan.checks import (
 from drumline.plan.footprint import memory_function, memory_warnings, unseen_code
 from drumline.plan.invariance import batchnorm_warnings, split_invariance
 from drumline.plan.job_time import with_time
-from drumline.plan.mesh import cluster_gpus, is_laid_out, layout, mesh_of
+from drumline.plan.mesh import cluster_gpus, is_laid_out, layout
 from drumline.plan.model import (
     FITS,
     NO_SITE,
@@ -43,13 +41,11 @@ from drumline.plan.model import (
     SiteFacts,
     SourceFacts,
     StartFacts,
-    StepFacts,
-    clock_of,
 )
-from drumline.plan.noise import is_measurable
 from drumline.plan.optimizers import resolved_optimizer
-from drumline.plan.steps import Clock, Place
-from drumline.plan.work import cost_of_step, tokens_per_step
+from drumline.plan.step_counts import curve_of, step_facts
+from drumline.plan.warnings import plan_warnings
+from drumline.plan.work import cost_of_step
 from drumline.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -58,11 +54,6 @@ if TYPE_CHECKING:
 
 DEFAULT_CLASSES = 2
 """Assumed classes of a classifier whose data are not prepared; they hardly affect its memory."""
-
-_NEAR_THE_PEAK = 0.9
-"""A run whose highest rate is less than this part of the peak is warned of."""
-_WITHOUT_A_MINIMUM = ("constant", "inverse_sqrt", "piecewise")
-"""Schedules that decay to no minimum, so a warm-up of the whole run cuts nothing off."""
 
 _HIGHER_IS_BETTER = ("accuracy", "f1", "reward_margin", "_chosen")
 """Ends of the names of metrics that should grow."""
@@ -140,9 +131,9 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
     nodes = layout(recipe, split).nodes
     resolved = _fill(recipe, split, start)
     ramp = batch_equation.split_ramp(recipe.batch, split)
-    steps, clock = _steps(recipe, split, world, start)
+    steps, clock = step_facts(recipe, split, world, start)
     batch_equation.check_ramp(recipe.batch, steps.total)
-    curve = _curve(recipe, split, steps)
+    curve = curve_of(recipe, split, steps)
     schedule.check_warmup(curve, clock)
     memory = memory_of(split)
     recipe_sha256, training_sha256 = ("", "") if is_candidate else identity.hashes(resolved)
@@ -193,11 +184,7 @@ def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = Fals
         advice=[],
         warnings=warnings
         + batchnorm_warnings(resolved, split, world.batchnorm == "yes")
-        + _step_warnings(split, clock)
-        + _rate_warnings(recipe, curve, clock)
-        + _start_warnings(start, curve, clock)
-        + (_model_warnings(recipe, world.parent) if world.parent else [])
-        + _noise_warnings(recipe, split),
+        + plan_warnings(recipe, split, curve, clock, start, world.parent),
         start=start,
         site=world.site,
     )
@@ -256,244 +243,10 @@ def _fill(recipe: Recipe, split: Split, start: StartFacts | None) -> Recipe:
     return recipe.model_copy(update=update)
 
 
-def _steps(
-    recipe: Recipe, split: Split, world: World, start: StartFacts | None
-) -> tuple[StepFacts, Clock | None]:
-    """Counts of optimizer steps, and the Clock, which is None if the number of samples is not known.
-
-    Raises PlanError if the duration cannot be converted to steps without it.
-    """
-    samples = world.samples if world.samples is not None else recipe.data.samples
-    if None not in (world.samples, recipe.data.samples) and world.samples != recipe.data.samples:
-        raise PlanError(
-            f"data.samples: {recipe.data.samples}, but the prepared data hold {world.samples}. "
-            f"Nearest: samples {world.samples}, or samples null"
-        )
-    is_unknown = start is not None and start.what == "state" and world.fingerprint is None
-    if is_unknown:
-        samples = None  # whether the samples go on or begin anew is not known yet
-    duration, length = recipe.duration, recipe.data.sequence_length
-    tokens = tokens_per_step(recipe, split, world.row_lengths)
-    if samples is None:
-        if duration.steps is None:
-            if world.problems:
-                raise PlanError("; ".join(world.problems))
-            key = "epochs" if duration.epochs else "tokens"
-            if is_unknown:
-                raise NotPrepared(
-                    f"duration.{key}: whether the samples of start_from go on is unknown until the data are "
-                    "prepared. Nearest: run `drumline prepare`, or use duration.steps"
-                )
-            raise NotPrepared(
-                f"duration.{key}: the number of steps is unknown until the data are prepared. "
-                "Nearest: run `drumline prepare`, or state data.samples, or use duration.steps"
-            )
-        _need_samples(recipe)
-        warmup = _warmup(recipe, duration.steps, None, start)
-        return StepFacts(
-            samples=None,
-            per_epoch=None,
-            epochs=None,
-            total=duration.steps,
-            forwards_per_step=split.accumulation,
-            last_batch=None,
-            tokens_per_step=tokens,
-            warmup=warmup,
-        ), None
-    clock = clock_of(recipe, samples, split.effective, start)
-    if duration.steps:
-        total = duration.steps
-    elif duration.epochs:
-        total = clock.total_for_epochs(duration.epochs)
-    else:
-        assert duration.tokens and length
-        total = clock.total_for_samples(-(-duration.tokens // length))
-    if total < clock.first_step:
-        raise _nothing_left(recipe, clock)
-    regular = replace(clock, start=Place(), ramp=())
-    first, stop = regular.slots(regular.steps_per_epoch)
-    row = split.per_device * mesh_of(recipe, split.gpus).data_ranks
-    widest = min(split.effective, samples) if recipe.batch.remainder != "carry" else split.effective
-    return StepFacts(
-        samples=samples,
-        per_epoch=clock.steps_per_epoch,
-        epochs=round(float(clock.epochs_done(total)), 4),
-        total=total,
-        forwards_per_step=math.ceil(widest / row),
-        last_batch=stop - first,
-        tokens_per_step=tokens,
-        warmup=_warmup(recipe, total, clock, start),
-    ), clock
-
-
 def _lengths(recipe: Recipe, world: World) -> list[int]:
     """Tokens of the rows, as far as they are known: those that were prepared, or one for all rows."""
     length = recipe.data.sequence_length or world.row_tokens
     return world.row_lengths or ([length] if length else [])
-
-
-def _nothing_left(recipe: Recipe, clock: Clock) -> PlanError:
-    done, duration = clock.start, recipe.duration
-    whole = math.floor(clock.epochs_done(done.step)) + 1
-    length = recipe.data.sequence_length or 1
-    stated, more = (
-        (f"epochs: {duration.epochs:g}", f"epochs={whole}")
-        if duration.epochs
-        else (f"tokens: {duration.tokens:,}", f"tokens={2 * done.slot * length}")
-    )
-    return PlanError(
-        f"duration.{stated} are reached at step {done.step:,}, where start_from begins. Nearest: "
-        f"duration.{more}"
-    )
-
-
-def _start_warnings(
-    start: StartFacts | None, curve: schedule.Curve, clock: Clock | None
-) -> list[str]:
-    if start is None or (clock is None and curve.unit == "epoch"):
-        return []
-    from drumline.plan.start import rate_warning
-
-    return rate_warning(start, schedule.rate(curve, start.place.step + 1, clock))
-
-
-def _model_warnings(recipe: Recipe, parent: "Parent") -> list[str]:
-    from drumline.plan.start import model_warnings
-
-    return model_warnings(recipe, parent)
-
-
-def _need_samples(recipe: Recipe) -> None:
-    """PlanError where something is stated in epochs, and how long one is is not known."""
-    stated = {
-        "evaluation.every_epochs": recipe.evaluation and recipe.evaluation.every_epochs,
-        "evaluation.after": next(filter(None, (one.every_epochs for one in recipe.after)), None),
-        "checkpoint.every_epochs": recipe.checkpoint.every_epochs,
-        "schedule.warmup_epochs": recipe.schedule.warmup_epochs,
-    }
-    for key, value in stated.items():
-        if value is not None:
-            raise NotPrepared(
-                f"{key}: {value:g} epochs are so many steps as the data have samples. Nearest: run "
-                "`drumline prepare`, or state data.samples, or use steps"
-            )
-
-
-def _rate_warnings(recipe: Recipe, curve: schedule.Curve, clock: Clock | None) -> list[str]:
-    """Warn where the rates are not those that the recipe's words make one expect."""
-    found = []
-    begin = clock.first_step if clock else 1
-    facts, ratio = schedule.rate_facts(curve, clock, begin), recipe.schedule.warmup_ratio
-    if ratio and curve.warmup_steps == 0:
-        found.append(
-            f"schedule.warmup_ratio: {ratio:g} × {curve.total} steps = {ratio * curve.total:g} rounds to 0, "
-            "so there is no warm-up. Nearest: warmup_steps 2"
-        )
-    if curve.warmup_steps == curve.total > 1 and curve.name not in _WITHOUT_A_MINIMUM:
-        found.append(
-            f"the warm-up takes all {curve.total:,} steps, so {curve.name} never begins and the minimum is "
-            "not reached. Nearest: a shorter warm-up"
-        )
-    if facts.highest < _NEAR_THE_PEAK * curve.peak_lr and curve.run is None and begin == 1:
-        found.append(
-            f"the rate never comes near the peak {curve.peak_lr:g}: it is {facts.highest:g} at most"
-        )
-    if facts.last == 0 and (curve.unit == "epoch" or curve.total == 1):
-        what = "last epoch" if curve.unit == "epoch" else "only step"
-        found.append(f"the {what} trains at rate 0: set schedule.min_lr_ratio above 0")
-    return found
-
-
-def _noise_warnings(recipe: Recipe, split: Split) -> list[str]:
-    is_sharded = recipe.strategy.name == "fsdp"
-    if not recipe.logging.noise_scale or is_measurable(is_sharded, split):
-        return []
-    return ["logging.noise_scale: a step of one micro-batch has nothing to compare; none is logged"]
-
-
-def _warmup(recipe: Recipe, total: int, clock: Clock | None, start: StartFacts | None) -> int:
-    s = recipe.schedule
-    steps, key = s.warmup_steps, "warmup_steps"
-    if s.warmup_epochs is not None:
-        assert clock is not None
-        if start and start.what == "state" and not start.continues_data:
-            raise PlanError(
-                "schedule.warmup_epochs: start_from counts the steps on and has other data, so these epochs "
-                "say no step. Nearest: schedule.warmup_epochs=null "
-                f"schedule.warmup_steps={clock.first_step + 99}"
-            )
-        whole = replace(clock, start=Place())  # as of a run that never stopped
-        steps, key = whole.total_for_epochs(s.warmup_epochs), "warmup_epochs"
-    return schedule.resolve_warmup(steps, s.warmup_ratio, s.name, s.horizon_steps or total, key)
-
-
-def _step_warnings(split: Split, clock: Clock | None) -> list[str]:
-    if clock is None or split.effective <= clock.samples or clock.remainder != "keep":
-        return []
-    return [
-        f"effective {split.effective} > {clock.samples} samples: every step takes all "
-        f"{clock.samples} (remainder: keep)"
-    ]
-
-
-def _curve(recipe: Recipe, split: Split, steps: StepFacts) -> schedule.Curve:
-    """The schedule with its peak learning rate scaled and its durations in optimizer steps."""
-    s, run = recipe.schedule, steps.total
-    total = s.horizon_steps or run
-    warmup = steps.warmup
-    decay = max(1, round(s.decay_ratio * total))
-    schedule.check_cycles(s.cycles, total, warmup)
-    if s.name == "wsd" and warmup + decay > total:
-        raise PlanError(
-            f"schedule: warm-up {warmup} + decay {decay} = {warmup + decay} > {total} steps. "
-            f"Nearest: {_nearest_decay(warmup, total)}"
-        )
-    if s.unit == "epoch" and steps.per_epoch is None:
-        raise NotPrepared(
-            "schedule.unit: epoch needs the number of samples. Nearest: run `drumline prepare`, "
-            "or state data.samples, or use unit step"
-        )
-    peak = recipe.optimizer.lr * _lr_factor(recipe, split)
-    if not math.isfinite(peak):
-        raise PlanError(
-            f"optimizer.lr: {recipe.optimizer.lr:g} × {_lr_factor(recipe, split):g} (lr_scaling) is {peak}. "
-            "Nearest: a smaller rate"
-        )
-    if s.min_lr is not None and s.min_lr > peak:
-        raise PlanError(
-            f"schedule.min_lr: {s.min_lr:g} > the peak {peak:g}. Nearest: min_lr {peak / 10:g}"
-        )
-    return schedule.Curve(
-        name=s.name,
-        base_lr=recipe.optimizer.lr,
-        peak_lr=peak,
-        min_lr_ratio=s.min_lr_ratio if s.min_lr is None else s.min_lr / peak,
-        total=total,
-        warmup_steps=warmup,
-        unit=s.unit,
-        cycles=s.cycles,
-        power=s.power,
-        decay_steps=decay,
-        start_ratio=s.start_ratio,
-        milestones=schedule.resolve_milestones(s.milestones, total),
-        warmup_start_ratio=s.warmup_start_ratio,
-        run=None if total == run else run,
-    )
-
-
-def _nearest_decay(warmup: int, total: int) -> str:
-    """A legal fix: a decay that fits after the warm-up or, if none does, a shorter warm-up."""
-    ratio = math.floor(1000 * (total - warmup) / total) / 1000
-    return f"decay_ratio {ratio:.3f}" if round(ratio * total) else f"a warm-up below {total} steps"
-
-
-def _lr_factor(recipe: Recipe, split: Split) -> float:
-    """Learning rate factor: B / reference_batch (linear; Goyal et al. 2017), its square root, or 1."""
-    scaling = recipe.optimizer.lr_scaling
-    if scaling.rule == "none" or scaling.reference_batch is None:
-        return 1.0
-    ratio = split.effective / scaling.reference_batch
-    return ratio if scaling.rule == "linear" else math.sqrt(ratio)
 
 
 def shape_of(recipe: Recipe, world: World) -> ModelShape | str:

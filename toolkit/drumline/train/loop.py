@@ -1,6 +1,5 @@
 """The training loop of one rank, from restoring a checkpoint to the last save."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,31 +10,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from drumline.after_files import AfterFiles
-from drumline.checkpoint.retention import remove_abandoned
 from drumline.checkpoint.state import TrainState
-from drumline.data.rows import Rows
 from drumline.errors import CheckpointError
 from drumline.phases import Phase
 from drumline.plan import noise, schedule
 from drumline.plan.model import Plan
-from drumline.train import loader
+from drumline.plan.steps import Clock
 from drumline.train.anomalies import Judge, find_culprits
 from drumline.train.batches import Step, StepReader, open_rows
 from drumline.train.commit import SaveCommit
+from drumline.train.early_stopping import judge_evaluation, reason_to_stop
 from drumline.train.engines import Engine, build_engine
 from drumline.train.evaluate import Evaluator
 from drumline.train.forward_timer import ForwardTimer
 from drumline.train.forwards import Asked
 from drumline.train.garbage import GarbageControl
 from drumline.train.metrics import Logbook
-from drumline.train.models.build import base_fingerprint
 from drumline.train.noise import NoiseMeter, NoMeter, build_meter
 from drumline.train.objectives.base import baseline_of
 from drumline.train.read_ahead import read_ahead
-from drumline.train.reference import attach_reference, needs_reference
+from drumline.train.restore import restored
 from drumline.train.saver import SaveCadence, Saver, is_owed
-from drumline.train.scaler import LossScaler
-from drumline.train.start import begin_from
 from drumline.train.step_reduce import StepReduce, Verdict
 from drumline.train.watch import Watch
 
@@ -72,92 +67,45 @@ def train(
     reader = StepReader(plan, rows, rank, pin=device.type == "cuda")
     evaluator = Evaluator(plan, engine)
     try:
-        state, suspect = _begin(engine, plan, run_folder, watch, {"train": rows, **evaluator.parts})
+        state, suspect = restored(
+            engine, plan, run_folder, watch, {"train": rows, **evaluator.parts}
+        )
     except Asked:
         return Outcome("stopped", step=0, loss=None, evaluation=None)
     logbook = Logbook(plan, run_folder / "metrics.jsonl", device, state, engine.step_metrics)
     saver = _saver(plan, run_folder, attempt, state.step, logbook)
-    judge = Judge(recipe.anomalies, state, suspect)
     clock = plan.clock()
-    cadence = SaveCadence(recipe.checkpoint, clock, recipe.after)
-    meter, timer = build_meter(plan, engine), ForwardTimer(device)
-    course = _Course(stop=False, reason=_reason_to_stop(state, plan))
-
+    loop = _Loop(
+        plan=plan,
+        engine=engine,
+        evaluator=evaluator,
+        state=state,
+        watch=watch,
+        logbook=logbook,
+        saver=saver,
+        judge=Judge(recipe.anomalies, state, suspect),
+        clock=clock,
+        cadence=SaveCadence(recipe.checkpoint, clock, recipe.after),
+        meter=build_meter(plan, engine),
+        timer=ForwardTimer(device),
+        course=_Course(stop=False, reason=reason_to_stop(state, plan)),
+        until=until,
+    )
     watch.enter(Phase.WARMING_UP)
     engine.warm_up(reader.widest().tensors)
     with logbook, saver, GarbageControl() as garbage:
-        if state.evaluation_due:
-            _evaluate(evaluator, state, plan, watch, logbook, course)
-            if not course.stop and state.step >= plan.first_step:
-                saver.amend(state)
-        first = plan.steps.total + 1 if course.is_over else state.step + 1
-        workers = recipe.data.workers or 0
-        for step in logbook.timed(
-            watch.reading(read_ahead(reader, first, plan.steps.total, workers))
-        ):
+        first = loop.begin()
+        steps = read_ahead(reader, first, plan.steps.total, recipe.data.workers or 0)
+        for step in logbook.timed(watch.reading(steps)):
             watch.begin(step.number)
-            losses = forward_backward(engine, step, watch, meter, timer)
-            watch.enter(Phase.REDUCING)
-            sums = torch.stack(losses).sum(dim=0)
-            reduce = StepReduce(
-                (sums if sums.ndim == 0 else sums[0]) / step.weight,
-                stop=watch.stop_asked(),
-                save_due=cadence.time_is_up(),
-                save_failed=saver.has_failed,
-                extra_sums=meter.measured(),
-                beside_loss=sums[1:] if sums.ndim else None,
-            )
-            norm = engine.clip(recipe.optimizer.max_grad_norm)
-            verdict = reduce.wait(norm)
-            watch.busy_s = timer.total()
-            course.stop = verdict.stop or step.number == until
-            watch.enter(Phase.UPDATING)
-            judgement = judge.judge(step.number, verdict, engine.scaler)
-            rate = schedule.rate(plan.schedule, step.number, clock)
-            engine.skip() if judgement.skip else engine.step(rate)
-            place = clock.place(step.number)
-            state.advance(step.number, place.consumed, step.tokens, verdict.loss)
-            state.slot, state.own_samples = place.slot, place.of_these
-            _add_noise(state, step, verdict)
-            odd = judgement.why and judgement.why != "overflow"
-            culprits = (
-                find_culprits(step, [float(loss.flatten()[0]) for loss in losses]) if odd else {}
-            )
-            logbook.record(step, state, verdict, rate, judgement, culprits, watch.spent())
-            watch.finish()
-            judge.raise_if_hopeless(step.number)
+            verdict = loop.step(step)
             garbage.after_step(step.number)
-
-            last = step.number == plan.steps.total
-            state.evaluation_due = evaluator.is_due(step.number, last)
-            if state.evaluation_due and not course.stop:
-                _evaluate(evaluator, state, plan, watch, logbook, course)
+            if loop.pause(step.number, verdict):
                 garbage.at_pause()
-            if verdict.save_failed:
-                _hear_errors(saver, state, logbook, watch)
-            if last or course.is_over or verdict.save_due or cadence.is_due(state):
-                logbook.flush()
-                _hear_errors(saver, state, logbook, watch)
-                ends = last or bool(course.reason) or step.number == until
-                _save(engine, saver, state, watch, is_final=ends)
-                cadence.saved()
-                garbage.at_pause()
-            if course.is_over:
+            if loop.course.is_over:
                 break
-        _wait_for_save(saver, watch)
-        if saver.has_failed:
-            raise CheckpointError(f"the last save failed: {saver.take_errors()[-1]}")
-        if spent := watch.spent():
-            logbook.record_event(state.step, **spent)
-
-    complete = state.step == plan.steps.total and not state.evaluation_due
-    return Outcome(
-        outcome="finished" if complete or course.reason else "stopped",
-        step=state.step,
-        loss=state.loss,
-        evaluation=state.evaluation,
-        reason=course.reason,
-    )
+        loop.end()
+    return loop.outcome()
 
 
 @dataclass
@@ -170,6 +118,133 @@ class _Course:
     @property
     def is_over(self) -> bool:
         return self.stop or bool(self.reason)
+
+
+@dataclass
+class _Loop:
+    """What a rank trains with, and what it does in each step; `until`: see `train`."""
+
+    plan: Plan
+    engine: Engine
+    evaluator: Evaluator
+    state: TrainState
+    watch: Watch
+    logbook: Logbook
+    saver: Saver
+    judge: Judge
+    clock: Clock
+    cadence: SaveCadence
+    meter: NoiseMeter
+    timer: ForwardTimer
+    course: "_Course"
+    until: int | None
+
+    def begin(self) -> int:
+        """Evaluate what an earlier attempt owed, and return the first step to train."""
+        if self.state.evaluation_due:
+            self._evaluate()
+            if not self.course.stop and self.state.step >= self.plan.first_step:
+                self.saver.amend(self.state)
+        return self.plan.steps.total + 1 if self.course.is_over else self.state.step + 1
+
+    def step(self, step: Step) -> Verdict:
+        """One optimizer step: forward, backward, one reduction, the verdict, the update, its record."""
+        engine, state, watch = self.engine, self.state, self.watch
+        losses = forward_backward(engine, step, watch, self.meter, self.timer)
+        watch.enter(Phase.REDUCING)
+        sums = torch.stack(losses).sum(dim=0)
+        reduce = StepReduce(
+            (sums if sums.ndim == 0 else sums[0]) / step.weight,
+            stop=watch.stop_asked(),
+            save_due=self.cadence.time_is_up(),
+            save_failed=self.saver.has_failed,
+            extra_sums=self.meter.measured(),
+            beside_loss=sums[1:] if sums.ndim else None,
+        )
+        norm = engine.clip(self.plan.recipe.optimizer.max_grad_norm)
+        verdict = reduce.wait(norm)
+        watch.busy_s = self.timer.total()
+        self.course.stop = verdict.stop or step.number == self.until
+        watch.enter(Phase.UPDATING)
+        judgement = self.judge.judge(step.number, verdict, engine.scaler)
+        rate = schedule.rate(self.plan.schedule, step.number, self.clock)
+        engine.skip() if judgement.skip else engine.step(rate)
+        place = self.clock.place(step.number)
+        state.advance(step.number, place.consumed, step.tokens, verdict.loss)
+        state.slot, state.own_samples = place.slot, place.of_these
+        _add_noise(state, step, verdict)
+        odd = judgement.why and judgement.why != "overflow"
+        culprits = find_culprits(step, [float(loss.flatten()[0]) for loss in losses]) if odd else {}
+        self.logbook.record(step, state, verdict, rate, judgement, culprits, watch.spent())
+        watch.finish()
+        self.judge.raise_if_hopeless(step.number)
+        return verdict
+
+    def pause(self, number: int, verdict: Verdict) -> bool:
+        """Evaluate and save, if it is time for it after this step; whether it was."""
+        last = number == self.plan.steps.total
+        paused = False
+        self.state.evaluation_due = self.evaluator.is_due(number, last)
+        if self.state.evaluation_due and not self.course.stop:
+            self._evaluate()
+            paused = True
+        if verdict.save_failed:
+            self._hear_errors()
+        if last or self.course.is_over or verdict.save_due or self.cadence.is_due(self.state):
+            self.logbook.flush()
+            self._hear_errors()
+            self._save(is_final=last or bool(self.course.reason) or number == self.until)
+            self.cadence.saved()
+            paused = True
+        return paused
+
+    def end(self) -> None:
+        """Wait for the last save; CheckpointError if it failed."""
+        self._wait_for_save()
+        if self.saver.has_failed:
+            raise CheckpointError(f"the last save failed: {self.saver.take_errors()[-1]}")
+        if spent := self.watch.spent():
+            self.logbook.record_event(self.state.step, **spent)
+
+    def outcome(self) -> Outcome:
+        """How the attempt has ended."""
+        state, reason = self.state, self.course.reason
+        complete = state.step == self.plan.steps.total and not state.evaluation_due
+        return Outcome(
+            outcome="finished" if complete or reason else "stopped",
+            step=state.step,
+            loss=state.loss,
+            evaluation=state.evaluation,
+            reason=reason,
+        )
+
+    def _evaluate(self) -> None:
+        """Evaluate and apply early stopping; after a signal the evaluation stays due for the next attempt."""
+        found = self.evaluator.run(self.watch)
+        if found is None:
+            self.course.stop = True
+            return
+        self.state.evaluation_due, self.state.evaluation = False, found
+        self.course.reason = judge_evaluation(self.state, found, self.plan)
+        self.logbook.record_evaluation(self.state.step, found)
+
+    def _save(self, is_final: bool) -> None:
+        if self.engine.scaler:
+            self.state.loss_scale = vars(self.engine.scaler).copy()
+        shards = self.engine.shards()
+        self.watch.enter(Phase.SAVING, limit_s=self.saver.limit_of(shards))
+        self.saver.save(shards, self.state, is_final)
+
+    def _wait_for_save(self) -> None:
+        """Wait until the save in progress is committed or refused, within the saver's own time limit."""
+        self.watch.enter(Phase.SAVING, limit_s=self.saver.limit_s())
+        self.saver.wait(self.watch.wait)
+
+    def _hear_errors(self) -> None:
+        """Wait for the save in progress and log its errors; where `on_error` is `stop`, all ranks raise."""
+        self._wait_for_save()
+        for error in self.saver.take_errors():
+            self.logbook.record_event(self.state.step, **{"checkpoint/error": error})
 
 
 def forward_backward(
@@ -209,24 +284,6 @@ def forward_backward(
     return losses
 
 
-def _evaluate(
-    evaluator: Evaluator,
-    state: TrainState,
-    plan: Plan,
-    watch: Watch,
-    logbook: Logbook,
-    course: _Course,
-) -> None:
-    """Evaluate and apply early stopping; after a signal the evaluation stays due for the next attempt."""
-    found = evaluator.run(watch)
-    if found is None:
-        course.stop = True
-        return
-    state.evaluation_due, state.evaluation = False, found
-    course.reason = _judge(state, found, plan)
-    logbook.record_evaluation(state.step, found)
-
-
 def _add_noise(state: TrainState, step: Step, verdict: Verdict) -> None:
     """Append this step's noise-scale pair, if one was measured, to the window of the last steps."""
     if verdict.extra_sums and verdict.finite:
@@ -264,128 +321,3 @@ def _waiting_for_commands(plan: Plan, folder: Path) -> Callable[[int], bool]:
         )
 
     return waits
-
-
-def _save(engine: Engine, saver: Saver, state: TrainState, watch: Watch, is_final: bool) -> None:
-    if engine.scaler:
-        state.loss_scale = vars(engine.scaler).copy()
-    shards = engine.shards()
-    watch.enter(Phase.SAVING, limit_s=saver.limit_of(shards))
-    saver.save(shards, state, is_final)
-
-
-def _wait_for_save(saver: Saver, watch: Watch) -> None:
-    """Wait until the save in progress is committed or refused, within the saver's own time limit."""
-    watch.enter(Phase.SAVING, limit_s=saver.limit_s())
-    saver.wait(watch.wait)
-
-
-def _hear_errors(saver: Saver, state: TrainState, logbook: Logbook, watch: Watch) -> None:
-    """Wait for the save in progress and log its errors; where `on_error` is `stop`, all ranks raise."""
-    _wait_for_save(saver, watch)
-    for error in saver.take_errors():
-        logbook.record_event(state.step, **{"checkpoint/error": error})
-
-
-def _judge(state: TrainState, evaluation: dict[str, float], plan: Plan) -> str:
-    """Update the best metric and the patience count; returns the reason to stop early, or "".
-
-    Any gain updates the best metric; only a gain above `min_delta` resets the patience count. A value that
-    is not finite does neither.
-    """
-    rule = plan.recipe.early_stopping
-    metric = rule.metric if rule else "eval/loss"
-    mode = rule.mode if rule and rule.mode else "min"
-    value = evaluation[metric]
-    state.metric, state.metric_mode = value, mode
-    if _gain(value, state.best_metric, mode) > 0:
-        state.best_metric, state.is_best = value, True
-    if _gain(value, state.patience_metric, mode) > (rule.min_delta if rule else 0.0):
-        state.patience_metric, state.evaluations_without_gain = value, 0
-    else:
-        state.evaluations_without_gain += 1
-    return _reason_to_stop(state, plan)
-
-
-def _reason_to_stop(state: TrainState, plan: Plan) -> str:
-    """The reason for which early stopping ends the run now, or ""."""
-    rule = plan.recipe.early_stopping
-    if not rule or state.evaluations_without_gain < rule.patience:
-        return ""
-    return (
-        f"early stopping: {rule.metric} has not improved on {state.patience_metric} by more than "
-        f"{rule.min_delta:g} for {rule.patience} evaluations"
-    )
-
-
-def _gain(value: float, reference: float | None, mode: str) -> float:
-    """How much better than the reference: inf without a reference, -inf for a non-finite value."""
-    if not math.isfinite(value):
-        return -math.inf
-    if reference is None:
-        return math.inf
-    return reference - value if mode == "min" else value - reference
-
-
-def _begin(
-    engine: Engine, plan: Plan, run_folder: Path, watch: Watch, parts: dict[str, Rows]
-) -> tuple[TrainState, str | None]:
-    """`_restore`; and the log-probabilities of the reference for these parts, if the objective needs them.
-
-    They are of the weights before training, so they come before a checkpoint is loaded, or after that which
-    the run begins from. Raises `Asked` when any rank was asked to stop.
-    """
-    has_reference = needs_reference(plan)
-    if has_reference and plan.start is None:
-        attach_reference(plan, engine, parts, watch)
-    watch.enter(Phase.LOADING)
-    state, suspect = _restore(engine, plan, run_folder, watch)
-    if has_reference and plan.start is not None:
-        is_begun = state.step > plan.start.place.step
-        attach_reference(plan, engine, parts, watch, is_begun=is_begun)
-    return state, suspect
-
-
-def _restore(
-    engine: Engine, plan: Plan, run_folder: Path, watch: Watch
-) -> tuple[TrainState, str | None]:
-    """Load the newest sound checkpoint; returns its state, or a fresh one where there is none.
-
-    Also returns the checkpoint's name if an older one exists to fall back to, else None.
-    """
-    folder = run_folder / "checkpoints"
-    if dist.get_rank() == 0:
-        remove_abandoned(folder)
-    chosen = loader.choose(folder, run_folder / "metrics.jsonl")
-    base = [base_fingerprint(plan.recipe) if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(base, src=0)
-    if chosen.path is None:
-        fresh = TrainState(
-            training_sha256=plan.training_sha256,
-            fingerprint=plan.data.fingerprint,
-            rows=plan.data.rows,
-            base=base[0],
-            evaluation_due=bool(plan.recipe.row_evaluation and plan.recipe.row_evaluation.at_start),
-        )
-        if plan.start:
-            fresh = begin_from(engine, plan, fresh)
-            watch.step = watch.done = fresh.step
-        return fresh, None
-    path, state = chosen.path, chosen.state
-    watch.step = watch.done = state.step
-    for what, saved, here in (
-        ("training_sha256", state.training_sha256, plan.training_sha256),
-        ("data fingerprint", state.fingerprint, plan.data.fingerprint),
-        (f"weights of {plan.recipe.model.name or plan.recipe.model.path}", state.base, base[0]),
-    ):
-        if saved != here:
-            raise CheckpointError(
-                f"{path} belongs to another training: {what} {saved}, here {here}"
-            )
-    loader.load(path, engine.shards())
-    engine.loaded()
-    watch.begun({"from_step": state.step, "checkpoint": path.name, "set_aside": chosen.set_aside})
-    print(f"going on from step {state.step}, loaded from {path}", flush=True)
-    if state.loss_scale:
-        engine.scaler = LossScaler(**state.loss_scale)
-    return state, path.name if chosen.has_older else None
