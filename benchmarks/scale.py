@@ -31,7 +31,7 @@ from drumline.plan.resolve import World, resolve, shape_of
 from drumline.rank_files import RankFiles
 from drumline.recipe.load import load_recipe
 from drumline.runs.peaks import memory_entry
-from drumline.train.loader import _answers
+from drumline.train.loader import _answers, own_parts
 
 ROUNDS = 5
 SAMPLES = 10**9
@@ -122,13 +122,27 @@ def loading(saved: int, here: int) -> str:
     needs = [
         {name: (whole[name], boxes) for name, boxes in own.items()} for own in shards(whole, here)
     ]
+    hands = [
+        own_parts(need, entries[rank] if rank < saved else {}, rank)
+        for rank, need in enumerate(needs)
+    ]
+    known = {
+        name
+        for name in whole
+        if all(name not in n or name in h for n, h in zip(needs, hands, strict=True))
+    }
     said: list[dict[int, Any]] = [{} for _ in range(here)]
     for number, found in enumerate(entries):
-        said[number % here][number] = found
-    told = list(zip(said, needs, [sorted(whole), *[None] * (here - 1)], strict=True))
+        rest = {name: entry for name, entry in found.items() if name not in known}
+        said[number % here][number] = rest
+    asked = [{name: one for name, one in need.items() if name not in known} for need in needs]
+    names = sorted(set(whole) - known)
+    told = list(zip(said, asked, [names, *[None] * (here - 1)], strict=True))
     began = time.process_time()
+    own_parts(needs[0], entries[0], 0)
     answers = _answers(Path("checkpoint"), told, False)
     seconds = time.process_time() - began
+    answers = [{**answer, **hand} for answer, hand in zip(answers, hands, strict=True)]
     opened = [len({source.rank for found in mine.values() for source in found}) for mine in answers]
     read = [
         4 * sum(

@@ -178,7 +178,7 @@ def count_load_job(plan: str, source: str, out: str) -> None:
     engine = build_engine(the_plan, open_rows(the_plan, "train").manifest, torch.device("cpu"))
     shards = engine.shards()
     found: dict[str, Any] = {"manifests": [], "opened": [], "tensors": [], "held": len(shards)}
-    kept = loader.read_entries, loader.safe_open, loader._read
+    kept = loader.read_entries, loader.safe_open, loader._read, loader._rest_shared_out
 
     def entries(path: Path, rank: int) -> Any:
         found["manifests"].append(rank)
@@ -192,11 +192,17 @@ def count_load_job(plan: str, source: str, out: str) -> None:
         found["tensors"] += [name for name, one in shards.items() if one is shard]
         kept[2](shard, parts)
 
+    def shared_out(path: Path, told: Any, is_part: bool) -> Any:
+        found["asked"] = sorted(told[1])
+        found["told"] = sorted(name for entries in told[0].values() for name in entries)
+        return kept[3](path, told, is_part)
+
     loader.read_entries, loader.safe_open, loader._read = entries, opened, read
+    loader._rest_shared_out = shared_out
     try:
         loader.load(Path(source), shards)
     finally:
-        loader.read_entries, loader.safe_open, loader._read = kept
+        loader.read_entries, loader.safe_open, loader._read, loader._rest_shared_out = kept
     Path(f"{out}-{dist.get_rank()}.json").write_text(json.dumps(found))
 
 

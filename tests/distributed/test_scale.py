@@ -84,8 +84,13 @@ def test_each_manifest_is_parsed_once_and_replicated_state_read_once(
         assert not read[0] & read[1]
         assert len(read[0] | read[1]) == both[0]["held"]
         assert all(read)
+        in_shards = {name for name in read[0] | read[1] if not name.endswith(".step")}
+        assert in_shards <= set(both[0]["asked"] + both[1]["asked"])
     else:  # saved at the same split: each rank opens its own shard, and the other's for scalars only
         assert all(found["opened"] for found in both)
+        assert all(found["tensors"] for found in both)
+        for found in both:  # and asks rank 0 for those alone, which any rank may have written
+            assert all(name.endswith(".step") for name in (*found["asked"], *found["told"]))
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])

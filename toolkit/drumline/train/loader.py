@@ -151,13 +151,47 @@ def _shared_out(
 ) -> Sources:
     """The sources of each tensor that this rank reads; CheckpointError on all ranks on any mismatch.
 
-    Each per-rank manifest is parsed by one rank. Rank 0 gathers their entries and what each rank needs, and
+    Each per-rank manifest is parsed by one rank. What every rank finds in its own one, as where the split is
+    that of the save, needs no more. Of the rest, rank 0 gathers the entries and what each rank needs, and
     scatters the sources.
     """
     rank, world = _rank(), dist.get_world_size() if dist.is_initialized() else 1
     ranks = read_manifest(path)["ranks"]
     said = {number: read_entries(path, number) for number in range(rank, ranks, world)}
-    told = (said, own, sorted(shards) if rank == 0 else None)
+    at_hand = own_parts(own, said.get(rank, {}), rank)
+    known = _known_by_all(sorted(shards), own, at_hand)
+    said = {
+        number: {name: entry for name, entry in entries.items() if name not in known}
+        for number, entries in said.items()
+    }
+    rest = {name: need for name, need in own.items() if name not in known}
+    names = [name for name in sorted(shards) if name not in known]
+    found = _rest_shared_out(path, (said, rest, names if rank == 0 else None), is_part)
+    return {**found, **{name: at_hand[name] for name in own if name in known}}
+
+
+def own_parts(own: dict[str, Need], entries: dict[str, dict[str, Any]], rank: int) -> Sources:
+    """The sources of those tensors of which this rank's own manifest has exactly the part that it needs."""
+    return {
+        name: [Source(rank, entry["boxes"])]
+        for name, (shape, boxes) in own.items()
+        if (entry := entries.get(name))
+        and tuple(entry["shape"]) == shape
+        and tuple(entry["boxes"]) == tuple(boxes)
+    }
+
+
+def _known_by_all(names: list[str], own: dict[str, Need], at_hand: Sources) -> set[str]:
+    """Those of these tensors that each rank which reads them has at hand; a collective."""
+    has = torch.tensor([name not in own or name in at_hand for name in names], dtype=torch.uint8)
+    if dist.is_initialized() and dist.get_world_size() > 1 and len(names):
+        dist.all_reduce(has, op=dist.ReduceOp.MIN)
+    return {name for name, is_known in zip(names, has.tolist(), strict=True) if is_known}
+
+
+def _rest_shared_out(path: Path, told: Any, is_part: bool) -> Sources:
+    """The sources of what not every rank has at hand; `told`: entries, needs and, of rank 0, all names."""
+    rank, world = _rank(), dist.get_world_size() if dist.is_initialized() else 1
     if world == 1:
         return _answers(path, [told], is_part)[0]
     everyone: list[Any] | None = [None] * world if rank == 0 else None
