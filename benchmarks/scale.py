@@ -165,7 +165,7 @@ def loading(saved: int, here: int) -> str:
 def main() -> None:
     """Print two tables."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 64, 1024, 16384])
+    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 64, 1024, 16384])
     parser.add_argument("--load", type=int, nargs="*", default=[64, 1024])
     parser.add_argument("--seconds", type=float, default=20.0, help="of watching, for each number")
     arguments = parser.parse_args()
