@@ -37,7 +37,7 @@ def test_no_other_split_that_fits_is_faster(gpus: int) -> None:
     kept = [change for _, change in candidates(plan, shape)]
     fitting, of_all = [], []
     for change in _changes(plan, shape):
-        other = resolve(with_change(plan.recipe, change), world)
+        other = resolve(with_change(plan.recipe, change), world, is_candidate=True)
         if other.memory.verdict == "fits":
             of_all.append(gpu_seconds(other, shape))
             fitting += of_all[-1:] if change in kept else []

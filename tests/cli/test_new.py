@@ -17,7 +17,7 @@ from conftest import SOURCES
 from drumline.plan.advise import with_change
 from drumline.plan.fastest import _changes, fastest_that_fits
 from drumline.plan.model import Plan
-from drumline.plan.resolve import shape_of
+from drumline.plan.resolve import resolve, shape_of
 from drumline.plan.step_time import gpu_seconds
 from drumline.recipe.load import load_recipe
 from drumline.session.new_recipe import METHODS, Wish, new_recipe
@@ -75,7 +75,11 @@ def test_it_plans_for_each_kind_of_rows_and_method(task: str, method: str) -> No
     ("model", "gpus", "gpu"),
     [
         ("meta-llama/Llama-3.1-8B", 8, "h100-80gb"),
-        ("Qwen/Qwen2.5-3B", 4, "a100-80gb"),
+        (
+            "Qwen/Qwen2.5-3B",
+            8,
+            "l40s",
+        ),  # a slow link, for which weights are kept or gradients reduced once
         ("gpt2", 1, "t4"),
     ],
 )
@@ -86,12 +90,18 @@ def test_no_split_that_fits_is_faster(model: str, gpus: int, gpu: str) -> None:
     shape = shape_of(plan.recipe, world)
     assert not isinstance(shape, str)
     mine = gpu_seconds(plan, shape)
-    others = [make_plan(with_change(plan.recipe, change)) for change in _changes(plan, shape)]
+    others = [
+        resolve(with_change(plan.recipe, change), world, is_candidate=True)
+        for change in _changes(plan, shape)
+    ]
     fitting = [gpu_seconds(other, shape) for other in others if other.memory.verdict == "fits"]
     assert fitting
-    assert mine == pytest.approx(min(fitting), rel=1e-6)
+    assert mine == pytest.approx(min(fitting), rel=2e-3)
     assert plan.memory.verdict == "fits"
     assert plan.recipe.precision == ("fp16" if gpu == "t4" else "bf16")
+    strategy = plan.recipe.strategy
+    keeps = strategy.reshard != "forward" or strategy.reduce == "step"
+    assert keeps == (gpu == "l40s"), strategy
 
 
 def test_names_of_cards_folders_and_files_as_people_write_them() -> None:

@@ -186,16 +186,11 @@ def _choose_split(draft: Draft, rows: RowsAtHand | None) -> bool | None:
     said = "the fastest that fits, by estimate"
     draft.set("batch.per_device", change["batch"]["per_device"], said)
     draft.set("batch.accumulation", change["batch"]["accumulation"])
-    defaults = (
-        ("strategy", "name", "ddp"),
-        ("strategy", "offload", "none"),
-        ("model", "activation_checkpointing", "none"),
-        ("model", "activation_offload", False),
-        ("loss", "chunked", False),
-    )
-    for section, key, default in defaults:
-        if change[section][key] != default:
-            draft.set(f"{section}.{key}", change[section][key], said)
+    for section in ("strategy", "model", "loss"):
+        fields = type(getattr(plan.recipe, section)).model_fields
+        for key, value in change[section].items():
+            if value != fields[key].default:
+                draft.set(f"{section}.{key}", value, said)
     if per_device := change.get("evaluation", {}).get("per_device"):
         draft.set("evaluation.per_device", per_device)
     return True
