@@ -53,7 +53,8 @@ from drumline.memory.ranges import Device
 from drumline.phases import Phase
 from drumline.plan.footprint import device_of, load_of
 from drumline.plan.model import Plan
-from drumline.plan.resolve import World, shape_of
+from drumline.plan.resolve import shape_of
+from drumline.plan.world import World
 from drumline.recipe.load import merge, validate
 from drumline.session.planning import make_plan
 from drumline.trace.recorder import Recorder

@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from drumline.data.prepare import prepare
 from drumline.data.rows import Rows
 from drumline.plan.model import Plan
-from drumline.plan.resolve import World, resolve
+from drumline.plan.resolve import resolve
+from drumline.plan.world import World
 from drumline.recipe.load import validate
 from drumline.train.batches import StepReader, open_rows
 from drumline.train.read_ahead import read_ahead

@@ -27,7 +27,8 @@ from drumline.architectures.shapes import layer_tensors, outer_tensors
 from drumline.checkpoint.boxes import boxes_of_range, overlap
 from drumline.plan.model import Plan
 from drumline.plan.order import draw_seeds, slot_indices
-from drumline.plan.resolve import World, resolve, shape_of
+from drumline.plan.resolve import resolve, shape_of
+from drumline.plan.world import World
 from drumline.rank_files import RankFiles
 from drumline.recipe.load import load_recipe
 from drumline.runs.peaks import memory_entry

@@ -96,7 +96,8 @@ def make_plan(model: str, steps: int, launcher: str) -> Any:
     """The plan of the benchmark's recipe, its data prepared."""
     from drumline.data.dataset_manifest import read_dataset_manifest
     from drumline.data.prepare import prepare
-    from drumline.plan.resolve import World, resolve
+    from drumline.plan.resolve import resolve
+    from drumline.plan.world import World
     from drumline.recipe.load import validate
 
     loaded = validate({**recipe(model, steps), "launch": {"launcher": launcher}}, "benchmark")

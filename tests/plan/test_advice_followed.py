@@ -10,8 +10,9 @@ import pytest
 
 from advice import pattern_of, skeletons
 from drumline.errors import DrumlineError
-from drumline.plan.resolve import World, resolve
+from drumline.plan.resolve import resolve
 from drumline.plan.resplit import on_gpus
+from drumline.plan.world import World
 from drumline.recipe.load import merge as merged
 from drumline.recipe.load import override, parse_override, validate
 

@@ -8,8 +8,9 @@ import pytest
 from drumline.errors import DoesNotFit
 from drumline.plan.advise import change_words, with_advice, with_change
 from drumline.plan.model import Plan
-from drumline.plan.resolve import World, resolve
+from drumline.plan.resolve import resolve
 from drumline.plan.sweep import sweep
+from drumline.plan.world import World
 from drumline.recipe.load import load_recipe
 from drumline.session.planning import fixed
 

@@ -10,9 +10,10 @@ from pydantic import BaseModel
 
 from conftest import tiny_recipe
 from drumline.plan import model
-from drumline.plan.resolve import World, resolve
+from drumline.plan.resolve import resolve
 from drumline.plan.start import Parent
 from drumline.plan.steps import Place
+from drumline.plan.world import World
 from drumline.recipe.load import load_recipe, merge, validate
 from drumline.recipe.schedule_section import Duration
 from drumline.recipe.schema import Recipe, StartFrom

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from drumline.plan.model import NO_SITE, Plan, SiteFacts, TimeFacts
-from drumline.plan.resolve import World, resolve, shape_of
+from drumline.plan.resolve import resolve, shape_of
 from drumline.plan.step_time import evaluation_seconds
+from drumline.plan.world import World
 from drumline.recipe.load import load_recipe
 
 RECIPE = "llama-8b-8xh100"

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from drumline.plan import order
 from drumline.plan.mixture import mixed_lengths, shares
 from drumline.plan.model import Plan, read_plan
-from drumline.plan.resolve import World, resolve
+from drumline.plan.resolve import resolve
+from drumline.plan.world import World
 from drumline.recipe.load import merge, validate
 from drumline.session.show import plan_table
 from plan.test_advice_followed import BASE

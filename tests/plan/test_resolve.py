@@ -15,9 +15,10 @@ from drumline.architectures.known_models import known_config
 from drumline.errors import PlanError
 from drumline.plan.advise import with_advice
 from drumline.plan.model import Plan, read_plan
-from drumline.plan.resolve import World, resolve
+from drumline.plan.resolve import resolve
 from drumline.plan.resplit import on_gpus
 from drumline.plan.schedule import rate
+from drumline.plan.world import World
 from drumline.recipe import catalogue
 from drumline.recipe.load import load_recipe, validate
 from drumline.recipe.schema import Recipe

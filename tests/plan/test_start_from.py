@@ -7,10 +7,11 @@ import pytest
 
 from drumline.errors import PlanError
 from drumline.plan.model import Plan, read_plan
-from drumline.plan.resolve import World, resolve
+from drumline.plan.resolve import resolve
 from drumline.plan.schedule import rate
 from drumline.plan.start import Parent
 from drumline.plan.steps import Place
+from drumline.plan.world import World
 from drumline.recipe.load import merge, validate
 from plan.test_advice_followed import BASE
 

@@ -9,7 +9,8 @@ import pytest
 
 from conftest import ROOT
 from drumline.plan.model import Plan
-from drumline.plan.resolve import World, resolve
+from drumline.plan.resolve import resolve
+from drumline.plan.world import World
 from drumline.recipe.load import validate
 
 PUBLISHED = ROOT / "tests/fixtures/published/throughput.csv"

@@ -5,7 +5,8 @@ import pytest
 
 from drumline.architectures.trained import flops_per_sample
 from drumline.plan.model import Plan, mean_of_quantiles
-from drumline.plan.resolve import World, resolve, shape_of
+from drumline.plan.resolve import resolve, shape_of
+from drumline.plan.world import World
 from drumline.recipe.load import validate
 from drumline.session.show import plan_table
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from conftest import tiny_recipe
-from drumline.plan.resolve import World, resolve
+from drumline.plan.resolve import resolve
+from drumline.plan.world import World
 from drumline.recipe.load import validate
 from drumline.runs import folder as run_folder
 from drumline.runs.folder import RunFolder

@@ -15,7 +15,8 @@ from conftest import tiny_recipe
 from drumline.data.tasks import Task
 from drumline.plan import order
 from drumline.plan.model import Plan
-from drumline.plan.resolve import World, resolve
+from drumline.plan.resolve import resolve
+from drumline.plan.world import World
 from drumline.recipe.load import validate
 from drumline.train.batches import StepReader
 

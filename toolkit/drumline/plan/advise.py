@@ -9,8 +9,9 @@ from typing import Any
 from drumline.architectures.shapes import ModelShape
 from drumline.errors import PlanError
 from drumline.plan.model import Advice, Plan
-from drumline.plan.resolve import World, resolve, shape_of
+from drumline.plan.resolve import resolve, shape_of
 from drumline.plan.step_time import gpu_seconds, step_time
+from drumline.plan.world import World
 from drumline.recipe.schema import Recipe
 from drumline.units import divisors
 

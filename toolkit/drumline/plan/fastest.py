@@ -11,7 +11,8 @@ from drumline.plan.advise import Change, changed_step_seconds, with_change
 from drumline.plan.checks import LAUNCHER_STRATEGIES
 from drumline.plan.job_time import with_time
 from drumline.plan.model import Plan
-from drumline.plan.resolve import World, resolve, shape_of
+from drumline.plan.resolve import resolve, shape_of
+from drumline.plan.world import World
 from drumline.units import divisors, format_bytes
 
 _MOST_PER_DEVICE = 64

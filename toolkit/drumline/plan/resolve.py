@@ -1,9 +1,8 @@
 """`resolve(recipe, world) -> Plan`: a pure function from a recipe to its resolved Plan."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from drumline.architectures.config_fields import check_config
 from drumline.architectures.configs import read_shape
@@ -32,13 +31,11 @@ from drumline.plan.job_time import with_time
 from drumline.plan.mesh import cluster_gpus, is_laid_out, layout
 from drumline.plan.model import (
     FITS,
-    NO_SITE,
     PLAN_VERSION,
     BatchFacts,
     DataFacts,
     Plan,
     RampFacts,
-    SiteFacts,
     SourceFacts,
     StartFacts,
 )
@@ -46,11 +43,11 @@ from drumline.plan.optimizers import resolved_optimizer
 from drumline.plan.step_counts import curve_of, step_facts
 from drumline.plan.warnings import plan_warnings
 from drumline.plan.work import cost_of_step
+from drumline.plan.world import NOTHING_KNOWN, World
 from drumline.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from drumline.memory.calibration import Calibration
-    from drumline.plan.start import Parent
+    pass
 
 DEFAULT_CLASSES = 2
 """Assumed classes of a classifier whose data are not prepared; they hardly affect its memory."""
@@ -62,44 +59,7 @@ _SURELY_FITS: dict[Verdict, bool | None] = {**FITS, "tight": False}
 """What the search for per_device takes as fitting."""
 
 
-@dataclass(frozen=True)
-class World:
-    """Facts from outside the recipe (files, prepared data, host), read by the caller; `resolve` is pure.
-
-    `batchnorm`: whether a factory's model has it. `weights`: shapes of the tensors of a pretrained model,
-    by name. `row_tokens`: tokens of the longest row that the run reads, or else of all prepared ones.
-    `row_lengths`: as in DataFacts. `mixture`: prepared rows of each source by its label; `mixture_lengths`:
-    as `row_lengths`, of each. `sequences`: of tokens that a prepared row holds.
-    `parent`: the checkpoint that `start_from` names; `start`: of a run that has begun, what its plan says of
-    that, instead. `problems`: what was found wrong with the data; `notes`: of the model. Both are told.
-    `site`: of the cluster that is planned for.
-    """
-
-    model_config: dict[str, Any] | None = None
-    weights: Mapping[str, tuple[int, ...]] | None = None
-    weights_bytes: int | None = None
-    samples: int | None = None
-    validation_samples: int | None = None
-    row_tokens: int | None = None
-    row_lengths: list[int] | None = None
-    mixture: Mapping[str, int] | None = None
-    mixture_lengths: list[list[int]] | None = None
-    fingerprint: str | None = None
-    rows: str | None = None
-    cache: str | None = None
-    classes: int | None = None
-    sequences: int | None = None
-    host_memory_bytes: int | None = None
-    calibration: "Calibration | None" = None
-    batchnorm: Literal["yes", "no", "unknown"] = "no"
-    parent: "Parent | None" = None
-    start: StartFacts | None = None
-    problems: Sequence[str] = ()
-    notes: Sequence[str] = ()
-    site: SiteFacts = NO_SITE
-
-
-def resolve(recipe: Recipe, world: World = World(), *, is_candidate: bool = False) -> Plan:
+def resolve(recipe: Recipe, world: World = NOTHING_KNOWN, *, is_candidate: bool = False) -> Plan:
     """The Plan of a recipe; raises PlanError with the nearest legal fix.
 
     `is_candidate`: the plan is only compared with others, so its hashes are left empty to save time.

@@ -4,7 +4,8 @@ from typing import Any
 
 from drumline.errors import PlanError
 from drumline.plan.batch import Split, resplit
-from drumline.plan.resolve import World, resolve
+from drumline.plan.resolve import resolve
+from drumline.plan.world import World
 from drumline.recipe.schema import Recipe
 from drumline.units import divisors
 

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from drumline.errors import NotPrepared, PlanError
 from drumline.plan import schedule
@@ -11,14 +10,12 @@ from drumline.plan.mesh import mesh_of
 from drumline.plan.model import StartFacts, StepFacts, clock_of
 from drumline.plan.steps import Clock, Place
 from drumline.plan.work import tokens_per_step
+from drumline.plan.world import World
 from drumline.recipe.schema import Recipe
-
-if TYPE_CHECKING:
-    from drumline.plan.resolve import World
 
 
 def step_facts(
-    recipe: Recipe, split: Split, world: "World", start: StartFacts | None
+    recipe: Recipe, split: Split, world: World, start: StartFacts | None
 ) -> tuple[StepFacts, Clock | None]:
     """Counts of optimizer steps, and the Clock, which is None if the number of samples is not known.
 

@@ -10,7 +10,8 @@ from drumline.plan.advise import with_change
 from drumline.plan.checks import LAUNCHER_STRATEGIES
 from drumline.plan.mesh import gpus_per_node
 from drumline.plan.model import Plan
-from drumline.plan.resolve import World, resolve
+from drumline.plan.resolve import resolve
+from drumline.plan.world import World
 from drumline.units import divisors
 
 MOST_PER_DEVICE = 8

@@ -9,7 +9,8 @@ from drumline.errors import DoesNotFit, PlanError
 from drumline.plan.advise import with_advice
 from drumline.plan.footprint import memory_warnings
 from drumline.plan.model import FITS, NO_SITE, Plan, SiteFacts, StartFacts
-from drumline.plan.resolve import World, resolve
+from drumline.plan.resolve import resolve
+from drumline.plan.world import World
 from drumline.recipe.schema import Recipe
 from drumline.session.row_lengths import longest_row, manifest_of_run
 from drumline.session.world import read_world

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from drumline.errors import DataError, PlanError
 from drumline.plan.model import NO_SITE, SiteFacts, StartFacts
-from drumline.plan.resolve import World
+from drumline.plan.world import World
 from drumline.recipe.model_section import Model
 from drumline.recipe.schema import Recipe
 
