@@ -12,6 +12,7 @@ from drumline.recipe.load import load_recipe
 from drumline.runs.folder import RunFolder
 from drumline.runs.step_times import time_entry, time_words
 from drumline.session.planning import make_plan
+from drumline.session.progress import Progress
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +58,21 @@ def test_what_is_said_at_the_end(plan: Plan) -> None:
     assert time_words({"measured_s": None}, plan) == ""
     assert time_words(None, plan) == ""
     assert time_words({"measured_s": 1.0}, replace(plan, time=None)) == ""
+
+
+def test_progress_tells_the_rate_against_the_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it goes: samples a second, and their share of what the plan expects, if it expects a time."""
+    folder = RunFolder(tmp_path)
+    line = {"kind": "step", "step": 2, "loss": 1.5, "lr": 1e-3, "samples_per_s": 60.0}
+    for planned, words in ((80.0, "60 samples/s (75% of the planned)"), (None, "60 samples/s ")):
+        folder.metrics_file.write_text("")
+        progress = Progress(10, planned)
+        progress(folder)
+        folder.metrics_file.write_text(json.dumps(line) + "\n")
+        progress(folder)
+        progress.close()
+        told = capsys.readouterr().err
+        assert words in told + " "
+        assert ("planned" in told) == (planned is not None)

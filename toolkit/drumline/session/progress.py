@@ -10,16 +10,19 @@ from drumline.units import format_duration
 
 
 class Progress:
-    """Each call shows the lines that metrics.jsonl has gained; those before the first call are not shown."""
+    """Each call shows the lines that metrics.jsonl has gained; those before the first call are not shown.
 
-    def __init__(self, total: int, show: bool = True) -> None:
-        self._total, self._show = total, show
+    `planned`: samples a second that the plan expects, None where it expects no time.
+    """
+
+    def __init__(self, total: int, planned: float | None = None) -> None:
+        self._total, self._planned = total, planned
         self._offset: int | None = None
         self._first_step: int | None = None
         self._started = time.monotonic()
         self._evaluation = ""
         self._bar: Any = None
-        if show and sys.stderr.isatty():
+        if sys.stderr.isatty():
             self._bar = self._make_bar()
 
     def __call__(self, folder: RunFolder) -> None:
@@ -31,17 +34,17 @@ class Progress:
             if line["kind"] == Kind.EVENT and "checkpoint/error" in line:
                 self.say(f"step {line['step']:,}: not saved: {line['checkpoint/error']}")
             elif line["kind"] == Kind.EVALUATION:
-                if latest and self._show:
+                if latest:
                     self._tell(latest)
                 latest = None
                 self._evaluation = f"validation {_number(line['eval/loss'], '.4f')}"
-                if self._show and self._bar is None:
+                if self._bar is None:
                     print(f"step {line['step']:,}: {self._evaluation}", file=sys.stderr)
             elif line["kind"] == Kind.STEP:
                 latest = line
                 if line.get("why", "overflow") != "overflow":
                     self.say(_odd_words(line))
-        if latest and self._show:
+        if latest:
             self._tell(latest)
 
     def close(self) -> None:
@@ -71,6 +74,8 @@ class Progress:
         left = f"{format_duration((self._total - step) * seconds / done)} left" if done else ""
         loss, lr = _number(line["loss"], ".4f"), _number(line["lr"], ".2e")
         rate = f"{line['samples_per_s']:,.0f} samples/s"
+        if self._planned:
+            rate += f" ({line['samples_per_s'] / self._planned:.0%} of the planned)"
         if self._bar:
             words = f"loss {loss}  lr {lr}  {rate}  {self._evaluation}"
             self._bar.update(self._bar.task_ids[0], completed=step, words=words, left=left)
@@ -82,8 +87,6 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print one message, such as why the run restarts."""
-        if not self._show:
-            return
         if self._bar:
             self._bar.console.print(line, markup=False, highlight=False)
         else:

@@ -36,7 +36,8 @@ def train_here(
     """
     print(f"\nrun folder {folder.path}", file=sys.stderr)
     started = time.monotonic()
-    progress = Progress(until or plan.steps.total)
+    planned = plan.time.samples_per_s if plan.time else None
+    progress = Progress(until or plan.steps.total, planned)
 
     def alone(current: Plan, number: int, until: int | None) -> Command:
         return render_alone(current, folder, number, until=until)

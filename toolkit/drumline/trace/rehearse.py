@@ -96,7 +96,7 @@ def _play(
     recorder.recording.vocabulary = getattr(config, "vocab_size", None)
     tensors = rehearsal_batch(plan, manifest, plan.batch.per_device, known)
     has_gradients = micro_batches == 1 and plan.batch.accumulation > 1
-    if plan.batch.accumulation > 1 and _holds_between_micro_batches(plan):
+    if engine.holds_between_micro_batches:
         micro_batches = max(2, micro_batches)
         has_gradients = plan.batch.accumulation > 2 and recipe.strategy.reduce != "step"
     step, phases = step_of(plan, tensors, micro_batches), _Phases(recorder)
@@ -124,11 +124,6 @@ def _play(
         engine.evaluate(tensors)
     recorder.phase(MemoryPhase.SAVE)
     engine.shards()
-
-
-def _holds_between_micro_batches(plan: Plan) -> bool:
-    """Whether FSDP2 keeps whole weights or gradients from one micro-batch to the next."""
-    return "step" in (plan.recipe.strategy.reshard, plan.recipe.strategy.reduce)
 
 
 class _Phases(Watch):

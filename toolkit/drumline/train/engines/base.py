@@ -138,19 +138,28 @@ class Engine:
         """Run dummy forwards and backwards of the largest shape, which leave the state unchanged.
 
         They bring DDP's buckets to their final order, so that a resumed run is bitwise equal, and surface
-        out-of-memory errors before the first real step.
+        out-of-memory errors before the first real step. Where something is held from one micro-batch to the
+        next, only the last pass is the last of its step.
         """
         buffers = {name: value.clone() for name, value in self.module.named_buffers()}
         for number in range(passes):
             if number:
                 self._let_go_of_buckets()
             self.measure_baseline([tensors])
-            self.accumulate(tensors, 0, 1.0, step=0, dummy=True, last=True)
+            last = number == passes - 1 or not self.holds_between_micro_batches
+            self.accumulate(tensors, 0, 1.0, step=0, dummy=True, last=last)
             self.check_that_all_is_used()
             self.skip()
         with torch.no_grad():
             for name, value in self.module.named_buffers():
                 value.copy_(buffers[name])
+
+    @property
+    def holds_between_micro_batches(self) -> bool:
+        """Whether FSDP2 keeps whole weights or gradients from one micro-batch to the next."""
+        strategy = self.plan.recipe.strategy
+        keeps = "step" in (strategy.reshard, strategy.reduce)
+        return keeps and self.plan.batch.accumulation > 1
 
     def _let_go_of_buckets(self) -> None:
         """Drop the gradients that are views of DDP's first buckets, which the next forward replaces.
