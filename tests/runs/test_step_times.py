@@ -66,7 +66,7 @@ def test_progress_tells_the_rate_against_the_plan(
     """As it goes: samples a second, and their share of what the plan expects, if it expects a time."""
     folder = RunFolder(tmp_path)
     line = {"kind": "step", "step": 2, "loss": 1.5, "lr": 1e-3, "samples_per_s": 60.0}
-    for planned, words in ((80.0, "60 samples/s (75% of the planned)"), (None, "60 samples/s ")):
+    for planned, words in ((80.0, "60 samples/s (75% of the planned)"), (None, "60 samples/s\n")):
         folder.metrics_file.write_text("")
         progress = Progress(10, planned)
         progress(folder)
@@ -74,5 +74,5 @@ def test_progress_tells_the_rate_against_the_plan(
         progress(folder)
         progress.close()
         told = capsys.readouterr().err
-        assert words in told + " "
+        assert words in told
         assert ("planned" in told) == (planned is not None)
