@@ -398,3 +398,40 @@ def test_the_command(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     again = command("import", "train.sh", "--to", "mine.yaml")
     assert again.code == 2
     heard("exists and would be overwritten. Nearest: --to another.yaml", again.err)
+
+
+@pytest.mark.parametrize(
+    ("words", "config", "shard", "reshard"),
+    [
+        (["full_shard", "auto_wrap"], {}, None, None),
+        (["shard_grad_op", "auto_wrap"], {}, None, "backward"),
+        (["hybrid_shard"], {}, "node", None),
+        (["hybrid_shard_zero2"], {}, "node", "backward"),
+        ([], {"fsdp_sharding_strategy": "SHARD_GRAD_OP"}, None, "backward"),
+        ([], {"sharding_strategy": 5}, "node", "backward"),
+        ([], {"fsdp_reshard_after_forward": False}, None, "backward"),
+        ([], {"reshard_after_forward": "true"}, None, None),
+        ([], {"fsdp_reshard_after_forward": "HYBRID_SHARD"}, "node", None),
+    ],
+)
+def test_when_fsdp_frees_gathered_weights(
+    files: Path, words: list[str], config: dict[str, Any], shard: str | None, reshard: str | None
+) -> None:
+    """As accelerate's file, axolotl's keys and the Trainer's arguments say it; none of it is left behind."""
+    (files / "acc.yaml").write_text(
+        ACCELERATE.replace("{fsdp_sharding_strategy: HYBRID_SHARD}", json.dumps(config))
+    )
+    (files / "ax.yml").write_text(
+        f"{AXOLOTL}\nfsdp: {json.dumps(words)}\nfsdp_config: {json.dumps(config)}\n"
+    )
+    drafts = [imported(files, "ax.yml").draft]
+    drafts.append(
+        script(files, f't.py --output_dir o --fsdp "{" ".join(words)}"').draft
+        if words
+        else imported(files, "trl.yaml", "acc.yaml").draft
+    )
+    for draft in drafts:
+        assert draft.keys["strategy.name"] == "fsdp"
+        assert draft.keys.get("strategy.shard") == shard
+        assert draft.keys.get("strategy.reshard") == reshard
+        assert not any("fsdp_sharding" in one.key for one in draft.left)

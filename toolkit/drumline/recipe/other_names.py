@@ -131,7 +131,7 @@ STRATEGIES: dict[str, Keys] = {
     "fsdp2": {"strategy.name": "fsdp"},
     "hybrid_shard": {"strategy.name": "fsdp", "strategy.shard": "node"},
     "hsdp": {"strategy.name": "fsdp", "strategy.shard": "node"},
-    "shard_grad_op": {"strategy.name": "zero2", "launch.launcher": "deepspeed"},
+    "shard_grad_op": {"strategy.name": "fsdp", "strategy.reshard": "backward"},
     "no_shard": {"strategy.name": "ddp"},
     "dp": {"strategy.name": "ddp"},
     "data_parallel": {"strategy.name": "ddp"},

@@ -4,6 +4,7 @@ from typing import Any
 
 from drumline.session.importing import deepspeed
 from drumline.session.importing.draft import MEANINGLESS, UNSUPPORTED, Draft
+from drumline.session.importing.fsdp import take_sharding
 
 _MEANINGLESS = (
     "compute_environment", "machine_rank", "main_process_ip", "main_process_port", "rdzv_backend",
@@ -65,11 +66,7 @@ def take(draft: Draft, given: dict[str, Any]) -> None:
 
 
 def _take_fsdp(draft: Draft, given: dict[str, Any]) -> None:
-    sharding = str(given.pop("fsdp_sharding_strategy", "FULL_SHARD"))
-    if sharding in ("HYBRID_SHARD", "4"):
-        draft.set("strategy.shard", "node")
-    elif sharding not in ("FULL_SHARD", "1"):
-        draft.leave("fsdp_sharding_strategy", sharding, UNSUPPORTED, "weights are sharded, too")
+    take_sharding(draft, (), given)
     if given.pop("fsdp_offload_params", False):
         draft.leave("fsdp_offload_params", True, UNSUPPORTED, "weights stay on the device")
     if given.pop("fsdp_activation_checkpointing", False):

@@ -4,6 +4,7 @@ from typing import Any
 
 from drumline.session.importing import deepspeed
 from drumline.session.importing.draft import MEANINGLESS, UNSUPPORTED, Draft
+from drumline.session.importing.fsdp import take_sharding
 
 _DEFAULTS = {
     "batch.per_device": 8,
@@ -123,18 +124,11 @@ def _take_strategy(draft: Draft, given: dict[str, Any]) -> None:
     deepspeed.take_name(draft, given.pop("deepspeed", None))
     fsdp = given.pop("fsdp", None)
     words = fsdp.split() if isinstance(fsdp, str) else list(fsdp or [])
-    if {"full_shard", "hybrid_shard", True} & set(words) or fsdp is True:
+    config = given.pop("fsdp_config", None)
+    if words or fsdp is True:
         draft.set("strategy.name", "fsdp")
-        if "hybrid_shard" in words:
-            draft.set("strategy.shard", "node")
+        take_sharding(draft, words, config if isinstance(config, dict) else {})
         draft.taken += 1
-    if "shard_grad_op" in words:
-        draft.leave(
-            "fsdp",
-            fsdp,
-            UNSUPPORTED,
-            "weights are sharded, too. Instead: strategy.name=fsdp, or zero2",
-        )
     if "offload" in words:
         draft.leave(
             "fsdp",
@@ -142,7 +136,6 @@ def _take_strategy(draft: Draft, given: dict[str, Any]) -> None:
             UNSUPPORTED,
             "weights stay on the device. Instead: zero2 with offload",
         )
-    config = given.pop("fsdp_config", None)
     if isinstance(config, dict):
         for key, value in config.items():
             draft.leave(

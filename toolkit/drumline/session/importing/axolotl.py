@@ -4,6 +4,7 @@ from typing import Any
 
 from drumline.session.importing import arguments, deepspeed
 from drumline.session.importing.draft import UNSUPPORTED, Draft
+from drumline.session.importing.fsdp import take_sharding
 
 _ALPACA = ("alpaca", "alpaca_chat", "alpaca_w_system", "oasst", "instruct")
 _OF_A_SET = (
@@ -115,6 +116,7 @@ def _take_strategy(draft: Draft, given: dict[str, Any]) -> None:
     fsdp, config = given.pop("fsdp", None), given.pop("fsdp_config", None) or {}
     if fsdp or config:
         draft.set("strategy.name", "fsdp")
+        take_sharding(draft, fsdp if isinstance(fsdp, list) else [fsdp], config)
         draft.taken += 1
         if config.get("fsdp_offload_params") or config.get("offload_params"):
             draft.leave(
