@@ -198,6 +198,8 @@ def measure(spec: dict[str, Any], option: str, bench: Bench) -> dict[str, Any]:
                 times.setdefault(name, []).append(bench.median(run(plan, bench)))
     except torch.OutOfMemoryError:
         outcome = "out of memory"
+    except ImportError as error:  # peft or accelerate, which a machine with a GPU may lack
+        outcome = f"needs {error.name or error}"
     torch._dynamo.reset()
     memory_truth.clear(bench.device)
     line: dict[str, Any] = {
@@ -211,7 +213,7 @@ def measure(spec: dict[str, Any], option: str, bench: Bench) -> dict[str, Any]:
     }  # fmt: skip
     if plan.time:
         line["estimated_ms"] = round(1e3 * plan.time.step_s.expected, 2)
-    if mine := times.get("drumline"):
+    if (mine := times.get("drumline")) and mfu:
         middle = statistics.median(mine)
         tokens = plan.batch.effective * spec["length"]
         line |= {"ms": round(1e3 * middle, 2), "low_ms": round(1e3 * min(mine), 2),
