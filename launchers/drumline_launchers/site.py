@@ -137,3 +137,7 @@ class Site(Section):
     preflight: bool = False
     slow_node_ratio: Annotated[float, Field(gt=0, lt=1)] = SLOW_NODE_RATIO
     gpu_hour_price: Annotated[float, Field(gt=0)] | None = None
+
+    def to_plain(self, *, only_stated: bool = False) -> dict[str, Any]:
+        """The site as the mapping that its file holds; `only_stated`: without keys that the file left out."""
+        return self.model_dump(by_alias=True, exclude_unset=only_stated)

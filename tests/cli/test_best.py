@@ -13,6 +13,7 @@ from drumline.plan.fastest import _changes, candidates, search
 from drumline.plan.model import Plan, SiteFacts
 from drumline.plan.resolve import resolve, shape_of
 from drumline.plan.step_time import gpu_seconds
+from drumline.plan.sweep import sweep
 from drumline.recipe.load import load_recipe
 from drumline.session.planning import make_plan, world_of
 
@@ -154,3 +155,29 @@ def test_a_slow_network_is_gathered_over_less_often() -> None:
     assert pick.time and other.time and pick.memory.device and other.memory.device
     assert pick.time.step_s.expected < 0.9 * other.time.step_s.expected
     assert pick.memory.device.high > other.memory.device.high
+
+
+def test_no_cell_of_a_sweep_keeps_what_its_strategy_has_not() -> None:
+    """Of a recipe that reduces once: cells of FSDP2 do, and cells of DDP need what they need without it."""
+    own = [
+        "strategy.reshard=step",
+        "strategy.reduce=step",
+        "batch.effective=64",
+        "model.config.num_hidden_layers=4",
+    ]
+    plan = make_plan(load_recipe(RECIPE, own))
+    cells = sweep(plan, world_of(plan))
+    assert {cell.strategy for cell in cells} == {"ddp", "fsdp"}
+    plain = make_plan(load_recipe(RECIPE, own[2:]))
+    usual = {
+        (c.per_device, c.gpus, c.strategy, c.checkpointing): c
+        for c in sweep(plain, world_of(plain))
+    }
+    for cell in cells:
+        strategy = with_change(plan.recipe, cell.change).strategy
+        assert (strategy.reshard, strategy.reduce) == (
+            ("step", "step") if cell.strategy == "fsdp" else ("forward", "micro_batch")
+        )
+        if cell.strategy == "ddp":
+            same = usual[cell.per_device, cell.gpus, cell.strategy, cell.checkpointing]
+            assert cell.device_high == same.device_high

@@ -74,3 +74,13 @@ def test_a_dry_run_tells_what_is_missing(verb: tuple[str, ...]) -> None:
     Path("elsewhere").rename("rows.jsonl")
     worked("prepare", "mine.yaml", *by_steps)
     assert "prepare" not in dry(*by_steps).err
+
+
+def test_a_plan_as_if_is_for_the_site_as_well() -> None:
+    """The site's GPU where the recipe states none, and its price."""
+    Path("mine.yaml").write_text(RECIPE.replace("cluster: {gpu: cpu}\n", ""))
+    Path("site.yaml").write_text("site: ours\ngpu: l4\ngpu_hour_price: 2\n")
+    done = command("plan", "mine.yaml", "--site", "site.yaml")
+    assert done.code == 2
+    assert "(l4, " in done.out
+    assert "at the site's price" in done.out.replace("\n             ", " ")

@@ -435,3 +435,10 @@ def test_when_fsdp_frees_gathered_weights(
         assert draft.keys.get("strategy.shard") == shard
         assert draft.keys.get("strategy.reshard") == reshard
         assert not any("fsdp_sharding" in one.key for one in draft.left)
+
+
+def test_fsdp_that_shards_nothing_is_ddp(files: Path) -> None:
+    (files / "acc.yaml").write_text(ACCELERATE.replace("HYBRID_SHARD", "NO_SHARD"))
+    draft = imported(files, "trl.yaml", "acc.yaml").draft
+    assert draft.keys["strategy.name"] == "ddp"
+    assert not any("sharding" in one.key for one in draft.left)

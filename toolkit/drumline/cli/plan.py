@@ -108,14 +108,12 @@ def _page(plan: Plan) -> None:
     print(f"written to {page}", file=sys.stderr)
 
 
-def _show_as_if(
-    recipe: str, overrides: list[str] | None, gpus: int | None, gpu: str | None
-) -> None:
+def _show_as_if(loaded: Recipe, gpus: int | None, gpu: str | None, site: SiteFacts) -> None:
     """Print the plan as if the data had so many rows: all but the steps holds for any number of them."""
     from drumline.session.show import plan_table
     from drumline.session.unprepared import as_if, plan_as_if
 
-    plan = plan_as_if(recipe, overrides, gpus, gpu)
+    plan = plan_as_if(loaded, gpus, gpu, site=site)
     print(f"{as_if()}\n\n{plan_table(plan)}\n", flush=True)
 
 
@@ -182,7 +180,7 @@ def plan_command(
         from drumline.session.unprepared import naming_prepare
 
         if not (as_json or sweep or html or trace or fix or best):
-            _show_as_if(recipe, overrides, counts[0], gpu)
+            _show_as_if(loaded, counts[0], gpu, facts)
         with naming_prepare(recipe, overrides):
             raise
     if fix:

@@ -172,6 +172,11 @@ class Load:
         """Bytes per element of weights in the forward; in mixed precision FSDP2 gathers 16-bit copies."""
         return 2 if self.strategy == "fsdp" and self.low else self.numbers.model_bytes
 
+    @property
+    def reduced_width(self) -> int:
+        """Bytes per element of the gradients that FSDP2 reduces."""
+        return 4 if self.low else self.state_width
+
     def kernel(self, is_masked: bool) -> Kernel:
         """The attention kernel that runs with a mask, or without one."""
         if self.attention == "eager":

@@ -9,7 +9,7 @@ For the allocator model, which depends on the order of all allocations, every la
 
 import math
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from drumline.architectures.shapes import Tensors, count, layer_tensors, outer_tensors
@@ -66,10 +66,9 @@ class Network:
         self.embedded: Group | None = None
         self.groups: list[Group] = []
         self._shared: list[Block] = []  # by all layers, until their backward
-        self._unplayed_weights: list[
-            Block
-        ] = []  # that FSDP2 keeps gathered, of layers not simulated
-        self._unreduced: list[Block] = []  # gradients of layers that are not simulated
+        # Of the layers that are not simulated: weights that FSDP2 keeps gathered, gradients not reduced yet.
+        self._unplayed_weights: list[Block] = []
+        self._unreduced: list[Block] = []
         self._outputs: list[Block] = []  # of layers; DeBERTa's forward keeps them until its end
         if load.strategy == "fsdp":
             outer = outer_tensors(shape)
@@ -107,7 +106,8 @@ class Network:
     def begin(self) -> None:
         """What FSDP2 holds before the last micro-batch: gathered weights, unsharded gradients."""
         groups = self._all_groups()
-        ranks, unplayed = self.load.shard_ranks, self._unplayed_shards() if groups else 0.0
+        ranks = self.load.shard_ranks
+        unplayed = self._unplayed(lambda group: group.trained) if groups else 0.0
         if self.load.begins_gathered:
             for group in groups:
                 group.open()
@@ -116,7 +116,7 @@ class Network:
         if groups and self.load.accumulates_whole:
             for group in groups:
                 group.accumulate_whole()
-            width = FP32 if self.load.low else self.load.state_width
+            width = self.load.reduced_width
             self._unreduced = [self.ledger.block(unplayed * ranks, width, "gradients")]
 
     def forward(self, rows: Rows) -> Value:
@@ -381,21 +381,17 @@ class Network:
         return ledger.wrap(value.block, value.elements, value.width, [value, weights],
                            lambda g: [g.pop(), ledger.block(elements, width)])  # fmt: skip
 
-    def _unplayed_shards(self) -> float:
-        """Elements of this rank's shards of the layers that are not simulated."""
+    def _unplayed(self, elements: Callable[[Group], float]) -> float:
+        """The sum of this number of elements of a group, over the layers that are not simulated."""
         kinds = Counter(self.load.layer_kinds)
         kinds.subtract(self.kinds)
-        shards = {kind: group.trained for kind, group in zip(self.kinds, self.groups, strict=True)}
-        return sum(shards[kind] * number for kind, number in kinds.items())
+        each = {kind: elements(group) for kind, group in zip(self.kinds, self.groups, strict=True)}
+        return float(sum(each[kind] * number for kind, number in kinds.items()))
 
     def _hold_unplayed_weights(self) -> None:
         """Hold the gathered weights of the layers that are not simulated, once."""
         if not self._unplayed_weights:
-            kinds = Counter(self.load.layer_kinds)
-            kinds.subtract(self.kinds)
-            shards = {k: group.shard for k, group in zip(self.kinds, self.groups, strict=True)}
-            elements = sum(shards[kind] * number for kind, number in kinds.items())
-            size = elements * self.load.shard_ranks
+            size = self._unplayed(lambda group: group.shard) * self.load.shard_ranks
             block = self.ledger.block(size, self.load.forward_width, "communication")
             self._unplayed_weights.append(block)
 
@@ -415,7 +411,9 @@ class Network:
         if not ledger.is_recording:
             return stream
         kept = [ledger.block(grown - transient, 1)]
-        elements = self._unplayed_shards() if self.groups else self.unplayed.elements
+        elements = (
+            self._unplayed(lambda group: group.trained) if self.groups else self.unplayed.elements
+        )
         born = 0.0 if load.keeps_gradients else elements
         width = load.forward_width if not self.groups else load.state_width
 

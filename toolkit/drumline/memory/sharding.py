@@ -102,14 +102,14 @@ class Group:
 
     def accumulate_whole(self) -> None:
         """Hold the unsharded gradients of earlier micro-batches."""
-        width = 4 if self._load.low else self._load.state_width
+        width = self._load.reduced_width
         elements = self.trained * self._load.shard_ranks
         self._accumulated = self._ledger.block(elements, width, "gradients")
 
     def reduce(self) -> None:
         """Reduce-scatter the gradients; the shard becomes the gradient or is added to the existing one."""
         ledger, load = self._ledger, self._load
-        width = 4 if load.low else load.state_width
+        width = load.reduced_width
         if not load.stays_gathered:
             self.close()
         if not self.trained:
@@ -129,7 +129,7 @@ class Group:
 
         Sharded within nodes, they are also all-reduced between nodes and live until the backward ends.
         """
-        width = 4 if self._load.low else self._load.state_width
+        width = self._load.reduced_width
         block = self._ledger.block(elements, width, _PART, _REDUCING)
         if self._load.shard_ranks < self._load.ranks:
             self._stage.all_reduced.append(block)

@@ -12,7 +12,7 @@ from drumline.plan.model import Advice, Plan
 from drumline.plan.resolve import resolve, shape_of
 from drumline.plan.step_time import gpu_seconds, step_time
 from drumline.plan.world import World
-from drumline.recipe.schema import Recipe
+from drumline.recipe.schema import Recipe, Strategy
 from drumline.units import divisors
 
 UNUSED_SHARE = 1 / 3
@@ -75,6 +75,16 @@ def with_torchrun(recipe: Recipe) -> str:
             *(["strategy.offload=none"] if strategy.offload != "none" else []),
         ]
     )
+
+
+def strategy_of(recipe: Recipe, name: str) -> Change:
+    """The keys of a strategy of this name: what only FSDP2 has is kept for it, and is at its default else."""
+    kept = recipe.strategy if name == "fsdp" else Strategy.model_construct()
+    change: Change = {"name": name, "shard": kept.shard}
+    for key in ("reshard", "reduce"):
+        if getattr(recipe.strategy, key) != Strategy.model_fields[key].default:
+            change[key] = getattr(kept, key)
+    return change
 
 
 def with_change(recipe: Recipe, change: Change) -> Recipe:
@@ -232,8 +242,7 @@ class _Adviser:
             yield {"loss": {"chunked": False}}, "the head runs forward once"
         if recipe.strategy.name == "fsdp":
             yield from self._kept_between_layers()
-            plain = {"name": "ddp", "shard": "all", "reshard": "forward", "reduce": "micro_batch"}
-            yield {"strategy": plain}, "nothing is gathered"
+            yield {"strategy": strategy_of(recipe, "ddp")}, "nothing is gathered"
 
     def _kept_between_layers(self) -> Iterator[Candidate]:
         """FSDP2's gathered weights kept for the backward, or for all micro-batches of a step."""

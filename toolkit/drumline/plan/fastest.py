@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from drumline.architectures.shapes import ModelShape
 from drumline.errors import PlanError
-from drumline.plan.advise import Change, changed_step_seconds, with_change
+from drumline.plan.advise import Change, changed_step_seconds, strategy_of, with_change
 from drumline.plan.checks import LAUNCHER_STRATEGIES
 from drumline.plan.job_time import with_time
 from drumline.plan.model import Plan
@@ -87,9 +87,7 @@ def candidates(plan: Plan, shape: ModelShape) -> Iterator[tuple[float, Change]]:
     fastest: dict[str, float] = {}
     for change in _changes(plan, shape):
         seconds = changed_step_seconds(plan, shape, change)
-        kept = {"reshard", "reduce"}
-        strategy = {key: value for key, value in change["strategy"].items() if key not in kept}
-        same = str({**change, "strategy": strategy})
+        same = str(change | {"strategy": change["strategy"] | {"reshard": "", "reduce": ""}})
         if seconds < _FASTER * fastest.get(same, math.inf):
             fastest[same] = seconds
             yield seconds, change
@@ -114,8 +112,7 @@ def _changes(plan: Plan, shape: ModelShape) -> Iterator[Change]:
             change: Change = {
                 "batch": {"per_device": b, "accumulation": share // b},
                 "strategy": {
-                    "name": strategy,
-                    "shard": recipe.strategy.shard if strategy == "fsdp" else "all",
+                    **strategy_of(recipe, strategy),
                     "offload": offload,
                     "reshard": reshard,
                     "reduce": reduce,

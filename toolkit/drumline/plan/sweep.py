@@ -6,7 +6,7 @@ from typing import Any
 
 from drumline.errors import PlanError
 from drumline.memory.ranges import Verdict
-from drumline.plan.advise import with_change
+from drumline.plan.advise import strategy_of, with_change
 from drumline.plan.checks import LAUNCHER_STRATEGIES
 from drumline.plan.mesh import gpus_per_node
 from drumline.plan.model import Plan
@@ -82,7 +82,7 @@ def _change(plan: Plan, b: int, gpus: int, strategy: str, checkpointing: str) ->
     stated = recipe.cluster.gpus_per_node is not None
     change: dict[str, Any] = {
         "batch": {"per_device": b, "gpus": gpus, "accumulation": batch.effective // gpus // b},
-        "strategy": {"name": strategy, "shard": recipe.strategy.shard if strategy == "fsdp" else "all"},
+        "strategy": strategy_of(recipe, strategy),
         "model": {"activation_checkpointing": checkpointing},
         "cluster": {"nodes": None, "gpus_per_node": per_node if stated else None},
     }  # fmt: skip

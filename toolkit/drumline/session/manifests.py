@@ -38,7 +38,7 @@ def manifests_of(
     files |= {
         "recipe.yaml": yaml12.dump(plain),
         "record.json": json.dumps({**record, "recipe": plain}),
-        SITE: yaml12.dump(site.model_dump(by_alias=True)),
+        SITE: yaml12.dump(site.to_plain()),
     }
     found = render_manifests(plan, site, label, files)
     check_manifests(found)

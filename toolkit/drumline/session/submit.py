@@ -80,7 +80,7 @@ def prepare_folder(plan: Plan, site: Site, folder: RunFolder, secrets: Secrets) 
         record["recipe"] = plain
     folder.write_record(record)
     remember_folder(folder.path)
-    write_text(folder.path / SITE, yaml12.dump(site.model_dump(by_alias=True)))
+    write_text(folder.path / SITE, yaml12.dump(site.to_plain()))
     (folder.path / "logs").mkdir()
     return plan
 
@@ -106,7 +106,7 @@ def submit_again(
 ) -> str:
     """Submit another job for an existing run, which goes on from its newest checkpoint; return its id."""
     folder.write_recipe(plan.recipe.model_dump(by_alias=True))
-    write_text(folder.path / SITE, yaml12.dump(site.model_dump(by_alias=True)))
+    write_text(folder.path / SITE, yaml12.dump(site.to_plain()))
     remember_folder(folder.path)
     if to == "kubernetes":
         return apply_again(plan, site, folder)

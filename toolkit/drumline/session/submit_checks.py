@@ -87,7 +87,7 @@ def read_site(
             f"--to {to}: {options.given[0]} is Slurm's. Nearest: --to slurm, or without it"
         )
     if options.of_the_site:
-        plain = {**site.model_dump(by_alias=True, exclude_unset=True), **options.of_the_site}
+        plain = {**site.to_plain(only_stated=True), **options.of_the_site}
         site = validate_site(plain, "options")
     if preflight:
         site = site.model_copy(update={"preflight": True})

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from drumline.errors import DataError, NotPrepared, PlanError
-from drumline.plan.model import Plan
+from drumline.plan.model import NO_SITE, Plan, SiteFacts
 from drumline.recipe.load import load_recipe
+from drumline.recipe.schema import Recipe
 from drumline.session.planning import make_plan
 
 ROWS = 1_000_000
@@ -24,19 +25,19 @@ def plan_or_assume(recipe: str, samples: int = ROWS) -> tuple[Plan, str]:
         with naming_prepare(recipe):
             return make_plan(load_recipe(recipe)), ""
     except (PlanError, DataError) as error:
-        return plan_as_if(recipe, samples=samples), str(error)
+        return plan_as_if(load_recipe(recipe), samples=samples), str(error)
 
 
 def plan_as_if(
-    recipe: str,
-    overrides: Sequence[str] | None = None,
+    recipe: Recipe,
     gpus: int | None = None,
     gpu: str | None = None,
     samples: int = ROWS,
+    site: SiteFacts = NO_SITE,
 ) -> Plan:
     """The plan of a recipe as if an epoch had so many samples; see `make_plan`."""
-    assumed = [*(overrides or []), f"data.samples={samples}"]
-    return make_plan(load_recipe(recipe, assumed), gpus, gpu)
+    data = recipe.data.model_copy(update={"samples": samples})
+    return make_plan(recipe.model_copy(update={"data": data}), gpus, gpu, site=site)
 
 
 @contextmanager

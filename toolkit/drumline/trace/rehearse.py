@@ -55,7 +55,8 @@ def rehearse(
     """Record everything that rank 0 of the plan would allocate on its device, from building to saving.
 
     `fake=False` computes on real CPU tensors, to check that both allocate the same. `micro_batches`: how many
-    micro-batches of the step to run; 1 runs only the last, which needs as much memory as any.
+    micro-batches of the step to run; 1 runs only the last, which needs as much memory as any, or two where
+    FSDP2 holds something from one to the next.
     """
     assert not dist.is_initialized(), "a rehearsal makes a process group of its own"
     _refuse_what_cannot_be_rehearsed(plan)

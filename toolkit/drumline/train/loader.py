@@ -98,7 +98,7 @@ def choose(folder: Path, metrics: Path) -> Choice:
 
 def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
     """Global shape of every tensor in a checkpoint; a collective, in which each manifest is parsed once."""
-    rank, world = _rank(), dist.get_world_size() if dist.is_initialized() else 1
+    rank, world = _rank(), _world()
     own = {
         name: tuple(entry["shape"])
         for number in range(rank, read_manifest(path)["ranks"], world)
@@ -155,7 +155,7 @@ def _shared_out(
     that of the save, needs no more. Of the rest, rank 0 gathers the entries and what each rank needs, and
     scatters the sources.
     """
-    rank, world = _rank(), dist.get_world_size() if dist.is_initialized() else 1
+    rank, world = _rank(), _world()
     ranks = read_manifest(path)["ranks"]
     said = {number: read_entries(path, number) for number in range(rank, ranks, world)}
     at_hand = own_parts(own, said.get(rank, {}), rank)
@@ -184,14 +184,14 @@ def own_parts(own: dict[str, Need], entries: dict[str, dict[str, Any]], rank: in
 def _known_by_all(names: list[str], own: dict[str, Need], at_hand: Sources) -> set[str]:
     """Those of these tensors that each rank which reads them has at hand; a collective."""
     has = torch.tensor([name not in own or name in at_hand for name in names], dtype=torch.uint8)
-    if dist.is_initialized() and dist.get_world_size() > 1 and len(names):
+    if _world() > 1 and names:
         dist.all_reduce(has, op=dist.ReduceOp.MIN)
     return {name for name, is_known in zip(names, has.tolist(), strict=True) if is_known}
 
 
 def _rest_shared_out(path: Path, told: Any, is_part: bool) -> Sources:
     """The sources of what not every rank has at hand; `told`: entries, needs and, of rank 0, all names."""
-    rank, world = _rank(), dist.get_world_size() if dist.is_initialized() else 1
+    rank, world = _rank(), _world()
     if world == 1:
         return _answers(path, [told], is_part)[0]
     everyone: list[Any] | None = [None] * world if rank == 0 else None
@@ -263,6 +263,10 @@ def _rows_of(boxes: Boxes) -> tuple[int, int]:
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @torch.no_grad()
