@@ -163,6 +163,7 @@ def test_no_cell_of_a_sweep_keeps_what_its_strategy_has_not() -> None:
         "strategy.reshard=step",
         "strategy.reduce=step",
         "batch.effective=64",
+        "batch.accumulation=4",
         "model.config.num_hidden_layers=4",
     ]
     plan = make_plan(load_recipe(RECIPE, own))
