@@ -10,8 +10,6 @@ import hashlib
 import itertools
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +27,7 @@ from drumline.data.files import classes_of
 from drumline.data.media import MediaFiles, has_media
 from drumline.data.part_writer import PartWriter
 from drumline.data.processors import processor_digests
-from drumline.data.publish import locked, publish, remove_abandoned
+from drumline.data.publish import hidden_folder, locked, publish, remove_abandoned
 from drumline.data.readers import Reading
 from drumline.data.rows import DTYPES, Rows, array_columns
 from drumline.data.source_row import SourceRow
@@ -55,14 +53,12 @@ def prepare(data: Data, project: str | None, progress: Progress | None = None) -
     if read_dataset_manifest(final) is not None:
         if not _has_changed(data, project, final):
             return final
-        aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-        final.rename(aside / "old")
-        shutil.rmtree(aside)
+        with hidden_folder(final) as aside:
+            final.rename(aside / "old")
     final.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(final)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     try:
-        with locked(temporary):
+        with hidden_folder(final) as temporary, locked(temporary):
             _write(data, project, temporary, progress or (lambda documents, tokens, share: None))
             apply_umask(temporary, 0o777)
             publish(temporary, final)
@@ -74,8 +70,6 @@ def prepare(data: Data, project: str | None, progress: Progress | None = None) -
             f"{final.parent}: cannot write the prepared rows: {error.strerror or error}. Nearest: "
             "make room, or point DRUMLINE_CACHE at another folder"
         ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return final
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -13,6 +14,20 @@ from drumline.errors import DataError
 _ABANDONED_AFTER_S = 60.0
 _JUST_MADE_S = 2.0
 """A process may have made its lock file and not taken the lock yet."""
+
+
+@contextlib.contextmanager
+def hidden_folder(final: Path) -> Iterator[Path]:
+    """A new folder beside `final`, for one process; what is still in it at the end is deleted.
+
+    A signal that comes while it is made deletes it, too, because its name stands before it does.
+    """
+    folder = final.parent / f".{final.name}.{secrets.token_hex(4)}"
+    try:
+        folder.mkdir(mode=0o700)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
