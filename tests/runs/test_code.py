@@ -99,6 +99,22 @@ def test_secrets_ignored_binary_large_files_and_runs_are_left_out(
     assert code["remote"] == "https://[secret]@example.org/r.git"
 
 
+def test_what_is_too_large_is_not_searched_for_secrets(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search of many megabytes takes minutes, and every run would begin with it."""
+    searched: list[int] = []
+    monkeypatch.setattr(Secrets, "are_in", lambda _, text: bool(searched.append(len(text))))
+    (project.parent / "big.txt").write_text("x" * 5_000_000)
+    git(project.parent, "add", "big.txt")
+    (project / "small.py").write_text("y = 1\n")
+    code = read_code(recipe_in(project), tmp_path, NOTHING)
+    assert list(code["untracked"]) == ["recipes/small.py"]
+    assert code["left_out"]["big.txt"].endswith(f"characters, over {FILE_LIMIT:,}")
+    assert searched
+    assert max(searched) <= FILE_LIMIT
+
+
 def test_without_a_repository_the_factorys_file_is_kept(tmp_path: Path) -> None:
     """Its text and its digest are in the record, and restored from it."""
     (tmp_path / "p").mkdir()

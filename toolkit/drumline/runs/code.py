@@ -205,11 +205,13 @@ def _why_left_out(name: str, text: str, used: int, secrets: Secrets) -> str:
         text.encode()
     except UnicodeEncodeError:
         return "not UTF-8"
-    if is_secret_file(name) or secrets.are_in(text):
+    if is_secret_file(name):
         return "holds a secret"
-    if len(text) > FILE_LIMIT:
+    if len(text) > FILE_LIMIT:  # first, because a search of many megabytes takes minutes
         return f"{len(text):,} characters, over {FILE_LIMIT:,}"
-    return f"over {TOTAL_LIMIT:,} in all" if used + len(text) > TOTAL_LIMIT else ""
+    if used + len(text) > TOTAL_LIMIT:
+        return f"over {TOTAL_LIMIT:,} in all"
+    return "holds a secret" if secrets.are_in(text) else ""
 
 
 def _counted(left_out: dict[str, str]) -> dict[str, str]:
