@@ -13,6 +13,7 @@ work that out for all.
 """
 
 import argparse
+import pickle
 import statistics
 import tempfile
 import time
@@ -25,6 +26,7 @@ from supervisor import measure
 
 from drumline.architectures.shapes import layer_tensors, outer_tensors
 from drumline.checkpoint.boxes import boxes_of_range, overlap
+from drumline.checkpoint.shards import shard_name
 from drumline.plan.model import Plan
 from drumline.plan.order import draw_seeds, slot_indices
 from drumline.plan.resolve import resolve, shape_of
@@ -32,7 +34,7 @@ from drumline.plan.world import World
 from drumline.rank_files import RankFiles
 from drumline.recipe.load import load_recipe
 from drumline.runs.peaks import memory_entry
-from drumline.train.loader import _answers, own_parts
+from drumline.train.shard_sources import Told, grouped, own_parts, share_out
 
 ROUNDS = 5
 SAMPLES = 10**9
@@ -117,34 +119,44 @@ def loading(saved: int, here: int) -> str:
     """One line of the second table."""
     whole = tensors()
     entries = [
-        {name: {"shape": list(whole[name]), "boxes": boxes} for name, boxes in own.items()}
-        for own in shards(whole, saved)
+        {
+            name: {"shape": list(whole[name]), "boxes": boxes, "file": shard_name(rank)}
+            for name, boxes in own.items()
+        }
+        for rank, own in enumerate(shards(whole, saved))
     ]
     needs = [
         {name: (whole[name], boxes) for name, boxes in own.items()} for own in shards(whole, here)
     ]
     hands = [
-        own_parts(need, entries[rank] if rank < saved else {}, rank)
-        for rank, need in enumerate(needs)
+        own_parts(need, entries[rank] if rank < saved else {}) for rank, need in enumerate(needs)
     ]
     known = {
         name
         for name in whole
         if all(name not in n or name in h for n, h in zip(needs, hands, strict=True))
     }
-    said: list[dict[int, Any]] = [{} for _ in range(here)]
-    for number, found in enumerate(entries):
-        rest = {name: entry for name, entry in found.items() if name not in known}
-        said[number % here][number] = rest
-    asked = [{name: one for name, one in need.items() if name not in known} for need in needs]
     names = sorted(set(whole) - known)
-    told = list(zip(said, asked, [names, *[None] * (here - 1)], strict=True))
+    told = [
+        Told(
+            saved=grouped(
+                (name, whole[name], entry["boxes"], entry["file"])
+                for found in entries[rank::here]
+                for name, entry in found.items()
+                if name not in known
+            ),
+            needed=grouped((n, *need, "") for n, need in needs[rank].items() if n not in known),
+            names=names if rank == 0 else [],
+        )
+        for rank in range(here)
+    ]
+    told = [pickle.loads(pickle.dumps(one)) for one in told]
     began = time.process_time()
-    own_parts(needs[0], entries[0], 0)
-    answers = _answers(Path("checkpoint"), told, False)
+    own_parts(needs[0], entries[0])
+    answers = share_out(Path("checkpoint"), told, False)
     seconds = time.process_time() - began
     answers = [{**answer, **hand} for answer, hand in zip(answers, hands, strict=True)]
-    opened = [len({source.rank for found in mine.values() for source in found}) for mine in answers]
+    opened = [len({source.file for found in mine.values() for source in found}) for mine in answers]
     read = [
         4 * sum(
             cut.volume

@@ -25,13 +25,20 @@ from drumline.checkpoint import retention
 from drumline.checkpoint.boxes import whole as whole_box
 from drumline.checkpoint.state import TrainState
 from drumline.recipe.schema import Checkpoint
-from drumline.train import loader, saver
+from drumline.train import loader, shard_writer
 from drumline.train.commit import SaveCommit
 from drumline.train.saver import Saver
 from drumline.train.tensor_shard import TensorShard
 
-OPERATIONS = ("mkdir", "fsync", "replace", "rename", "unlink", "rmdir")
+OPERATIONS = ("mkdir", "fsync", "replace", "rename", "link", "unlink", "rmdir")
 WORLD = 2
+FROZEN = ("model.a",)
+
+
+def state_of(step: int) -> dict[str, torch.Tensor]:
+    """The whole state of a step; the frozen weight is that of step 1, so that its file is linked."""
+    first = tensors(1)
+    return tensors(step) | {name: first[name] for name in FROZEN}
 
 
 def die() -> None:
@@ -62,7 +69,7 @@ def count_operations(strike: Callable[[int, bool], None]) -> list[int]:
 
 def tear_shard(share: float) -> None:
     """Die when this share of the shard's bytes has been written."""
-    real = saver.save_file
+    real = shard_writer.save_file
 
     def torn(what: Any, path: Path) -> None:
         real(what, path)
@@ -70,7 +77,7 @@ def tear_shard(share: float) -> None:
         path.write_bytes(raw[: int(share * len(raw))])
         die()
 
-    saver.save_file = torn
+    shard_writer.save_file = torn
 
 
 def rank_saves(folder: Path, store: Path, rank: int, trial: dict[str, Any]) -> None:
@@ -83,8 +90,10 @@ def rank_saves(folder: Path, store: Path, rank: int, trial: dict[str, Any]) -> N
             lambda n, after: die() if (n, after) == (trial["operation"], trial["after"]) else None
         )
     commit = SaveCommit(FileStore(str(store), WORLD), "run-0", rank, WORLD)
-    ours = Saver(folder, Checkpoint(keep_last=1), commit, rank)
-    ours.save(pieces(tensors(2), rank, WORLD, True), TrainState(step=2))
+    ours = Saver(folder, Checkpoint(keep_last=1), commit, rank, saved_step=1)
+    shards = pieces(state_of(2), rank, WORLD, True, FROZEN)
+    ours.begin(shards)
+    ours.save(shards, TrainState(step=2))
     ours.wait()
     os._exit(operations[0])
 
@@ -127,7 +136,7 @@ def next_start(folder: Path) -> dict[str, Any]:
         empty = {name: TensorShard(torch.full_like(tensor, 9.0), tuple(tensor.shape), whole_box(tensor.shape), True)
                  for name, tensor in tensors(1).items()}  # fmt: skip
         loader.load(path, empty)
-        whole = tensors(state.step)
+        whole = state_of(state.step)
         mixed = [name for name in SHAPES if not torch.equal(whole[name], empty[name].tensor)]
         again = one_saver(folder, keep_last=1)
         again.save(pieces(tensors(3), 0, 1, False), TrainState(step=3))
@@ -159,7 +168,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         base = Path(name) / "run"
-        save(Path(name) / "sound", 1, WORLD)
+        save(Path(name) / "sound", 1, WORLD, frozen=FROZEN)
         counts = {}
         for rank in range(WORLD):
             clean = one_trial(base, {"rank": rank, "operation": 0, "after": False, "pause": 0})

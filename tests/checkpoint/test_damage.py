@@ -13,18 +13,19 @@ from typing import Any
 import pytest
 from savers import save
 
-from drumline.checkpoint.manifest import MANIFEST, _encode, sha256, verify
+from drumline.checkpoint.files import encode, sha256
+from drumline.checkpoint.manifest import MANIFEST, verify
 from drumline.checkpoint.retention import newest_sound, set_aside
 from drumline.errors import CheckpointError, CheckpointUnreadable
 
 FILES = ["manifest.json", "state.json", "rank-0.json", "rank-1.json", "rank-0.safetensors",
-         "rank-1.safetensors"]  # fmt: skip
+         "rank-1.safetensors", "rank-0.frozen.safetensors"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of two ranks."""
-    return save(tmp_path_factory.mktemp("sound") / "c", 2)
+    """A checkpoint of two ranks, with a frozen weight."""
+    return save(tmp_path_factory.mktemp("sound") / "c", 2, frozen=("model.a",))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -65,15 +66,15 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     content = json.loads((path / MANIFEST).read_bytes())
     del content["sha256"]
     change(content)
-    content["sha256"] = sha256(_encode(content))
-    (path / MANIFEST).write_bytes(_encode(content))
+    content["sha256"] = sha256(encode(content))
+    (path / MANIFEST).write_bytes(encode(content))
 
 
 def describe(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """The same for what rank 0 holds."""
     content = json.loads((path / "rank-0.json").read_bytes())
     change(content)
-    raw = _encode(content)
+    raw = encode(content)
     (path / "rank-0.json").write_bytes(raw)
     rewrite(path, lambda index: index["files"].update({"rank-0.json": sha256(raw)}))
 
@@ -112,7 +113,7 @@ ATTACKS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a lie about the size": (lambda p: describe(p, lambda d: d.update(bytes=12)), "bytes, 12 were saved"),
     "another step": (lambda p: rewrite(p, lambda m: m.update(step=7)), "manifest.json: step 7"),
     "a later format": (lambda p: rewrite(p, lambda m: m.update(format=9)), "format 9"),
-    "a tensor that is not there": (lambda p: describe(p, lambda d: d["tensors"].pop("model.a")), "does not hold"),
+    "a tensor that is not there": (lambda p: describe(p, lambda d: d["tensors"].pop("model.c")), "does not hold"),
     "another rank's shard": (lambda p: shutil.copy(p / "rank-1.safetensors", p / "rank-0.safetensors"), "rank-0.s"),
 }  # fmt: skip
 
@@ -142,8 +143,8 @@ def test_a_checkpoint_that_is_a_link_is_refused(sound: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", FILES)
 def test_a_bad_one_is_named_and_the_one_before_is_read(tmp_path: Path, name: str) -> None:
     """A reader says in one line which file is bad, takes the one before, and renames nothing."""
-    save(tmp_path / "c", 1)
-    newest = save(tmp_path / "c", 2)
+    save(tmp_path / "c", 1, frozen=("model.a",))
+    newest = save(tmp_path / "c", 2, frozen=("model.a",))
     raw = bytearray((newest / name).read_bytes())
     raw[len(raw) // 2] ^= 4
     (newest / name).write_bytes(bytes(raw))

@@ -12,14 +12,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from drumline.checkpoint.boxes import Box
-from drumline.checkpoint.manifest import (
-    sha256,
-    shard_name,
-    verify,
-    write_amendment,
-    write_manifest,
-    write_rank_manifest,
-)
+from drumline.checkpoint.files import sha256
+from drumline.checkpoint.manifest import verify, write_amendment, write_manifest
+from drumline.checkpoint.shards import shard_name, write_rank_manifest
 from drumline.checkpoint.state import TrainState
 from drumline.checkpoint.weights import distance, sum_weights, weight_facts
 from drumline.errors import CheckpointError
@@ -139,7 +134,7 @@ def test_weights_that_are_not_finite_damage_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "step-7"
     folder.mkdir()
     save_file({}, folder / shard_name(0))
-    digest = write_rank_manifest(folder, 0, {}, sums.to_plain())
+    digest = write_rank_manifest(folder, 0, {}, weight_sums=sums.to_plain())
     write_manifest(folder, {"step": 7}, [digest])
     assert verify(folder).step == 7
     with pytest.raises(CheckpointError, match="some of its weights are not finite"):

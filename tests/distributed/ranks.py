@@ -193,8 +193,8 @@ def count_load_job(plan: str, source: str, out: str) -> None:
         kept[2](shard, parts)
 
     def shared_out(path: Path, told: Any, is_part: bool) -> Any:
-        found["asked"] = sorted(told[1])
-        found["told"] = sorted(name for entries in told[0].values() for name in entries)
+        found["asked"] = sorted(name for group in told.needed for name in group.names)
+        found["told"] = sorted(name for group in told.saved for name in group.names)
         return kept[3](path, told, is_part)
 
     loader.read_entries, loader.safe_open, loader._read = entries, opened, read

@@ -17,7 +17,7 @@ from unequal import unequal_plan, write_pairs
 from whole_tensors import whole_tensors
 
 from drumline.checkpoint.boxes import Box
-from drumline.checkpoint.manifest import read_entries
+from drumline.checkpoint.shards import read_entries
 from drumline.metrics_file import read_metrics
 from drumline.plan.model import Plan
 

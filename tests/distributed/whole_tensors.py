@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from drumline.checkpoint.manifest import read_entries, shard_name
+from drumline.checkpoint.shards import read_entries
 
 
 def whole_tensors(checkpoint: Path, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -13,8 +13,11 @@ def whole_tensors(checkpoint: Path, prefix: str = "") -> dict[str, torch.Tensor]
     whole: dict[str, torch.Tensor] = {}
     for path in checkpoint.glob("rank-*.json"):
         rank = int(path.stem.removeprefix("rank-"))
-        stored = load_file(checkpoint / shard_name(rank))
-        for name, entry in read_entries(checkpoint, rank).items():
+        entries = read_entries(checkpoint, rank)
+        stored: dict[str, torch.Tensor] = {}
+        for file in {entry["file"] for entry in entries.values()}:
+            stored |= load_file(checkpoint / file)
+        for name, entry in entries.items():
             if not name.startswith(prefix):
                 continue
             values = stored[name]

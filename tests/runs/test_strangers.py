@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from test_readers import READERS, RUNS, desk
 
 from conftest import tiny_recipe
-from drumline.checkpoint.manifest import MANIFEST, _encode, sha256
+from drumline.checkpoint.files import encode, sha256
+from drumline.checkpoint.manifest import MANIFEST
 from drumline.checkpoint.state import TrainState
 from drumline.metrics_file import parsed_line
 from drumline.recipe import yaml12
@@ -232,11 +233,11 @@ def test_replaced_weights_are_found_though_all_digests_agree(desk: Path) -> None
     shard.write_bytes(bytes(raw))
     described["tensors"][name]["sha256"] = sha256(bytes(raw[8 + size + begin : 8 + size + end]))
     described.pop("weight_sums", None)
-    told.write_bytes(_encode(described))
+    told.write_bytes(encode(described))
     manifest = json.loads((path / MANIFEST).read_bytes())
     manifest.pop("sha256")
     manifest["files"]["rank-0.json"] = sha256(told.read_bytes())
-    (path / MANIFEST).write_bytes(_encode({**manifest, "sha256": sha256(_encode(manifest))}))
+    (path / MANIFEST).write_bytes(encode({**manifest, "sha256": sha256(encode(manifest))}))
     health = json.loads(call(desk, "doctor", "r", "--json").out)
     assert "its weights are not those that record.json names" in health["bad"]["step-00000012"]
     done = call(desk, "export", "r", "../exported")
@@ -328,7 +329,7 @@ def test_a_checkpoint_of_other_types_is_damaged(desk: Path, field: str, value: A
     manifest = json.loads(before[MANIFEST])
     manifest.pop("sha256")
     manifest["files"]["state.json"] = sha256(raw)
-    (path / MANIFEST).write_bytes(_encode({**manifest, "sha256": sha256(_encode(manifest))}))
+    (path / MANIFEST).write_bytes(encode({**manifest, "sha256": sha256(encode(manifest))}))
     try:
         for command in ("doctor", "compare"):
             done = call(desk, *READERS[command])
@@ -573,11 +574,11 @@ def test_entries_that_do_not_go_together_are_damage(desk: Path, key: str, value:
     described = json.loads((path / "rank-0.json").read_bytes())
     name = next(name for name in described["tensors"] if name.startswith("model."))
     described["tensors"][name][key] = value
-    (path / "rank-0.json").write_bytes(_encode(described))
+    (path / "rank-0.json").write_bytes(encode(described))
     manifest = json.loads((path / MANIFEST).read_bytes())
     manifest.pop("sha256")
-    manifest["files"]["rank-0.json"] = sha256(_encode(described))
-    (path / MANIFEST).write_bytes(_encode({**manifest, "sha256": sha256(_encode(manifest))}))
+    manifest["files"]["rank-0.json"] = sha256(encode(described))
+    (path / MANIFEST).write_bytes(encode({**manifest, "sha256": sha256(encode(manifest))}))
     health = json.loads(call(desk, "doctor", "r", "--json").out)
     assert "step-00000012" in health["bad"], health
     for words in (("export", "r", "../out"), ("compare", "r/checkpoints/step-00000012", "r")):

@@ -1,6 +1,8 @@
 """Saving as several ranks would, each in its own thread, committing through a store in memory."""
 
+import dataclasses
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,9 @@ def tensors(seed: int) -> dict[str, torch.Tensor]:
 
 
 def pieces(
-    whole: dict[str, torch.Tensor], rank: int, world: int, sharded: bool
+    whole: dict[str, torch.Tensor], rank: int, world: int, sharded: bool, frozen: Sequence[str] = ()
 ) -> dict[str, TensorShard]:
-    """A rank's parts: chunks of the first dimension, or whole tensors dealt round."""
+    """A rank's parts: chunks of the first dimension, or whole tensors dealt round; some need no gradient."""
     result = {}
     for number, (name, tensor) in enumerate(whole.items()):
         if sharded and tensor.ndim:
@@ -43,7 +45,9 @@ def pieces(
             result[name] = TensorShard(
                 tensor.clone(), tuple(tensor.shape), whole_box(tensor.shape), number % world == rank
             )
-    return result
+    return {
+        name: dataclasses.replace(shard, frozen=name in frozen) for name, shard in result.items()
+    }
 
 
 def one_saver(folder: Path, **spec: Any) -> Saver:
@@ -64,7 +68,7 @@ def try_to_save(
     folder: Path, step: int, world: int = 2, sharded: bool = True, **spec: Any
 ) -> list[BaseException | None]:
     """What each rank's save came to."""
-    timeout_s = spec.pop("timeout_s", 5.0)
+    timeout_s, frozen = spec.pop("timeout_s", 5.0), spec.pop("frozen", ())
     store = HashStore()
     errors: list[BaseException | None] = [None] * world
 
@@ -73,7 +77,9 @@ def try_to_save(
             commit = SaveCommit(store, "run-0", rank, world)
             saver = Saver(folder, Checkpoint(**{"keep_last": 99, **spec}), commit, rank)
             saver.limit_s = lambda size=None: timeout_s  # type: ignore[method-assign]
-            saver.save(pieces(tensors(step), rank, world, sharded), TrainState(step=step))
+            shards = pieces(tensors(step), rank, world, sharded, frozen)
+            saver.begin(shards)
+            saver.save(shards, TrainState(step=step))
             saver.wait()
         except BaseException as error:
             errors[rank] = error

@@ -20,9 +20,10 @@ from drumline.checkpoint.state import TrainState
 from drumline.checkpoint.weights import weight_facts
 from drumline.errors import CheckpointError
 from drumline.recipe.schema import Checkpoint
-from drumline.train import loader, saver
+from drumline.train import loader
 from drumline.train.commit import SaveCommit
 from drumline.train.saver import Saver
+from drumline.train.shard_writer import ShardWriter, Written
 from drumline.train.tensor_shard import TensorShard
 
 
@@ -47,13 +48,13 @@ def test_what_is_saved_is_the_state_at_the_call(
 ) -> None:
     """An asynchronous save does not see updates that come while it has not begun to write."""
     may_write = threading.Event()
-    real = saver._write_shard
+    real = ShardWriter.write
 
-    def late(*arguments: Any, **options: Any) -> str:
+    def late(*arguments: Any, **options: Any) -> Written:
         may_write.wait(5)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(saver, "_write_shard", late)
+    monkeypatch.setattr(ShardWriter, "write", late)
     parts = pieces(tensors(1), 0, 1, False)
     before = {name: piece.tensor.clone() for name, piece in parts.items()}
     ours = one_saver(tmp_path)
@@ -122,14 +123,14 @@ def test_one_ranks_error_is_every_ranks(
 ) -> None:
     """All ranks raise the same words; the older checkpoint stays sound, nothing half-written stays."""
     save(tmp_path / "c", 1)
-    real = saver._write_shard
+    real = ShardWriter.write
 
-    def failing(folder: Path, rank: int, *rest: Any, **options: Any) -> str:
-        if rank == broken:
+    def failing(self: ShardWriter, *rest: Any, **options: Any) -> Written:
+        if self.rank == broken:
             raise OSError(28, "No space left on device")
-        return real(folder, rank, *rest, **options)
+        return real(self, *rest, **options)
 
-    monkeypatch.setattr(saver, "_write_shard", failing)
+    monkeypatch.setattr(ShardWriter, "write", failing)
     errors = try_to_save(tmp_path / "c", 2)
     words = f"{tmp_path}/c/step-00000002: rank {broken} cannot write: No space left on device"
     assert [str(error) for error in errors] == [words, words]
@@ -202,14 +203,14 @@ def test_a_half_saved_and_a_half_deleted_one_are_removed(tmp_path: Path) -> None
 
 def test_only_rank_0_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank that waits longer than the timeout for a slow rank 0 takes nothing of its part back."""
-    real = saver._write_shard
+    real = ShardWriter.write
 
-    def slow(folder: Path, rank: int, *rest: Any, **options: Any) -> str:
-        if rank == 0:
+    def slow(self: ShardWriter, *rest: Any, **options: Any) -> Written:
+        if self.rank == 0:
             time.sleep(1.0)
-        return real(folder, rank, *rest, **options)
+        return real(self, *rest, **options)
 
-    monkeypatch.setattr(saver, "_write_shard", slow)
+    monkeypatch.setattr(ShardWriter, "write", slow)
     path = save(tmp_path / "c", 1, timeout_s=0.3)
     assert verify(path).step == 1
 

@@ -23,13 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drumline.checkpoint.boxes import Boxes, runs
-from drumline.checkpoint.manifest import (
-    WIDTHS,
-    read_entries,
-    read_manifest,
-    read_weight_sums,
-    tensor_bytes,
-)
+from drumline.checkpoint.manifest import read_manifest
+from drumline.checkpoint.shards import WIDTHS, read_entries, read_weight_sums, tensor_bytes
 from drumline.errors import CheckpointError
 
 WEIGHTS = "model."
@@ -42,8 +37,8 @@ _LANES = 2
 _MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _SHIFTS = (np.uint64(31), np.uint64(29), np.uint64(32))
 
-Part = tuple[int, dict[str, Any]]
-"""Rank, manifest entry."""
+Part = dict[str, Any]
+"""What a rank's manifest says of a tensor."""
 
 
 @dataclass
@@ -183,7 +178,7 @@ def weights_sha256(path: Path) -> str:
     """SHA-256 over all weights in the order of their names, as in records of earlier versions."""
     digest = hashlib.sha256()
     for name, parts in sorted(_tensors(path, read_manifest(path)["ranks"]).items()):
-        entry = parts[0][1]
+        entry = parts[0]
         digest.update(f"{name}\0{entry['dtype']}\0{entry['shape']}\0".encode())
         digest.update(_whole_bytes(path, name, parts).data)
     return digest.hexdigest()
@@ -208,8 +203,8 @@ def distance(a: dict[str, Any], b: dict[str, Any]) -> float:
 def _sums_of_files(path: Path, ranks: int) -> WeightSums:
     total = WeightSums()
     for name, parts in _tensors(path, ranks).items():
-        for rank, entry in parts:
-            raw = np.frombuffer(tensor_bytes(path, rank, name), dtype=np.uint8)
+        for entry in parts:
+            raw = np.frombuffer(tensor_bytes(path / entry["file"], name), dtype=np.uint8)
             total += sum_weights(name, entry["dtype"], entry["shape"], entry["boxes"], raw)
     return total
 
@@ -220,17 +215,17 @@ def _tensors(path: Path, ranks: int) -> dict[str, list[Part]]:
     for rank in range(ranks):
         for name, entry in read_entries(path, rank).items():
             if name.startswith(WEIGHTS):
-                found.setdefault(name, []).append((rank, entry))
+                found.setdefault(name, []).append(entry)
     return found
 
 
 def _whole_bytes(path: Path, name: str, parts: list[Part]) -> NDArray[np.uint8]:
     """The bytes of a whole tensor in row-major order."""
-    entry = parts[0][1]
+    entry = parts[0]
     width = WIDTHS[entry["dtype"]]
     whole = np.empty(math.prod(entry["shape"]) * width, dtype=np.uint8)
-    for rank, part in parts:
-        raw = np.frombuffer(tensor_bytes(path, rank, name), dtype=np.uint8)
+    for part in parts:
+        raw = np.frombuffer(tensor_bytes(path / part["file"], name), dtype=np.uint8)
         low = 0
         for box in part["boxes"]:
             for start, count in runs(entry["shape"], box):

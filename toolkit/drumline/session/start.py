@@ -4,15 +4,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from drumline.checkpoint.manifest import (
-    MANIFEST,
-    digest_of,
-    read_entries,
-    read_manifest,
-    step_of,
-    verify,
-)
+from drumline.checkpoint.manifest import MANIFEST, digest_of, read_manifest, step_of, verify
 from drumline.checkpoint.retention import find_checkpoints
+from drumline.checkpoint.shards import read_entries
 from drumline.checkpoint.state import TrainState
 from drumline.checkpoint.weights import WEIGHTS
 from drumline.errors import CheckpointError, PlanError, RecipeError, RunFolderError

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from drumline.checkpoint.manifest import rank_manifest_name
+from drumline.checkpoint.shards import rank_manifest_name
 from drumline.files import write_text
 from drumline.hang_timeout import HangTimeout
 from drumline.plan.model import Plan

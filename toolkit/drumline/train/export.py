@@ -7,7 +7,8 @@ import torch
 from safetensors import safe_open
 
 from drumline.checkpoint.boxes import whole
-from drumline.checkpoint.manifest import read_entries, read_manifest, shard_name
+from drumline.checkpoint.manifest import read_manifest
+from drumline.checkpoint.shards import read_entries
 from drumline.checkpoint.weights import WEIGHTS
 from drumline.data.chats.template import save_template
 from drumline.data.dataset_manifest import DatasetManifest
@@ -56,12 +57,13 @@ def export(
     filled = dict.fromkeys(wanted, 0)
     for rank in range(read_manifest(checkpoint)["ranks"]):
         entries = read_entries(checkpoint, rank)
-        with safe_open(checkpoint / shard_name(rank), framework="pt") as file:
-            for name in wanted.keys() & entries.keys():
-                part = file.get_tensor(name)
-                filled[name] += part.numel()
-                shape, boxes = tuple(entries[name]["shape"]), entries[name]["boxes"]
-                copy_overlap(part, boxes, wanted[name].data, whole(shape))
+        for stored in {entry["file"] for entry in entries.values()}:
+            with safe_open(checkpoint / stored, framework="pt") as file:
+                for name in wanted.keys() & set(file.keys()):
+                    part = file.get_tensor(name)
+                    filled[name] += part.numel()
+                    shape, boxes = tuple(entries[name]["shape"]), entries[name]["boxes"]
+                    copy_overlap(part, boxes, wanted[name].data, whole(shape))
     weights = {n: p for n, p in wanted.items() if n.startswith((WEIGHTS, PREFIX))}
     short = [n for n, p in weights.items() if filled[n] != p.numel()]
     if short:

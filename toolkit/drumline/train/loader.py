@@ -6,9 +6,7 @@ one of them and broadcast.
 """
 
 import contextlib
-from bisect import bisect_right
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +18,11 @@ from torch import Tensor
 from drumline.checkpoint import retention
 from drumline.checkpoint.beginning import why_not_anew
 from drumline.checkpoint.boxes import Boxes, overlap
-from drumline.checkpoint.manifest import (
-    read_entries,
-    read_manifest,
-    shard_name,
-    verify,
-)
+from drumline.checkpoint.manifest import read_manifest, verify
+from drumline.checkpoint.shards import read_entries
 from drumline.checkpoint.state import TrainState
 from drumline.errors import CheckpointError, CheckpointUnreadable
+from drumline.train.shard_sources import Need, Source, Sources, Told, grouped, own_parts, share_out
 from drumline.train.tensor_shard import TensorShard
 
 
@@ -39,19 +34,6 @@ class Choice:
     state: TrainState
     has_older: bool
     set_aside: list[str]
-
-
-@dataclass(frozen=True)
-class Source:
-    """Part of a tensor in the shard file of `rank`: the elements of `boxes`, box after box."""
-
-    rank: int
-    boxes: Boxes
-
-
-Sources = dict[str, list[Source]]
-Need = tuple[tuple[int, ...], Boxes]
-"""What a rank reads of a tensor: the global shape, and its part."""
 
 
 def choose(folder: Path, metrics: Path) -> Choice:
@@ -122,17 +104,17 @@ def load(path: Path, shards: dict[str, TensorShard], is_part: bool = False) -> N
     }
     sources = _shared_out(path, own, shards, is_part)
     with contextlib.ExitStack() as stack:
-        files: dict[int, Any] = {}
+        files: dict[str, Any] = {}
         for name in sorted(shards):
             shard = shards[name]
             if name in own:
                 for source in sources[name]:
-                    if source.rank not in files:
-                        file = safe_open(path / shard_name(source.rank), framework="pt")
-                        files[source.rank] = stack.enter_context(file)
+                    if source.file not in files:
+                        file = safe_open(path / source.file, framework="pt")
+                        files[source.file] = stack.enter_context(file)
                 _read(
                     shard,
-                    [(files[source.rank].get_slice(name), source) for source in sources[name]],
+                    [(files[source.file].get_slice(name), source) for source in sources[name]],
                 )
             if shard.copies is not None:
                 _broadcast(shard, _reader(name, shard))
@@ -158,27 +140,22 @@ def _shared_out(
     rank, world = _rank(), _world()
     ranks = read_manifest(path)["ranks"]
     said = {number: read_entries(path, number) for number in range(rank, ranks, world)}
-    at_hand = own_parts(own, said.get(rank, {}), rank)
+    at_hand = own_parts(own, said.get(rank, {}))
     known = _known_by_all(sorted(shards), own, at_hand)
-    said = {
-        number: {name: entry for name, entry in entries.items() if name not in known}
-        for number, entries in said.items()
-    }
-    rest = {name: need for name, need in own.items() if name not in known}
-    names = [name for name in sorted(shards) if name not in known]
-    found = _rest_shared_out(path, (said, rest, names if rank == 0 else None), is_part)
+    told = Told(
+        saved=grouped(
+            (name, tuple(entry["shape"]), entry["boxes"], entry["file"])
+            for entries in said.values()
+            for name, entry in entries.items()
+            if name not in known
+        ),
+        needed=grouped(
+            (name, shape, boxes, "") for name, (shape, boxes) in own.items() if name not in known
+        ),
+        names=[name for name in sorted(shards) if name not in known] if rank == 0 else [],
+    )
+    found = _rest_shared_out(path, told, is_part)
     return {**found, **{name: at_hand[name] for name in own if name in known}}
-
-
-def own_parts(own: dict[str, Need], entries: dict[str, dict[str, Any]], rank: int) -> Sources:
-    """The sources of those tensors of which this rank's own manifest has exactly the part that it needs."""
-    return {
-        name: [Source(rank, entry["boxes"])]
-        for name, (shape, boxes) in own.items()
-        if (entry := entries.get(name))
-        and tuple(entry["shape"]) == shape
-        and tuple(entry["boxes"]) == tuple(boxes)
-    }
 
 
 def _known_by_all(names: list[str], own: dict[str, Need], at_hand: Sources) -> set[str]:
@@ -189,17 +166,17 @@ def _known_by_all(names: list[str], own: dict[str, Need], at_hand: Sources) -> s
     return {name for name, is_known in zip(names, has.tolist(), strict=True) if is_known}
 
 
-def _rest_shared_out(path: Path, told: Any, is_part: bool) -> Sources:
-    """The sources of what not every rank has at hand; `told`: entries, needs and, of rank 0, all names."""
+def _rest_shared_out(path: Path, told: Told, is_part: bool) -> Sources:
+    """The sources of what not every rank has at hand; CheckpointError on all ranks on any mismatch."""
     rank, world = _rank(), _world()
     if world == 1:
-        return _answers(path, [told], is_part)[0]
+        return share_out(path, [told], is_part)[0]
     everyone: list[Any] | None = [None] * world if rank == 0 else None
     dist.gather_object(told, everyone, dst=0)
     answers: list[Any] = [None] * world
     if everyone is not None:
         try:
-            answers = _answers(path, everyone, is_part)
+            answers = share_out(path, everyone, is_part)
         except CheckpointError as error:
             answers = [str(error)] * world
     mine: list[Any] = [None]
@@ -207,58 +184,6 @@ def _rest_shared_out(path: Path, told: Any, is_part: bool) -> Sources:
     if isinstance(mine[0], str):
         raise CheckpointError(mine[0])
     return mine[0]  # type: ignore[no-any-return]
-
-
-def _answers(path: Path, everyone: list[Any], is_part: bool) -> list[Sources]:
-    """For each rank, the sources of its tensors; CheckpointError where names or shapes differ."""
-    stored: dict[str, list[tuple[int, dict[str, Any]]]] = {}
-    for said, _, _ in everyone:
-        for number, entries in said.items():
-            for name, entry in entries.items():
-                stored.setdefault(name, []).append((number, entry))
-    here = set(everyone[0][2])
-    missing = sorted(here - set(stored) if is_part else here ^ set(stored))
-    if missing:
-        side = "the checkpoint" if missing[0] in here else "this model"
-        raise CheckpointError(f"{path}: {len(missing)} tensors differ; {side} lacks {missing[0]}")
-    parts = {name: _StoredParts(name, found) for name, found in stored.items()}
-    return [
-        {name: parts[name].sources_of(need) for name, need in own.items()} for _, own, _ in everyone
-    ]
-
-
-class _StoredParts:
-    """A tensor's parts in a checkpoint, sorted by their first index in dimension 0."""
-
-    def __init__(self, name: str, parts: list[tuple[int, dict[str, Any]]]) -> None:
-        self._name, self._shape = name, tuple(parts[0][1]["shape"])
-        spans = ((*_rows_of(entry["boxes"]), Source(n, entry["boxes"])) for n, entry in parts)
-        self._parts = sorted(spans, key=lambda part: part[:2])
-        self._highest = list(accumulate((high for _, high, _ in self._parts), max))
-
-    def sources_of(self, need: Need) -> list[Source]:
-        """The parts that overlap the needed elements; CheckpointError where the shapes differ."""
-        shape, boxes = need
-        if self._shape != shape:
-            raise CheckpointError(
-                f"tensor {self._name}: {list(self._shape)} saved, {list(shape)} here"
-            )
-        first, last = _rows_of(boxes)
-        found = []
-        for low, _, source in self._parts[bisect_right(self._highest, first) :]:
-            if low >= last:
-                break
-            if any(overlap(one, other) for one in source.boxes for other in boxes):
-                found.append(source)
-        return found
-
-
-def _rows_of(boxes: Boxes) -> tuple[int, int]:
-    """The range of dimension 0 that the boxes lie in; (0, 1) for a tensor without dimensions."""
-    spans = [
-        (box.offsets[0], box.offsets[0] + box.sizes[0]) if box.sizes else (0, 1) for box in boxes
-    ]
-    return min((low for low, _ in spans), default=0), max((high for _, high in spans), default=0)
 
 
 def _rank() -> int:

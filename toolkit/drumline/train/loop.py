@@ -74,6 +74,7 @@ def train(
         return Outcome("stopped", step=0, loss=None, evaluation=None)
     logbook = Logbook(plan, run_folder / "metrics.jsonl", device, state, engine.step_metrics)
     saver = _saver(plan, run_folder, attempt, state.step, logbook)
+    saver.begin(engine.shards())
     clock = plan.clock()
     loop = _Loop(
         plan=plan,

@@ -1,43 +1,38 @@
 """Saves checkpoints in a thread: copy to host memory, write a temporary folder, fsync, commit, rename."""
 
 import contextlib
-import hashlib
 import math
 import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
 from drumline.checkpoint import manifest
-from drumline.checkpoint.manifest import DIGEST_THREADS, MANIFEST, checkpoint_name, shard_name
+from drumline.checkpoint.manifest import MANIFEST, checkpoint_name
 from drumline.checkpoint.retention import apply_retention, set_aside
+from drumline.checkpoint.shards import DIGEST_THREADS, rank_manifest_name, shard_name
 from drumline.checkpoint.state import MOST_SCORES, TrainState, badness
-from drumline.checkpoint.weights import WEIGHTS, WeightSums, sum_weights
 from drumline.errors import CheckpointError, PeerLost
-from drumline.files import apply_umask, fsync_folder
+from drumline.files import fsync_folder
 from drumline.plan.steps import Clock, is_due
 from drumline.recipe.evaluation_section import After
 from drumline.recipe.schema import Checkpoint
 from drumline.train.commit import SaveCommit
-from drumline.train.tensor_shard import TensorShard
+from drumline.train.shard_writer import Shards, ShardWriter, on_host
 
 DRAIN_S = 60.0
 """Seconds that a failing rank waits for its own save in progress."""
 
 _NICE = 5
 _TICK_S = 0.5
-
-Shards = dict[str, TensorShard]
 
 SAVE_GRACE_S = 60.0
 _SLOWER = 10.0
@@ -105,6 +100,7 @@ class Saver:
         self._before_publishing, self._published = before_publishing, published
         self._recipe = recipe
         self._saved_step = saved_step
+        self._writer = ShardWriter(folder, rank, saved_step)
         self._host: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._errors: list[str] = []
@@ -112,6 +108,13 @@ class Saver:
         self._under_way: Path | None = None
         self._bytes = 0
         self._bytes_per_s: float | None = None
+
+    def begin(self, shards: Shards) -> None:
+        """Note the frozen weights before the first step: while they stay as they are they are not copied.
+
+        Their file is written once, and linked from checkpoint to checkpoint.
+        """
+        self._writer.begin(_owned(shards))
 
     def save(self, shards: Shards, state: TrainState, is_final: bool = False) -> None:
         """Start to save this state; every rank calls it at the same step.
@@ -123,10 +126,12 @@ class Saver:
             return
         self._saved_step = state.step
         _keep_score(state)
-        owned = {name: shard for name, shard in shards.items() if shard.owned}
+        owned = _owned(shards)
         self._bytes = sum(shard.tensor.nbytes for shard in owned.values())
-        tensors = self._copied(owned) if self._spec.asynchronous else _on_host(owned)
-        work = (tensors, owned, asdict(state), is_final)
+        frozen = self._writer.unchanged(owned)
+        changed = {name: shard for name, shard in owned.items() if name not in frozen}
+        tensors = self._copied(changed) if self._spec.asynchronous else on_host(changed)
+        work = (tensors, frozen, owned, asdict(state), is_final)
         self._thread = threading.Thread(target=self._write, args=work, name="save", daemon=True)
         self._thread.start()
         if not self._spec.asynchronous:
@@ -134,7 +139,7 @@ class Saver:
 
     def limit_of(self, shards: Shards) -> float:
         """`limit_s` for the shards that this rank is about to save."""
-        return self.limit_s(sum(shard.tensor.nbytes for shard in shards.values() if shard.owned))
+        return self.limit_s(sum(shard.tensor.nbytes for shard in _owned(shards).values()))
 
     def limit_s(self, size: int | None = None) -> float:
         """Seconds that saving `size` bytes (default: this rank's) may take, from the slowest rate measured.
@@ -200,10 +205,10 @@ class Saver:
         if self._thread and kind:
             self._thread.join(DRAIN_S)
 
-    def _copied(self, owned: Shards) -> dict[str, Tensor]:
+    def _copied(self, changed: Shards) -> dict[str, Tensor]:
         """Copy the tensors to host buffers (pinned for GPU tensors) that all saves reuse."""
         on_gpu = False
-        for name, shard in owned.items():
+        for name, shard in changed.items():
             source = shard.tensor.detach()
             buffer = self._host.get(name)
             if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
@@ -213,7 +218,7 @@ class Saver:
             on_gpu |= source.is_cuda
         if on_gpu:
             torch.cuda.current_stream().synchronize()
-        return self._host
+        return {name: self._host[name] for name in changed}
 
     def _bytes_written(self) -> int:
         """Bytes that all ranks have written to the save in progress."""
@@ -224,7 +229,12 @@ class Saver:
         return total
 
     def _write(
-        self, tensors: dict[str, Tensor], owned: Shards, state: dict[str, Any], is_final: bool
+        self,
+        tensors: dict[str, Tensor],
+        frozen: Shards,
+        owned: Shards,
+        state: dict[str, Any],
+        is_final: bool,
     ) -> None:
         if self._spec.asynchronous:  # the training threads have priority
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
@@ -236,10 +246,11 @@ class Saver:
             threads = 1 if self._spec.asynchronous and not is_final else DIGEST_THREADS
             self._commit.begin(step, self._bytes)
             began = time.monotonic()
-            digest = _write_shard(
-                temporary, self._rank, tensors, owned, digest_threads=threads, is_final=is_final
+            written = self._writer.write(
+                temporary, tensors, frozen, owned, threads=threads, is_final=is_final
             )
-            self._measure(time.monotonic() - began)
+            digest = written.digest
+            self._measure(written.bytes, time.monotonic() - began)
             if self._rank == 0:
                 self._before_publishing()
         except Exception as error:  # any failure must reach the other ranks
@@ -255,6 +266,8 @@ class Saver:
                 self._commit.decide(step, refused)
             else:
                 refused = self._commit.verdict(step)
+            if not refused:
+                self._writer.published(final)
         except RuntimeError as error:  # the process that hosts the store has ended
             self._lost = f"{final}: the ranks cannot agree: {error}"
             return
@@ -264,10 +277,10 @@ class Saver:
             with contextlib.suppress(OSError):
                 _remove_part(temporary, self._rank)
 
-    def _measure(self, seconds: float) -> None:
+    def _measure(self, size: int, seconds: float) -> None:
         """Record the slowest write rate, in bytes per second."""
-        if self._bytes:
-            rate = self._bytes / max(seconds, 1e-3)
+        if size:
+            rate = size / max(seconds, 1e-3)
             self._bytes_per_s = min(rate, self._bytes_per_s or rate)
 
     def _publish(self, temporary: Path, final: Path, state: dict[str, Any]) -> str:
@@ -277,7 +290,7 @@ class Saver:
             return error
         try:
             for rank in range(len(digests)):
-                for name in (shard_name(rank), manifest.rank_manifest_name(rank)):
+                for name in (shard_name(rank), rank_manifest_name(rank)):
                     os.stat(temporary / name)
             manifest.write_manifest(temporary, state, digests, self._recipe)
             fsync_folder(temporary)
@@ -292,54 +305,8 @@ class Saver:
         return ""
 
 
-def _write_shard(
-    folder: Path,
-    rank: int,
-    tensors: dict[str, Tensor],
-    owned: Shards,
-    *,
-    digest_threads: int,
-    is_final: bool,
-) -> str:
-    """Write and fsync one rank's tensors and its manifest; returns the SHA-256 of the manifest."""
-    folder.mkdir(exist_ok=True)
-    path = folder / shard_name(rank)
-    with ThreadPoolExecutor(digest_threads) as threads:
-        digests = {name: threads.submit(_digest, tensor) for name, tensor in tensors.items()}
-        sums = {
-            name: threads.submit(_sums_of, name, tensor, owned[name])
-            for name, tensor in tensors.items()
-            if is_final and name.startswith(WEIGHTS)
-        }
-        save_file({name: tensor.reshape(-1) for name, tensor in tensors.items()}, path)
-        apply_umask(path, 0o666)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    described = {
-        name: {
-            "shape": list(owned[name].shape),
-            "boxes": owned[name].boxes,
-            "dtype": _dtype_name(tensor),
-            "bytes": tensor.nbytes,
-            "sha256": digests[name].result(),
-        }
-        for name, tensor in tensors.items()
-    }
-    total = sum((part.result() for part in sums.values()), WeightSums()) if is_final else None
-    digest = manifest.write_rank_manifest(
-        folder, rank, described, total.to_plain() if total else None
-    )
-    fsync_folder(folder)
-    return digest
-
-
-def _sums_of(name: str, tensor: Tensor, shard: TensorShard) -> WeightSums:
-    raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return sum_weights(name, _dtype_name(tensor), list(shard.shape), shard.boxes, raw)
-
-
-def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _owned(shards: Shards) -> Shards:
+    return {name: shard for name, shard in shards.items() if shard.owned}
 
 
 def _remove_part(temporary: Path, rank: int) -> None:
@@ -351,16 +318,6 @@ def _remove_part(temporary: Path, rank: int) -> None:
             (temporary / name).unlink(missing_ok=True)
     if temporary.exists() and not any(temporary.iterdir()):
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _on_host(owned: Shards) -> dict[str, Tensor]:
-    """The tensors in host memory, CPU tensors without a copy; for a save that the loop waits for."""
-    return {name: shard.tensor.detach().cpu().contiguous() for name, shard in owned.items()}
-
-
-def _digest(tensor: Tensor) -> str:
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy()).hexdigest()  # type: ignore[arg-type]
 
 
 def _keep_score(state: TrainState) -> None:

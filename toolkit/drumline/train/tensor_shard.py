@@ -14,7 +14,7 @@ class TensorShard:
 
     Its elements, in row-major order, are those of `boxes`, box after box. `copies`: the ranks that hold
     exactly the same elements, None if only this one does. `owned`: whether this rank is the one that writes
-    them.
+    them. `frozen`: a weight that needs no gradient, which training may still change by other means.
     """
 
     tensor: Tensor
@@ -22,3 +22,4 @@ class TensorShard:
     boxes: Boxes
     owned: bool
     copies: dist.ProcessGroup | None = None
+    frozen: bool = False

@@ -4,6 +4,7 @@ An engine handles ranks, wrapping and precision; schedules, save cadence and fil
 """
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -205,7 +206,11 @@ class Engine:
     def shards(self) -> dict[str, TensorShard]:
         """`state_shards` and the persistent buffers, to save or load a checkpoint; a collective."""
         self.agree_on_buffers()
-        result = dict(self.state_shards())
+        frozen = {f"model.{n}" for n, p in self._parameters.items() if not p.requires_grad}
+        result = {
+            name: dataclasses.replace(shard, frozen=True) if name in frozen else shard
+            for name, shard in self.state_shards()
+        }
         if self.ema:
             result |= dict(self.ema.shards())
         for number, (name, buffer) in enumerate(self.module.named_buffers()):
