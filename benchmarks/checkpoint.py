@@ -1,4 +1,4 @@
-"""How long does a save hold up training? Ours and torch's DCP, in turns, 100 MB to 2 GB.
+"""How long does a save hold up training? Ours and torch's DCP, in turns, 100 MB to 4 GB.
 
 Columns: what the loop waits for (ms, medians) in a synchronous save of ours, in an asynchronous one
 the first time and later (the host buffers are kept), and in torch.distributed.checkpoint's
@@ -6,7 +6,10 @@ async_save, first and later; the whole time until ours is published; what SHA-25
 of the synchronous save (of one core's time); the slowest step while ours and DCP's drain, against
 the median step without a save.
 
-    python benchmarks/checkpoint.py [--sizes 100 500 2000] [--rounds 5]
+A second table has saves of ours of which a share is frozen weights, which are written once and linked after
+that: MB that the first and each later one writes, ms that the loop waits.
+
+    python benchmarks/checkpoint.py [--sizes 100 1000 4000] [--rounds 5] [--frozen 0 50 90]
 """
 
 import argparse
@@ -28,15 +31,17 @@ from drumline.checkpoint.state import TrainState
 from drumline.recipe.schema import Checkpoint
 from drumline.train.commit import SaveCommit
 from drumline.train.engines.base import TensorShard
-from drumline.train.saver import Saver, _digest
+from drumline.train.saver import Saver
+from drumline.train.shard_writer import _digest
 
 TENSORS = 40
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--sizes", type=int, nargs="+", default=[100, 500, 2000], help="MB")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[100, 1000, 4000], help="MB")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--frozen", type=int, nargs="*", default=[0, 50, 90], help="per cent")
     arguments = parser.parse_args()
     os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
     dist.init_process_group("gloo")
@@ -56,6 +61,12 @@ def main() -> None:
     print("".join(f"{name:>10}" for name in names))
     for size in arguments.sizes:
         print(row(size, arguments.rounds), flush=True)
+    print(
+        "".join(f"{n:>12}" for n in ("MB", "% frozen", "first, MB", "later, MB", "sync", "async"))
+    )
+    for size in arguments.sizes:
+        for share in arguments.frozen:
+            print(frozen_row(size, share, arguments.rounds), flush=True)
     dist.destroy_process_group()
 
 
@@ -96,12 +107,35 @@ def row(megabytes: int, rounds: int) -> str:
         )  # fmt: skip
 
 
-class Ours:
-    """The product's saver, one rank."""
+def frozen_row(megabytes: int, share: int, rounds: int) -> str:
+    """One line of the second table."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        count = megabytes * 1_000_000 // 4 // TENSORS
+        tensors = {f"model.{n}": torch.randn(count) for n in range(TENSORS)}
+        ours = Ours(folder, tensors, frozen=TENSORS * share // 100)
+        waits: dict[str, list[float]] = {"sync": [], "async": []}
+        written: list[float] = []
+        known: set[int] = set()
+        for _ in range(rounds + 1):
+            waits["sync"].append(ours.synchronous())
+            waits["async"].append(ours.blocking())
+            ours.finish()
+            files = {f.stat().st_ino: f.stat().st_size for f in folder.glob("ours-True/*/*")}
+            written.append(sum(size for file, size in files.items() if file not in known) / 1e6)
+            known = set(files)
+        times = [1e3 * statistics.median(waits[key][1:]) for key in ("sync", "async")]
+        parts = (megabytes, share, written[0], written[-1], *times)
+        return "".join(f"{part:>12.0f}" for part in parts)
 
-    def __init__(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+
+class Ours:
+    """The product's saver, one rank; `frozen`: so many of its tensors need no gradient."""
+
+    def __init__(self, folder: Path, tensors: dict[str, torch.Tensor], frozen: int = 0) -> None:
         self._pieces = {
-            n: TensorShard(t, tuple(t.shape), whole(t.shape), True) for n, t in tensors.items()
+            name: TensorShard(t, tuple(t.shape), whole(t.shape), True, frozen=number < frozen)
+            for number, (name, t) in enumerate(tensors.items())
         }
         store = dist.distributed_c10d._get_default_store()
         self._step = 0
@@ -113,6 +147,8 @@ class Ours:
             return Saver(where, spec, SaveCommit(store, str(asynchronous), 0, 1), 0)
 
         self._async, self._sync = saver(True), saver(False)
+        for one in (self._async, self._sync):
+            one.begin(self._pieces)
 
     def _save(self, saver: Saver) -> float:
         self._step += 1

@@ -1,5 +1,6 @@
 """Hours of a whole run: steps, evaluations, saves; and a site's measured links and price."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -66,6 +67,24 @@ def test_saves_wait_for_copies_and_for_writes_if_not_async() -> None:
     assert time.beside["saves"] == pytest.approx(20 * part / 50e9)
     waited = time_of("checkpoint.every_steps=1000", "checkpoint.async=false", world=known)
     assert waited.beside["saves"] == pytest.approx(20 * (part / 50e9 + part * 8 / 2e9))
+
+
+def test_frozen_weights_are_not_waited_for_again() -> None:
+    """All but the last of 32 layers frozen: saves and copies are of what is trained, and the plan says so."""
+    every = "checkpoint.every_steps=1000"
+    whole, slow = planned(every)
+    frozen = [f"model.layers.{n}.*" for n in range(31)]
+    plan, time = planned(every, f"model.frozen={json.dumps(frozen)}")
+    assert plan.cost.checkpoint_bytes
+    assert plan.cost.parameters and plan.cost.trained
+    assert plan.cost.frozen_bytes == 4 * (plan.cost.parameters - plan.cost.trained)
+    written = plan.cost.checkpoint_bytes - plan.cost.frozen_bytes
+    assert written == pytest.approx(12 * plan.cost.trained, rel=1e-3)
+    assert plan.memory.host_bytes and whole.memory.host_bytes
+    assert plan.memory.host_bytes == pytest.approx(written / 8, rel=1e-3)
+    saves, before = time.beside["saves"], slow.beside["saves"]
+    assert saves and before
+    assert saves / before == pytest.approx(written / (whole.cost.checkpoint_bytes or 0))
 
 
 def test_by_minutes_as_many_as_fit() -> None:

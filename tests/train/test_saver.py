@@ -117,6 +117,22 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         loader.load(path, parts)
 
 
+def test_host_buffers_are_made_before_the_first_save(tmp_path: Path) -> None:
+    """All of what is copied, none of what is frozen; both saves use them."""
+    parts = pieces(tensors(1), 0, 1, False, ["model.c"])
+    ours = one_saver(tmp_path)
+    ours.begin(parts)
+    assert ours._making
+    ours._making.join()
+    made = {name: buffer.data_ptr() for name, buffer in ours._host.items()}
+    assert set(made) == set(parts) - {"model.c"}
+    for step in (1, 2):
+        ours.save(parts, TrainState(step=step))
+        ours.wait()
+        assert {name: buffer.data_ptr() for name, buffer in ours._host.items()} == made
+    assert verify(tmp_path / "step-00000002").step == 2
+
+
 @pytest.mark.parametrize("broken", [0, 1])
 def test_one_ranks_error_is_every_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: int

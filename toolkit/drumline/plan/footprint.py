@@ -14,7 +14,7 @@ from drumline.memory.ranges import Device
 from drumline.plan.batch import Split
 from drumline.plan.mesh import Mesh, mesh_of
 from drumline.plan.model import FITS, MemoryFacts
-from drumline.plan.optimizers import rule_of, saved_bytes
+from drumline.plan.optimizers import frozen_bytes, rule_of, saved_bytes
 from drumline.recipe.precision import find_precision
 from drumline.recipe.schema import Recipe
 from drumline.units import format_bytes
@@ -102,17 +102,18 @@ def facts(
 def host_bytes_of(
     recipe: Recipe, shape: ModelShape, split: Split, length: int | None
 ) -> int | None:
-    """Bytes that one rank keeps in host memory: its part of an asynchronous checkpoint, offloaded tensors.
+    """Bytes that one rank keeps in host memory: the copy for asynchronous checkpoints, offloaded tensors.
 
     Before that, a pretrained model's weights pass through it: a block that the rank reads, in fp32, and one
     that it receives. Each tensor of the weights and the optimizer state is written by one rank, so a rank's
-    part is 1 / gpus of the total (`train/saver.py`). Offload keeps the fp32 weights, their gradients and the
+    part is 1 / gpus of the total; frozen weights are not copied (`train/saver.py`). Offload keeps the fp32 weights, their gradients and the
     optimizer state, also 1 / gpus per rank. None if the optimizer's states are not known.
     """
     whole = saved_bytes(recipe, shape)
     if whole is None:
         return None
-    copy = whole // split.gpus if recipe.checkpoint.asynchronous else 0
+    copied = whole - frozen_bytes(recipe, shape)
+    copy = copied // split.gpus if recipe.checkpoint.asynchronous else 0
     width = find_precision(recipe.precision, recipe.strategy.name).stored
     gradients = trained_parameters(shape) * width
     offloaded = (whole + gradients) // split.gpus

@@ -134,7 +134,8 @@ class Cost:
 
     `flops_per_step` is of one optimizer step on all ranks. `weights_bytes`: of a pretrained model's files,
     where they are at hand; `load_seconds`: to read and hand them out. `trained`: of the parameters, those of
-    an adapter among both.
+    an adapter among both. `frozen_bytes`: of a checkpoint's, those of weights that are not trained, which a
+    run writes once.
     """
 
     parameters: int | None
@@ -143,6 +144,7 @@ class Cost:
     weights_bytes: int | None = None  # the defaults are for plans that were written without them
     load_seconds: float | None = None
     trained: int | None = None
+    frozen_bytes: int = 0
 
 
 @dataclass(frozen=True)

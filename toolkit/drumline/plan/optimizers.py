@@ -183,3 +183,11 @@ def saved_bytes(recipe: Recipe, shape: ModelShape) -> int | None:
     )
     averages = EMA_BYTES * trained_parameters(shape) if recipe.ema else 0
     return width * weights + averages + int(kept)
+
+
+def frozen_bytes(recipe: Recipe, shape: ModelShape) -> int:
+    """Of `saved_bytes`, those of weights that are not trained: a run writes them once."""
+    if recipe.model.adapter:
+        return 0
+    width = find_precision(recipe.precision, recipe.strategy.name).stored
+    return width * (shape.parameters - trained_parameters(shape))

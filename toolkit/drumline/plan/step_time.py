@@ -126,7 +126,7 @@ def evaluation_seconds(plan: Plan, shape: ModelShape, rows: int) -> float:
 
 def save_seconds(plan: Plan) -> float:
     """Seconds that ranks wait for a save: each copies its part to the host, and if not async writes it."""
-    part = (plan.cost.checkpoint_bytes or 0) / plan.batch.gpus
+    part = ((plan.cost.checkpoint_bytes or 0) - plan.cost.frozen_bytes) / plan.batch.gpus
     seconds = part / copy_rate(plan)
     if not plan.recipe.checkpoint.asynchronous:
         seconds += part * plan.mesh.ranks_per_node / _WRITTEN_BYTES_PER_S

@@ -7,7 +7,7 @@ from drumline.architectures.shapes import ModelShape
 from drumline.architectures.trained import flops_per_sample, held_parameters, trained_parameters
 from drumline.plan.batch import Split
 from drumline.plan.model import Cost, mean_of_quantiles
-from drumline.plan.optimizers import saved_bytes
+from drumline.plan.optimizers import frozen_bytes, saved_bytes
 from drumline.recipe.schema import Recipe
 
 _GROUPS = 10
@@ -50,6 +50,7 @@ def cost_of_step(
         parameters=held_parameters(shape),
         flops_per_step=None if flops is None else split.effective * flops,
         checkpoint_bytes=saved_bytes(recipe, shape),
+        frozen_bytes=frozen_bytes(recipe, shape),
         weights_bytes=weights_bytes,
         load_seconds=seconds,
         trained=trained_parameters(shape),

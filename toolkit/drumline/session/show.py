@@ -208,6 +208,8 @@ def _model(plan: Plan) -> str:
         return name + loaded
     flops = f", {format_flops(c.flops_per_step)} a step" if c.flops_per_step else ""
     saved = f", {format_bytes(c.checkpoint_bytes)} a checkpoint" if c.checkpoint_bytes else ""
+    if saved and c.frozen_bytes:
+        saved += f" (of which {format_bytes(c.frozen_bytes)}, frozen, are written once)"
     trained = ""
     if c.trained is not None and c.trained != c.parameters:
         share = c.trained / c.parameters

@@ -103,6 +103,7 @@ class Saver:
         self._writer = ShardWriter(folder, rank, saved_step)
         self._host: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
+        self._making: threading.Thread | None = None
         self._errors: list[str] = []
         self._lost = ""
         self._under_way: Path | None = None
@@ -110,11 +111,19 @@ class Saver:
         self._bytes_per_s: float | None = None
 
     def begin(self, shards: Shards) -> None:
-        """Note the frozen weights before the first step: while they stay as they are they are not copied.
+        """Before the first step: note the frozen weights, and begin to make the host buffers of the others.
 
-        Their file is written once, and linked from checkpoint to checkpoint.
+        While a frozen weight stays as it is, it is not copied: its file is written once, and linked from
+        checkpoint to checkpoint.
         """
-        self._writer.begin(_owned(shards))
+        owned = _owned(shards)
+        frozen = self._writer.begin(owned)
+        if self._spec.asynchronous:
+            changing = [(n, shard.tensor) for n, shard in owned.items() if n not in frozen]
+            self._making = threading.Thread(
+                target=self._make_buffers, args=(changing,), name="save-buffers", daemon=True
+            )
+            self._making.start()
 
     def save(self, shards: Shards, state: TrainState, is_final: bool = False) -> None:
         """Start to save this state; every rank calls it at the same step.
@@ -207,18 +216,32 @@ class Saver:
 
     def _copied(self, changed: Shards) -> dict[str, Tensor]:
         """Copy the tensors to host buffers (pinned for GPU tensors) that all saves reuse."""
+        if self._making:
+            self._making.join()
+            self._making = None
         on_gpu = False
         for name, shard in changed.items():
             source = shard.tensor.detach()
             buffer = self._host.get(name)
             if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
-                buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-                self._host[name] = buffer
+                buffer = self._host[name] = _buffer_for(source)
             buffer.copy_(source, non_blocking=True)
             on_gpu |= source.is_cuda
         if on_gpu:
             torch.cuda.current_stream().synchronize()
         return {name: self._host[name] for name in changed}
+
+    def _make_buffers(self, tensors: list[tuple[str, Tensor]]) -> None:
+        """Allocate and touch the host buffers in a thread, while the first steps are trained.
+
+        New memory costs several times what a copy into it does, which the first save would wait for.
+        """
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        with contextlib.suppress(RuntimeError):  # too little memory: the first save tells it
+            for name, tensor in tensors:
+                if tensor.is_cuda:  # a thread's own device is the first one
+                    torch.cuda.set_device(tensor.device)
+                self._host[name] = _buffer_for(tensor).zero_()
 
     def _bytes_written(self) -> int:
         """Bytes that all ranks have written to the save in progress."""
@@ -303,6 +326,10 @@ class Saver:
         self._published(state["step"])
         apply_retention(self._folder, self._spec, TrainState(**state), self._waits)
         return ""
+
+
+def _buffer_for(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
 
 
 def _owned(shards: Shards) -> Shards:

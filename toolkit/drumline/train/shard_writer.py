@@ -58,9 +58,10 @@ class ShardWriter:
         self._noted: dict[str, int] = {}
         self._frozen: Described = {}
 
-    def begin(self, owned: Shards) -> None:
-        """Note the content of the frozen weights, before the first step."""
+    def begin(self, owned: Shards) -> set[str]:
+        """Note the content of the frozen weights, before the first step; returns their names."""
         self._noted = _contents({n: shard for n, shard in owned.items() if shard.frozen})
+        return set(self._noted)
 
     def unchanged(self, owned: Shards) -> Shards:
         """The frozen weights among these whose content is that of `begin`."""
