@@ -106,8 +106,9 @@ def host_bytes_of(
 
     Before that, a pretrained model's weights pass through it: a block that the rank reads, in fp32, and one
     that it receives. Each tensor of the weights and the optimizer state is written by one rank, so a rank's
-    part is 1 / gpus of the total; frozen weights are not copied (`train/saver.py`). Offload keeps the fp32 weights, their gradients and the
-    optimizer state, also 1 / gpus per rank. None if the optimizer's states are not known.
+    part is 1 / gpus of the total; frozen weights are not copied (`train/saver.py`). Offload keeps the fp32
+    weights, their gradients and the optimizer state, also 1 / gpus per rank. None if the optimizer's states
+    are not known.
     """
     whole = saved_bytes(recipe, shape)
     if whole is None:
