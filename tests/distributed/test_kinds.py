@@ -34,7 +34,8 @@ def runs_of(kind: str) -> list[tuple[str, tuple[int, int, int]]]:
         return PARITY
     if kind == "chats":
         return [("ddp", SPLITS[0]), ("fsdp", SPLITS[1]), ("zero3", SPLITS[2])]
-    return [("ddp", SPLITS[0]), ("ddp", SPLITS[1]), ("fsdp", SPLITS[1]), ("fsdp", SPLITS[2])]
+    runs = [("ddp", SPLITS[0]), ("ddp", SPLITS[1]), ("fsdp", SPLITS[1])]
+    return runs if kind == "int8" else [*runs, ("fsdp", SPLITS[2])]
 
 
 def name_of(kind: str, engine: str, split: tuple[int, int, int]) -> str:

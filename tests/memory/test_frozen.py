@@ -57,19 +57,18 @@ def test_the_closed_form_is_the_trace(kind: str) -> None:
 
 def test_adapters_of_an_encoder_and_decoder() -> None:
     """T5 within 2 %; with checkpointed layers the closed form was too low by 9 %, so there is none."""
-    for precision in ("fp32", "bf16", "bf16-pure"):
-        for strategy in ("ddp", "fsdp"):
-            sections = {
-                "precision": precision,
-                "strategy": {"name": strategy},
-                "b": 2,
-                "length": 192,
-                "gpus": 4,
-                "model": LORA,
-            }
-            plan = small_plan("t5", **sections)
-            assert plan.memory.method == "closed-form"
-            assert abs(Cell("t5", sections, plan, _trace(plan, "t5")).error) <= 0.02
+    for precision, strategy in (("fp32", "fsdp"), ("bf16", "ddp"), ("bf16-pure", "fsdp")):
+        sections = {
+            "precision": precision,
+            "strategy": {"name": strategy},
+            "b": 2,
+            "length": 192,
+            "gpus": 4,
+            "model": LORA,
+        }
+        plan = small_plan("t5", **sections)
+        assert plan.memory.method == "closed-form"
+        assert abs(Cell("t5", sections, plan, _trace(plan, "t5")).error) <= 0.02
     full = {"adapter": {"rank": 8}, "activation_checkpointing": "full"}
     assert small_plan("t5", model=full).memory.method == "unknown"
 

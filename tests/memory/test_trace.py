@@ -116,10 +116,10 @@ def error_of(plan: Plan) -> float:
 
 
 def test_the_closed_form_is_the_trace_on_shapes_it_has_never_seen() -> None:
-    """Over 24 random shapes, precisions and strategies: median error ≤ 1 %, none above 4 %."""
+    """Over 16 random shapes, precisions and strategies: median error ≤ 1 %, none above 4 %."""
     draw = random.Random(20261124)
     errors = {}
-    for _ in range(24):
+    for _ in range(16):
         words, plan = random_plan(draw)
         errors[words] = error_of(plan)
     worst = max(errors, key=lambda words: abs(errors[words]))

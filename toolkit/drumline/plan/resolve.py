@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from drumline.architectures.config_fields import check_config
 from drumline.architectures.configs import read_shape
@@ -34,6 +34,7 @@ from drumline.plan.model import (
     PLAN_VERSION,
     BatchFacts,
     DataFacts,
+    MemoryFacts,
     Plan,
     RampFacts,
     SourceFacts,
@@ -45,9 +46,6 @@ from drumline.plan.warnings import plan_warnings
 from drumline.plan.work import cost_of_step
 from drumline.plan.world import NOTHING_KNOWN, World
 from drumline.recipe.schema import Recipe
-
-if TYPE_CHECKING:
-    pass
 
 DEFAULT_CLASSES = 2
 """Assumed classes of a classifier whose data are not prepared; they hardly affect its memory."""
@@ -71,10 +69,7 @@ def resolve(recipe: Recipe, world: World = NOTHING_KNOWN, *, is_candidate: bool 
     found = shape_of(recipe, world)
     shape = None if isinstance(found, str) else found
     seen = with_trained(shape, recipe.model) if shape else found
-    check_shape(recipe, found, world.row_tokens)
-    check_pairs(recipe, world.sequences)
-    if shape and world.weights is not None:
-        check_weights(recipe, shape, world.weights)
+    _check_rows(recipe, found, shape, world)
     start = _start(recipe, shape, world)
     memory_of = memory_function(
         recipe, seen, gpu, world.host_memory_bytes, world.calibration, world.row_tokens
@@ -85,12 +80,9 @@ def resolve(recipe: Recipe, world: World = NOTHING_KNOWN, *, is_candidate: bool 
         lambda s: _SURELY_FITS[memory_of(s).verdict],
         partial(is_laid_out, recipe),
     )
-    check_padding(recipe, *_whole_config(recipe, world), split.per_device)
-    if recipe.model.source in ("config", "factory") or world.model_config is not None:
-        check_packing(recipe, _whole_config(recipe, world)[0])
-    nodes = layout(recipe, split).nodes
+    _check_inputs(recipe, world, split)
     resolved = _fill(recipe, split, start)
-    ramp = batch_equation.split_ramp(recipe.batch, split)
+    batch = _batch_facts(recipe, split)
     steps, clock = step_facts(recipe, split, world, start)
     batch_equation.check_ramp(recipe.batch, steps.total)
     curve = curve_of(recipe, split, steps)
@@ -98,10 +90,14 @@ def resolve(recipe: Recipe, world: World = NOTHING_KNOWN, *, is_candidate: bool 
     memory = memory_of(split)
     recipe_sha256, training_sha256 = ("", "") if is_candidate else identity.hashes(resolved)
     counted = None if unseen_code(resolved) or isinstance(seen, str) else seen
-    warnings += [*world.problems, *world.notes]
-    if recipe.model.compile and memory.method != "unknown":
-        warnings.append("memory is estimated without torch.compile, which stores fewer activations")
-    warnings += gpu_warnings(recipe, gpu, stated) + memory_warnings(memory, gpu.name)
+    warnings += [
+        *world.problems,
+        *world.notes,
+        *_warnings_of_memory(recipe, memory, gpu.name),
+        *gpu_warnings(recipe, gpu, stated),
+        *batchnorm_warnings(resolved, split, world.batchnorm == "yes"),
+        *plan_warnings(recipe, split, curve, clock, start, world.parent),
+    ]
     plan = Plan(
         plan_version=PLAN_VERSION,
         recipe=resolved,
@@ -110,45 +106,69 @@ def resolve(recipe: Recipe, world: World = NOTHING_KNOWN, *, is_candidate: bool 
         split_invariance=split_invariance(
             resolved, shape, _whole_config(resolved, world)[1], world.batchnorm
         ),
-        batch=BatchFacts(
-            effective=split.effective,
-            per_device=split.per_device,
-            gpus=split.gpus,
-            accumulation=split.accumulation,
-            remainder=recipe.batch.remainder,
-            nodes=nodes,
-            ramp=[
-                RampFacts(until, own.effective, own.per_device, own.accumulation)
-                for until, own in ramp
-            ],
-        ),
+        batch=batch,
         steps=steps,
         memory=memory,
         schedule=curve,
-        cost=cost_of_step(
-            resolved,
-            split,
-            counted,
-            _lengths(recipe, world),
-            world.weights_bytes,
-        ),
-        data=DataFacts(
-            fingerprint=world.fingerprint,
-            rows=world.rows,
-            cache=world.cache,
-            validation_samples=world.validation_samples,
-            row_tokens=world.row_tokens,
-            row_lengths=world.row_lengths,
-            mixture=mixture,
-        ),
+        cost=cost_of_step(resolved, split, counted, _lengths(recipe, world), world.weights_bytes),
+        data=_data_facts(world, mixture),
         advice=[],
-        warnings=warnings
-        + batchnorm_warnings(resolved, split, world.batchnorm == "yes")
-        + plan_warnings(recipe, split, curve, clock, start, world.parent),
+        warnings=warnings,
         start=start,
         site=world.site,
     )
     return plan if is_candidate else with_time(plan, counted, world.calibration)
+
+
+def _check_rows(
+    recipe: Recipe, found: ModelShape | str, shape: ModelShape | None, world: World
+) -> None:
+    """Whether rows, their pairs and the weights at hand go with the model."""
+    check_shape(recipe, found, world.row_tokens)
+    check_pairs(recipe, world.sequences)
+    if shape and world.weights is not None:
+        check_weights(recipe, shape, world.weights)
+
+
+def _check_inputs(recipe: Recipe, world: World, split: Split) -> None:
+    """Whether the model takes padded rows, as many as the split has, and packed ones."""
+    architecture, config = _whole_config(recipe, world)
+    check_padding(recipe, architecture, config, split.per_device)
+    if recipe.model.source in ("config", "factory") or world.model_config is not None:
+        check_packing(recipe, architecture)
+
+
+def _warnings_of_memory(recipe: Recipe, memory: MemoryFacts, gpu: str) -> list[str]:
+    compiled = recipe.model.compile and memory.method != "unknown"
+    told = "memory is estimated without torch.compile, which stores fewer activations"
+    return [*([told] if compiled else []), *memory_warnings(memory, gpu)]
+
+
+def _batch_facts(recipe: Recipe, split: Split) -> BatchFacts:
+    ramp = batch_equation.split_ramp(recipe.batch, split)
+    return BatchFacts(
+        effective=split.effective,
+        per_device=split.per_device,
+        gpus=split.gpus,
+        accumulation=split.accumulation,
+        remainder=recipe.batch.remainder,
+        nodes=layout(recipe, split).nodes,
+        ramp=[
+            RampFacts(until, own.effective, own.per_device, own.accumulation) for until, own in ramp
+        ],
+    )
+
+
+def _data_facts(world: World, mixture: list[SourceFacts]) -> DataFacts:
+    return DataFacts(
+        fingerprint=world.fingerprint,
+        rows=world.rows,
+        cache=world.cache,
+        validation_samples=world.validation_samples,
+        row_tokens=world.row_tokens,
+        row_lengths=world.row_lengths,
+        mixture=mixture,
+    )
 
 
 def _with_mixture(recipe: Recipe, world: World) -> tuple[World, list[SourceFacts]]:
