@@ -11,7 +11,7 @@ demo: $(VENV)/.ready
 	$(RUN)/drumline run recipes/tiny-code-lm.yaml
 
 test: $(VENV)/.ready-test
-	PYTHONDONTWRITEBYTECODE= $(RUN)/python -m pytest -n 3 --dist loadgroup
+	PYTHONDONTWRITEBYTECODE= OMP_WAIT_POLICY=PASSIVE $(RUN)/python -m pytest -n 3 --dist loadgroup
 
 lint: $(VENV)/.ready-test
 	$(RUN)/ruff check .

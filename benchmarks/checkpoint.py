@@ -1,10 +1,11 @@
 """How long does a save hold up training? Ours and torch's DCP, in turns, 100 MB to 4 GB.
 
 Columns: what the loop waits for (ms, medians) in a synchronous save of ours, in an asynchronous one
-the first time and later (the host buffers are kept), and in torch.distributed.checkpoint's
+the first time (after the steps in which its host buffers are made) and later, and in torch.distributed.checkpoint's
 async_save, first and later; the whole time until ours is published; what SHA-256 costs as a share
 of the synchronous save (of one core's time); the slowest step while ours and DCP's drain, against
-the median step without a save.
+the median step without a save, and the slowest of as many steps without a save (`none`), which a shared
+machine has, too.
 
 A second table has saves of ours of which a share is frozen weights, which are written once and linked after
 that: MB that the first and each later one writes, ms that the loop waits.
@@ -57,6 +58,7 @@ def main() -> None:
         "digests",
         "step ours",
         "DCP",
+        "none",
     )
     print("".join(f"{name:>10}" for name in names))
     for size in arguments.sizes:
@@ -83,6 +85,7 @@ def row(megabytes: int, rounds: int) -> str:
         def note(key: str, value: float) -> None:
             found.setdefault(key, []).append(value)
 
+        slowest_while(ours.is_preparing)
         note("async 1st", ours.blocking())
         ours.finish()
         note("DCP 1st", theirs.blocking())
@@ -91,16 +94,18 @@ def row(megabytes: int, rounds: int) -> str:
             note("sync", ours.synchronous())
             begun = time.perf_counter()
             note("async", ours.blocking())
-            note("ours step", slowest_while(ours.is_draining))
+            slowest, steps = slowest_while(ours.is_draining)
+            note("ours step", slowest)
             ours.finish()
             note("drain", time.perf_counter() - begun)
             note("DCP", theirs.blocking())
-            note("DCP step", slowest_while(theirs.is_draining))
+            note("DCP step", slowest_while(theirs.is_draining)[0])
             theirs.finish()
+            note("no save", max(timed(step) for _ in range(steps)))
             note("digests", timed(lambda: [_digest(tensor) for tensor in tensors.values()]))
         m = {key: statistics.median(values) for key, values in found.items()}
         times = [1e3 * m[key] for key in ("sync", "async 1st", "async", "DCP 1st", "DCP", "drain")]
-        ratios = [m[key] / median_step for key in ("ours step", "DCP step")]
+        ratios = [m[key] / median_step for key in ("ours step", "DCP step", "no save")]
         return "".join(
             [f"{megabytes:>10}", *(f"{t:>10.0f}" for t in times), f"{m['digests'] / m['sync']:>10.0%}",
              *(f"{ratio:>9.2f}x" for ratio in ratios)]
@@ -162,6 +167,11 @@ class Ours:
         """Seconds until an asynchronous save lets the loop go on."""
         return self._save(self._async)
 
+    def is_preparing(self) -> bool:
+        """Whether the host buffers of asynchronous saves are still being made, as during the first steps."""
+        thread = self._async._making
+        return thread is not None and thread.is_alive()
+
     def is_draining(self) -> bool:
         """Whether the save is still under way."""
         thread = self._async._thread
@@ -208,12 +218,12 @@ def step() -> None:
         _A @ _A
 
 
-def slowest_while(draining: Callable[[], bool]) -> float:
-    """The longest step until the save has ended."""
-    slowest = timed(step)
+def slowest_while(draining: Callable[[], bool]) -> tuple[float, int]:
+    """The longest step until the save has ended, and the number of steps."""
+    slowest, count = timed(step), 1
     while draining():
-        slowest = max(slowest, timed(step))
-    return slowest
+        slowest, count = max(slowest, timed(step)), count + 1
+    return slowest, count
 
 
 def timed(work: Callable[[], Any]) -> float:

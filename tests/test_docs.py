@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from fork_server import ForkServer
+from test_shipped_recipes import LEARNS
 
 from conftest import ROOT, SOURCES
 
@@ -24,6 +25,11 @@ ELSEWHERE = {
     "drumline report runs/tiny-code-lm-1": "the same",
 }
 """Commands that another test runs, or that would run this one."""
+ELSEWHERE |= {
+    f"drumline run {name}": "tests/distributed/test_shipped_recipes.py, to the end"
+    for name, (options, _, _) in LEARNS.items()
+    if not options
+}
 
 
 def commands(page: Path) -> list[str]:
@@ -64,6 +70,8 @@ def test_every_command_on_the_page_runs(
     for line in commands(page):
         if line in ELSEWHERE or line.startswith(("python benchmarks/", "pip install", "git clone")):
             continue
+        if server and line.startswith("drumline verify") and line in commands(ROOT / "README.md"):
+            continue  # it needs nothing of the page's folder, and is run with the README's
         named = re.search(rf"^{re.escape(line)}\s+# exit (\d+)", text, flags=re.MULTILINE)
         done = run(line, tmp_path, server)
         assert done.returncode == (int(named[1]) if named else 0), f"{line}\n{done.stderr}"
