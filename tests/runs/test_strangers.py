@@ -185,7 +185,7 @@ WRONG = st.sampled_from([-1, 1.5, "x", True, [1], {"a": 1}, [{"a": None}], [None
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(key=st.sampled_from(KEYS), inner=st.booleans(), value=WRONG)
 def test_a_record_of_other_types_is_told_by_path_and_key(
@@ -277,7 +277,7 @@ def test_few_descriptors_and_an_odd_name_end_in_one_message(desk: Path) -> None:
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
 def test_damaged_lines_and_comments_are_left_out_and_counted(
@@ -314,7 +314,7 @@ STATE = st.sampled_from(sorted(TrainState.__dataclass_fields__))
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(field=STATE, value=WRONG)
 def test_a_checkpoint_of_other_types_is_damaged(desk: Path, field: str, value: Any) -> None:
