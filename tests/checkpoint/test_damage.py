@@ -16,6 +16,7 @@ from savers import save
 from drumline.checkpoint.files import encode, sha256
 from drumline.checkpoint.manifest import MANIFEST, verify
 from drumline.checkpoint.retention import newest_sound, set_aside
+from drumline.checkpoint.shards import read_entries
 from drumline.errors import CheckpointError, CheckpointUnreadable
 
 FILES = ["manifest.json", "state.json", "rank-0.json", "rank-1.json", "rank-0.safetensors",
@@ -70,6 +71,15 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     (path / MANIFEST).write_bytes(encode(content))
 
 
+def test_a_tensor_in_two_files_is_refused(sound: Path, tmp_path: Path) -> None:
+    """Which of the two is meant, nobody can tell; a load finds it, too."""
+    path = tmp_path / sound.name
+    shutil.copytree(sound, path)
+    describe(path, lambda d: d["tensors"].update(d["frozen"]["tensors"]))
+    with pytest.raises(CheckpointError, match=r"rank-0.json: tensor model.a: it is in two files"):
+        read_entries(path, 0)
+
+
 def describe(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """The same for what rank 0 holds."""
     content = json.loads((path / "rank-0.json").read_bytes())
@@ -113,6 +123,7 @@ ATTACKS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a lie about the size": (lambda p: describe(p, lambda d: d.update(bytes=12)), "bytes, 12 were saved"),
     "another step": (lambda p: rewrite(p, lambda m: m.update(step=7)), "manifest.json: step 7"),
     "a later format": (lambda p: rewrite(p, lambda m: m.update(format=9)), "format 9"),
+    "a tensor in two files": (lambda p: describe(p, lambda d: d["tensors"].update(d["frozen"]["tensors"])), "does not hold"),
     "a tensor that is not there": (lambda p: describe(p, lambda d: d["tensors"].pop("model.c")), "does not hold"),
     "another rank's shard": (lambda p: shutil.copy(p / "rank-1.safetensors", p / "rank-0.safetensors"), "rank-0.s"),
 }  # fmt: skip

@@ -68,8 +68,17 @@ def test_a_finished_run_is_reproduced(forked: Any, runs: Path, name: str) -> Non
     done = forked("reproduce", str(runs / name), "--trust-code", "--json", "--run-dir", "again")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["verdict"] in ("identical", "equal"), found["words"]
-    assert found["weights_error"] < 1e-6
+    theirs, ours = (
+        [line["loss"] for line in read_metrics(path / "metrics.jsonl") if line["kind"] == "step"]
+        for path in (runs / name, Path(found["run"]))
+    )
+    assert len(ours) == len(theirs)
+    if ours == theirs:  # a CPU that rounds as the recorded one did
+        assert found["verdict"] == "identical", found["words"]
+        assert found["weights_error"] == 0.0
+    else:
+        assert found["verdict"] in ("identical", "equal"), found["words"]
+        assert found["weights_error"] < 1e-6
 
 
 def test_it_is_reported(forked: Any, runs: Path) -> None:

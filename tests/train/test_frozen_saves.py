@@ -165,6 +165,28 @@ def test_a_change_while_it_is_written_is_not_in_it(
     check(tmp_path, 1, parts)
 
 
+def test_a_first_change_while_it_is_written_fails_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read after the call: what is no longer the state of the call is refused, and saved the next time."""
+    ours, parts = one_saver(tmp_path, on_error="continue"), shards()
+    ours.begin(parts)
+    real = shard_writer.save_file
+
+    def late(what: dict[str, torch.Tensor], path: Path) -> None:
+        parts["model.a"].tensor.data.add_(1)
+        real(what, path)
+
+    monkeypatch.setattr(shard_writer, "save_file", late)
+    step(ours, parts, 1)
+    (told,) = ours.take_errors()
+    assert told.endswith("model.a needs no gradient, but changed while it was written")
+    assert not list(tmp_path.glob("*step-*"))
+    monkeypatch.setattr(shard_writer, "save_file", real)
+    step(ours, parts, 2)
+    check(tmp_path, 2, parts)
+
+
 def test_without_hard_links_they_are_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,11 +92,17 @@ def read_frozen(path: Path, rank: int) -> dict[str, Any] | None:
 
 
 def read_entries(path: Path, rank: int) -> dict[str, Any]:
-    """The entries of a rank's manifest: tensor name -> shape, boxes, dtype, bytes, sha256, file."""
+    """The entries of a rank's manifest: tensor name -> shape, boxes, dtype, bytes, sha256, file.
+
+    CheckpointError where two of its files have a tensor of one name.
+    """
     where = path / rank_manifest_name(rank)
     entries: dict[str, Any] = {}
     for file, part in _files_of(where, rank, _read_rank_manifest(path, rank)).items():
-        entries |= {name: {**e, "file": file} for name, e in _entries_of(where, part).items()}
+        for name, entry in _entries_of(where, part).items():
+            if name in entries:
+                raise CheckpointError(f"{where}: tensor {name}: it is in two files")
+            entries[name] = {**entry, "file": file}
     return entries
 
 

@@ -30,6 +30,7 @@ from drumline.train.tensor_shard import TensorShard
 _ROW = 1024
 """64-bit words in a row of what a content is summed up by."""
 _MIX = ((-0x61C8864680B583EB, 31), (-0x40A7B892E31B1A47, 29))
+"""Multipliers, those of splitmix64 as signed numbers, and shifts."""
 
 Shards = dict[str, TensorShard]
 Described = dict[str, dict[str, Any]]
@@ -109,16 +110,27 @@ class ShardWriter:
         """Link the file of the frozen weights, or write it; what the manifest says of it, bytes written."""
         tensors: dict[str, Tensor] = {}
         if set(self._frozen) != set(frozen):
-            tensors = on_host(frozen)
+            tensors = self._copied(frozen)
             self._frozen = _described(tensors, frozen, pool)()
         path = folder / frozen_name(self.rank)
         path.unlink(missing_ok=True)  # what a save that failed has left
         part = self._linked(path)
         if part:
             return part, 0
-        tensors = tensors or on_host(frozen)
+        tensors = tensors or self._copied(frozen)
         _write_file(path, tensors)
         return describe_file(path, self._frozen), _bytes_of(tensors)
+
+    def _copied(self, frozen: Shards) -> dict[str, Tensor]:
+        """Copies of the frozen weights on the host; OSError where one is not what it was at the save's call.
+
+        The loop goes on meanwhile, and the model may change such a weight for the first time now.
+        """
+        copies = {n: shard.tensor.detach().to("cpu", copy=True) for n, shard in frozen.items()}
+        for name, copy in copies.items():
+            if int(_content(copy)) != self._noted[name]:
+                raise OSError(f"{name} needs no gradient, but changed while it was written")
+        return copies
 
     def _linked(self, path: Path) -> dict[str, Any] | None:
         """Link `path` to the file of the checkpoint before if that holds the same; what is said of it there.
