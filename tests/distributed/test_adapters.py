@@ -8,6 +8,7 @@ from arena import PARITY, SPLITS, STEPS, Arena
 from safetensors.torch import load_file
 from whole_tensors import whole_tensors
 
+from drumline.checkpoint.shards import read_entries, shard_name
 from drumline.plan.model import Plan
 from pretrained_folders import changed, saved
 
@@ -97,6 +98,26 @@ def test_every_split_is_one_curve(
             assert torch.equal(trained[f"model.{name}"], value) == is_frozen, name
     else:
         assert not [name for name in trained if "base_layer" in name]
+
+
+@pytest.mark.parametrize(("engine", "split"), runs_of("frozen"), ids=str)
+def test_frozen_weights_are_written_once(
+    arena: Arena, engine: str, split: tuple[int, int, int]
+) -> None:
+    """Each engine leaves their content as it is: all checkpoints of a rank share the file that holds them."""
+    folder = arena.folder / name_of("frozen", engine, split) / "checkpoints"
+    first, last = (folder / f"step-{step:08d}" for step in (2, STEPS))
+    names: set[str] = set()
+    for rank in range(split[1]):
+        entries = read_entries(last, rank)
+        files = {entry["file"] for entry in entries.values()} - {shard_name(rank)}
+        for file in files:
+            assert (first / file).samefile(last / file)
+        names |= {name for name, entry in entries.items() if entry["file"] in files}
+    assert names
+    frozen = ("model.model.embed_tokens.", "model.model.layers.0.")
+    everything = {name for rank in range(split[1]) for name in read_entries(last, rank)}
+    assert names == {name for name in everything if name.startswith(frozen)}
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "frozen"])
